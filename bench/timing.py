@@ -1,0 +1,147 @@
+"""Timing that keeps compilation apart from running, and what ran where.
+
+Absolute times belong to one machine at one moment.  What may be quoted is a ratio of
+two times of one run, or a rate as a fraction of `gemm_rate` in the same run.
+"""
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one function on one set of arguments.
+
+    Attributes:
+        compile: Tracing, lowering and compiling, together.
+        best: Fastest run.
+        median: Median run.
+        repeats: How many runs were timed, after one that was not.
+    """
+
+    compile: float
+    best: float
+    median: float
+    repeats: int
+
+
+def measure(function, *args, repeats=5):
+    """Time compiling and running `function(*args)`.
+
+    JAX remembers traces, so `compile` means something the first time a function
+    object meets these shapes; and nothing when a persistent compilation cache is on.
+
+    Args:
+        function: Jitted, or it will be; static arguments must be closed over.
+        *args: Pytrees of arrays, moved to the device before the clock starts.
+        repeats: Runs to time.
+    """
+    if not hasattr(function, "lower"):
+        function = jax.jit(function)
+    args = jax.block_until_ready(jax.device_put(args))
+    start = time.perf_counter()
+    compiled = function.lower(*args).compile()
+    compile_seconds = time.perf_counter() - start
+    # The first run also loads the program and allocates its buffers.
+    jax.block_until_ready(compiled(*args))
+    runs = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        runs.append(time.perf_counter() - start)
+    return Timing(compile_seconds, min(runs), statistics.median(runs), repeats)
+
+
+def gemm_rate(shape, dtype=jnp.float32, batch=1, repeats=5):
+    """FLOP/s of `jnp.matmul(..., precision="highest")` on [batch, n, n].
+
+    The products are chained inside one program, so that small matrices are not
+    charged for dispatch: the chain is about 2e9 FLOP long, at most 256 products.
+
+    Args:
+        shape: n, or (n, n).
+        dtype: Floating type; float64 needs `jax_enable_x64`.
+        batch: How many products at once.
+        repeats: Runs to time; the best counts.
+    """
+    n = int(shape) if np.ndim(shape) == 0 else int(shape[0])
+    if np.ndim(shape) and tuple(shape) != (n, n):
+        raise ValueError(f"shape must be n or (n, n), not {tuple(shape)}")
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.jax_enable_x64:
+        raise ValueError(f"{jnp.dtype(dtype)} needs jax.config jax_enable_x64=True")
+    flops = 2 * batch * n**3
+    steps = min(max(int(2e9 / flops), 1), 256)
+    # Entries of variance 1/n keep the chain's size about constant.
+    draw = np.random.default_rng(0).standard_normal((2, batch, n, n)) / np.sqrt(n)
+    x, y = jnp.asarray(draw, dtype)
+
+    def chain(x, y):
+        def step(_, z):
+            return jnp.matmul(z, y, precision="highest")
+
+        return jax.lax.fori_loop(0, steps, step, x)
+
+    return steps * flops / measure(chain, x, y, repeats=repeats).best
+
+
+def machine():
+    """What a reader needs in order to judge a ratio: processor, versions, devices."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
+def write_results(name, results, out_dir):
+    """Write `results` to `out_dir/name.json`, whole or not at all; return its path.
+
+    NumPy and JAX scalars and arrays become numbers and lists.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    path = out_dir / f"{name}.json"
+    text = json.dumps(results, indent=2, default=_plain) + "\n"
+    # A rename within one folder is atomic; a killed run leaves the old results.
+    handle, temporary = tempfile.mkstemp(dir=out_dir, prefix=f".{name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        # mkstemp makes files private; results are for everybody.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _cpu_model():
+    """The processor's name; where the system does not say, its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _plain(value):
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"results hold {type(value).__name__}, which JSON cannot keep")

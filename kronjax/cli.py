@@ -1,0 +1,273 @@
+"""The command line: `kronjax approximate`, `kronjax demo`, `kronjax doctor`.
+
+Whatever needs jax is imported by the command that needs it, so that `--help` and most
+mistakes answer at once. A mistake of the user ends with one line on standard error and
+exit code 2.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+import kronjax
+
+if TYPE_CHECKING:
+    from kronjax.approximate import Approximation
+    from kronjax.files import Source
+
+DESCRIPTION = (
+    "Matrices as short sums of Kronecker products, closest in the spectral norm. "
+    "`kronjax --version` prints the version."
+)
+
+
+def _option(metavar: str | None = None, name: str | None = None) -> object:
+    """Return how an option is shown: no default where none says as much."""
+
+    def hint(default: str) -> str:
+        return "" if default in ("None", "False") else f"(default: {default})"
+
+    return tyro.conf.arg(metavar=metavar, name=name, help_behavior_hint=hint)
+
+
+Slice = Annotated[str | None, _option("A:B")]
+Flag = Annotated[bool, _option()]
+Json = Annotated[bool, _option(name="json")]
+Seed = Annotated[int, _option("N")]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        args: Arguments without the program's name; those of the process by default.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    if args == ["--version"]:
+        print(f"kronjax {kronjax.__version__}")
+        return 0
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {"approximate": approximate, "demo": demo, "doctor": doctor},
+            prog="kronjax",
+            description=DESCRIPTION,
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except (ValueError, OSError) as error:
+        print(f"kronjax: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kronjax: interrupted", file=sys.stderr)
+        return 130
+
+
+def approximate(
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
+    *,
+    tensor: Annotated[str | None, _option("NAME")] = None,
+    rows: Slice = None,
+    columns: Slice = None,
+    transpose: Flag = False,
+    a_shape: Annotated[tuple[int, int] | None, _option("M1 N1")] = None,
+    rank: Annotated[int | None, _option("R")] = None,
+    norm: Annotated[str, _option("spectral|frobenius|schatten:P")] = "spectral",
+    dtype: Annotated[
+        Literal["float32", "float64"] | None, _option("float32|float64")
+    ] = None,
+    seed: Seed = 0,
+    starts: Annotated[int | None, _option("N")] = None,
+    out: Annotated[Path | None, _option("FILE")] = None,
+    as_json: Json = False,
+) -> int:
+    """Approximate a matrix from a file by a short sum of Kronecker products.
+
+    Args:
+        file: A .npy, .npz or .safetensors file; leading axes are a batch of matrices.
+            A file written by --out stands for the matrix that its factors multiply
+            out to.
+        tensor: Tensor of the file; needed where it holds several matrices.
+        rows: Rows to take, as in Python: 0:768, :100 or -100:.
+        columns: Columns to take.
+        transpose: Transpose, after taking rows and columns.
+        a_shape: Shape of the left factors: M1 divides the rows, N1 the columns.
+        rank: Number of Kronecker products.
+        norm: Norm of the error that is made small.
+        dtype: Precision of the computation; follows the file by default.
+        seed: Seed of the perturbed starts.
+        starts: Number of starts; chosen by the size of the problem by default.
+        out: Write the factors to this .safetensors file.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax import files, report
+
+    if out is not None:
+        files.check_output(out, ".safetensors", source=file)
+    source = files.read(
+        file, tensor=tensor, rows=rows, columns=columns, transpose=transpose
+    )
+    approximation = kronjax.approximate(
+        source.matrix,
+        _configuration(source, a_shape, rank),
+        norm=norm,
+        dtype=dtype,
+        starts=starts,
+        seed=seed,
+    )
+    baseline = report.svd_baseline(source.matrix, approximation.num_parameters)
+    fields = {
+        "file": str(file),
+        "tensor": source.name,
+        "rows": rows,
+        "columns": columns,
+        "transpose": transpose,
+        "norm": norm,
+        "dtype": str(approximation.terms[0].a.dtype),
+        "seed": seed,
+        "version": kronjax.__version__,
+        **report.summary(approximation, baseline),
+    }
+    if out is not None:
+        _write_terms(out, approximation, fields)
+    if as_json:
+        print(json.dumps(fields, allow_nan=False))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(report.comparison(approximation, baseline))
+    lines = [report.verdict(approximation, baseline), report.effort(approximation)]
+    lines += [f"Note: {note}." for note in approximation.notes]
+    lines += [] if out is None else [f"Factors written to {out}."]
+    console.print("\n".join(lines), soft_wrap=True)
+    return 0
+
+
+def demo(
+    *,
+    out: Annotated[Path, _option("FILE")] = Path("demo.png"),
+    matrices: Annotated[int, _option("N")] = 50,
+    seed: Seed = 0,
+) -> int:
+    """Approximate fifty random matrices, print a table and draw a figure.
+
+    Args:
+        out: The figure, a .png file.
+        matrices: Number of matrices.
+        seed: Seed of the matrices.
+    """
+    from kronjax import demo, files
+
+    files.check_output(out, ".png")
+    demo.run(out, matrices, seed)
+    return 0
+
+
+def doctor(*, as_json: Json = False) -> int:
+    """Print versions, devices and precision, and solve a tiny problem as a check.
+
+    Ends with exit code 1 if the check fails.
+
+    Args:
+        as_json: Print one JSON object instead of the table.
+    """
+    facts = {**_facts(), **_self_check()}
+    if as_json:
+        print(json.dumps(facts, allow_nan=False))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("what", "here")
+        for key, value in facts.items():
+            text = ", ".join(value) if isinstance(value, list) else str(value)
+            table.add_row(key.replace("_", " "), text)
+        Console(highlight=False, markup=False).print(table)
+    return 0 if facts["self_check"] == "ok" else 1
+
+
+def _configuration(
+    source: "Source", a_shape: tuple[int, int] | None, rank: int | None
+) -> "kronjax.Configuration":
+    """Return what was asked for; a file of factors brings its own configuration."""
+    from kronjax.kronecker import divisors
+
+    m, n = source.matrix.shape[-2:]
+    if a_shape is None and source.a_shape is not None:
+        a_shape, rank = source.a_shape, source.rank if rank is None else rank
+    if a_shape is None:
+        heights, widths = (", ".join(map(str, divisors(size))) for size in (m, n))
+        raise ValueError(
+            f"--a-shape M1 N1 is needed for a matrix of shape {(m, n)}: M1 divides "
+            f"{m} ({heights}), N1 divides {n} ({widths})"
+        )
+    if rank is None:
+        most = kronjax.Configuration(a_shape, 1).max_rank((m, n))
+        raise ValueError(f"--rank R is needed: from 1 to {most}, which is exact")
+    return kronjax.Configuration(a_shape, rank)
+
+
+def _write_terms(out: Path, approximation: "Approximation", fields: dict[str, Any]):
+    """Write the factors; of the fields, all that is short and no measurement."""
+    from kronjax import files
+
+    omitted = ("trace", "seconds", "compile_seconds")
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in fields.items()
+        if key not in omitted and value is not None
+    }
+    terms = approximation.terms[0]
+    files.write_terms(out, terms.a, terms.b, metadata)
+
+
+def _facts() -> dict[str, Any]:
+    from importlib import metadata
+
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "numpy", "safetensors")
+    variables = ("JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS")
+    return {
+        "kronjax": kronjax.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "backend": jax.default_backend(),
+        "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
+        "x64": bool(jax.config.read("jax_enable_x64")),
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "matmul_precision_of_kronjax": "highest",
+        **{name: os.environ.get(name, "not set") for name in variables},
+    }
+
+
+def _self_check() -> dict[str, Any]:
+    """Recover a Kronecker product and say how well."""
+    import numpy as np
+
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    configuration = kronjax.Configuration(a.shape, rank=1)
+    found = kronjax.approximate(np.kron(a, b), configuration, progress=False)
+    error = float(found.relative.spectral)
+    return {
+        "self_check": "ok" if error < 1e-5 else "failed",
+        "self_check_error": float(f"{error:.2e}"),
+    }
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message on one line; a system error names its file."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+        if error.filename:
+            text = f"{error.filename}: {text}"
+    return " ".join(text.split()).rstrip(".")

@@ -1,0 +1,445 @@
+"""Continuation in p: from the Frobenius problem to the spectral one.
+
+`f_p(K) = ½ ‖T − K‖_p²` is solved for p = 4, 6, 18, 66, 258, 1026, 4098 in turn, each
+from the solution of the one before and with its curvature pairs; at p = 4098 the norm
+is within a few parts in ten thousand of the spectral norm. As the solution behaves like
+`K_∞ + c/p`, the last two stages are extrapolated to 1/p = 0 at the end, and the result
+is kept if its spectral error is smaller. p is traced: all stages share one compilation.
+
+`solve` is pure: no state, no host; it goes through `jit`, `vmap`, `scan`, `shard_map`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kronjax import descent, manifold, schatten, spectral
+from kronjax.descent import Status
+from kronjax.kronecker import Configuration, KroneckerTerms, rearrange, unrearrange
+from kronjax.lanes import after
+from kronjax.manifold import Point
+
+SQUARINGS = (0, 1, 3, 5, 7, 9, 11)
+"""The schedule: p = 4, then 6 and four times as much at every stage, up to 4098."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What happened, one entry for each stage `[stages]`; the first is the start.
+
+    Attributes:
+        p: Exponent of the Schatten norm.
+        value: `‖T − K‖_p` at the end of the stage.
+        spectral_error: Lower bound of `‖T − K‖_2` there, settled to 1e-6.
+        steps: Accepted steps.
+        gemms: Products of the size of `EᵀE`, those of rejected trials included.
+    """
+
+    p: jax.Array
+    value: jax.Array
+    spectral_error: jax.Array
+    steps: jax.Array
+    gemms: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What `solve` returns.
+
+    Attributes:
+        terms: One `KroneckerTerms` for each configuration, of falling norm.
+        spectral_error: Lower bound of `‖T − K‖_2`, settled to 1e-6.
+        frobenius: The terms at p = 2 (Van Loan's), where the continuation began.
+        trace: `Trace`.
+        status: `Status` of the last stage.
+    """
+
+    terms: tuple[KroneckerTerms, ...]
+    spectral_error: jax.Array
+    frobenius: tuple[KroneckerTerms, ...]
+    trace: Trace
+    status: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One entry of a schedule; arrays `[stages]` when stacked.
+
+    Attributes:
+        squarings: `j`, which sets p.
+        budget: Products of the size of `EᵀE` that may be spent.
+        begins: Number of the start that begins here, or -1.
+        ends: Whether a start ends here, to be compared with the champion.
+        resumes: Whether the champion goes on from here.
+    """
+
+    squarings: int | jax.Array
+    budget: int | jax.Array
+    begins: int | jax.Array
+    ends: bool | jax.Array
+    resumes: bool | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """Where a continuation stands.
+
+    Attributes:
+        state: Of the descent at the present p.
+        previous: The points at the p before.
+        champion: State of the best start so far, at the end of its part of the race.
+        running: Number of the start that runs.
+        winner: Number of the champion's start.
+        frobenius: The points at p = 2.
+    """
+
+    state: descent.State
+    previous: tuple[Point, ...]
+    champion: descent.State
+    running: jax.Array
+    winner: jax.Array
+    frobenius: tuple[Point, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that is static about one problem; hashable, with ranks capped.
+
+    Attributes:
+        shape: `(m, n)` of the matrix.
+        configurations: What to look for.
+        squarings: The stages, ascending; empty for the Frobenius norm.
+        is_spectral: Whether the last stage stands for p = inf.
+        starts: Starts in the race.
+        budget: Products of the size of `EᵀE` per stage.
+    """
+
+    shape: tuple[int, int]
+    configurations: tuple[Configuration, ...]
+    squarings: tuple[int, ...]
+    is_spectral: bool
+    starts: int
+    budget: int
+
+    @classmethod
+    def of(cls, shape, configuration, norm="spectral", starts=4, budget=None):
+        """Check the arguments of `solve` and fill in what they leave open."""
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(
+                f"solve takes one matrix [m, n] with entries; got shape {tuple(shape)}. "
+                "Use jax.vmap or kronjax.approximate for a batch."
+            )
+        if isinstance(configuration, Configuration):
+            configuration = (configuration,)
+        if starts < 1:
+            raise ValueError(f"starts must be at least 1; got {starts}.")
+        p = parse_norm(norm)
+        last = schatten.MAX_SQUARINGS if math.isinf(p) else schatten.squarings_for(p)
+        capped = tuple(
+            Configuration(c.a_shape, min(c.rank, c.max_rank(shape)))
+            for c in configuration
+        )
+        return cls(
+            shape=tuple(shape),
+            configurations=capped,
+            squarings=tuple(j for j in SQUARINGS if j < last) + (last,) * (last >= 0),
+            is_spectral=math.isinf(p),
+            starts=starts,
+            budget=budget or default_budget(shape),
+        )
+
+    @property
+    def num_race_stages(self) -> int:
+        """Stages in which every start takes part."""
+        return min(3, len(self.squarings)) if self.starts > 1 else 0
+
+    def schedule(self) -> list[Stage]:
+        """Return all stages in order: every start's part of the race, then the rest."""
+        race = self.squarings[: self.num_race_stages]
+        share = self.budget // self.starts
+        stages = [
+            Stage(j, share, start if j == race[0] else -1, j == race[-1], False)
+            for start in range(self.starts)
+            for j in race
+        ]
+        rest = self.squarings[len(race) :]
+        return stages + [
+            Stage(
+                squarings=j,
+                budget=self.budget,
+                begins=0 if not race and j == rest[0] else -1,
+                ends=False,
+                resumes=bool(race) and j == rest[0],
+            )
+            for j in rest
+        ]
+
+
+def parse_norm(norm: float | str) -> float:
+    """Return the exponent p for "spectral", "frobenius", "schatten:P", or a number."""
+    names = {"spectral": math.inf, "frobenius": 2.0}
+    text = str(norm).removeprefix("schatten:")
+    try:
+        return names[text] if text in names else float(text)
+    except ValueError:
+        raise ValueError(
+            f'norm must be "spectral", "frobenius" or "schatten:P"; got {norm!r}.'
+        ) from None
+
+
+def default_budget(shape: tuple[int, int]) -> int:
+    """Return the products per stage: 1,000 where they are cheap, falling to 140."""
+    return max(140, min(1000, 100_000 // min(shape)))
+
+
+def solve(
+    matrix: jax.Array,
+    configuration: Configuration | Sequence[Configuration],
+    *,
+    norm: float | str = "spectral",
+    starts: int = 4,
+    budget: int | None = None,
+    tolerance: float | jax.Array = 1e-6,
+    seed: int | jax.Array = 0,
+) -> Solution:
+    """Minimise `‖T − Σ_k A_k ⊗ B_k‖` for one matrix; pure.
+
+    The Frobenius solution and `starts - 1` perturbations of it race through the first
+    three stages, sharing what one of them may spend alone; the best goes on.
+
+    Args:
+        matrix: `T`, `[m, n]`, float32 or float64.
+        configuration: What to look for; of several, the sum of all.
+        norm: "spectral" (or inf), "frobenius" (or 2), "schatten:P" (or P).
+        starts: At least 1; 1 is the Frobenius solution alone, which can be a critical
+            point for every p.
+        budget: Products of the size of `EᵀE` per stage; by default
+            `default_budget(matrix.shape)`.
+        tolerance: A stage ends when the model predicts a smaller relative decrease;
+            traced.
+        seed: Of the perturbations; an integer, traced.
+
+    Returns:
+        `Solution`. A matrix with NaN or infinite entries has status `NONFINITE`, zero
+        terms and NaN errors; the others of its batch are not touched. Ranks above the
+        maximum are capped: the solution is then exact.
+
+    Raises:
+        ValueError: If `matrix` is not one matrix or a configuration does not fit.
+    """
+    problem = Problem.of(matrix.shape, configuration, norm, starts, budget)
+    path, first = start(problem, matrix)
+    schedule = problem.schedule()
+    if not schedule:
+        return finish(problem, matrix, path, gather(problem, path, first, first))
+    path, lines = jax.lax.scan(
+        lambda path, stage: advance(problem, matrix, path, stage, tolerance, seed),
+        path,
+        jax.tree.map(lambda *x: jnp.array(x), *schedule),
+    )
+    return finish(problem, matrix, path, gather(problem, path, first, lines))
+
+
+def start(problem: Problem, matrix) -> tuple[Path, Trace]:
+    """Return the path at p = 2, Van Loan's solution, and the line of the trace."""
+    target, scale, _ = _normalise(matrix)
+    error, points = target, []
+    for configuration in problem.configurations:
+        ambient = rearrange(error, configuration.a_shape)
+        points.append(manifold.nearest(ambient, configuration.rank))
+        error = target - sum(_matrices(problem, points))
+    points = tuple(points)
+    state = descent.init(points)
+    line = Trace(
+        p=jnp.full((), 2, target.dtype),
+        value=jnp.linalg.norm(error) * scale,
+        spectral_error=spectral.estimate_norm(error) * scale,
+        steps=jnp.array(0),
+        gemms=jnp.array(0),
+    )
+    return Path(state, points, state, jnp.array(0), jnp.array(0), points), line
+
+
+def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed):
+    """Return the path after one stage, and the line of the trace for it."""
+    target, scale, _ = _normalise(matrix)
+    key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
+    fresh = descent.init(
+        _perturb(path.frobenius, key, jnp.minimum(stage.begins, 1).astype(target.dtype))
+    )
+    state = _select(stage.begins >= 0, fresh, path.state)
+    state = _select(stage.resumes, path.champion, state)
+    products = schatten.num_products(stage.squarings)
+    objective = _objective(problem, target, stage.squarings)
+    previous = state.points
+    state = descent.minimize(
+        objective,
+        descent.restart(objective, state),
+        tolerance=tolerance,
+        max_evaluations=jnp.maximum(stage.budget // products, 4),
+    )
+    line = Trace(
+        p=schatten.exponent(stage.squarings).astype(target.dtype),
+        value=jnp.sqrt(2 * state.value) * scale,
+        spectral_error=_spectral_error(problem, target, state.points, 3) * scale,
+        steps=state.steps,
+        gemms=state.evaluations * products,
+    )
+    running = jnp.where(stage.begins >= 0, stage.begins, path.running)
+    wins = stage.ends & (state.value < path.champion.value)
+    return (
+        Path(
+            state=state,
+            previous=previous,
+            champion=_select(wins, state, path.champion),
+            running=running,
+            winner=jnp.where(wins, running, path.winner),
+            frobenius=path.frobenius,
+        ),
+        line,
+    )
+
+
+def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
+    """Return the trace of the winner; the products of the others are added to it.
+
+    Args:
+        problem: As ever.
+        path: The last one.
+        first: The line of `start`.
+        lines: Those of `advance`, stacked.
+    """
+    first = jax.tree.map(lambda x: x[None], first)
+    if not problem.squarings:
+        return first
+    count = problem.num_race_stages
+    race, rest = (
+        jax.tree.map(lambda x, part=part: x[part], lines)
+        for part in (slice(None, count * problem.starts), slice(count * problem.starts, None))
+    )
+    if not count:
+        return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
+    race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)
+    won = dataclasses.replace(
+        jax.tree.map(lambda x: x[path.winner], race), gemms=race.gemms.sum(0)
+    )
+    return jax.tree.map(lambda *x: jnp.concatenate(x), first, won, rest)
+
+
+def finish(problem: Problem, matrix, path: Path, trace: Trace) -> Solution:
+    """Return the best of the last point, its extrapolation and the Frobenius one."""
+    target, scale, finite = _normalise(matrix)
+    candidates = [path.state.points, path.frobenius]
+    if problem.is_spectral:
+        p, q = trace.p[-2:]
+        weight = p / (q - p)
+        candidates.append(_extrapolate(path.previous, path.state.points, weight))
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *candidates)
+    errors = jax.vmap(lambda points: _spectral_error(problem, target, points))(stacked)
+    best = jnp.argmin(errors) if problem.is_spectral else 0
+    points = jax.tree.map(lambda x: x[best], stacked)
+    lost = jnp.where(finite, 1, jnp.nan).astype(target.dtype)
+    status = jnp.where(finite, path.state.status, Status.NONFINITE)
+    if not problem.squarings:
+        status = jnp.where(finite, Status.CONVERGED, Status.NONFINITE)
+    return Solution(
+        terms=_to_terms(problem, points, scale),
+        spectral_error=errors[best] * scale * lost,
+        frobenius=_to_terms(problem, path.frobenius, scale),
+        trace=dataclasses.replace(
+            trace,
+            value=trace.value * lost,
+            spectral_error=trace.spectral_error * lost,
+        ),
+        status=status,
+    )
+
+
+def _normalise(matrix):
+    """Return `T` of Frobenius norm one, its scale, and whether all of it is finite."""
+    finite = jnp.all(jnp.isfinite(matrix))
+    matrix = jnp.where(finite, matrix, 0)
+    largest = jnp.max(jnp.abs(matrix))
+    largest = jnp.where(largest > 0, largest, 1)
+    norm = jnp.linalg.norm(matrix / largest)
+    norm = jnp.where(norm > 0, norm, 1)
+    return matrix / largest / norm, largest * norm, finite
+
+
+def _matrices(problem, points):
+    """Return `[m, n]` for every point, lazily."""
+    for configuration, point in zip(problem.configurations, points, strict=False):
+        shapes = configuration.a_shape, configuration.b_shape(problem.shape)
+        yield unrearrange(manifold.to_ambient(point), *shapes)
+
+
+def _objective(problem, target, squarings):
+    def objective(points):
+        error = target - sum(_matrices(problem, points))
+        value, gradient = schatten.value_and_gradient(error, squarings)
+        return value, tuple(
+            rearrange(-gradient, c.a_shape) for c in problem.configurations
+        )
+
+    return objective
+
+
+def _spectral_error(problem, target, points, restarts=12):
+    error = target - sum(_matrices(problem, points))
+    return spectral.estimate_norm(error, restarts=restarts)
+
+
+def _perturb(points, key, size):
+    """Move by a random tangent vector of `size` times the norm of the point."""
+
+    def move(point, key):
+        noise = jax.random.normal(
+            key, (point.a.shape[1], point.b.shape[1]), point.a.dtype
+        )
+        tangent = manifold.project(point, noise)
+        length = size * jnp.linalg.norm(point.core)
+        length = length / jnp.sqrt(manifold.inner(tangent, tangent))
+        return manifold.retract_metric(point, jax.tree.map(lambda x: length * x, tangent))
+
+    return tuple(map(move, points, jax.random.split(key, len(points))))
+
+
+def _extrapolate(previous, points, weight):
+    """Continue the line from `previous` through `points` by `weight` of its length."""
+
+    def move(old, new):
+        step = manifold.project(new, manifold.to_ambient(new) - manifold.to_ambient(old))
+        return manifold.retract_metric(new, jax.tree.map(lambda x: weight * x, step))
+
+    return tuple(map(move, previous, points))
+
+
+def _select(condition, x, y):
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
+
+
+def _to_terms(problem, points, scale):
+    """Return the factors of the Kronecker product SVD, sharing its values equally."""
+    terms, last = [], jnp.zeros((), scale.dtype)
+    for configuration, point in zip(problem.configurations, points, strict=True):
+        u, s, vt = jnp.linalg.svd(after(point.core, last))
+        last = s[0]
+        root = (jnp.sqrt(s) * jnp.sqrt(scale))[:, None]
+        a, b = (
+            root * jnp.matmul(x, y, precision="highest")
+            for x, y in ((u.T, point.a), (vt, point.b))
+        )
+        r, b_shape = len(s), configuration.b_shape(problem.shape)
+        terms.append(
+            KroneckerTerms(
+                a.reshape(r, *configuration.a_shape), b.reshape(r, *b_shape)
+            )
+        )
+    return tuple(terms)

@@ -1,0 +1,263 @@
+"""Riemannian L-BFGS on a product of manifolds of fixed Kronecker rank.
+
+`minimize` takes a tuple of points, one for each configuration, and a function of the
+tuple. Tangents are tuples likewise, and every operation on the manifold is mapped over
+the tuple. One iteration of the loop is one trial point, that is one value and gradient:
+a trial that decreases enough (Armijo) becomes the next iterate, otherwise the step is
+shortened by interpolation. Under `vmap` therefore no matrix waits for another one's line
+search. The curvature pairs are moved along by projection, and the two-loop recursion
+runs on their Gram matrix, so that a step costs a few matrix products over all pairs.
+
+References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kronjax import manifold
+from kronjax.lanes import any_lane
+from kronjax.manifold import Point, Tangent
+
+MEMORY = 12
+"""Curvature pairs kept."""
+
+ARMIJO = 1e-4
+"""Fraction of the predicted decrease that a step must deliver."""
+
+
+class Status(enum.IntEnum):
+    """How a minimisation stands; the larger, the worse."""
+
+    CONVERGED = 0
+    RUNNING = 1
+    MAX_STEPS = 2
+    LINE_SEARCH_FAILED = 3
+    NONFINITE = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """An iterate, the trial about to be made, and the curvature seen so far.
+
+    Attributes:
+        points: The iterate.
+        value: Objective there.
+        gradient: Riemannian gradient there.
+        direction: Descent direction, tangent there.
+        slope: `<gradient, direction>`, negative.
+        step: Length of the next trial along `direction`.
+        pairs: `h` displacements, oldest first, then their `h` gradient differences:
+            tangents stacked along axis 1.
+        curvature: `[h]`, `<s, y>` of each pair; zero marks an empty slot.
+        steps: Accepted steps.
+        evaluations: Values and gradients spent, rejected trials included.
+        status: `Status`.
+    """
+
+    points: tuple[Point, ...]
+    value: jax.Array
+    gradient: tuple[Tangent, ...]
+    direction: tuple[Tangent, ...]
+    slope: jax.Array
+    step: jax.Array
+    pairs: tuple[Tangent, ...]
+    curvature: jax.Array
+    steps: jax.Array
+    evaluations: jax.Array
+    status: jax.Array
+
+
+Objective = Callable[[tuple[Point, ...]], tuple[jax.Array, tuple[jax.Array, ...]]]
+
+
+def init(points: tuple[Point, ...]) -> State:
+    """Return a state at `points` with no curvature yet; to be passed to `restart`."""
+    zero = jnp.zeros((), points[0].core.dtype)
+    flat = _map(lambda p: Tangent(*map(jnp.zeros_like, (p.a, p.core, p.b))), points)
+    return State(
+        points=points,
+        value=zero + jnp.inf,
+        gradient=flat,
+        direction=flat,
+        slope=zero,
+        step=zero,
+        pairs=jax.tree.map(
+            lambda x: jnp.zeros((x.shape[0], 2 * MEMORY, x.shape[1]), x.dtype), flat
+        ),
+        curvature=jnp.zeros(MEMORY, zero.dtype),
+        steps=jnp.array(0),
+        evaluations=jnp.array(0),
+        status=jnp.array(int(Status.RUNNING)),
+    )
+
+
+def restart(objective: Objective, state: State, step=0.5) -> State:
+    """Return the state at the same points for another objective, curvature kept.
+
+    Args:
+        objective: Maps points to the value and, for each point, the ambient gradient
+            `[d1, d2]` (rearranged).
+        state: From `init`, or the last state for an objective so close to the new one
+            that its curvature is of use.
+        step: Length of the first trial along the quasi-Newton direction.
+    """
+    value, gradient = _evaluate(objective, state.points)
+    direction = _quasi_newton(gradient, state.pairs, state.curvature)
+    return dataclasses.replace(
+        state,
+        value=value,
+        gradient=gradient,
+        direction=direction,
+        slope=_inner(gradient, direction),
+        step=jnp.full_like(state.step, step),
+        steps=jnp.zeros_like(state.steps),
+        evaluations=jnp.ones_like(state.evaluations),
+        status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NONFINITE),
+    )
+
+
+def step(objective: Objective, state: State, tolerance, max_evaluations) -> State:
+    """Make one trial: advance to it or shorten the step; a finished state stays."""
+    running = _is_running(state, max_evaluations)
+    trial = jax.tree.map(lambda x: state.step * x, state.direction)
+    points = _map(manifold.retract, state.points, trial)
+    value, gradient = _evaluate(objective, points)
+    noise = 4 * jnp.finfo(value.dtype).eps * state.value
+    wanted = state.value + ARMIJO * state.step * state.slope + noise
+    accepted = running & (value <= wanted)
+    advanced = _advance(state, points, value, gradient, trial, tolerance)
+
+    def choose():
+        kept = _shorten(state, value, running)
+        return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), advanced, kept)
+
+    return jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
+
+
+def minimize(
+    objective: Objective, state: State, *, tolerance, max_evaluations
+) -> State:
+    """Iterate `step` until converged, stuck or out of evaluations.
+
+    Args:
+        objective: As for `restart`.
+        state: Where to begin; its history is used.
+        tolerance: Stop when the quasi-Newton model predicts a smaller relative
+            decrease of the value; traced.
+        max_evaluations: Values and gradients to spend in all; traced.
+
+    Returns:
+        The last state. Under `vmap` a lane that is done stays as it is until all are.
+    """
+    state = jax.lax.while_loop(
+        lambda state: any_lane(_is_running(state, max_evaluations)),
+        lambda state: step(objective, state, tolerance, max_evaluations),
+        state,
+    )
+    status = jnp.where(state.status == Status.RUNNING, Status.MAX_STEPS, state.status)
+    return dataclasses.replace(state, status=status)
+
+
+def _is_running(state, max_evaluations):
+    return (state.status == Status.RUNNING) & (state.evaluations < max_evaluations)
+
+
+def _advance(state, points, value, gradient, trial, tolerance):
+    stack = jax.tree.map(
+        lambda pairs, s, g: jnp.concatenate(
+            [pairs[:, 1:MEMORY], s[:, None], pairs[:, MEMORY + 1 :], g[:, None]], axis=1
+        ),
+        state.pairs,
+        trial,
+        state.gradient,
+    )
+    moved = _map(manifold.transport, state.points, points, stack)
+    pairs = jax.tree.map(lambda x, g: x.at[:, -1].set(g - x[:, -1]), moved, gradient)
+    s, y = (jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (MEMORY - 1, -1))
+    new = _inner(s, y)
+    enough = new > 1e-8 * jnp.sqrt(_inner(s, s) * _inner(y, y))
+    curvature = jnp.append(state.curvature[1:], jnp.where(enough, new, 0))
+    direction = _quasi_newton(gradient, pairs, curvature)
+    slope = _inner(gradient, direction)
+    descends = slope < 0
+    direction = jax.tree.map(
+        lambda d, g: jnp.where(descends, d, -g), direction, gradient
+    )
+    slope = jnp.where(descends, slope, -_inner(gradient, gradient))
+    converged = -slope <= 2 * tolerance * value
+    return State(
+        points=points,
+        value=value,
+        gradient=gradient,
+        direction=direction,
+        slope=slope,
+        step=jnp.ones_like(state.step),
+        pairs=pairs,
+        curvature=curvature,
+        steps=state.steps + 1,
+        evaluations=state.evaluations + 1,
+        status=jnp.where(converged, Status.CONVERGED, Status.RUNNING),
+    )
+
+
+def _shorten(state, value, running):
+    excess = value - state.value - state.step * state.slope
+    shorter = -state.slope * state.step**2 / (2 * excess)
+    shorter = jnp.clip(shorter, 0.1 * state.step, 0.5 * state.step)
+    shorter = jnp.where(jnp.isfinite(value), shorter, 0.1 * state.step)
+    failed = running & (shorter < 1e-4)
+    return dataclasses.replace(
+        state,
+        step=shorter,
+        evaluations=state.evaluations + running,
+        status=jnp.where(failed, Status.LINE_SEARCH_FAILED, state.status),
+    )
+
+
+def _quasi_newton(gradient, pairs, curvature):
+    """Return `-H g` by the compact form of the inverse L-BFGS matrix."""
+    h = curvature.shape[0]
+    filled = curvature > 0
+    gram = _gram(pairs, pairs)
+    against = _gram(pairs, jax.tree.map(lambda x: x[:, None], gradient))[:, 0]
+    sy = jnp.where(filled[:, None] & filled, gram[:h, h:], 0)
+    yy = jnp.where(filled[:, None] & filled, gram[h:, h:], 0)
+    sg, yg = jnp.where(filled, against[:h], 0), jnp.where(filled, against[h:], 0)
+    upper = jnp.triu(sy, 1) + jnp.diag(jnp.where(filled, curvature, 1))
+    newest = jnp.max(jnp.where(filled, jnp.arange(h), -1))
+    scale = jnp.where(
+        newest < 0, 1, curvature[newest] / jnp.maximum(yy[newest, newest], 1e-30)
+    ).astype(curvature.dtype)
+    solve = jax.scipy.linalg.solve_triangular
+    q = solve(upper, sg)
+    by_s = solve(upper, curvature * q + scale * (yy @ q - yg), trans=1)
+    weights = jnp.concatenate([by_s, -scale * q])
+    return jax.tree.map(
+        lambda g, x: -scale * g - jnp.einsum("k,rkd->rd", weights, x), gradient, pairs
+    )
+
+
+def _gram(x, y):
+    """Return the inner products `[k, l]` of tangents stacked along axis 1."""
+    products = jax.tree.map(
+        lambda x, y: jnp.einsum("rkd,rld->rkl", x, y, precision="highest").sum(0), x, y
+    )
+    return jax.tree.reduce(jnp.add, products)
+
+
+def _evaluate(objective, points):
+    value, ambient = objective(points)
+    return value, _map(manifold.project, points, ambient)
+
+
+def _map(function, *tuples):
+    return tuple(function(*each) for each in zip(*tuples, strict=True))
+
+
+def _inner(x, y):
+    return sum(manifold.inner(a, b) for a, b in zip(x, y, strict=True))

@@ -1,0 +1,345 @@
+"""Matrices from files and factors into files, without jax.
+
+`read` takes one matrix (or one stack of matrices) out of a `.npy`, `.npz` or
+`.safetensors` file. Of `.npy` and `.safetensors` only the selected rows and columns
+leave the disk. Nothing is ever unpickled. A file that `write_terms` made is read back
+as the matrix that its factors stand for. Every write goes to a temporary name in the
+same folder and is renamed when complete, so that an interruption leaves what was there.
+
+>>> select("-2:", 8)
+slice(6, 8, None)
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+FORMAT = "kronjax"
+"""Value of the metadata entry `format` in the files of `write_terms`."""
+
+SUFFIXES = (".npy", ".npz", ".safetensors")
+"""What `read` understands."""
+
+# Not the loader of safetensors, whose support of bfloat16 depends on its version.
+SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A matrix and where it comes from.
+
+    Attributes:
+        matrix: `[..., m, n]`, the selected part, transposed if so wished.
+        name: Name of the tensor, or None where the file has one nameless array.
+        a_shape: `(m1, n1)` of the factors that the matrix was multiplied out from.
+        rank: Number of their terms; both None for an ordinary matrix.
+    """
+
+    matrix: np.ndarray
+    name: str | None = None
+    a_shape: tuple[int, int] | None = None
+    rank: int | None = None
+
+
+def read(
+    path: Path,
+    *,
+    tensor: str | None = None,
+    rows: str | None = None,
+    columns: str | None = None,
+    transpose: bool = False,
+) -> Source:
+    """Read one matrix, or one stack of matrices with leading batch axes.
+
+    Args:
+        path: A `.npy`, `.npz` or `.safetensors` file.
+        tensor: Which array of the file; needed where several could be meant.
+        rows: `"a:b"`, the rows to take, as in Python; all by default.
+        columns: `"a:b"` likewise.
+        transpose: Whether to transpose what was taken.
+
+    Returns:
+        The matrix in the dtype of the file, and its name.
+
+    Raises:
+        ValueError: If the file or the tensor is not what it should be; says which.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
+    if path.suffix not in openers:
+        raise ValueError(
+            f"{path} is not one of the files that can be read: {', '.join(SUFFIXES)}"
+        )
+    source = openers[path.suffix](path, tensor)
+    array = source.matrix
+    _check_numbers(array, f"{path}: {source.name}" if source.name else str(path))
+    row_slice = select(rows, array.shape[-2], "rows")
+    column_slice = select(columns, array.shape[-1], "columns")
+    array = array[..., row_slice, column_slice]
+    if transpose:
+        array = array.swapaxes(-1, -2)
+    if rows or columns or transpose:  # no longer what the factors stood for
+        source = dataclasses.replace(source, a_shape=None, rank=None)
+    # A copy: the file may change or vanish while the solver works.
+    native = array.dtype.newbyteorder("=")
+    return dataclasses.replace(source, matrix=np.array(array, native, order="C"))
+
+
+def select(text: str | None, size: int, axis: str = "rows") -> slice:
+    """Return the slice that `"a:b"` means on an axis of `size` entries.
+
+    Raises:
+        ValueError: If `text` is no slice, is empty or reaches beyond the axis.
+    """
+    if text is None:
+        return slice(0, size)
+    match = re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", text)
+    if not match:
+        raise ValueError(f"--{axis} {text}: write a:b, for example 0:{size}")
+    start, stop = (
+        default if end is None else int(end)
+        for end, default in zip(match.groups(), (0, size), strict=True)
+    )
+    if not (-size <= start <= size and -size <= stop <= size):
+        raise ValueError(f"--{axis} {text}: there are {size} {axis}, 0:{size}")
+    start, stop = (end + size if end < 0 else end for end in (start, stop))
+    if start >= stop:
+        raise ValueError(f"--{axis} {text} selects none of the {size} {axis}")
+    return slice(start, stop)
+
+
+def check_output(path: Path, suffix: str, source: Path | None = None) -> None:
+    """Find out now whether `path` can be written later.
+
+    Args:
+        path: The file to come.
+        suffix: What its name must end in.
+        source: The input, which must not be overwritten.
+
+    Raises:
+        ValueError: If the suffix is wrong or `path` is the input.
+        OSError: If the folder is missing or nothing can be written there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder")
+    if path.suffix != suffix:
+        raise ValueError(f"cannot write {path}: its name must end in {suffix}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no such folder")
+    if path.exists():
+        if source is not None and source.exists() and path.samefile(source):
+            raise ValueError(f"cannot write {path}: it is the input")
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"cannot write {path}: it is read-only")
+    # Access bits say little on network and read-only file systems; a trial does.
+    probe = _temporary_name(path)
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise type(error)(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def write_terms(
+    path: Path, a: np.ndarray, b: np.ndarray, metadata: Mapping[str, str]
+) -> None:
+    """Write the factors of a Kronecker sum as safetensors, with metadata.
+
+    Args:
+        path: The file, replaced as a whole or not at all.
+        a: `[..., r, m1, n1]`.
+        b: `[..., r, m2, n2]`.
+        metadata: Strings about the factors.
+    """
+    tensors = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
+    write(path, safetensors.numpy.save(tensors, {"format": FORMAT, **metadata}))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file as a whole or not at all."""
+    path = Path(path)
+    temporary = _temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _open_npy(path: Path, tensor: str | None) -> Source:
+    if tensor is not None:
+        raise ValueError(f"{path} holds one array without a name; leave out --tensor")
+    with _numpy_errors(path):
+        return Source(np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _open_npz(path: Path, tensor: str | None) -> Source:
+    with _numpy_errors(path):
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("no zip archive")
+        with archive:
+            names = archive.files
+            wanted = names if tensor is None else {tensor} & set(names)
+            arrays = {name: archive[name] for name in wanted}
+    matrices = [name for name, array in arrays.items() if array.ndim >= 2]
+    name = _choose(path, tensor, matrices, names)
+    return Source(arrays[name], name)
+
+
+@contextlib.contextmanager
+def _numpy_errors(path: Path) -> Iterator[None]:
+    """Say in our words what numpy, who would offer to unpickle, says in its own."""
+    try:
+        yield
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "object" in str(error).lower():
+            raise ValueError(
+                f"{path} holds Python objects, which are refused: they are never "
+                "unpickled; store plain numbers"
+            ) from error
+        raise ValueError(
+            f"{path}: the file is truncated or not a {path.suffix} file ({error})"
+        ) from error
+
+
+def _open_safetensors(path: Path, tensor: str | None) -> Source:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: the file is truncated or not a safetensors file ({error})"
+        ) from error
+    if metadata.get("format") == FORMAT and tensor is None:
+        return _multiply_out(path, names)
+    header, offset = _safetensors_header(path)
+    matrices = [name for name in names if len(header[name]["shape"]) >= 2]
+    name = _choose(path, tensor, matrices, names)
+    return Source(_map_tensor(path, header, offset, name), name)
+
+
+def _multiply_out(path: Path, names: Sequence[str]) -> Source:
+    """Return the matrix that a file of `write_terms` stands for."""
+    if {"a", "b"} - set(names):
+        raise ValueError(f"{path} says that it is a kronjax file but has no a and b")
+    header, offset = _safetensors_header(path)
+    a, b = (_map_tensor(path, header, offset, name) for name in "ab")
+    if a.ndim < 3 or b.ndim != a.ndim or a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(
+            f"{path}: factors of shapes {a.shape} and {b.shape} do not belong together"
+        )
+    rank, m1, n1 = a.shape[-3:]
+    m2, n2 = b.shape[-2:]
+    # As a product of rearranged factors, in float64 so that the rounding is one.
+    left = np.asarray(a, np.float64).reshape(*a.shape[:-2], m1 * n1)
+    right = np.asarray(b, np.float64).reshape(*b.shape[:-2], m2 * n2)
+    blocks = (left.swapaxes(-1, -2) @ right).reshape(*a.shape[:-3], m1, n1, m2, n2)
+    matrix = blocks.swapaxes(-3, -2).reshape(*a.shape[:-3], m1 * m2, n1 * n2)
+    return Source(matrix.astype(a.dtype), None, (m1, n1), rank)
+
+
+def _safetensors_header(path: Path) -> tuple[dict, int]:
+    """Return the entries of the header and where the data begin, for a valid file."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
+
+
+def _map_tensor(path: Path, header: dict, offset: int, name: str) -> np.ndarray:
+    entry = header[name]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise ValueError(
+            f"{path}: tensor {name} has dtype {entry['dtype']}; real numbers are "
+            f"needed: {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    if math.prod(shape) == 0:  # nothing to map, and the caller will say so
+        return np.empty(shape, dtype)
+    start = offset + entry["data_offsets"][0]
+    # Not the subclass: its views would keep asking after the file.
+    return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=shape))
+
+
+def _choose(
+    path: Path, tensor: str | None, matrices: Sequence[str], names: Sequence[str]
+) -> str:
+    """Return the tensor that is meant, or say what there is."""
+    if tensor is None:
+        candidates = matrices or names
+        if len(candidates) == 1:
+            return candidates[0]
+        if not matrices:
+            raise ValueError(f"{path} holds no matrix; it holds {_listing(names)}")
+        raise ValueError(
+            f"{path} holds {len(matrices)} matrices; choose one by --tensor: "
+            f"{_listing(matrices)}"
+        )
+    if tensor in names:
+        return tensor
+    close = difflib.get_close_matches(tensor, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else _listing(names)
+    raise ValueError(f"{path} has no tensor {tensor}; {hint}")
+
+
+def _listing(names: Sequence[str], most: int = 12) -> str:
+    rest = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *rest]) or "nothing"
+
+
+def _check_numbers(array: np.ndarray, what: str) -> None:
+    dtype = array.dtype
+    if dtype.kind == "c":
+        raise ValueError(f"{what} is complex ({dtype}); only real matrices are served")
+    if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
+        # numpy stores the bytes of a bfloat16 array and forgets what they mean.
+        hint = "; store bfloat16 as .safetensors" if dtype.str == "|V2" else ""
+        raise ValueError(f"{what} has dtype {dtype}, not real numbers{hint}")
+    if array.ndim < 2:
+        kind = "a vector" if array.ndim else "a single number"
+        raise ValueError(f"{what} is {kind} of shape {array.shape}, not a matrix")
+    if array.size == 0:
+        raise ValueError(f"{what} is empty: its shape is {array.shape}")

@@ -1,0 +1,206 @@
+"""The manifold of matrices of fixed Kronecker rank, embedded in all matrices.
+
+A point is `K = Σ_kl s_kl A_k ⊗ B_l`: in rearranged form `R(K) = U S Vᵀ` with
+orthonormal columns `vec A_k` of `U` and `vec B_l` of `V`, and an invertible core `S`
+that need not be diagonal, so that no operation here needs a singular value
+decomposition. A tangent vector at that point is
+
+    R(ξ) = U M Vᵀ + U_p Vᵀ + U V_pᵀ,    UᵀU_p = 0,  VᵀV_p = 0
+
+and is stored as `(U_p, M, V_p)`. Ambient matrices are stored rearranged, `[d1, d2]`
+with `d1 = m1 n1` and `d2 = m2 n2`. Points and tangents keep the factors as the rows of
+`a: [r, d1]` and `b: [r, d2]`. The metric is the Frobenius inner product of the ambient
+space, and a vector is transported by projecting it onto the new tangent space.
+
+References: Vandereycken (2013); Absil and Malick (2012), for the retractions.
+
+>>> import jax.numpy as jnp
+>>> point = nearest(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2)
+>>> jnp.round(jnp.abs(point.core), 3).tolist()
+[[3.0, 0.0], [0.0, 2.0]]
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kronjax import spectral
+from kronjax.lanes import any_lane
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """`R(K) = aᵀ core b`.
+
+    Attributes:
+        a: `[r, d1]`, orthonormal rows, the vectorised left factors.
+        core: `[r, r]`.
+        b: `[r, d2]`, orthonormal rows, the vectorised right factors.
+    """
+
+    a: jax.Array
+    core: jax.Array
+    b: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tangent:
+    """`R(ξ) = aᵀ core b` of the point's `a`, `b` plus `Tangent.aᵀ b + aᵀ Tangent.b`.
+
+    Attributes:
+        a: `[r, d1]`, rows orthogonal to those of the point's `a`.
+        core: `[r, r]`.
+        b: `[r, d2]`, rows orthogonal to those of the point's `b`.
+    """
+
+    a: jax.Array
+    core: jax.Array
+    b: jax.Array
+
+
+def to_ambient(point: Point) -> jax.Array:
+    """Return `R(K)`, `[d1, d2]`."""
+    return _mm(point.a.T, _mm(point.core, point.b))
+
+
+def tangent_to_ambient(point: Point, tangent: Tangent) -> jax.Array:
+    """Return `R(ξ)`, `[d1, d2]`."""
+    left = _mm(tangent.core.T, point.a) + tangent.a
+    return _mm(left.T, point.b) + _mm(point.a.T, tangent.b)
+
+
+def project(point: Point, ambient: jax.Array) -> Tangent:
+    """Project an ambient matrix orthogonally onto the tangent space at `point`.
+
+    Args:
+        point: Where.
+        ambient: `[d1, d2]`.
+
+    Returns:
+        The closest tangent vector. Costs two products `[d1, d2] × [d2, r]`.
+    """
+    az = _mm(point.a, ambient)
+    bz = _mm(point.b, ambient.T)
+    core = _mm(az, point.b.T)
+    return Tangent(bz - _mm(core.T, point.a), core, az - _mm(core, point.b))
+
+
+def transport(source: Point, target: Point, tangents: Tangent) -> Tangent:
+    """Project a stack of tangent vectors at `source` onto the tangent space at `target`.
+
+    Args:
+        source: Where the vectors live.
+        target: Where they are wanted.
+        tangents: `k` vectors, stacked along axis 1 of every field: `[r, k, ·]`, so that
+            each step below is one matrix product for all of them.
+
+    Returns:
+        The vectors at `target`, stacked likewise. Nothing of size `d1 d2` is formed.
+    """
+    aa = _mm(source.a, target.a.T)
+    bb = _mm(source.b, target.b.T)
+    # R(ξ) on the target's right factors, then its transpose on the left ones.
+    mixed = _mm_last(tangents.core, bb) + _mm_last(tangents.b, target.b.T)
+    onto_b = _mm_first(bb.T, tangents.a) + _mm_last(mixed.swapaxes(0, 2), source.a)
+    mixed = _mm_first(aa.T, tangents.core)
+    mixed += _mm_last(tangents.a, target.a.T).swapaxes(0, 2)
+    onto_a = _mm_first(aa.T, tangents.b) + _mm_last(mixed, source.b)
+    core = _mm_last(onto_a, target.b.T)
+    return Tangent(
+        onto_b - _mm_last(core.swapaxes(0, 2), target.a),
+        core,
+        onto_a - _mm_last(core, target.b),
+    )
+
+
+def inner(x: Tangent, y: Tangent) -> jax.Array:
+    """Return the Frobenius inner product `<ξ, η>` of two vectors at one point."""
+    return jnp.vdot(x.a, y.a) + jnp.vdot(x.core, y.core) + jnp.vdot(x.b, y.b)
+
+
+def retract(point: Point, tangent: Tangent) -> Point:
+    """Retract orthographically, or by metric projection where that is unsafe.
+
+    `(U C + U_p) C⁻¹ (C Vᵀ + V_pᵀ)` with `C = S + M`: of second order, its difference to
+    `R(K + ξ)` is normal to the tangent space, and it costs small solves and products
+    only. A `C` that is nearly singular, as at a point of lower rank, would be inverted:
+    such steps go through `retract_metric`.
+    """
+    core = point.core + tangent.core
+    inverse = jnp.linalg.inv(core)
+    x, y = _mm(inverse.T, tangent.a), _mm(inverse, tangent.b)
+    # The Gram matrices of the moved rows have condition number at most 1 + moved.
+    moved = jnp.maximum(jnp.sum(x * x), jnp.sum(y * y))
+    unsafe = ~(moved < 100)
+    safe = _orthonormalise(core, point.a + x, point.b + y)
+
+    def choose():
+        metric = retract_metric(point, tangent)
+        return jax.tree.map(lambda x, y: jnp.where(unsafe, x, y), metric, safe)
+
+    return jax.lax.cond(any_lane(unsafe), choose, lambda: safe)
+
+
+def retract_metric(point: Point, tangent: Tangent) -> Point:
+    """Return the point nearest to `R(K + ξ)` in the Frobenius norm.
+
+    The left basis is that of the concatenation `[U, U_p]`: orthonormalising `U_p` alone
+    loses orthogonality to `U` where `U_p` is small.
+    """
+    r = point.core.shape[0]
+    left = jnp.concatenate([point.a, tangent.a])
+    right = jnp.concatenate(
+        [_mm(point.core + tangent.core, point.b) + tangent.b, point.b]
+    )
+    q, upper = jnp.linalg.qr(left.T)
+    u, s, vt = jnp.linalg.svd(_mm(upper, right), full_matrices=False)
+    return Point(_mm(q, u[:, :r]).T, jnp.diag(s[:r]), vt[:r])
+
+
+def nearest(ambient: jax.Array, rank: int) -> Point:
+    """Return the point of rank `rank` nearest to `ambient` in the Frobenius norm.
+
+    Van Loan's solution, by `spectral.leading_singular`: no full decomposition of a
+    large matrix for a small rank.
+
+    Args:
+        ambient: `[d1, d2]`.
+        rank: At most `min(d1, d2)`.
+
+    Returns:
+        The point, its core diagonal and descending.
+    """
+    u, s, vt = spectral.leading_singular(ambient, rank)
+    return Point(u.T, jnp.diag(s), vt)
+
+
+def _orthonormalise(core, a, b):
+    """Return the point `aᵀ core b` for rows that are independent, not orthonormal.
+
+    Both sides share one decomposition: two small ones that do not wait for each other,
+    batched, can block each other for ever in the two threads of a two-core machine.
+    """
+    gram = jnp.stack([_mm(a, a.T), _mm(b, b.T)])
+    lower = jnp.linalg.cholesky(gram)
+    eye = jnp.broadcast_to(jnp.eye(core.shape[0], dtype=core.dtype), gram.shape)
+    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+    core = _mm(lower[0].T, _mm(core, lower[1]))
+    return Point(_mm(inverse[0], a), core, _mm(inverse[1], b))
+
+
+def _mm_first(x, stack):
+    """Multiply `x` into the first axis of `[r, k, d]`, as one product."""
+    return _mm(x, stack.reshape(stack.shape[0], -1)).reshape(-1, *stack.shape[1:])
+
+
+def _mm_last(stack, y):
+    """Multiply `y` into the last axis of `[r, k, d]`, as one product."""
+    r, k, d = stack.shape
+    return _mm(stack.reshape(r * k, d), y).reshape(r, k, -1)
+
+
+def _mm(x, y):
+    return jnp.matmul(x, y, precision="highest")

@@ -1,0 +1,212 @@
+"""What an approximation amounts to: against truncated SVD and Van Loan, and as JSON.
+
+Truncated SVD stores `m + n` numbers per unit of rank, so the rank of equal parameter
+count is `⌊parameters / (m + n)⌋`, and its spectral error is the next singular value.
+Everything here is computed in float64.
+
+References: Eckart and Young (1936); Van Loan and Pitsianis (1993).
+
+>>> import numpy as np
+>>> baseline = svd_baseline(np.diag([3.0, 2.0, 1.0]), num_parameters=11)
+>>> baseline.rank, float(baseline.spectral)
+(1, 2.0)
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from kronjax.approximate import Approximation
+from kronjax.descent import Status
+
+LARGE = 2048
+"""Beyond this size singular values come from the Gram matrix, in half the time."""
+
+TIE = 1e-4
+"""Relative difference of errors below which nobody wins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """Truncated SVD of the parameter count of a Kronecker sum.
+
+    Attributes:
+        rank: The rank kept, possibly 0.
+        num_parameters: `rank (m + n)`.
+        spectral: `[...]`, spectral errors.
+        frobenius: `[...]`, Frobenius errors.
+        spectral_norm: `[...]`, spectral norms of the matrices themselves.
+    """
+
+    rank: int
+    num_parameters: int
+    spectral: np.ndarray
+    frobenius: np.ndarray
+    spectral_norm: np.ndarray
+
+
+def svd_baseline(matrix: np.ndarray, num_parameters: int) -> Baseline:
+    """Return the errors of truncated SVD of equal parameter count.
+
+    Args:
+        matrix: `[..., m, n]`, any real dtype.
+        num_parameters: Numbers that may be stored for one matrix.
+    """
+    m, n = matrix.shape[-2:]
+    rank = min(num_parameters // (m + n), m, n)
+    matrix = matrix.astype(np.float64)
+    # The Gram matrix must neither overflow nor underflow.
+    scale = np.max(np.abs(matrix), axis=(-2, -1), keepdims=True)
+    matrix /= np.where(scale > 0, scale, 1)
+    if min(m, n) > LARGE:
+        x = matrix if m >= n else matrix.swapaxes(-1, -2)
+        squares = np.linalg.eigvalsh(x.swapaxes(-1, -2) @ x)[..., ::-1]
+        s = np.sqrt(np.maximum(squares, 0))
+    else:
+        s = np.linalg.svd(matrix, compute_uv=False)
+    s = np.append(s * scale[..., 0], np.zeros((*s.shape[:-1], 1)), axis=-1)
+    unit = scale[..., 0, 0]
+    tail = s[..., rank:] / np.where(unit > 0, unit, 1)[..., None]
+    frobenius = unit * np.sqrt(np.sum(tail**2, axis=-1))
+    return Baseline(rank, rank * (m + n), s[..., rank], frobenius, s[..., 0])
+
+
+def statuses(approximation: Approximation) -> Any:
+    """Return the names of the statuses: a string, or lists of strings for a batch."""
+    codes = np.asarray(approximation.status)
+    names = np.vectorize(lambda code: Status(int(code)).name.lower(), otypes=[object])
+    return names(codes).tolist() if codes.ndim else str(names(codes))
+
+
+def summary(approximation: Approximation, baseline: Baseline) -> dict[str, Any]:
+    """Return everything known about an approximation as plain Python values.
+
+    Numbers that belong to a matrix are lists for a batch. What is not finite is None.
+    """
+    terms = approximation.terms[0]
+    error, van_loan = approximation.error, approximation.van_loan
+    return plain(
+        {
+            "shape": approximation.shape,
+            "batch": np.shape(approximation.status),
+            "a_shape": terms.a.shape[-2:],
+            "b_shape": terms.b.shape[-2:],
+            "rank": terms.a.shape[-3],
+            "num_parameters": approximation.num_parameters,
+            "spectral_error": error.spectral,
+            "frobenius_error": error.frobenius,
+            "relative_spectral_error": approximation.relative.spectral,
+            "relative_frobenius_error": approximation.relative.frobenius,
+            "van_loan_spectral_error": van_loan.spectral,
+            "van_loan_frobenius_error": van_loan.frobenius,
+            "svd_rank": baseline.rank,
+            "svd_num_parameters": baseline.num_parameters,
+            "svd_spectral_error": baseline.spectral,
+            "svd_frobenius_error": baseline.frobenius,
+            "status": statuses(approximation),
+            "gemms": approximation.gemms,
+            "seconds": approximation.seconds,
+            "compile_seconds": approximation.compile_seconds,
+            "notes": approximation.notes,
+            "trace": {
+                field.name: getattr(approximation.trace, field.name)
+                for field in dataclasses.fields(approximation.trace)
+            },
+        }
+    )
+
+
+def plain(value: Any) -> Any:
+    """Return `value` made of what JSON knows, with None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return plain(np.asarray(value).tolist())
+
+
+def comparison(approximation: Approximation, baseline: Baseline) -> Table:
+    """Return the table kronjax / truncated SVD / Van Loan; means over a batch."""
+    count = np.size(approximation.status)
+    error, van_loan = approximation.error, approximation.van_loan
+    ours = approximation.num_parameters
+    table = Table(caption=f"means over {count} matrices" if count > 1 else None)
+    table.add_column("method", no_wrap=True)
+    for name in ("parameters", "spectral error", "relative", "Frobenius error"):
+        table.add_column(name, justify="right")
+    norm = np.where(baseline.spectral_norm > 0, baseline.spectral_norm, 1)
+    for method, parameters, spectral, frobenius in (
+        ("kronjax", ours, error.spectral, error.frobenius),
+        (
+            f"SVD, rank {baseline.rank}",
+            baseline.num_parameters,
+            baseline.spectral,
+            baseline.frobenius,
+        ),
+        ("Van Loan", ours, van_loan.spectral, van_loan.frobenius),
+    ):
+        means = (np.mean(x) for x in (spectral, spectral / norm, frobenius))
+        table.add_row(method, f"{parameters:,}", *(f"{x:.5g}" for x in means))
+    return table
+
+
+def verdict(approximation: Approximation, baseline: Baseline) -> str:
+    """Say who has the smaller spectral error: in the mean, and where that is not all.
+
+    Errors at the level of rounding are equally good.
+    """
+    ours = np.ravel(approximation.error.spectral)
+    peers = {
+        "truncated SVD": np.ravel(baseline.spectral),
+        "Van Loan": np.ravel(approximation.van_loan.spectral),
+    }
+    slack = TIE * ours + 1e-6 * np.ravel(baseline.spectral_norm)
+    mean, mean_slack = float(np.mean(ours)), float(np.mean(slack))
+    means = {name: float(np.mean(errors)) for name, errors in peers.items()}
+    winner = min(means, key=lambda name: means[name])
+    if means[winner] < mean - mean_slack:
+        return (
+            f"{winner[0].upper()}{winner[1:]} wins: its spectral error is {_percent(means[winner], mean)} "
+            "below that of kronjax."
+        )
+    parts = [
+        f"{_percent(mean, theirs)} below {name}"
+        if theirs > mean + mean_slack
+        else f"equal to {name}"
+        for name, theirs in means.items()
+    ]
+    lines = [f"The spectral error of kronjax is {' and '.join(parts)}."]
+    for name, errors in peers.items():
+        count = np.count_nonzero(errors < ours - slack)
+        if count:  # then there are several
+            lines.append(f"On {count} of {ours.size} matrices {name} wins.")
+    return " ".join(lines)
+
+
+def effort(approximation: Approximation) -> str:
+    """Return one line on how the solve ended and what it cost."""
+    names, counts = np.unique(
+        np.ravel(np.asarray(statuses(approximation), object)).astype(str),
+        return_counts=True,
+    )
+    status = ", ".join(
+        name.replace("_", " ") + (f" ({count})" if len(names) > 1 else "")
+        for name, count in zip(names, counts, strict=True)
+    )
+    gemms = np.mean(approximation.gemms)
+    each = " per matrix" if np.size(approximation.status) > 1 else ""
+    return (
+        f"{status.capitalize()} after {gemms:,.0f} GEMMs{each}, {approximation.seconds:.2f} s, "
+        f"and {approximation.compile_seconds:.2f} s to compile."
+    )
+
+
+def _percent(smaller: float, larger: float) -> str:
+    return f"{100 * (1 - smaller / larger):.3g} %"

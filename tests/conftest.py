@@ -1,0 +1,50 @@
+"""Settings of every test run.
+
+The core is tested where mistakes cannot hide: 64-bit, and with an error wherever jax
+would promote a rank or a dtype in silence. Child processes (the command line, the
+notebooks) inherit none of this and see what a user sees.
+"""
+
+import os
+import shutil
+import tempfile
+
+import hypothesis
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# No deadline, because the first example of each shape compiles. CI draws the same
+# examples every time, so that a red run is the fault of the change it tests.
+hypothesis.settings.register_profile(
+    "kronjax",
+    deadline=None,
+    max_examples=20,
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+)
+hypothesis.settings.load_profile("kronjax")
+
+
+def pytest_configure(config):
+    """Share compiled programs between the workers and their child processes.
+
+    The directory lives as long as the run: nothing compiled by an earlier state of the
+    code can decide a test. Environment variables carry it, for workers and child
+    processes inherit them.
+    """
+    if not hasattr(config, "workerinput"):
+        cache = tempfile.mkdtemp(prefix="kronjax-compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["MPLBACKEND"] = "Agg"
+        # Two workers cannot each reserve most of one accelerator.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # jax may have been imported before the variables were set.
+    jax.config.update(
+        "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

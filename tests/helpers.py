@@ -1,0 +1,45 @@
+"""Independent references in float64 NumPy: slow, and obvious enough to be believed."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def rearrange_reference(matrix, a_shape):
+    """The rearrangement, one block of `matrix` at a time: [m1 n1, m2 n2]."""
+    matrix = np.asarray(matrix, dtype=np.float64)
+    m1, n1 = a_shape
+    m2, n2 = matrix.shape[0] // m1, matrix.shape[1] // n1
+    assert (m1 * m2, n1 * n2) == matrix.shape
+    rows = []
+    for i in range(m1):
+        for j in range(n1):
+            block = matrix[i * m2 : (i + 1) * m2, j * n2 : (j + 1) * n2]
+            rows.append([block[row, col] for row in range(m2) for col in range(n2)])
+    return np.array(rows)
+
+
+def kronecker_sum_reference(a, b):
+    """The matrix `sum_k A_k ⊗ B_k` of `a: [r, m1, n1]` and `b: [r, m2, n2]`."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    assert len(a) == len(b)
+    return sum(np.kron(left, right) for left, right in zip(a, b, strict=True))
+
+
+def schatten_reference(matrix, p):
+    """The Schatten p-norm `(sum_i sigma_i^p)^(1/p)`; the spectral norm at p = inf."""
+    matrix = np.asarray(matrix, dtype=np.float64)
+    scale = np.max(np.abs(matrix), initial=0.0)
+    if scale == 0.0:
+        return 0.0
+    sigma = np.linalg.svd(matrix / scale, compute_uv=False)
+    if np.isinf(p):
+        return float(scale * sigma[0])
+    # The largest ratio is one, so no power overflows, and the powers that underflow
+    # would have been lost beside that one.
+    ratios = sigma / sigma[0]
+    return float(scale * sigma[0] * np.sum(ratios**p) ** (1.0 / p))
+
+
+def tolerance(dtype, factor=100.0):
+    """A relative tolerance of `factor` roundings in `dtype`."""
+    return factor * float(jnp.finfo(dtype).eps)

@@ -1,0 +1,47 @@
+"""Every notebook runs from the first cell to the last, on a reduced size."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from traitlets import default
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+class ThisInterpreter(AsyncKernelManager):
+    """Runs kernels by the interpreter of the tests.
+
+    An installed kernel named python3 may belong to another environment; where no
+    kernel folder is searched, the native one is left.
+    """
+
+    @default("kernel_spec_manager")
+    def _search_no_folder(self):
+        return KernelSpecManager(parent=self, kernel_dirs=[])
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("KRONJAX_NOTEBOOK_QUICK", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    # Figures go into the notebook, as they do for a reader.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    working = tmp_path / "work"
+    working.mkdir()
+    client = NotebookClient(
+        nbformat.read(path, as_version=4),
+        kernel_name="python3",
+        kernel_manager_class=ThisInterpreter,
+        timeout=600,
+        resources={"metadata": {"path": str(working)}},
+    )
+    client.execute()
