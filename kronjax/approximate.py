@@ -136,7 +136,7 @@ def approximate(
         begun = time.perf_counter()
         solution = _run(problem, programs, stacked, tolerance, seed, progress)
         seconds = time.perf_counter() - begun
-    solution = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), solution)
+    solution = jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], solution)
     exact = target.astype(np.float64)
     error = _errors(exact, solution.terms)
     size = _norms(exact)
@@ -144,7 +144,8 @@ def approximate(
         terms=solution.terms,
         error=error,
         relative=Errors(
-            _ratio(error.spectral, size.spectral), _ratio(error.frobenius, size.frobenius)
+            _ratio(error.spectral, size.spectral),
+            _ratio(error.frobenius, size.frobenius),
         ),
         van_loan=_errors(exact, solution.frobenius),
         trace=solution.trace,
@@ -238,7 +239,9 @@ def _programs(problem: Problem, shape, dtype, x64):
 
 def _compile(problem, stacked):
     begun = time.perf_counter()
-    programs = _programs(problem, stacked.shape, stacked.dtype, jax.config.jax_enable_x64)
+    programs = _programs(
+        problem, stacked.shape, stacked.dtype, jax.config.jax_enable_x64
+    )
     seconds = time.perf_counter() - begun
     return programs, seconds if seconds > 0.01 else 0.0
 

@@ -98,6 +98,8 @@ class Path:
         running: Number of the start that runs.
         winner: Number of the champion's start.
         frobenius: The points at p = 2.
+        best: The points of the smallest spectral error at the end of a stage.
+        best_error: That error, relative to `‖T‖_F`.
     """
 
     state: descent.State
@@ -106,6 +108,8 @@ class Path:
     running: jax.Array
     winner: jax.Array
     frobenius: tuple[Point, ...]
+    best: tuple[Point, ...]
+    best_error: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +199,8 @@ def parse_norm(norm: float | str) -> float:
 
 
 def default_budget(shape: tuple[int, int]) -> int:
-    """Return the products per stage: 1,000 where they are cheap, falling to 140."""
-    return max(140, min(1000, 100_000 // min(shape)))
+    """Return the products per stage: 1,000 where they are cheap, falling to 165."""
+    return max(165, min(1000, 100_000 // min(shape)))
 
 
 def solve(
@@ -257,14 +261,17 @@ def start(problem: Problem, matrix) -> tuple[Path, Trace]:
         error = target - sum(_matrices(problem, points))
     points = tuple(points)
     state = descent.init(points)
+    zero = jnp.array(0)
+    spectral_error = spectral.estimate_norm(error)
     line = Trace(
         p=jnp.full((), 2, target.dtype),
         value=jnp.linalg.norm(error) * scale,
-        spectral_error=spectral.estimate_norm(error) * scale,
-        steps=jnp.array(0),
-        gemms=jnp.array(0),
+        spectral_error=spectral_error * scale,
+        steps=zero,
+        gemms=zero,
     )
-    return Path(state, points, state, jnp.array(0), jnp.array(0), points), line
+    path = Path(state, points, state, zero, zero, points, points, spectral_error)
+    return path, line
 
 
 def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed):
@@ -285,10 +292,12 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
         tolerance=tolerance,
         max_evaluations=jnp.maximum(stage.budget // products, 4),
     )
+    spectral_error = _spectral_error(problem, target, state.points, 3)
+    better = spectral_error < path.best_error
     line = Trace(
         p=schatten.exponent(stage.squarings).astype(target.dtype),
         value=jnp.sqrt(2 * state.value) * scale,
-        spectral_error=_spectral_error(problem, target, state.points, 3) * scale,
+        spectral_error=spectral_error * scale,
         steps=state.steps,
         gemms=state.evaluations * products,
     )
@@ -302,6 +311,8 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
             running=running,
             winner=jnp.where(wins, running, path.winner),
             frobenius=path.frobenius,
+            best=_select(better, state.points, path.best),
+            best_error=jnp.where(better, spectral_error, path.best_error),
         ),
         line,
     )
@@ -322,7 +333,10 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
     count = problem.num_race_stages
     race, rest = (
         jax.tree.map(lambda x, part=part: x[part], lines)
-        for part in (slice(None, count * problem.starts), slice(count * problem.starts, None))
+        for part in (
+            slice(None, count * problem.starts),
+            slice(count * problem.starts, None),
+        )
     )
     if not count:
         return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
@@ -334,24 +348,22 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
 
 
 def finish(problem: Problem, matrix, path: Path, trace: Trace) -> Solution:
-    """Return the best of the last point, its extrapolation and the Frobenius one."""
+    """Return the solution: for the spectral norm, the best stage or the limit."""
     target, scale, finite = _normalise(matrix)
-    candidates = [path.state.points, path.frobenius]
+    points = path.state.points
     if problem.is_spectral:
         p, q = trace.p[-2:]
-        weight = p / (q - p)
-        candidates.append(_extrapolate(path.previous, path.state.points, weight))
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *candidates)
-    errors = jax.vmap(lambda points: _spectral_error(problem, target, points))(stacked)
-    best = jnp.argmin(errors) if problem.is_spectral else 0
-    points = jax.tree.map(lambda x: x[best], stacked)
+        limit = _extrapolate(path.previous, points, p / (q - p))
+        better = _spectral_error(problem, target, limit) < path.best_error
+        points = _select(better, limit, path.best)
+    error = _spectral_error(problem, target, points)
     lost = jnp.where(finite, 1, jnp.nan).astype(target.dtype)
     status = jnp.where(finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
         status = jnp.where(finite, Status.CONVERGED, Status.NONFINITE)
     return Solution(
         terms=_to_terms(problem, points, scale),
-        spectral_error=errors[best] * scale * lost,
+        spectral_error=error * scale * lost,
         frobenius=_to_terms(problem, path.frobenius, scale),
         trace=dataclasses.replace(
             trace,
@@ -406,7 +418,9 @@ def _perturb(points, key, size):
         tangent = manifold.project(point, noise)
         length = size * jnp.linalg.norm(point.core)
         length = length / jnp.sqrt(manifold.inner(tangent, tangent))
-        return manifold.retract_metric(point, jax.tree.map(lambda x: length * x, tangent))
+        return manifold.retract_metric(
+            point, jax.tree.map(lambda x: length * x, tangent)
+        )
 
     return tuple(map(move, points, jax.random.split(key, len(points))))
 
@@ -415,7 +429,9 @@ def _extrapolate(previous, points, weight):
     """Continue the line from `previous` through `points` by `weight` of its length."""
 
     def move(old, new):
-        step = manifold.project(new, manifold.to_ambient(new) - manifold.to_ambient(old))
+        step = manifold.project(
+            new, manifold.to_ambient(new) - manifold.to_ambient(old)
+        )
         return manifold.retract_metric(new, jax.tree.map(lambda x: weight * x, step))
 
     return tuple(map(move, previous, points))
@@ -438,8 +454,6 @@ def _to_terms(problem, points, scale):
         )
         r, b_shape = len(s), configuration.b_shape(problem.shape)
         terms.append(
-            KroneckerTerms(
-                a.reshape(r, *configuration.a_shape), b.reshape(r, *b_shape)
-            )
+            KroneckerTerms(a.reshape(r, *configuration.a_shape), b.reshape(r, *b_shape))
         )
     return tuple(terms)

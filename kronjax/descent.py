@@ -22,7 +22,7 @@ from kronjax import manifold
 from kronjax.lanes import any_lane
 from kronjax.manifold import Point, Tangent
 
-MEMORY = 12
+MEMORY = 10
 """Curvature pairs kept."""
 
 ARMIJO = 1e-4
@@ -134,7 +134,9 @@ def step(objective: Objective, state: State, tolerance, max_evaluations) -> Stat
 
     def choose():
         kept = _shorten(state, value, running)
-        return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), advanced, kept)
+        return jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), advanced, kept
+        )
 
     return jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
 

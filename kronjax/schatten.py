@@ -45,7 +45,9 @@ def squarings_for(p: float) -> int:
         if p == (2 if j < 0 else 2 ** (j + 1) + 2):
             return j
     served = ", ".join(str(2 ** (j + 1) + 2) for j in range(MAX_SQUARINGS + 1))
-    raise ValueError(f"Schatten p-norms are available for p = 2, {served}; got p = {p}.")
+    raise ValueError(
+        f"Schatten p-norms are available for p = 2, {served}; got p = {p}."
+    )
 
 
 def num_products(squarings):
@@ -116,7 +118,9 @@ def _trace_one_power(gram, squarings):
     identity = jnp.eye(n, dtype=gram.dtype) / n
     is_frobenius = jnp.asarray(squarings) < 0
     power = jnp.where(is_frobenius, identity, power)
-    return power, jnp.where(is_frobenius, jnp.log(jnp.asarray(n, gram.dtype)), log_scale)
+    return power, jnp.where(
+        is_frobenius, jnp.log(jnp.asarray(n, gram.dtype)), log_scale
+    )
 
 
 def _product(x, y):
