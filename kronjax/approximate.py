@@ -14,7 +14,6 @@ True
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kronjax import continuation
-from kronjax.continuation import Path, Problem, Stage, Trace
+from kronjax.continuation import Problem, Stage, Trace
 from kronjax.kronecker import Configuration, KroneckerTerms
 
 

@@ -142,8 +142,11 @@ class Problem:
             )
         if isinstance(configuration, Configuration):
             configuration = (configuration,)
-        if starts < 1:
-            raise ValueError(f"starts must be at least 1; got {starts}.")
+        if not configuration:
+            raise ValueError("solve needs at least one Configuration; got none.")
+        for name, number in (("starts", starts), ("budget", budget)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1; got {number}.")
         p = parse_norm(norm)
         last = schatten.MAX_SQUARINGS if math.isinf(p) else schatten.squarings_for(p)
         capped = tuple(
@@ -238,6 +241,11 @@ def solve(
     Raises:
         ValueError: If `matrix` is not one matrix or a configuration does not fit.
     """
+    if matrix.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"solve computes in float32 or float64; got {matrix.dtype}. Convert the "
+            "matrix, or call kronjax.approximate, which does."
+        )
     problem = Problem.of(matrix.shape, configuration, norm, starts, budget)
     path, first = start(problem, matrix)
     schedule = problem.schedule()
@@ -286,12 +294,13 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
     products = schatten.num_products(stage.squarings)
     objective = _objective(problem, target, stage.squarings)
     previous = state.points
-    state = descent.minimize(
-        objective,
-        descent.restart(objective, state),
+    rounding = 10 * float(jnp.finfo(target.dtype).eps)  # the norm of the target is one
+    limits = descent.Limits(
         tolerance=tolerance,
         max_evaluations=jnp.maximum(stage.budget // products, 4),
+        floor=rounding**2 / 2,
     )
+    state = descent.minimize(objective, descent.restart(objective, state), limits)
     spectral_error = _spectral_error(problem, target, state.points, 3)
     better = spectral_error < path.best_error
     line = Trace(

@@ -72,6 +72,22 @@ class State:
     status: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When to stop; all traced.
+
+    Attributes:
+        tolerance: Predicted relative decrease of the value that is not worth a step.
+        max_evaluations: Values and gradients to spend in all.
+        floor: Value that counts as zero.
+    """
+
+    tolerance: float | jax.Array
+    max_evaluations: int | jax.Array
+    floor: float | jax.Array = 0.0
+
+
 Objective = Callable[[tuple[Point, ...]], tuple[jax.Array, tuple[jax.Array, ...]]]
 
 
@@ -121,55 +137,55 @@ def restart(objective: Objective, state: State, step=0.5) -> State:
     )
 
 
-def step(objective: Objective, state: State, tolerance, max_evaluations) -> State:
+def step(objective: Objective, state: State, limits: Limits) -> State:
     """Make one trial: advance to it or shorten the step; a finished state stays."""
-    running = _is_running(state, max_evaluations)
+    running = _is_running(state, limits)
     trial = jax.tree.map(lambda x: state.step * x, state.direction)
     points = _map(manifold.retract, state.points, trial)
     value, gradient = _evaluate(objective, points)
     noise = 4 * jnp.finfo(value.dtype).eps * state.value
     wanted = state.value + ARMIJO * state.step * state.slope + noise
     accepted = running & (value <= wanted)
-    advanced = _advance(state, points, value, gradient, trial, tolerance)
+    advanced = _advance(state, points, value, gradient, trial, limits)
 
     def choose():
         kept = _shorten(state, value, running)
-        return jax.tree.map(
-            lambda new, old: jnp.where(accepted, new, old), advanced, kept
-        )
+        return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), advanced, kept)
 
     return jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
 
 
-def minimize(
-    objective: Objective, state: State, *, tolerance, max_evaluations
-) -> State:
+def minimize(objective: Objective, state: State, limits: Limits) -> State:
     """Iterate `step` until converged, stuck or out of evaluations.
 
     Args:
         objective: As for `restart`.
         state: Where to begin; its history is used.
-        tolerance: Stop when the quasi-Newton model predicts a smaller relative
-            decrease of the value; traced.
-        max_evaluations: Values and gradients to spend in all; traced.
+        limits: When to stop.
 
     Returns:
         The last state. Under `vmap` a lane that is done stays as it is until all are.
     """
     state = jax.lax.while_loop(
-        lambda state: any_lane(_is_running(state, max_evaluations)),
-        lambda state: step(objective, state, tolerance, max_evaluations),
+        lambda state: any_lane(_is_running(state, limits)),
+        lambda state: step(objective, state, limits),
         state,
     )
-    status = jnp.where(state.status == Status.RUNNING, Status.MAX_STEPS, state.status)
+    ended = jnp.where(
+        state.value <= limits.floor, int(Status.CONVERGED), int(Status.MAX_STEPS)
+    )
+    status = jnp.where(state.status == Status.RUNNING, ended, state.status)
     return dataclasses.replace(state, status=status)
 
 
-def _is_running(state, max_evaluations):
-    return (state.status == Status.RUNNING) & (state.evaluations < max_evaluations)
+def _is_running(state, limits):
+    in_reach = (state.evaluations < limits.max_evaluations) & (
+        state.value > limits.floor
+    )
+    return (state.status == Status.RUNNING) & in_reach
 
 
-def _advance(state, points, value, gradient, trial, tolerance):
+def _advance(state, points, value, gradient, trial, limits):
     stack = jax.tree.map(
         lambda pairs, s, g: jnp.concatenate(
             [pairs[:, 1:MEMORY], s[:, None], pairs[:, MEMORY + 1 :], g[:, None]], axis=1
@@ -191,7 +207,7 @@ def _advance(state, points, value, gradient, trial, tolerance):
         lambda d, g: jnp.where(descends, d, -g), direction, gradient
     )
     slope = jnp.where(descends, slope, -_inner(gradient, gradient))
-    converged = -slope <= 2 * tolerance * value
+    converged = -slope <= 2 * limits.tolerance * value
     return State(
         points=points,
         value=value,
@@ -216,7 +232,7 @@ def _shorten(state, value, running):
     return dataclasses.replace(
         state,
         step=shorter,
-        evaluations=state.evaluations + running,
+        evaluations=state.evaluations + running.astype(int),
         status=jnp.where(failed, Status.LINE_SEARCH_FAILED, state.status),
     )
 
@@ -227,8 +243,8 @@ def _quasi_newton(gradient, pairs, curvature):
     filled = curvature > 0
     gram = _gram(pairs, pairs)
     against = _gram(pairs, jax.tree.map(lambda x: x[:, None], gradient))[:, 0]
-    sy = jnp.where(filled[:, None] & filled, gram[:h, h:], 0)
-    yy = jnp.where(filled[:, None] & filled, gram[h:, h:], 0)
+    both = filled[:, None] & filled[None]
+    sy, yy = jnp.where(both, gram[:h, h:], 0), jnp.where(both, gram[h:, h:], 0)
     sg, yg = jnp.where(filled, against[:h], 0), jnp.where(filled, against[h:], 0)
     upper = jnp.triu(sy, 1) + jnp.diag(jnp.where(filled, curvature, 1))
     newest = jnp.max(jnp.where(filled, jnp.arange(h), -1))

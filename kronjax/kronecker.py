@@ -22,6 +22,7 @@ References: Van Loan and Pitsianis (1993); Van Loan (2000).
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -45,18 +46,17 @@ class Configuration:
     rank: int
 
     def __post_init__(self):
-        """Accept any pair of integers and refuse the rest."""
-        a_shape = tuple(self.a_shape)
-        numbers = (*a_shape, self.rank)
-        if len(a_shape) != 2 or any(
-            isinstance(x, bool) or x != int(x) or x < 1 for x in numbers
-        ):
+        """Accept any pair of positive integers and refuse the rest."""
+        try:
+            m1, n1 = map(_positive, self.a_shape)
+            rank = _positive(self.rank)
+        except (TypeError, ValueError):
             raise ValueError(
                 "Configuration needs a_shape=(m1, n1) and rank, positive integers; "
                 f"got a_shape={self.a_shape!r}, rank={self.rank!r}."
-            )
-        object.__setattr__(self, "a_shape", (int(a_shape[0]), int(a_shape[1])))
-        object.__setattr__(self, "rank", int(self.rank))
+            ) from None
+        object.__setattr__(self, "a_shape", (m1, n1))
+        object.__setattr__(self, "rank", rank)
 
     def b_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Return `(m2, n2)`, the shape of the right factors for a matrix of `shape`.
@@ -64,7 +64,9 @@ class Configuration:
         Raises:
             ValueError: If `a_shape` does not divide `shape`; lists what would.
         """
-        for size, part, axis in zip(shape, self.a_shape, ("rows", "columns")):
+        for size, part, axis in zip(
+            shape, self.a_shape, ("rows", "columns"), strict=True
+        ):
             if size % part:
                 raise ValueError(
                     f"a_shape {self.a_shape} does not divide a matrix of shape "
@@ -190,6 +192,12 @@ def matmul_cost(terms: KroneckerTerms) -> int:
     (m1, n1), (m2, n2) = terms.a.shape[-2:], terms.b.shape[-2:]
     costs = _left_first_cost(m1, n1, m2, n2), _right_first_cost(m1, n1, m2, n2)
     return terms.rank * min(costs)
+
+
+def _positive(number):
+    if isinstance(number, bool) or operator.index(number) < 1:
+        raise ValueError(number)
+    return operator.index(number)
 
 
 def _left_first_cost(m1, n1, m2, n2):

@@ -89,7 +89,7 @@ def project(point: Point, ambient: jax.Array) -> Tangent:
 
 
 def transport(source: Point, target: Point, tangents: Tangent) -> Tangent:
-    """Project a stack of tangent vectors at `source` onto the tangent space at `target`.
+    """Project tangent vectors at `source` onto the tangent space at `target`.
 
     Args:
         source: Where the vectors live.
@@ -135,6 +135,7 @@ def retract(point: Point, tangent: Tangent) -> Point:
     # The Gram matrices of the moved rows have condition number at most 1 + moved.
     moved = jnp.maximum(jnp.sum(x * x), jnp.sum(y * y))
     unsafe = ~(moved < 100)
+    # Inverting a core like diag(1, 0) would throw the point far away.
     safe = _orthonormalise(core, point.a + x, point.b + y)
 
     def choose():

@@ -11,8 +11,8 @@ nothing overflows whatever the scale of `E` or the size of p. One call costs `j 
 products of the size of `EᵀE`. No singular vectors are formed: the derivative is finite
 at equal and at zero singular values. Rounding grows like `p · eps`.
 
-References: MATH of smoothed spectral norms in Nesterov (2007); Higham, *Functions of
-Matrices* (2008), for powers by squaring.
+References: Nesterov (2007), for p-norms as smooth spectral norms; Higham (2008), for
+powers by squaring.
 
 >>> import jax.numpy as jnp
 >>> value, gradient = value_and_gradient(jnp.diag(jnp.array([3.0, 4.0])), -1)
@@ -30,9 +30,9 @@ MAX_SQUARINGS = 11
 
 
 def exponent(squarings):
-    """Return `p = 2^{j+1} + 2` for `j` squarings, or 2 for `j = -1`; float, traced."""
+    """Return `p = 2^{j+1} + 2`, an integer, or 2 for `j = -1`; `j` may be traced."""
     j = jnp.asarray(squarings)
-    return jnp.where(j < 0, 2.0, 2.0 * 2.0 ** jnp.maximum(j, 0) + 2.0)
+    return jnp.where(j < 0, 2, (2 << jnp.maximum(j, 0)) + 2)
 
 
 def squarings_for(p: float) -> int:

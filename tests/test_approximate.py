@@ -1,0 +1,195 @@
+import io
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import kronecker_sum_reference
+
+import kronjax
+from kronjax import Configuration, Status, approximate
+
+SMALL = Configuration((3, 4), rank=2)
+
+
+def draw(seed, *batch):
+    return np.random.default_rng(seed).standard_normal((*batch, 12, 12))
+
+
+def test_reports_what_it_returns():
+    matrix = draw(0)
+    approx = approximate(matrix, SMALL)
+    assert approx.terms[0].a.shape == (2, 3, 4)
+    assert approx.terms[0].b.shape == (2, 4, 3)
+    dense = kronecker_sum_reference(approx.terms[0].a, approx.terms[0].b)
+    np.testing.assert_allclose(approx.matrix(), dense, atol=1e-13)
+    rest = matrix - dense
+    assert approx.error.spectral == pytest.approx(np.linalg.norm(rest, 2), rel=1e-12)
+    assert approx.error.frobenius == pytest.approx(np.linalg.norm(rest), rel=1e-12)
+    size = np.linalg.norm(matrix, 2)
+    assert approx.relative.spectral == pytest.approx(approx.error.spectral / size)
+    assert approx.error.spectral < approx.van_loan.spectral
+    assert approx.error.frobenius > approx.van_loan.frobenius
+    assert approx.num_parameters == 2 * 24
+    assert approx.shape == (12, 12)
+    assert approx.gemms == approx.trace.gemms.sum() > 0
+    assert approx.status == Status.CONVERGED
+    assert approx.notes == ()
+    assert approx.seconds > 0
+    assert approx.terms[0].a.dtype == np.float64
+
+
+def test_agrees_with_solve():
+    matrix = draw(1)
+    approx = approximate(matrix, SMALL)
+    solution = jax.jit(lambda x: kronjax.solve(x, SMALL))(jnp.asarray(matrix))
+    np.testing.assert_allclose(
+        approx.error.spectral, solution.spectral_error, rtol=2e-4
+    )
+
+
+def test_batches_keep_their_axes():
+    matrices = draw(2, 2, 3)
+    approx = approximate(matrices, SMALL)
+    assert approx.terms[0].a.shape == (2, 3, 2, 3, 4)
+    assert approx.matrix().shape == (2, 3, 12, 12)
+    assert approx.error.spectral.shape == approx.status.shape == (2, 3)
+    assert approx.gemms.shape == (2, 3)
+    assert approx.trace.p.shape == (2, 3, 8)
+    rest = matrices[1, 2] - approx.matrix()[1, 2]
+    assert approx.error.spectral[1, 2] == pytest.approx(np.linalg.norm(rest, 2))
+
+
+def test_the_second_call_does_not_compile():
+    approximate(draw(3), SMALL, tolerance=1e-3)
+    again = approximate(draw(4), SMALL, tolerance=1e-4, seed=3)
+    assert again.compile_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "note"),
+    [
+        ("int32", "int32 input computed in float32"),
+        ("bool", "bool input computed in float32"),
+        ("float16", "float16 input computed in float32"),
+        ("bfloat16", "bfloat16 input computed in float32"),
+        ("float32", None),
+    ],
+)
+def test_short_numbers_are_computed_in_float32(dtype, note):
+    matrix = jnp.asarray(3 * draw(5)).astype(dtype)
+    approx = approximate(matrix, SMALL)
+    assert approx.terms[0].a.dtype == np.float32
+    assert approx.notes == ((note,) if note else ())
+    rest = np.asarray(matrix).astype(float) - approx.matrix()
+    assert approx.error.spectral == pytest.approx(
+        np.linalg.norm(rest, 2), rel=1e-5, abs=1e-6
+    )
+
+
+def test_the_dtype_can_be_chosen():
+    assert approximate(draw(5), SMALL, dtype="float32").terms[0].a.dtype == np.float32
+    wide = approximate(draw(5).astype(np.float32), SMALL, dtype="float64")
+    assert wide.terms[0].a.dtype == np.float64
+    with pytest.raises(ValueError, match='"float32" or "float64"; got \'float16\''):
+        approximate(draw(5), SMALL, dtype="float16")
+
+
+def test_float64_needs_no_global_switch():
+    with jax.enable_x64(False):
+        approx = approximate(draw(0), SMALL)
+        assert not jax.config.jax_enable_x64
+    assert approx.error.spectral == pytest.approx(
+        approximate(draw(0), SMALL).error.spectral, rel=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.zeros(12), r"got shape \(12,\). Reshape a vector"),
+        (np.zeros((0, 12)), "with entries"),
+        (np.zeros((12, 12), complex), "real numbers; got dtype complex128"),
+        (np.array([["a", "b"]]), "real numbers; got dtype <U1"),
+        (np.zeros((12, 11)), "4 is not a divisor of its 11 columns"),
+        (np.full((12, 12), 1e200), None),
+    ],
+)
+def test_bad_matrices_are_named(matrix, message):
+    if message is None:
+        with pytest.raises(ValueError, match='overflow float32; pass dtype="float64"'):
+            approximate(matrix, SMALL, dtype="float32")
+        return
+    with pytest.raises(ValueError, match=message):
+        approximate(matrix, SMALL)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_entries_that_are_not_finite_are_located(bad):
+    matrices = draw(6, 2)
+    matrices[1, 3, 5] = bad
+    with pytest.raises(ValueError, match=re.escape(f"first at (1, 3, 5): {bad}")):
+        approximate(matrices, SMALL)
+
+
+def test_zero_and_rank_deficient_matrices():
+    left = draw(7)[:, :2]
+    matrices = np.stack([np.zeros((12, 12)), left @ left.T, np.ones((12, 12))])
+    approx = approximate(matrices, SMALL)
+    assert approx.error.spectral[0] == approx.relative.spectral[0] == 0
+    assert approx.error.spectral[2] < 1e-12
+    assert np.isfinite(approx.matrix()).all()
+    assert (approx.status == Status.CONVERGED).all()
+
+
+def test_a_rank_above_the_maximum_is_capped_with_a_note():
+    approx = approximate(draw(8), Configuration((3, 4), rank=99))
+    assert approx.terms[0].rank == 12
+    assert approx.error.spectral < 1e-12
+    assert approx.notes == (
+        "rank 99 capped at 12, the largest Kronecker rank with factors (3, 4): the "
+        "solution is exact",
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scales(scale):
+    reference = approximate(draw(9), SMALL)
+    for dtype in ("float32", "float64"):
+        approx = approximate(draw(9) * scale, SMALL, dtype=dtype)
+        assert approx.error.spectral / scale == pytest.approx(
+            reference.error.spectral, rel=2e-3
+        )
+
+
+def test_van_loan_is_the_answer_for_the_frobenius_norm():
+    approx = approximate(draw(10), SMALL, norm="frobenius")
+    assert approx.error.frobenius == approx.van_loan.frobenius
+    assert approx.gemms == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_drawn_when_wanted_and_only_then(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for wanted, drawn in ((True, True), (False, False), (None, False)):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        approximate(draw(11), SMALL, progress=wanted)
+        assert ("p = 4098" in terminal.getvalue()) == drawn
+
+
+def test_an_approximation_can_be_approximated_exactly():
+    approx = approximate(draw(12), SMALL)
+    again = approximate(approx.matrix(), SMALL)
+    assert again.error.spectral < 1e-12
+
+
+def test_parity_of_names():
+    assert set(kronjax.__all__) <= set(dir(kronjax))
+    with pytest.raises(AttributeError, match="no attribute 'aproximate'"):
+        kronjax.aproximate  # noqa: B018
