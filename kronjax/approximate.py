@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kronjax import continuation
-from kronjax.continuation import Problem, Stage, Trace
+from kronjax.continuation import Trace
 from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.problem import Problem, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Approximation:
 
     def matrix(self) -> np.ndarray:
         """Multiply the sum out: `[..., m, n]`, in the dtype of the factors."""
-        return sum(_multiply_out(terms) for terms in self.terms)
+        return np.sum([_multiply_out(terms) for terms in self.terms], axis=0)
 
 
 def approximate(
@@ -198,7 +199,7 @@ def _note_caps(configuration, problem, notes):
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(problem: Problem, shape, dtype, x64):
+def _programs(problem: Problem, shape, dtype):
     """Compile the three parts of a solve for a batch `shape`; return them."""
     matrices = jax.ShapeDtypeStruct(shape, dtype)
     scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
@@ -238,9 +239,7 @@ def _programs(problem: Problem, shape, dtype, x64):
 
 def _compile(problem, stacked):
     begun = time.perf_counter()
-    programs = _programs(
-        problem, stacked.shape, stacked.dtype, jax.config.jax_enable_x64
-    )
+    programs = _programs(problem, stacked.shape, stacked.dtype)
     seconds = time.perf_counter() - begun
     return programs, seconds if seconds > 0.01 else 0.0
 

@@ -10,7 +10,6 @@ is kept if its spectral error is smaller. p is traced: all stages share one comp
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import jax
@@ -21,9 +20,7 @@ from kronjax.descent import Status
 from kronjax.kronecker import Configuration, KroneckerTerms, rearrange, unrearrange
 from kronjax.lanes import after
 from kronjax.manifold import Point
-
-SQUARINGS = (0, 1, 3, 5, 7, 9, 11)
-"""The schedule: p = 4, then 6 and four times as much at every stage, up to 4098."""
+from kronjax.problem import Problem, Stage
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +31,7 @@ class Trace:
     Attributes:
         p: Exponent of the Schatten norm.
         value: `‖T − K‖_p` at the end of the stage.
-        spectral_error: Lower bound of `‖T − K‖_2` there, settled to 1e-6.
+        spectral_error: Lower bound of `‖T − K‖_2` there, from a few iterations.
         steps: Accepted steps.
         gemms: Products of the size of `EᵀE`, those of rejected trials included.
     """
@@ -68,26 +65,6 @@ class Solution:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One entry of a schedule; arrays `[stages]` when stacked.
-
-    Attributes:
-        squarings: `j`, which sets p.
-        budget: Products of the size of `EᵀE` that may be spent.
-        begins: Number of the start that begins here, or -1.
-        ends: Whether a start ends here, to be compared with the champion.
-        resumes: Whether the champion goes on from here.
-    """
-
-    squarings: int | jax.Array
-    budget: int | jax.Array
-    begins: int | jax.Array
-    ends: bool | jax.Array
-    resumes: bool | jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Path:
     """Where a continuation stands.
 
@@ -110,100 +87,6 @@ class Path:
     frobenius: tuple[Point, ...]
     best: tuple[Point, ...]
     best_error: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """All that is static about one problem; hashable, with ranks capped.
-
-    Attributes:
-        shape: `(m, n)` of the matrix.
-        configurations: What to look for.
-        squarings: The stages, ascending; empty for the Frobenius norm.
-        is_spectral: Whether the last stage stands for p = inf.
-        starts: Starts in the race.
-        budget: Products of the size of `EᵀE` per stage.
-    """
-
-    shape: tuple[int, int]
-    configurations: tuple[Configuration, ...]
-    squarings: tuple[int, ...]
-    is_spectral: bool
-    starts: int
-    budget: int
-
-    @classmethod
-    def of(cls, shape, configuration, norm="spectral", starts=4, budget=None):
-        """Check the arguments of `solve` and fill in what they leave open."""
-        if len(shape) != 2 or 0 in shape:
-            raise ValueError(
-                f"solve takes one matrix [m, n] with entries; got shape {tuple(shape)}. "
-                "Use jax.vmap or kronjax.approximate for a batch."
-            )
-        if isinstance(configuration, Configuration):
-            configuration = (configuration,)
-        if not configuration:
-            raise ValueError("solve needs at least one Configuration; got none.")
-        for name, number in (("starts", starts), ("budget", budget)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1; got {number}.")
-        p = parse_norm(norm)
-        last = schatten.MAX_SQUARINGS if math.isinf(p) else schatten.squarings_for(p)
-        capped = tuple(
-            Configuration(c.a_shape, min(c.rank, c.max_rank(shape)))
-            for c in configuration
-        )
-        return cls(
-            shape=tuple(shape),
-            configurations=capped,
-            squarings=tuple(j for j in SQUARINGS if j < last) + (last,) * (last >= 0),
-            is_spectral=math.isinf(p),
-            starts=starts,
-            budget=budget or default_budget(shape),
-        )
-
-    @property
-    def num_race_stages(self) -> int:
-        """Stages in which every start takes part."""
-        return min(3, len(self.squarings)) if self.starts > 1 else 0
-
-    def schedule(self) -> list[Stage]:
-        """Return all stages in order: every start's part of the race, then the rest."""
-        race = self.squarings[: self.num_race_stages]
-        share = self.budget // self.starts
-        stages = [
-            Stage(j, share, start if j == race[0] else -1, j == race[-1], False)
-            for start in range(self.starts)
-            for j in race
-        ]
-        rest = self.squarings[len(race) :]
-        return stages + [
-            Stage(
-                squarings=j,
-                budget=self.budget,
-                begins=0 if not race and j == rest[0] else -1,
-                ends=False,
-                resumes=bool(race) and j == rest[0],
-            )
-            for j in rest
-        ]
-
-
-def parse_norm(norm: float | str) -> float:
-    """Return the exponent p for "spectral", "frobenius", "schatten:P", or a number."""
-    names = {"spectral": math.inf, "frobenius": 2.0}
-    text = str(norm).removeprefix("schatten:")
-    try:
-        return names[text] if text in names else float(text)
-    except ValueError:
-        raise ValueError(
-            f'norm must be "spectral", "frobenius" or "schatten:P"; got {norm!r}.'
-        ) from None
-
-
-def default_budget(shape: tuple[int, int]) -> int:
-    """Return the products per stage: 1,000 where they are cheap, falling to 165."""
-    return max(165, min(1000, 100_000 // min(shape)))
 
 
 def solve(

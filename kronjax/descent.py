@@ -4,9 +4,10 @@
 tuple. Tangents are tuples likewise, and every operation on the manifold is mapped over
 the tuple. One iteration of the loop is one trial point, that is one value and gradient:
 a trial that decreases enough (Armijo) becomes the next iterate, otherwise the step is
-shortened by interpolation. Under `vmap` therefore no matrix waits for another one's line
-search. The curvature pairs are moved along by projection, and the two-loop recursion
-runs on their Gram matrix, so that a step costs a few matrix products over all pairs.
+shortened by interpolation. Under `vmap` therefore no matrix waits for another one's
+line search. The curvature pairs are moved along by projection, and the inverse Hessian
+is applied in its compact form, through the Gram matrix of the pairs: a step costs a few
+matrix products over all pairs.
 
 References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
 """

@@ -178,7 +178,7 @@ def test_the_trace_tells_what_happened():
     assert (trace.gemms[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize(("norm", "p"), [("schatten:6", 6), ("frobenius", 2), (2, 2)])
+@pytest.mark.parametrize(("norm", "p"), [("schatten:10", 10), ("frobenius", 2), (2, 2)])
 def test_other_norms(norm, p):
     matrices = draw(10)
     solution = solver(SMALL, norm=norm)(jnp.asarray(matrices))
@@ -263,6 +263,13 @@ def test_a_tuple_of_configurations_is_fitted_jointly():
     np.testing.assert_allclose(solution.spectral_error, got, rtol=1e-5)
     alone = errors(matrices, solver(Configuration((3, 4), 1))(jnp.asarray(matrices)))
     assert (got < alone).all()
+
+
+def test_a_tuple_is_fitted_jointly_in_the_frobenius_norm_too():
+    pair = (Configuration((3, 4), 1), Configuration((12, 1), 1))
+    trace = solver(pair, norm="frobenius")(jnp.asarray(draw(16))).trace
+    assert trace.p.shape == (3, 2)
+    assert (trace.value[:, 1] < trace.value[:, 0]).all()
 
 
 @pytest.mark.parametrize(

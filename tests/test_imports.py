@@ -15,11 +15,13 @@ PACKAGE = Path(kronjax.__file__).parent
 # A module imports only from modules above it in this list. `kronjax` itself is the
 # list of the names that a user starts with, and comes after everything it names.
 ORDER = [
+    "lanes",
     "kronecker",
     "spectral",
     "manifold",
     "schatten",
     "descent",
+    "problem",
     "continuation",
     "newton",
     "certificate",
@@ -42,6 +44,8 @@ ORDER = [
     "lm.evaluate",
     "lm.report",
     "lm",
+    "files",
+    "report",
     "demo",
     "cli",
     "__main__",

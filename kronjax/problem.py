@@ -1,0 +1,148 @@
+"""What is static about a solve: configurations, norm, stages and budgets.
+
+A problem is hashable and holds no arrays. Its schedule is the list of all stages: the
+race, in which every start goes through the first few, and then the rest, for which the
+best of them goes on. One stage after the other keeps the race as small in memory, and
+in compiled code, as a single start.
+
+>>> from kronjax.kronecker import Configuration
+>>> problem = Problem.of((36, 36), Configuration((6, 6), 3), "schatten:6", starts=2)
+>>> [(stage.squarings, stage.begins) for stage in problem.schedule()]
+[(0, 0), (1, -1), (0, 1), (1, -1)]
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+
+from kronjax import schatten
+from kronjax.kronecker import Configuration
+
+SQUARINGS = (0, 1, 3, 5, 7, 9, 11)
+"""The schedule: p = 4, then 6 and four times as much at every stage, up to 4098."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One entry of a schedule; arrays `[stages]` when stacked.
+
+    Attributes:
+        squarings: `j`, which sets p.
+        budget: Products of the size of `EᵀE` that may be spent.
+        begins: Number of the start that begins here, or -1.
+        ends: Whether a start ends here, to be compared with the champion.
+        resumes: Whether the champion goes on from here.
+    """
+
+    squarings: int | jax.Array
+    budget: int | jax.Array
+    begins: int | jax.Array
+    ends: bool | jax.Array
+    resumes: bool | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that is static about one problem; hashable, with ranks capped.
+
+    Attributes:
+        shape: `(m, n)` of the matrix.
+        configurations: What to look for.
+        squarings: The stages, ascending; empty where the start is the solution.
+        is_spectral: Whether the last stage stands for p = inf.
+        starts: Starts in the race.
+        budget: Products of the size of `EᵀE` per stage.
+    """
+
+    shape: tuple[int, int]
+    configurations: tuple[Configuration, ...]
+    squarings: tuple[int, ...]
+    is_spectral: bool
+    starts: int
+    budget: int
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        configuration: Configuration | Sequence[Configuration],
+        norm: float | str = "spectral",
+        starts: int = 4,
+        budget: int | None = None,
+    ) -> "Problem":
+        """Check the arguments of `solve` and fill in what they leave open."""
+        if len(shape) != 2 or 0 in shape:
+            raise ValueError(
+                f"solve takes one matrix [m, n] with entries; got shape "
+                f"{tuple(shape)}. Use jax.vmap or kronjax.approximate for a batch."
+            )
+        if isinstance(configuration, Configuration):
+            configuration = (configuration,)
+        if not configuration:
+            raise ValueError("solve needs at least one Configuration; got none.")
+        for name, number in (("starts", starts), ("budget", budget)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1; got {number}.")
+        size = shape[0], shape[1]
+        p = parse_norm(norm)
+        last = schatten.MAX_SQUARINGS if math.isinf(p) else schatten.squarings_for(p)
+        # Only one configuration alone has a closed form at p = 2.
+        stages = SQUARINGS if len(configuration) == 1 else (-1, *SQUARINGS)
+        return cls(
+            shape=size,
+            configurations=tuple(
+                Configuration(c.a_shape, min(c.rank, c.max_rank(size)))
+                for c in configuration
+            ),
+            squarings=tuple(j for j in stages if j < last)
+            + (last,) * (last >= stages[0]),
+            is_spectral=math.isinf(p),
+            starts=starts,
+            budget=budget or default_budget(size),
+        )
+
+    @property
+    def num_race_stages(self) -> int:
+        """Stages in which every start takes part."""
+        return min(3, len(self.squarings)) if self.starts > 1 else 0
+
+    def schedule(self) -> list[Stage]:
+        """Return all stages in order: every start's part of the race, then the rest."""
+        race = self.squarings[: self.num_race_stages]
+        share = self.budget // self.starts
+        stages = [
+            Stage(j, share, start if j == race[0] else -1, j == race[-1], False)
+            for start in range(self.starts)
+            for j in race
+        ]
+        rest = self.squarings[len(race) :]
+        return stages + [
+            Stage(
+                squarings=j,
+                budget=self.budget,
+                begins=0 if not race and j == rest[0] else -1,
+                ends=False,
+                resumes=bool(race) and j == rest[0],
+            )
+            for j in rest
+        ]
+
+
+def parse_norm(norm: float | str) -> float:
+    """Return the exponent p for "spectral", "frobenius", "schatten:P", or a number."""
+    names = {"spectral": math.inf, "frobenius": 2.0}
+    text = str(norm).removeprefix("schatten:")
+    try:
+        return names[text] if text in names else float(text)
+    except ValueError:
+        raise ValueError(
+            f'norm must be "spectral", "frobenius" or "schatten:P"; got {norm!r}.'
+        ) from None
+
+
+def default_budget(shape: tuple[int, int]) -> int:
+    """Return the products per stage: 1,000 where they are cheap, falling to 165."""
+    return max(165, min(1000, 100_000 // min(shape)))
