@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kronjax import descent, manifold, schatten, spectral
 from kronjax.descent import Status
 from kronjax.kronecker import Configuration, KroneckerTerms, rearrange, unrearrange
-from kronjax.lanes import after
+from kronjax.lanes import after, in_turn
 from kronjax.manifold import Point
 from kronjax.problem import Problem, Stage
 
@@ -169,10 +169,12 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
     """Return the path after one stage, and the line of the trace for it."""
     target, scale, _ = _normalise(matrix)
     key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
-    fresh = descent.init(
-        _perturb(path.frobenius, key, jnp.minimum(stage.begins, 1).astype(target.dtype))
+    size = jnp.minimum(stage.begins, 1).astype(target.dtype)
+    state = jax.lax.cond(
+        stage.begins >= 0,
+        lambda: descent.init(_perturb(path.frobenius, key, size)),
+        lambda: path.state,
     )
-    state = _select(stage.begins >= 0, fresh, path.state)
     state = _select(stage.resumes, path.champion, state)
     products = schatten.num_products(stage.squarings)
     objective = _objective(problem, target, stage.squarings)
@@ -249,14 +251,15 @@ def finish(problem: Problem, matrix, path: Path, trace: Trace) -> Solution:
         better = _spectral_error(problem, target, limit) < path.best_error
         points = _select(better, limit, path.best)
     error = _spectral_error(problem, target, points)
+    terms = _to_terms(problem, points, scale, error)
     lost = jnp.where(finite, 1, jnp.nan).astype(target.dtype)
     status = jnp.where(finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
         status = jnp.where(finite, Status.CONVERGED, Status.NONFINITE)
     return Solution(
-        terms=_to_terms(problem, points, scale),
+        terms=terms,
         spectral_error=error * scale * lost,
-        frobenius=_to_terms(problem, path.frobenius, scale),
+        frobenius=_to_terms(problem, path.frobenius, scale, terms[-1].a),
         trace=dataclasses.replace(
             trace,
             value=trace.value * lost,
@@ -303,10 +306,9 @@ def _spectral_error(problem, target, points, restarts=12):
 def _perturb(points, key, size):
     """Move by a random tangent vector of `size` times the norm of the point."""
 
-    def move(point, key):
-        noise = jax.random.normal(
-            key, (point.a.shape[1], point.b.shape[1]), point.a.dtype
-        )
+    def move(point):
+        shape = point.a.shape[1], point.b.shape[1]
+        noise = jax.random.normal(key, shape, point.a.dtype)
         tangent = manifold.project(point, noise)
         length = size * jnp.linalg.norm(point.core)
         length = length / jnp.sqrt(manifold.inner(tangent, tangent))
@@ -314,7 +316,7 @@ def _perturb(points, key, size):
             point, jax.tree.map(lambda x: length * x, tangent)
         )
 
-    return tuple(map(move, points, jax.random.split(key, len(points))))
+    return in_turn(move, points)
 
 
 def _extrapolate(previous, points, weight):
@@ -326,26 +328,24 @@ def _extrapolate(previous, points, weight):
         )
         return manifold.retract_metric(new, jax.tree.map(lambda x: weight * x, step))
 
-    return tuple(map(move, previous, points))
+    return in_turn(move, previous, points)
 
 
 def _select(condition, x, y):
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
 
 
-def _to_terms(problem, points, scale):
+def _to_terms(problem, points, scale, last):
     """Return the factors of the Kronecker product SVD, sharing its values equally."""
-    terms, last = [], jnp.zeros((), scale.dtype)
-    for configuration, point in zip(problem.configurations, points, strict=True):
-        u, s, vt = jnp.linalg.svd(after(point.core, last))
-        last = s[0]
+    cores = tuple(after(point.core, last) for point in points)
+    decomposed = in_turn(jnp.linalg.svd, cores)
+    terms = []
+    for c, point, (u, s, vt) in zip(
+        problem.configurations, points, decomposed, strict=True
+    ):
         root = (jnp.sqrt(s) * jnp.sqrt(scale))[:, None]
-        a, b = (
-            root * jnp.matmul(x, y, precision="highest")
-            for x, y in ((u.T, point.a), (vt, point.b))
-        )
-        r, b_shape = len(s), configuration.b_shape(problem.shape)
-        terms.append(
-            KroneckerTerms(a.reshape(r, *configuration.a_shape), b.reshape(r, *b_shape))
-        )
+        a = root * jnp.matmul(u.T, point.a, precision="highest")
+        b = root * jnp.matmul(vt, point.b, precision="highest")
+        b_shape = c.b_shape(problem.shape)
+        terms.append(KroneckerTerms(a.reshape(-1, *c.a_shape), b.reshape(-1, *b_shape)))
     return tuple(terms)

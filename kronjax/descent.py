@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kronjax import manifold
-from kronjax.lanes import any_lane
+from kronjax.lanes import any_lane, in_turn
 from kronjax.manifold import Point, Tangent
 
 MEMORY = 10
@@ -142,7 +142,7 @@ def step(objective: Objective, state: State, limits: Limits) -> State:
     """Make one trial: advance to it or shorten the step; a finished state stays."""
     running = _is_running(state, limits)
     trial = jax.tree.map(lambda x: state.step * x, state.direction)
-    points = _map(manifold.retract, state.points, trial)
+    points = in_turn(manifold.retract, state.points, trial)
     value, gradient = _evaluate(objective, points)
     noise = 4 * jnp.finfo(value.dtype).eps * state.value
     wanted = state.value + ARMIJO * state.step * state.slope + noise

@@ -1,13 +1,19 @@
-"""One question to all lanes of a batch, so that branches stay branches under `vmap`.
+"""What lanes of a batch share: one answer to a question, and one order of work.
 
 `vmap` turns `cond` into both of its branches and a selection between them, and makes a
 `while_loop` copy its whole carry, once per iteration, for the lanes that are done. Both
-are avoided by a predicate that is the same for every lane.
+are avoided by a predicate that is the same for every lane (`any_lane`).
+
+XLA runs what does not depend on each other at the same time. Two batched LAPACK calls
+then wait for worker threads that the other one holds: with two cores, for ever (seen
+with jaxlib 0.10). Whatever decomposes matrices does so in turn (`after`, `in_turn`).
 
 >>> import jax, jax.numpy as jnp
 >>> jax.vmap(any_lane)(jnp.array([False, True])).tolist()
 [True, True]
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +33,17 @@ def _any_lane_batched(axis_size, in_batched, flag):
 def after(x: jax.Array, other: jax.Array) -> jax.Array:
     """Return `x`, to be computed only once the finite array `other` has been.
 
-    XLA runs what does not depend on each other at the same time. Two batched LAPACK
-    calls then wait for worker threads that the other one holds: with two cores, for
-    ever (seen with jaxlib 0.10). A product with zero is a dependency that it keeps.
+    A product with zero is a dependency that XLA keeps.
     """
     return x + 0 * jnp.sum(other)
+
+
+def in_turn(function: Callable, *tuples: tuple) -> tuple:
+    """Map `function` over tuples of floating pytrees, one call after the other."""
+    results = []
+    for arguments in zip(*tuples, strict=True):
+        if results:
+            last = jax.tree.leaves(results[-1])[0]
+            arguments = jax.tree.map(lambda x, last=last: after(x, last), arguments)
+        results.append(function(*arguments))
+    return tuple(results)

@@ -164,3 +164,11 @@ def test_help_does_not_load_jax():
     help_text, loaded = output.rstrip().rsplit("\n", 1)
     assert "kronjax" in help_text
     assert not (HEAVY | {"jax", "jaxlib"}) & set(json.loads(loaded))
+
+
+def test_the_front_door_is_not_hidden_by_the_module_of_its_name():
+    run_python(
+        "import kronjax, kronjax.approximate\n"
+        "from kronjax import Approximation\n"
+        "assert callable(kronjax.approximate)\n"
+    )

@@ -1,0 +1,258 @@
+import os
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from helpers import kronecker_sum_reference
+
+from kronjax import files
+
+MATRIX = np.arange(48, dtype=np.float32).reshape(6, 8)
+OTHER = np.ones((4, 2), np.float32)
+BIAS = np.ones(5, np.float32)
+
+
+def save(folder, suffix, **arrays):
+    path = folder / f"file{suffix}"
+    if suffix == ".npy":
+        (array,) = arrays.values()
+        np.save(path, array)
+    elif suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
+def test_a_file_with_one_matrix_needs_no_name(tmp_path, suffix):
+    source = files.read(save(tmp_path, suffix, weight=MATRIX))
+    np.testing.assert_array_equal(source.matrix, MATRIX)
+    assert source.name == (None if suffix == ".npy" else "weight")
+    assert (source.a_shape, source.rank) == (None, None)
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES[1:])
+def test_vectors_beside_the_matrix_leave_it_the_only_one(tmp_path, suffix):
+    path = save(tmp_path, suffix, weight=MATRIX, bias=BIAS)
+    assert files.read(path).name == "weight"
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
+@pytest.mark.parametrize("shape", [(6, 8), (3, 6, 8), (2, 1, 6, 8)])
+def test_rows_and_columns_are_taken_before_transposing(tmp_path, suffix, shape):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    path = save(tmp_path, suffix, weight=array)
+    source = files.read(path, rows="1:5", columns="-3:", transpose=True)
+    np.testing.assert_array_equal(
+        source.matrix, np.swapaxes(array[..., 1:5, -3:], -1, -2)
+    )
+    assert source.matrix.flags.c_contiguous
+
+
+@pytest.mark.parametrize("code", sorted(files.SAFETENSORS_DTYPES))
+def test_every_dtype_of_safetensors_is_read_exactly(tmp_path, code):
+    matrix = MATRIX.astype(files.SAFETENSORS_DTYPES[code])
+    path = save(tmp_path, ".safetensors", bias=BIAS, weight=matrix)
+    with safetensors.safe_open(path, framework="np") as file:
+        assert file.get_slice("weight").get_dtype() == code
+    found = files.read(path).matrix
+    assert found.dtype == matrix.dtype
+    np.testing.assert_array_equal(found, matrix)
+
+
+def test_foreign_byte_order_becomes_native(tmp_path):
+    path = save(tmp_path, ".npy", weight=MATRIX.astype(">f4"))
+    found = files.read(path).matrix
+    assert found.dtype.isnative
+    np.testing.assert_array_equal(found, MATRIX)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, range(8)),
+        (":", range(8)),
+        ("2:", range(2, 8)),
+        (":-2", range(6)),
+        ("-8:8", range(8)),
+        (" 3 : 4 ", range(3, 4)),
+    ],
+)
+def test_slices_are_those_of_python(text, expected):
+    assert range(8)[files.select(text, 8)] == expected
+
+
+@pytest.mark.parametrize("text", ["3", "", "a:b", "1:2:3", "1.5:2", "9:", ":9", "-9:"])
+def test_slices_that_are_none_or_reach_too_far_are_refused(text):
+    with pytest.raises(ValueError, match=r"--columns .*8"):
+        files.select(text, 8, "columns")
+
+
+@pytest.mark.parametrize("text", ["3:3", "5:2", "8:", "-1:0"])
+def test_empty_slices_are_refused(text):
+    with pytest.raises(ValueError, match="none of the 8 rows"):
+        files.select(text, 8)
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES[1:])
+def test_several_matrices_are_listed_and_misspelt_ones_suggested(tmp_path, suffix):
+    path = save(tmp_path, suffix, query=MATRIX, value=OTHER, bias=BIAS)
+    with pytest.raises(ValueError, match=r"2 matrices.*--tensor: query, value"):
+        files.read(path)
+    with pytest.raises(ValueError, match="no tensor qurey; did you mean query"):
+        files.read(path, tensor="qurey")
+    with pytest.raises(ValueError, match="no tensor zzz"):
+        files.read(path, tensor="zzz")
+    with pytest.raises(ValueError, match="bias is a vector"):
+        files.read(path, tensor="bias")
+    assert files.read(path, tensor="value").matrix.shape == (4, 2)
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (BIAS, r"a vector of shape \(5,\)"),
+        (np.float32(1), "a single number"),
+        (np.ones((0, 3), np.float32), r"empty: its shape is \(0, 3\)"),
+    ],
+)
+def test_what_is_no_matrix_is_refused(tmp_path, suffix, array, message):
+    with pytest.raises(ValueError, match=message):
+        files.read(save(tmp_path, suffix, weight=np.asarray(array)))
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES[:2])
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([[1, None], [2, 3]], object), "never unpickled"),
+        (MATRIX.astype(complex), "complex"),
+        (MATRIX.astype(str), "not real numbers"),
+        (MATRIX.astype(ml_dtypes.bfloat16), "bfloat16 as .safetensors"),
+    ],
+)
+def test_what_is_no_real_numbers_is_refused(tmp_path, suffix, array, message):
+    with pytest.raises(ValueError, match=message):
+        files.read(save(tmp_path, suffix, weight=array))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_a_bare_pickle_is_refused(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(ValueError, match="never unpickled"):
+        files.read(path)
+
+
+@pytest.mark.parametrize("suffix", files.SUFFIXES)
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.6, 0.97])
+def test_truncated_files_are_called_so(tmp_path, suffix, kept):
+    path = save(tmp_path, suffix, weight=MATRIX)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    kind = rf"truncated or not an? {suffix[1:]} file"
+    with pytest.raises(ValueError, match=kind):
+        files.read(path)
+
+
+def test_files_that_cannot_be_meant(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        files.read(tmp_path / "none.npy")
+    with pytest.raises(IsADirectoryError, match="folder"):
+        files.read(tmp_path)
+    path = tmp_path / "weights.bin"
+    path.touch()
+    with pytest.raises(ValueError, match="safetensors"):
+        files.read(path)
+    path = save(tmp_path, ".npy", weight=MATRIX)
+    with pytest.raises(ValueError, match="leave out --tensor"):
+        files.read(path, tensor="weight")
+
+
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_written_factors_are_read_as_what_they_multiply_out_to(tmp_path, batch):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(*batch, 3, 2, 4)), rng.normal(size=(*batch, 3, 5, 2))
+    path = tmp_path / "factors.safetensors"
+    files.write_terms(path, a, b, {"note": "a test"})
+    source = files.read(path)
+    assert (source.name, source.a_shape, source.rank) == (None, (2, 4), 3)
+    expected = np.array(
+        [
+            kronecker_sum_reference(left, right)
+            for left, right in zip(
+                a.reshape(-1, 3, 2, 4), b.reshape(-1, 3, 5, 2), strict=True
+            )
+        ]
+    ).reshape(*batch, 10, 8)
+    np.testing.assert_allclose(source.matrix, expected, rtol=1e-12, atol=1e-12)
+    part = files.read(path, rows=":5", transpose=True)
+    np.testing.assert_array_equal(
+        part.matrix, np.swapaxes(source.matrix[..., :5, :], -1, -2)
+    )
+    assert (part.a_shape, part.rank) == (None, None)
+    np.testing.assert_array_equal(files.read(path, tensor="b").matrix, b)
+    with safetensors.safe_open(path, framework="np") as file:
+        assert file.metadata() == {"format": "kronjax", "note": "a test"}
+
+
+def test_a_damaged_file_of_factors_is_refused(tmp_path):
+    path = tmp_path / "factors.safetensors"
+    marked = {"format": files.FORMAT}
+    safetensors.numpy.save_file({"a": np.ones((2, 3, 3))}, path, marked)
+    with pytest.raises(ValueError, match="no a and b"):
+        files.read(path)
+    a, b = np.ones((2, 3, 3)), np.ones((3, 4, 4))
+    safetensors.numpy.save_file({"a": a, "b": b}, path, marked)
+    with pytest.raises(ValueError, match="do not belong together"):
+        files.read(path)
+
+
+def test_output_that_cannot_be_written_is_found_out(tmp_path):
+    good = tmp_path / "out.safetensors"
+    files.check_output(good, ".safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        files.check_output(tmp_path / "none" / good.name, ".safetensors")
+    with pytest.raises(ValueError, match="must end in .safetensors"):
+        files.check_output(tmp_path / "out.npy", ".safetensors")
+    good.touch()
+    files.check_output(good, ".safetensors")
+    with pytest.raises(ValueError, match="it is the input"):
+        files.check_output(good, ".safetensors", source=tmp_path / "." / good.name)
+    folder = tmp_path / "folder.safetensors"
+    folder.mkdir()
+    with pytest.raises(IsADirectoryError, match="folder"):
+        files.check_output(folder, ".safetensors")
+
+
+def test_a_folder_without_permission_is_found_out(tmp_path, monkeypatch):
+    def refuse(self, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.Path, "touch", refuse)
+    path = tmp_path / "out.safetensors"
+    with pytest.raises(
+        PermissionError, match=re.escape(f"cannot write {path}: Permission denied")
+    ):
+        files.check_output(path, ".safetensors")
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, moment):
+    path = tmp_path / "out.safetensors"
+    path.write_bytes(b"old")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_terms(path, np.ones((1, 2, 2)), np.ones((1, 2, 2)), {})
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
