@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kronjax.approximate import Approximation, approximate
+    from kronjax.approximation import Approximation, approximate
     from kronjax.continuation import solve
     from kronjax.descent import Status
     from kronjax.kronecker import Configuration, KroneckerTerms
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Approximation": "kronjax.approximate",
+    "Approximation": "kronjax.approximation",
     "Configuration": "kronjax.kronecker",
     "KroneckerTerms": "kronjax.kronecker",
     "Status": "kronjax.descent",
-    "approximate": "kronjax.approximate",
+    "approximate": "kronjax.approximation",
     "solve": "kronjax.continuation",
 }
 

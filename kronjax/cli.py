@@ -18,7 +18,7 @@ import tyro
 import kronjax
 
 if TYPE_CHECKING:
-    from kronjax.approximate import Approximation
+    from kronjax.approximation import Approximation
     from kronjax.files import Source
 
 DESCRIPTION = (
@@ -82,7 +82,7 @@ def approximate(
         Literal["float32", "float64"] | None, _option("float32|float64")
     ] = None,
     seed: Seed = 0,
-    starts: Annotated[int | None, _option("N")] = None,
+    starts: Annotated[int, _option("N")] = 4,
     out: Annotated[Path | None, _option("FILE")] = None,
     as_json: Json = False,
 ) -> int:
@@ -101,7 +101,7 @@ def approximate(
         norm: Norm of the error that is made small.
         dtype: Precision of the computation; follows the file by default.
         seed: Seed of the perturbed starts.
-        starts: Number of starts; chosen by the size of the problem by default.
+        starts: Number of starts; the best is taken to the end.
         out: Write the factors to this .safetensors file.
         as_json: Print one JSON object instead of the table.
     """
@@ -187,7 +187,7 @@ def doctor(*, as_json: Json = False) -> int:
         table = Table("what", "here")
         for key, value in facts.items():
             text = ", ".join(value) if isinstance(value, list) else str(value)
-            table.add_row(key.replace("_", " "), text)
+            table.add_row(key if key.isupper() else key.replace("_", " "), text)
         Console(highlight=False, markup=False).print(table)
     return 0 if facts["self_check"] == "ok" else 1
 
@@ -213,8 +213,12 @@ def _configuration(
     return kronjax.Configuration(a_shape, rank)
 
 
-def _write_terms(out: Path, approximation: "Approximation", fields: dict[str, Any]):
+def _write_terms(
+    out: Path, approximation: "Approximation", fields: dict[str, Any]
+) -> None:
     """Write the factors; of the fields, all that is short and no measurement."""
+    import numpy as np
+
     from kronjax import files
 
     omitted = ("trace", "seconds", "compile_seconds")
@@ -224,7 +228,8 @@ def _write_terms(out: Path, approximation: "Approximation", fields: dict[str, An
         if key not in omitted and value is not None
     }
     terms = approximation.terms[0]
-    files.write_terms(out, terms.a, terms.b, metadata)
+    a, b = np.asarray(terms.a), np.asarray(terms.b)
+    files.write_terms(out, a, b, metadata)
 
 
 def _facts() -> dict[str, Any]:
@@ -233,6 +238,7 @@ def _facts() -> dict[str, Any]:
     import jax
 
     packages = ("jax", "jaxlib", "flax", "numpy", "safetensors")
+    precision = getattr(jax.config, "jax_default_matmul_precision", None)
     variables = ("JAX_PLATFORMS", "XLA_FLAGS", "OMP_NUM_THREADS")
     return {
         "kronjax": kronjax.__version__,
@@ -242,8 +248,8 @@ def _facts() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "backend": jax.default_backend(),
         "devices": [f"{device.device_kind} {device.id}" for device in jax.devices()],
-        "x64": bool(jax.config.read("jax_enable_x64")),
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "x64": bool(getattr(jax.config, "jax_enable_x64", False)),
+        "matmul_precision": precision or "default",
         "matmul_precision_of_kronjax": "highest",
         **{name: os.environ.get(name, "not set") for name in variables},
     }

@@ -215,14 +215,14 @@ def _open_npy(path: Path, tensor: str | None) -> Source:
 
 
 def _open_npz(path: Path, tensor: str | None) -> Source:
-    with _numpy_errors(path):
-        archive = np.load(path, allow_pickle=False)
+    # numpy leaves a file open that it opened itself and then could not read.
+    with _numpy_errors(path), open(path, "rb") as file:
+        archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("no zip archive")
-        with archive:
-            names = archive.files
-            wanted = names if tensor is None else {tensor} & set(names)
-            arrays = {name: archive[name] for name in wanted}
+        names = archive.files
+        wanted = names if tensor is None else {tensor} & set(names)
+        arrays = {name: archive[name] for name in wanted}
     matrices = [name for name, array in arrays.items() if array.ndim >= 2]
     name = _choose(path, tensor, matrices, names)
     return Source(arrays[name], name)
@@ -234,13 +234,16 @@ def _numpy_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "object" in str(error).lower():
+        reason = str(error)
+        if "Object arrays" in reason or "Python objects" in reason:
             raise ValueError(
                 f"{path} holds Python objects, which are refused: they are never "
                 "unpickled; store plain numbers"
             ) from error
+        if "pickle" in reason:  # numpy's guess for whatever it does not know
+            reason = "pickles are never unpickled"
         raise ValueError(
-            f"{path}: the file is truncated or not a {path.suffix} file ({error})"
+            f"{path}: the file is truncated or not an {path.suffix[1:]} file ({reason})"
         ) from error
 
 

@@ -14,13 +14,15 @@ References: Eckart and Young (1936); Van Loan and Pitsianis (1993).
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
-from kronjax.approximate import Approximation
 from kronjax.descent import Status
+
+if TYPE_CHECKING:
+    from kronjax.approximation import Approximation
 
 LARGE = 2048
 """Beyond this size singular values come from the Gram matrix, in half the time."""
@@ -74,14 +76,14 @@ def svd_baseline(matrix: np.ndarray, num_parameters: int) -> Baseline:
     return Baseline(rank, rank * (m + n), s[..., rank], frobenius, s[..., 0])
 
 
-def statuses(approximation: Approximation) -> Any:
+def statuses(approximation: "Approximation") -> Any:
     """Return the names of the statuses: a string, or lists of strings for a batch."""
     codes = np.asarray(approximation.status)
     names = np.vectorize(lambda code: Status(int(code)).name.lower(), otypes=[object])
     return names(codes).tolist() if codes.ndim else str(names(codes))
 
 
-def summary(approximation: Approximation, baseline: Baseline) -> dict[str, Any]:
+def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any]:
     """Return everything known about an approximation as plain Python values.
 
     Numbers that belong to a matrix are lists for a batch. What is not finite is None.
@@ -132,7 +134,7 @@ def plain(value: Any) -> Any:
     return plain(np.asarray(value).tolist())
 
 
-def comparison(approximation: Approximation, baseline: Baseline) -> Table:
+def comparison(approximation: "Approximation", baseline: Baseline) -> Table:
     """Return the table kronjax / truncated SVD / Van Loan; means over a batch."""
     count = np.size(approximation.status)
     error, van_loan = approximation.error, approximation.van_loan
@@ -157,7 +159,7 @@ def comparison(approximation: Approximation, baseline: Baseline) -> Table:
     return table
 
 
-def verdict(approximation: Approximation, baseline: Baseline) -> str:
+def verdict(approximation: "Approximation", baseline: Baseline) -> str:
     """Say who has the smaller spectral error: in the mean, and where that is not all.
 
     Errors at the level of rounding are equally good.
@@ -172,10 +174,8 @@ def verdict(approximation: Approximation, baseline: Baseline) -> str:
     means = {name: float(np.mean(errors)) for name, errors in peers.items()}
     winner = min(means, key=lambda name: means[name])
     if means[winner] < mean - mean_slack:
-        return (
-            f"{winner[0].upper()}{winner[1:]} wins: its spectral error is {_percent(means[winner], mean)} "
-            "below that of kronjax."
-        )
+        name, share = winner[0].upper() + winner[1:], _percent(means[winner], mean)
+        return f"{name} wins: its spectral error is {share} below that of kronjax."
     parts = [
         f"{_percent(mean, theirs)} below {name}"
         if theirs > mean + mean_slack
@@ -190,21 +190,18 @@ def verdict(approximation: Approximation, baseline: Baseline) -> str:
     return " ".join(lines)
 
 
-def effort(approximation: Approximation) -> str:
+def effort(approximation: "Approximation") -> str:
     """Return one line on how the solve ended and what it cost."""
-    names, counts = np.unique(
-        np.ravel(np.asarray(statuses(approximation), object)).astype(str),
-        return_counts=True,
-    )
+    names, counts = np.unique(np.ravel(statuses(approximation)), return_counts=True)
+    many = np.size(approximation.status) > 1
     status = ", ".join(
-        name.replace("_", " ") + (f" ({count})" if len(names) > 1 else "")
+        f"{name} ({count})" if many else str(name)
         for name, count in zip(names, counts, strict=True)
     )
-    gemms = np.mean(approximation.gemms)
-    each = " per matrix" if np.size(approximation.status) > 1 else ""
+    gemms = f"{np.mean(approximation.gemms):,.0f} GEMMs" + " per matrix" * many
     return (
-        f"{status.capitalize()} after {gemms:,.0f} GEMMs{each}, {approximation.seconds:.2f} s, "
-        f"and {approximation.compile_seconds:.2f} s to compile."
+        f"Status: {status}; {gemms}; {approximation.seconds:.2f} s, and "
+        f"{approximation.compile_seconds:.2f} s to compile."
     )
 
 

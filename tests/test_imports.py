@@ -28,7 +28,7 @@ ORDER = [
     "weighted",
     "greedy",
     "permute",
-    "approximate",
+    "approximation",
     "recipe",
     "batch",
     "nn",
@@ -50,7 +50,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-CORE = ORDER[: ORDER.index("approximate") + 1]
+CORE = ORDER[: ORDER.index("approximation") + 1]
 
 HEAVY = {"flax", "matplotlib", "optax", "orbax", "torch", "transformers"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
@@ -124,7 +124,7 @@ def test_a_module_imports_only_from_above(name):
 def test_the_core_imports_only_jax_and_numpy(name):
     tree = tree_of(name)
     # The front door may draw a progress bar, but only once it needs one.
-    nodes = tree.body if name == "approximate" else ast.walk(tree)
+    nodes = tree.body if name == "approximation" else ast.walk(tree)
     roots = {dotted.split(".")[0] for dotted in imports_of(name, nodes)}
     assert roots <= {"jax", "numpy", "kronjax"} | set(sys.stdlib_module_names)
 

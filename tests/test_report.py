@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kronjax import report
-from kronjax.approximate import Approximation, Errors
+from kronjax.approximation import Approximation, Errors
 from kronjax.continuation import Trace
 from kronjax.kronecker import KroneckerTerms
 

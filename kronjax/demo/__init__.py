@@ -113,7 +113,7 @@ def figure(results: list[Errors]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chart = Figure(figsize=(7, 4.4), layout="constrained")
+    chart = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
     axes = chart.add_subplot()
     ranks = [errors.rank for errors in results]
     series = (
