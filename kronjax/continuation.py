@@ -170,12 +170,14 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
     target, scale, _ = _normalise(matrix)
     key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
     size = jnp.minimum(stage.begins, 1).astype(target.dtype)
-    state = jax.lax.cond(
-        stage.begins >= 0,
-        lambda: descent.init(_perturb(path.frobenius, key, size)),
-        lambda: path.state,
+    state = jax.lax.switch(
+        stage.origin,
+        [
+            lambda: path.state,
+            lambda: descent.init(_perturb(path.frobenius, key, size)),
+            lambda: path.champion,
+        ],
     )
-    state = _select(stage.resumes, path.champion, state)
     products = schatten.num_products(stage.squarings)
     objective = _objective(problem, target, stage.squarings)
     previous = state.points

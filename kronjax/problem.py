@@ -12,6 +12,7 @@ in compiled code, as a single start.
 """
 
 import dataclasses
+import enum
 import math
 from collections.abc import Sequence
 
@@ -24,6 +25,14 @@ SQUARINGS = (0, 1, 3, 5, 7, 9, 11)
 """The schedule: p = 4, then 6 and four times as much at every stage, up to 4098."""
 
 
+class Origin(enum.IntEnum):
+    """Where a stage takes its points from."""
+
+    BEFORE = 0
+    START = 1
+    CHAMPION = 2
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -32,16 +41,16 @@ class Stage:
     Attributes:
         squarings: `j`, which sets p.
         budget: Products of the size of `EᵀE` that may be spent.
+        origin: `Origin`: where the stage takes its points from.
         begins: Number of the start that begins here, or -1.
         ends: Whether a start ends here, to be compared with the champion.
-        resumes: Whether the champion goes on from here.
     """
 
     squarings: int | jax.Array
     budget: int | jax.Array
+    origin: int | jax.Array
     begins: int | jax.Array
     ends: bool | jax.Array
-    resumes: bool | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +121,34 @@ class Problem:
     def schedule(self) -> list[Stage]:
         """Return all stages in order: every start's part of the race, then the rest."""
         race = self.squarings[: self.num_race_stages]
-        share = self.budget // self.starts
-        stages = [
-            Stage(j, share, start if j == race[0] else -1, j == race[-1], False)
-            for start in range(self.starts)
-            for j in race
-        ]
         rest = self.squarings[len(race) :]
-        return stages + [
-            Stage(
-                squarings=j,
-                budget=self.budget,
-                begins=0 if not race and j == rest[0] else -1,
-                ends=False,
-                resumes=bool(race) and j == rest[0],
+        share = self.budget // self.starts
+        stages = []
+        for start in range(self.starts if race else 0):
+            for j in race:
+                begins = j == race[0]
+                stages.append(
+                    Stage(
+                        squarings=j,
+                        budget=share,
+                        origin=Origin.START if begins else Origin.BEFORE,
+                        begins=start if begins else -1,
+                        ends=j == race[-1],
+                    )
+                )
+        for j in rest:
+            first = Origin.CHAMPION if race else Origin.START
+            begins = j == rest[0]
+            stages.append(
+                Stage(
+                    squarings=j,
+                    budget=self.budget,
+                    origin=first if begins else Origin.BEFORE,
+                    begins=0 if begins and not race else -1,
+                    ends=False,
+                )
             )
-            for j in rest
-        ]
+        return stages
 
 
 def parse_norm(norm: float | str) -> float:

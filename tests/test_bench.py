@@ -1,0 +1,226 @@
+"""The benchmarks run, and the peers are what they claim to be."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import peers, script, timing
+
+ROOT = Path(__file__).resolve().parents[1]
+
+KEYS = {
+    "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
+    "distributions": {"targets", "regression", "cases", "starts"},
+    "gpt2_values": {"targets", "cases", "rate", "a_shape"},
+    "scaling": {"targets", "batches", "compilations", "startups"},
+}
+
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "bench").glob("*.py")
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+)
+
+
+def run_script(name, *arguments):
+    # One thread for NumPy, as the README of the benchmarks says.
+    return subprocess.run(
+        [sys.executable, "-m", f"bench.{name}", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from numbers_in(entry)
+    elif isinstance(value, float):
+        yield value
+
+
+def test_every_script_is_tested():
+    assert set(KEYS) == set(SCRIPTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name, tmp_path):
+    done = run_script(name, "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
+    assert results["machine"]["jax"]
+    assert results["quick"] is True
+    assert set(results) >= KEYS[name]
+    figures = list(numbers_in(results))
+    assert figures
+    assert all(map(math.isfinite, figures))
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "met" in done.stdout or name == "gpt2_values"
+    CHECKS[name](results)
+
+
+def check_against_peers(results):
+    [result] = results["ranks"]
+    assert len(result["kronjax"]) * 3 <= len(result["comparisons"])
+    for row in result["kronjax"]:
+        assert row["seconds"] > 0
+        assert np.all(np.diff(row["trace"]["mean_gemms"]) > 0)
+    for each in result["comparisons"]:
+        wanted = each["times_faster"] >= 50 and each["lower_error_on"] == each["of"]
+        assert each["met"] == wanted
+    # Every method starts at Van Loan's solution or beats it.
+    worst = np.array(result["peers"]["Van Loan"]["errors"])
+    for row in [*result["kronjax"], *result["peers"].values()]:
+        errors = np.array(row["errors"])
+        if row is not result["peers"]["SVD"]:
+            assert np.all(errors <= worst[: errors.size] * (1 + 1e-6))
+
+
+def check_distributions(results):
+    assert all(target["met"] for target in results["targets"])
+    for row in results["cases"]:
+        assert np.all(np.array(row["best_of_starts"]) < row["van_loan"])
+
+
+def check_gpt2_values(results):
+    for row in results["cases"]:
+        assert row["error"] < min(row["svd_error"], row["van_loan_error"])
+        assert row["gemms"] == row["trace"]["gemms"][-1]
+    assert 0 < results["rate"]["fraction"] < 1.5
+
+
+def check_scaling(results):
+    assert [row["batch"] for row in results["batches"]] == [1, 2]
+    assert all(x["seconds"] > 0 for x in results["compilations"])
+    for target in results["targets"]:
+        assert target["met"] == (target["value"] <= target["limit"])
+
+
+CHECKS = {
+    "against_peers": check_against_peers,
+    "distributions": check_distributions,
+    "gpt2_values": check_gpt2_values,
+    "scaling": check_scaling,
+}
+
+
+def test_gpt2_values_asks_for_the_weights():
+    done = run_script("gpt2_values")
+    assert done.returncode == 2
+    assert "--weights" in done.stderr
+
+
+def matrix_of(seed, shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 10)])
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_truncated_svd_is_eckart_young(shape, rank):
+    matrix = matrix_of(0, shape)
+    s = np.linalg.svd(matrix, compute_uv=False)
+    result = peers.truncated_svd(matrix, rank * sum(shape) + sum(shape) - 1)
+    assert result.num_parameters == rank * sum(shape)
+    assert np.linalg.matrix_rank(result.matrix) == rank
+    assert result.spectral_error == pytest.approx(s[rank], rel=1e-12)
+    assert result.frobenius_error == pytest.approx(np.linalg.norm(s[rank:]), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a_shape", "b_shape", "rank"), [((2, 2), (3, 3), 2), ((2, 3), (3, 2), 1)]
+)
+def test_peers_find_a_sum_of_kronecker_products(a_shape, b_shape, rank):
+    a, b = matrix_of(1, (rank, *a_shape)), matrix_of(2, (rank, *b_shape))
+    matrix = sum(map(np.kron, a, b))
+    for method in (
+        peers.van_loan,
+        peers.pymanopt_fixed_rank,
+        peers.alternating_sdp,
+    ):
+        result = method(matrix, a_shape, rank)
+        assert result.spectral_error < 1e-12 * np.linalg.norm(matrix)
+        assert result.num_parameters == a.size + b.size
+
+
+def test_van_loan_error_is_the_tail_of_the_rearrangement():
+    matrix = matrix_of(3, (6, 8))
+    blocks = matrix.reshape(2, 3, 4, 2).transpose(0, 2, 1, 3).reshape(8, 6)
+    s = np.linalg.svd(blocks, compute_uv=False)
+    result = peers.van_loan(matrix, (2, 4), 2)
+    assert result.frobenius_error == pytest.approx(np.linalg.norm(s[2:]), rel=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["SCS", "CLARABEL"])
+def test_half_sweeps_lower_the_error(solver):
+    matrix = matrix_of(4, (6, 6))
+    errors = [
+        peers.alternating_sdp(matrix, (2, 3), 1, solver, count).spectral_error
+        for count in range(4)
+    ]
+    start = peers.van_loan(matrix, (2, 3), 1).spectral_error
+    assert errors[0] == pytest.approx(start, rel=1e-12)
+    assert errors[1] < 0.99 * errors[0]
+    assert np.all(np.diff(errors) <= 0)
+
+
+@pytest.mark.parametrize("solver", ["SCS", "CLARABEL"])
+def test_sdp_solves_the_known_case(solver):
+    # diag(1, 0, 0, 1) with 2 x 2 factors: 1/2, and Van Loan's start has error 1.
+    matrix = np.diag([1.0, 0.0, 0.0, 1.0])
+    result = peers.alternating_sdp(matrix, (2, 2), 1, solver, 4)
+    assert 0.5 - 1e-9 <= result.spectral_error <= 1
+
+
+def test_pymanopt_lowers_the_error():
+    matrix = matrix_of(5, (6, 6))
+    start = peers.van_loan(matrix, (2, 3), 1).spectral_error
+    result = peers.pymanopt_fixed_rank(matrix, (2, 3), 1, max_iterations=30)
+    again = peers.pymanopt_fixed_rank(matrix, (2, 3), 1, max_iterations=30)
+    assert result.spectral_error < 0.95 * start
+    assert np.array_equal(result.matrix, again.matrix)
+
+
+def test_unknown_solver():
+    with pytest.raises(ValueError, match="SCS"):
+        peers.alternating_sdp(np.eye(4), (2, 2), 1, solver="MOSEK")
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = timing.write_results(
+        "x", {"a": np.arange(2), "b": np.float32(0.5)}, tmp_path
+    )
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [0, 1], "b": 0.5}
+    with pytest.raises(TypeError, match="object"):
+        timing.write_results("x", {"a": object()}, tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+    assert json.loads(path.read_text(encoding="utf-8"))["a"] == [0, 1]
+
+
+def test_timing_separates_compiling_from_running():
+    measured = timing.measure(lambda x: x @ x, np.eye(8), repeats=3)
+    assert 0 < measured.best <= measured.median
+    assert measured.compile > 0
+    assert timing.gemm_rate(8, np.float32, batch=2, repeats=1) > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "at_least", "met"),
+    [(1.0, False, True), (2.0, False, False), (2.0, True, True), (0.5, True, False)],
+)
+def test_target(value, at_least, met):
+    target = script.Target("x", value, 1.0, at_least)
+    assert target.met is met
+    assert target.plain()["met"] is met
+    assert not script.Target("x", math.nan, 1.0, at_least).met
