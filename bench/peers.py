@@ -13,6 +13,7 @@ Chen (2024), Clarabel.
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -286,7 +287,7 @@ def _schatten_problem(goal, a_shape, b_shape, manifold, p):
     the gradient: one evaluation is remembered and serves all three.
     """
     counter = {"evaluations": 0}
-    last = {"u": None}
+    last: dict[str, Any] = {"u": None}
 
     def evaluate(u, s, vt):
         if last["u"] is not u:

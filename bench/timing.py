@@ -77,7 +77,7 @@ def gemm_rate(shape, dtype=jnp.float32, batch=1, repeats=5):
     n = int(shape) if np.ndim(shape) == 0 else int(shape[0])
     if np.ndim(shape) and tuple(shape) != (n, n):
         raise ValueError(f"shape must be n or (n, n), not {tuple(shape)}")
-    if jnp.dtype(dtype).itemsize > 4 and not jax.config.jax_enable_x64:
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.read("jax_enable_x64"):
         raise ValueError(f"{jnp.dtype(dtype)} needs jax.config jax_enable_x64=True")
     flops = 2 * batch * n**3
     steps = min(max(int(2e9 / flops), 1), 256)
@@ -99,6 +99,7 @@ def machine():
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,

@@ -1,0 +1,230 @@
+"""What does a matrix cost in a batch, and how long until the first one is solved?
+
+Time per matrix against batch size, 36 x 36, 6 x 6 factors, 6 terms, defaults, run apart
+from compilation.  Then, each in a process of its own and with no compilation cache:
+compiling one `kronjax.solve`, importing kronjax, and `kronjax --help`.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bench import script
+from kronjax import Configuration
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MAX_COMPILE, MAX_IMPORT, MAX_HELP = 5.0, 1.5, 0.5
+
+COMPILE = """
+import time, jax, jax.numpy as jnp, kronjax
+solve, configuration = kronjax.solve, kronjax.Configuration({a_shape}, {rank})
+jax.config.update("jax_enable_x64", {x64})
+jnp.zeros(1).block_until_ready()
+matrix = jax.ShapeDtypeStruct({shape}, "{dtype}")
+begun = time.perf_counter()
+jax.jit(lambda x: solve(x, configuration)).lower(matrix).compile()
+print(time.perf_counter() - begun)
+"""
+
+# `import kronjax` alone defers everything; the second line is what a user waits for.
+STARTUPS = {
+    "import kronjax": ("import kronjax", MAX_IMPORT),
+    "import kronjax and use a name": (
+        "import kronjax; kronjax.approximate",
+        MAX_IMPORT,
+    ),
+    "kronjax --help": (
+        "import sys; from kronjax.cli import main; "
+        "sys.argv = ['kronjax', '--help']; main()",
+        MAX_HELP,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run: batch sizes for each dtype, and what is compiled."""
+
+    size: int = 36
+    factor: int = 6
+    rank: int = 6
+    batches: dict[str, tuple[int, ...]] = field(
+        default_factory=lambda: {
+            "float32": (1, 2, 4, 8, 16, 32, 64, 128),
+            "float64": (1, 8, 32, 128),
+        }
+    )
+    # Shape, left factors, rank, dtype.
+    compiled: tuple = (
+        ((36, 36), (6, 6), 6, "float32"),
+        ((36, 36), (6, 6), 6, "float64"),
+        ((768, 768), (24, 32), 32, "float32"),
+    )
+    repeats: int = 5
+
+
+QUICK = Experiment(
+    size=8,
+    factor=2,
+    rank=2,
+    batches={"float32": (1, 2)},
+    compiled=(((8, 8), (2, 2), 2, "float32"),),
+    repeats=1,
+)
+
+
+def run_python(code):
+    """Run code in a fresh process without a cache; its output and its wall time."""
+    environment = {
+        **os.environ,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    return done.stdout, time.perf_counter() - begun
+
+
+def measure_startups(repeats):
+    """Wall times of whole processes, the interpreter's own start included."""
+    result = {}
+    for name, (code, limit) in STARTUPS.items():
+        script.say(name)
+        run_python(code)  # reads the files into memory
+        runs = [run_python(code)[1] for _ in range(repeats)]
+        result[name] = {
+            "seconds": statistics.median(runs),
+            "runs": runs,
+            "limit": limit,
+        }
+    return result
+
+
+def measure_compilations(cases):
+    """Seconds to trace and compile one `solve`, each in a fresh process."""
+    result = []
+    for shape, a_shape, rank, dtype in cases:
+        script.say(f"compiling one solve, {shape}, rank {rank}, {dtype}")
+        code = COMPILE.format(
+            shape=shape, a_shape=a_shape, rank=rank, dtype=dtype, x64=dtype == "float64"
+        )
+        seconds = float(run_python(code)[0])
+        case = {"shape": shape, "a_shape": a_shape, "rank": rank, "dtype": dtype}
+        result.append({**case, "seconds": seconds, "limit": MAX_COMPILE})
+    return result
+
+
+def measure_batches(experiment):
+    """Rows of seconds per matrix."""
+    largest = max(max(sizes) for sizes in experiment.batches.values())
+    rng = np.random.default_rng(0)
+    matrices = rng.standard_normal((largest, experiment.size, experiment.size))
+    configuration = Configuration(
+        (experiment.factor, experiment.factor), experiment.rank
+    )
+    rows = []
+    for dtype, sizes in experiment.batches.items():
+        for size in sizes:
+            script.say(f"batch of {size}, {dtype}")
+            solved = script.solve(matrices[:size], configuration, dtype=dtype)
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "batch": size,
+                    "seconds": solved.seconds,
+                    "seconds_per_matrix": solved.seconds / size,
+                    "runs": solved.runs,
+                    "compile_seconds": solved.compile_seconds,
+                    "mean_gemms": float(np.mean(solved.approximation.gemms)),
+                }
+            )
+    unit = rows[0]["seconds_per_matrix"]
+    for row in rows:
+        row["relative"] = row["seconds_per_matrix"] / unit
+    return rows
+
+
+def draw(rows, targets, experiment):
+    """Time per matrix against batch size; everything else over its target."""
+    chart, axes = script.figure(11, 4.4, columns=2)
+    left, right = axes[0]
+    for dtype, color in (("float32", "tab:blue"), ("float64", "tab:cyan")):
+        here = [row for row in rows if row["dtype"] == dtype]
+        x, y = ([row[key] for row in here] for key in ("batch", "relative"))
+        if here:
+            left.plot(x, y, color=color, marker="o", label=dtype)
+    left.set_xscale("log", base=2)
+    left.set_yscale("log")
+    left.set_xlabel("matrices in the batch")
+    left.set_ylabel("time per matrix over that of one, float32")
+    size = f"{experiment.size}×{experiment.size}"
+    left.set_title(f"{size}, {experiment.rank} terms, compiled before", fontsize=10)
+    left.legend(frameon=False)
+    fractions = [target.value / target.limit for target in targets]
+    colors = ["tab:blue" if target.met else "tab:red" for target in targets]
+    right.barh(range(len(targets)), fractions, color=colors)
+    right.set_yticks(range(len(targets)), [target.what for target in targets])
+    right.tick_params(axis="y", labelsize=8)
+    right.invert_yaxis()
+    right.axvline(1, color="black", linestyle=":")
+    right.set_xlabel("time over target")
+    return chart
+
+
+def main():
+    given = script.parser(__doc__).parse_args()
+    experiment = QUICK if given.quick else Experiment()
+    # First, while this process holds no accelerator.
+    startups = measure_startups(experiment.repeats)
+    compilations = measure_compilations(experiment.compiled)
+    rows = measure_batches(experiment)
+    script.table(
+        "Time per matrix over that of a single one in float32",
+        ("dtype", "batch", "time", "GEMMs"),
+        [
+            (
+                row["dtype"],
+                row["batch"],
+                f"{row['relative']:.3f}",
+                f"{row['mean_gemms']:.0f}",
+            )
+            for row in rows
+        ],
+    )
+    targets = [
+        script.Target(
+            f"compile {'x'.join(map(str, x['shape']))}, r = {x['rank']}, {x['dtype']}",
+            x["seconds"],
+            x["limit"],
+        )
+        for x in compilations
+    ] + [script.Target(name, x["seconds"], x["limit"]) for name, x in startups.items()]
+    script.print_targets(targets)
+    results = {
+        "quick": given.quick,
+        "targets": [target.plain() for target in targets],
+        "batches": rows,
+        "compilations": compilations,
+        "startups": startups,
+    }
+    chart = draw(rows, targets, experiment)
+    script.publish("scaling", results, chart, given.out)
+
+
+if __name__ == "__main__":
+    main()
