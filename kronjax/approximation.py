@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -48,9 +49,11 @@ class Approximation:
     Attributes:
         terms: One `KroneckerTerms` for each configuration, `a: [..., r, m1, n1]` and
             `b: [..., r, m2, n2]`, in the dtype of the computation.
-        error: `Errors` of the terms as returned, computed in float64.
+        error: `Errors` of the terms as returned against the matrix as given, computed
+            in float64.
         relative: The same over the norms of the matrix; 0 for a zero matrix.
-        van_loan: `Errors` of the sum that is nearest in the Frobenius norm.
+        van_loan: `Errors` of the sum that is nearest in the Frobenius norm; for
+            several configurations, of one after the other.
         trace: `continuation.Trace`, `[..., stages]`.
         status: `Status` of every matrix, as integers.
         seconds: Spent on solving, compilation apart.
@@ -109,12 +112,12 @@ def approximate(
         configuration: What to look for; of several, the sum of all.
         norm: "spectral", "frobenius" (closed form) or "schatten:P" with P = 2, 4, 6,
             10, …, 4098.
-        dtype: "float32" or "float64" to compute in. By default that of the matrix;
-            integers and shorter floats are computed in float32.
+        dtype: "float32" or "float64" (or NumPy's) to compute in. By default that of
+            the matrix; integers and shorter floats are computed in float32.
         starts: Starting points in the race of `continuation.solve`.
         budget: Products of the size of `TᵀT` per stage; chosen from the size if None.
         tolerance: A stage ends when it can gain less, relatively.
-        seed: Of the perturbed starts.
+        seed: Of the perturbed starts; taken modulo 2^31.
         progress: Show a progress bar on standard error; by default when that is a
             terminal and it takes longer than two seconds.
 
@@ -130,16 +133,18 @@ def approximate(
     *batch, m, n = target.shape
     problem = Problem.of((m, n), configuration, norm, starts, budget)
     _note_caps(configuration, problem, notes)
-    with jax.enable_x64(target.dtype == np.float64):
+    with (
+        jax.enable_x64(target.dtype == np.float64),
+        _bar(len(problem.schedule()), progress) as tick,
+    ):
         stacked = jnp.asarray(target.reshape(-1, m, n))
         programs, compile_seconds = _compile(problem, stacked)
         begun = time.perf_counter()
-        solution = _run(problem, programs, stacked, tolerance, seed, progress)
+        solution = _run(problem, programs, stacked, tolerance, seed, tick)
         seconds = time.perf_counter() - begun
     solution = jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], solution)
-    exact = target.astype(np.float64)
-    error = _errors(exact, solution.terms)
-    size = _norms(exact)
+    given = np.asarray(matrix)
+    error, size = _errors(given, solution.terms), _errors(given, ())
     return Approximation(
         terms=solution.terms,
         error=error,
@@ -147,7 +152,7 @@ def approximate(
             _ratio(error.spectral, size.spectral),
             _ratio(error.frobenius, size.frobenius),
         ),
-        van_loan=_errors(exact, solution.frobenius),
+        van_loan=_errors(given, solution.frobenius),
         trace=solution.trace,
         status=solution.status,
         seconds=seconds,
@@ -170,19 +175,29 @@ def _checked(matrix, dtype, notes) -> np.ndarray:
         dtype = "float64" if array.dtype == np.float64 else "float32"
         if array.dtype not in (np.float32, np.float64):
             notes.append(f"{array.dtype} input computed in float32")
-    if dtype not in ("float32", "float64"):
+    if dtype not in ("float32", "float64", np.float32, np.float64):
         raise ValueError(f'dtype must be "float32" or "float64"; got {dtype!r}.')
-    finite = np.isfinite(array.astype(np.float64))
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    finite = np.isfinite(converted)
     if not finite.all():
         position = tuple(int(i) for i in np.argwhere(~finite)[0])
+        if np.isfinite(np.float64(array[position])):
+            raise ValueError(
+                f"entries overflow float32, the first at {position}: "
+                f'{array[position]}; pass dtype="float64".'
+            )
         raise ValueError(
             f"the matrix has {np.count_nonzero(~finite)} NaN or infinite entries, the "
             f"first at {position}: {array[position]}. Replace them before solving."
         )
-    with np.errstate(over="ignore"):
-        converted = array.astype(dtype)
-    if not np.isfinite(converted).all():
-        raise ValueError('entries overflow float32; pass dtype="float64".')
+    largest = np.max(np.abs(converted), axis=(-2, -1), keepdims=True).astype(np.float64)
+    ratios = converted / np.where(largest > 0, largest, 1)
+    norms = np.linalg.norm(ratios, axis=(-2, -1))
+    if np.any(
+        norms > np.finfo(converted.dtype).max / np.maximum(largest[..., 0, 0], 1)
+    ):
+        raise ValueError(f"a Frobenius norm overflows {dtype}; scale the matrix down.")
     return converted
 
 
@@ -244,21 +259,20 @@ def _compile(problem, stacked):
     return programs, seconds if seconds > 0.01 else 0.0
 
 
-def _run(problem, programs, stacked, tolerance, seed, progress):
+def _run(problem, programs, stacked, tolerance, seed, tick):
     """Walk through the schedule; return the solution as NumPy arrays."""
     schedule = problem.schedule()
     first_program, *advance, last_program = programs
-    tolerance, seed = jnp.asarray(float(tolerance)), jnp.asarray(int(seed))
-    with _bar(len(schedule), progress) as tick:
-        paths, first = jax.block_until_ready(first_program(stacked))
-        lines = []
-        for stage in schedule:
-            arrays = _as_arrays(stage)
-            paths, line = advance[0](stacked, paths, arrays, tolerance, seed)
-            lines.append(jax.block_until_ready(line))
-            tick(f"p = {line.p[0]:.0f}")
-        lines = _stack(lines) if lines else first
-        return jax.device_get(last_program(stacked, paths, first, lines))
+    tolerance, seed = jnp.asarray(float(tolerance)), jnp.asarray(int(seed) % 2**31)
+    paths, first = jax.block_until_ready(first_program(stacked))
+    lines = []
+    for stage in schedule:
+        arrays = _as_arrays(stage)
+        paths, line = advance[0](stacked, paths, arrays, tolerance, seed)
+        lines.append(jax.block_until_ready(line))
+        tick(f"p = {line.p[0]:.0f}")
+    lines = _stack(lines) if lines else first
+    return jax.device_get(last_program(stacked, paths, first, lines))
 
 
 def _as_arrays(stage: Stage) -> Stage:
@@ -271,46 +285,47 @@ def _stack(lines):
 
 @contextlib.contextmanager
 def _bar(total, wanted):
-    """Yield a function to call after every stage; it draws after two seconds."""
+    """Yield a function to call after every stage; a bar is drawn after two seconds."""
     if wanted is False or (wanted is None and not sys.stderr.isatty()):
         yield lambda text: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
-    begun = time.perf_counter()
     bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task("starting", total=total)
-
-    def tick(text):
-        bar.update(task, advance=1, description=text)
-        if wanted or time.perf_counter() - begun > 2:
-            bar.start()
-
+    task = bar.add_task("compiling", total=total)
+    timer = threading.Timer(0 if wanted else 2, bar.start)
+    timer.start()
     try:
-        yield tick
+        yield lambda text: bar.update(task, advance=1, description=text)
     finally:
+        timer.cancel()
+        timer.join()
         bar.stop()
 
 
-def _errors(exact, terms):
-    return _norms(exact - sum(_multiply_out(t, np.float64) for t in terms))
+def _errors(given, terms):
+    """Return the norms of the matrices less the sum of `terms`, one after the other."""
+    *batch, m, n = given.shape
+    matrices = given.reshape(-1, m, n)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-3:]), terms)
+    norms = []
+    for i, matrix in enumerate(matrices):
+        rest = matrix.astype(np.float64)
+        for one in flat:
+            rest = rest - _multiply_out(KroneckerTerms(one.a[i], one.b[i]), np.float64)
+        norms.append(_norms(rest))
+    spectral, frobenius = (np.reshape(x, batch)[()] for x in zip(*norms, strict=True))
+    return Errors(spectral, frobenius)
 
 
-def _norms(matrices):
-    """Return the norms of `[..., m, n]`, float64, safe at any scale."""
-    largest = np.max(np.abs(matrices), axis=(-2, -1), keepdims=True)
-    scale = np.where(largest > 0, largest, 1)
-    scaled = matrices / scale
-    m, n = scaled.shape[-2:]
-    transposed = scaled.swapaxes(-2, -1)
-    gram = scaled @ transposed if m < n else transposed @ scaled
-    top = np.linalg.eigvalsh(gram)[..., -1]
-    scale = scale[..., 0, 0]
-    return Errors(
-        scale * np.sqrt(np.maximum(top, 0)),
-        scale * np.linalg.norm(scaled, axis=(-2, -1)),
-    )
+def _norms(matrix):
+    """Return the spectral and Frobenius norm of `[m, n]`, float64, at any scale."""
+    largest = np.max(np.abs(matrix))
+    scaled = matrix / (largest if largest > 0 else 1)
+    gram = scaled @ scaled.T if len(scaled) < len(scaled.T) else scaled.T @ scaled
+    top = max(np.linalg.eigvalsh(gram)[-1], 0)
+    return largest * np.sqrt(top), largest * np.linalg.norm(scaled)
 
 
 def _ratio(part, whole):

@@ -20,6 +20,7 @@ import kronjax
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
     from kronjax.files import Source
+    from kronjax.report import Baseline
 
 DESCRIPTION = (
     "Matrices as short sums of Kronecker products, closest in the spectral norm. "
@@ -47,6 +48,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Args:
         args: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        0, or 1 if the doctor found something, 2 after an error, 130 when interrupted.
     """
     args = list(sys.argv[1:] if args is None else args)
     if args == ["--version"]:
@@ -62,6 +66,17 @@ def main(args: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         print(f"kronjax: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        # Only its text tells this error of jax from others, which are bugs.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = (_one_line(error) or "out of memory")[:200]
+        print(
+            f"kronjax: error: not enough memory for this matrix ({reason}); take fewer "
+            "matrices, --rows or --columns",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("kronjax: interrupted", file=sys.stderr)
@@ -109,43 +124,23 @@ def approximate(
 
     if out is not None:
         files.check_output(out, ".safetensors", source=file)
-    source = files.read(
-        file, tensor=tensor, rows=rows, columns=columns, transpose=transpose
-    )
+    part: dict[str, Any] = {"rows": rows, "columns": columns, "transpose": transpose}
+    source = files.read(file, tensor=tensor, **part)
+    configuration = _configuration(source, a_shape, rank)
     approximation = kronjax.approximate(
-        source.matrix,
-        _configuration(source, a_shape, rank),
-        norm=norm,
-        dtype=dtype,
-        starts=starts,
-        seed=seed,
+        source.matrix, configuration, norm=norm, dtype=dtype, starts=starts, seed=seed
     )
     baseline = report.svd_baseline(source.matrix, approximation.num_parameters)
-    fields = {
-        "file": str(file),
-        "tensor": source.name,
-        "rows": rows,
-        "columns": columns,
-        "transpose": transpose,
-        "norm": norm,
-        "dtype": str(approximation.terms[0].a.dtype),
-        "seed": seed,
-        "version": kronjax.__version__,
-        **report.summary(approximation, baseline),
-    }
-    if out is not None:
-        _write_terms(out, approximation, fields)
-    if as_json:
-        print(json.dumps(fields, allow_nan=False))
-        return 0
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    console.print(report.comparison(approximation, baseline))
-    lines = [report.verdict(approximation, baseline), report.effort(approximation)]
-    lines += [f"Note: {note}." for note in approximation.notes]
-    lines += [] if out is None else [f"Factors written to {out}."]
-    console.print("\n".join(lines), soft_wrap=True)
+    asked = {"file": files.readable(file), "tensor": source.name, **part, "norm": norm}
+    fields = {**asked, "seed": seed, **_fields(approximation, baseline)}
+    # Neither a full disk nor a closed pipe may lose what was computed.
+    try:
+        _print_result(approximation, baseline, fields if as_json else None)
+    finally:
+        if out is not None:
+            _write_terms(out, approximation, fields)
+    if out is not None and not as_json:
+        print(f"Factors written to {files.readable(out)}.")
     return 0
 
 
@@ -211,6 +206,37 @@ def _configuration(
         most = kronjax.Configuration(a_shape, 1).max_rank((m, n))
         raise ValueError(f"--rank R is needed: from 1 to {most}, which is exact")
     return kronjax.Configuration(a_shape, rank)
+
+
+def _fields(approximation: "Approximation", baseline: "Baseline") -> dict[str, Any]:
+    """Return what `--json` prints, but for what was asked."""
+    from kronjax import report
+
+    return {
+        "dtype": str(approximation.terms[0].a.dtype),
+        "version": kronjax.__version__,
+        **report.summary(approximation, baseline),
+    }
+
+
+def _print_result(
+    approximation: "Approximation",
+    baseline: "Baseline",
+    fields: dict[str, Any] | None,
+) -> None:
+    """Print the fields as JSON, or a table and what it says where there are none."""
+    from kronjax import report
+
+    if fields is not None:
+        print(json.dumps(fields, allow_nan=False), flush=True)
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(report.comparison(approximation, baseline))
+    lines = [report.verdict(approximation, baseline), report.effort(approximation)]
+    lines += [f"Note: {note}." for note in approximation.notes]
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def _write_terms(

@@ -33,7 +33,8 @@ class Trace:
         value: `‖T − K‖_p` at the end of the stage.
         spectral_error: Lower bound of `‖T − K‖_2` there, from a few iterations.
         steps: Accepted steps.
-        gemms: Products of the size of `EᵀE`, those of rejected trials included.
+        gemms: Products of the size of `EᵀE` in values and gradients, those of rejected
+            trials included.
     """
 
     p: jax.Array
@@ -51,7 +52,8 @@ class Solution:
     Attributes:
         terms: One `KroneckerTerms` for each configuration, of falling norm.
         spectral_error: Lower bound of `‖T − K‖_2`, settled to 1e-6.
-        frobenius: The terms at p = 2 (Van Loan's), where the continuation began.
+        frobenius: The terms at p = 2, where the continuation began: Van Loan's, one
+            configuration after the other.
         trace: `Trace`.
         status: `Status` of the last stage.
     """
@@ -102,7 +104,9 @@ def solve(
     """Minimise `‖T − Σ_k A_k ⊗ B_k‖` for one matrix; pure.
 
     The Frobenius solution and `starts - 1` perturbations of it race through the first
-    three stages, sharing what one of them may spend alone; the best goes on.
+    three stages, sharing what one of them may spend alone (but for at least four
+    evaluations each); the best goes on. Under `jax.shard_map` pass `check_vma=False`:
+    the loops begin from constants, which that check calls unvarying.
 
     Args:
         matrix: `T`, `[m, n]`, float32 or float64.
@@ -117,13 +121,15 @@ def solve(
         seed: Of the perturbations; an integer, traced.
 
     Returns:
-        `Solution`. A matrix with NaN or infinite entries has status `NONFINITE`, zero
-        terms and NaN errors; the others of its batch are not touched. Ranks above the
-        maximum are capped: the solution is then exact.
+        `Solution`. A matrix with NaN or infinite entries, or whose Frobenius norm
+        overflows, has status `NONFINITE`, zero terms and NaN errors; the others of its
+        batch are not touched. Ranks above the maximum are capped: the solution is then
+        exact.
 
     Raises:
         ValueError: If `matrix` is not one matrix or a configuration does not fit.
     """
+    matrix = jnp.asarray(matrix)
     if matrix.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(
             f"solve computes in float32 or float64; got {matrix.dtype}. Convert the "
@@ -272,14 +278,17 @@ def finish(problem: Problem, matrix, path: Path, trace: Trace) -> Solution:
 
 
 def _normalise(matrix):
-    """Return `T` of Frobenius norm one, its scale, and whether all of it is finite."""
-    finite = jnp.all(jnp.isfinite(matrix))
-    matrix = jnp.where(finite, matrix, 0)
+    """Return `T` of Frobenius norm one, that norm, and whether all of it is finite."""
     largest = jnp.max(jnp.abs(matrix))
-    largest = jnp.where(largest > 0, largest, 1)
-    norm = jnp.linalg.norm(matrix / largest)
-    norm = jnp.where(norm > 0, norm, 1)
-    return matrix / largest / norm, largest * norm, finite
+    # The reciprocal of 1e38 has no float32 digits: come closer to one, exactly, first.
+    shift = jnp.where(largest > 1, 2.0**-8, 2.0**8).astype(matrix.dtype)
+    ratios = matrix * shift / jnp.where(largest > 0, largest * shift, 1)
+    norm = jnp.linalg.norm(ratios)
+    scale = largest * norm
+    finite = jnp.isfinite(scale)
+    safe = finite & (scale > 0)
+    unit = jnp.where(safe, ratios, 0) / jnp.where(safe, norm, 1)
+    return unit, jnp.where(safe, scale, 1), finite
 
 
 def _matrices(problem, points):
@@ -307,10 +316,11 @@ def _spectral_error(problem, target, points, restarts=12):
 
 def _perturb(points, key, size):
     """Move by a random tangent vector of `size` times the norm of the point."""
+    keys = iter(jax.random.split(key, len(points)))
 
     def move(point):
         shape = point.a.shape[1], point.b.shape[1]
-        noise = jax.random.normal(key, shape, point.a.dtype)
+        noise = jax.random.normal(next(keys), shape, point.a.dtype)
         tangent = manifold.project(point, noise)
         length = size * jnp.linalg.norm(point.core)
         length = length / jnp.sqrt(manifold.inner(tangent, tangent))

@@ -141,11 +141,13 @@ def restart(objective: Objective, state: State, step=0.5) -> State:
 def step(objective: Objective, state: State, limits: Limits) -> State:
     """Make one trial: advance to it or shorten the step; a finished state stays."""
     running = _is_running(state, limits)
-    trial = jax.tree.map(lambda x: state.step * x, state.direction)
+    # A lane that is done tries its own point: its last trial may have been unsafe.
+    length = jnp.where(running, state.step, 0)
+    trial = jax.tree.map(lambda x: length * x, state.direction)
     points = in_turn(manifold.retract, state.points, trial)
     value, gradient = _evaluate(objective, points)
     noise = 4 * jnp.finfo(value.dtype).eps * state.value
-    wanted = state.value + ARMIJO * state.step * state.slope + noise
+    wanted = state.value + ARMIJO * length * state.slope + noise
     accepted = running & (value <= wanted)
     advanced = _advance(state, points, value, gradient, trial, limits)
 
@@ -232,7 +234,7 @@ def _shorten(state, value, running):
     failed = running & (shorter < 1e-4)
     return dataclasses.replace(
         state,
-        step=shorter,
+        step=jnp.where(running, shorter, state.step),
         evaluations=state.evaluations + running.astype(int),
         status=jnp.where(failed, Status.LINE_SEARCH_FAILED, state.status),
     )
@@ -254,19 +256,25 @@ def _quasi_newton(gradient, pairs, curvature):
     ).astype(curvature.dtype)
     solve = jax.scipy.linalg.solve_triangular
     q = solve(upper, sg)
-    by_s = solve(upper, curvature * q + scale * (yy @ q - yg), trans=1)
+    by_s = solve(
+        upper,
+        curvature * q + scale * (jnp.matmul(yy, q, precision="highest") - yg),
+        trans=1,
+    )
     weights = jnp.concatenate([by_s, -scale * q])
     return jax.tree.map(
-        lambda g, x: -scale * g - jnp.einsum("k,rkd->rd", weights, x), gradient, pairs
+        lambda g, x: -scale * g - _einsum("k,rkd->rd", weights, x), gradient, pairs
     )
 
 
 def _gram(x, y):
     """Return the inner products `[k, l]` of tangents stacked along axis 1."""
-    products = jax.tree.map(
-        lambda x, y: jnp.einsum("rkd,rld->rkl", x, y, precision="highest").sum(0), x, y
-    )
+    products = jax.tree.map(lambda x, y: _einsum("rkd,rld->rkl", x, y).sum(0), x, y)
     return jax.tree.reduce(jnp.add, products)
+
+
+def _einsum(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, precision="highest")
 
 
 def _evaluate(objective, points):

@@ -17,8 +17,7 @@ import json
 import math
 import os
 import re
-import zipfile
-import zlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -189,7 +188,15 @@ def write_terms(
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file as a whole or not at all.
+
+    Args:
+        path: The file, replaced if it is there.
+        content: All of it.
+
+    Raises:
+        OSError: If it cannot be written; names the file.
+    """
     path = Path(path)
     temporary = _temporary_name(path)
     try:
@@ -198,9 +205,21 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:  # a full disk does not say by itself which file is meant
+        temporary.unlink(missing_ok=True)
+        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def readable(path: Path) -> str:
+    """Return the name of a file as text that any output takes.
+
+    Names are bytes to the system; Python turns those that are no UTF-8 into lone
+    surrogates, which neither a terminal nor the metadata of safetensors can encode.
+    """
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _temporary_name(path: Path) -> Path:
@@ -211,7 +230,11 @@ def _open_npy(path: Path, tensor: str | None) -> Source:
     if tensor is not None:
         raise ValueError(f"{path} holds one array without a name; leave out --tensor")
     with _numpy_errors(path):
-        return Source(np.load(path, mmap_mode="r", allow_pickle=False))
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            array.close()
+            raise ValueError("a zip archive; should it end in .npz?")
+        return Source(array)
 
 
 def _open_npz(path: Path, tensor: str | None) -> Source:
@@ -223,17 +246,35 @@ def _open_npz(path: Path, tensor: str | None) -> Source:
         names = archive.files
         wanted = names if tensor is None else {tensor} & set(names)
         arrays = {name: archive[name] for name in wanted}
-    matrices = [name for name, array in arrays.items() if array.ndim >= 2]
+    # A zip archive may hold more than arrays, say a README.txt; those come as bytes.
+    other = [name for name, array in arrays.items() if isinstance(array, bytes)]
+    if tensor in other:
+        raise ValueError(f"{path}: {tensor} is a file in the archive, but no array")
+    names = [name for name in names if name not in other]
+    matrices = [name for name in names if name in arrays and arrays[name].ndim >= 2]
     name = _choose(path, tensor, matrices, names)
     return Source(arrays[name], name)
 
 
 @contextlib.contextmanager
 def _numpy_errors(path: Path) -> Iterator[None]:
-    """Say in our words what numpy, who would offer to unpickle, says in its own."""
+    """Say in our words what numpy, who would offer to unpickle, says in its own.
+
+    Any exception of a damaged file is meant. A header is parsed as Python and taken at
+    its word, so that one cut off gives a TokenError, a shape (10**30, 2) an
+    OverflowError and a shape (True, True) a TypeError.
+    """
     try:
-        yield
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # A shape of 2**62 by 2**62 is refused, but not before numpy warned of it.
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    except RuntimeError as error:  # encrypted, or compressed in a way unknown here
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # from the system; those of bz2 about its data have no number
         reason = str(error)
         if "Object arrays" in reason or "Python objects" in reason:
             raise ValueError(
@@ -274,14 +315,30 @@ def _multiply_out(path: Path, names: Sequence[str]) -> Source:
         raise ValueError(
             f"{path}: factors of shapes {a.shape} and {b.shape} do not belong together"
         )
-    rank, m1, n1 = a.shape[-3:]
-    m2, n2 = b.shape[-2:]
+    batch, (rank, m1, n1), (m2, n2) = a.shape[:-3], a.shape[-3:], b.shape[-2:]
+    shape = *batch, m1 * m2, n1 * n2
+    # Factors of 100000 by 1 and 1 by 100000 are small, and their product is 80 GB; of
+    # which there are three in float64 at a time.
+    needed, memory = 3 * 8 * math.prod(shape), _physical_memory()
+    if needed > memory:
+        raise ValueError(
+            f"{path} multiplies out to a matrix of shape {shape}: that takes "
+            f"{needed / 1e9:,.0f} GB of memory, of {memory / 1e9:,.0f} GB in all"
+        )
     # As a product of rearranged factors, in float64 so that the rounding is one.
-    left = np.asarray(a, np.float64).reshape(*a.shape[:-2], m1 * n1)
-    right = np.asarray(b, np.float64).reshape(*b.shape[:-2], m2 * n2)
-    blocks = (left.swapaxes(-1, -2) @ right).reshape(*a.shape[:-3], m1, n1, m2, n2)
-    matrix = blocks.swapaxes(-3, -2).reshape(*a.shape[:-3], m1 * m2, n1 * n2)
+    left = np.asarray(a, np.float64).reshape(*batch, rank, m1 * n1)
+    right = np.asarray(b, np.float64).reshape(*batch, rank, m2 * n2)
+    blocks = (left.swapaxes(-1, -2) @ right).reshape(*batch, m1, n1, m2, n2)
+    matrix = blocks.swapaxes(-3, -2).reshape(shape)
     return Source(matrix.astype(a.dtype), None, (m1, n1), rank)
+
+
+def _physical_memory() -> int:
+    """Return the bytes of memory of this machine, or 64 GiB where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return 2**36
 
 
 def _safetensors_header(path: Path) -> tuple[dict, int]:

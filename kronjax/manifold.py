@@ -102,23 +102,28 @@ def transport(source: Point, target: Point, tangents: Tangent) -> Tangent:
     """
     aa = _mm(source.a, target.a.T)
     bb = _mm(source.b, target.b.T)
-    # R(ξ) on the target's right factors, then its transpose on the left ones.
-    mixed = _mm_last(tangents.core, bb) + _mm_last(tangents.b, target.b.T)
-    onto_b = _mm_first(bb.T, tangents.a) + _mm_last(mixed.swapaxes(0, 2), source.a)
-    mixed = _mm_first(aa.T, tangents.core)
-    mixed += _mm_last(tangents.a, target.a.T).swapaxes(0, 2)
-    onto_a = _mm_first(aa.T, tangents.b) + _mm_last(mixed, source.b)
-    core = _mm_last(onto_a, target.b.T)
+    ta = _mm_last(tangents.a, target.a.T).swapaxes(0, 2)
+    tb = _mm_last(tangents.b, target.b.T)
+    # R(ξ) seen from the target's left factors, and from its right ones.
+    from_a = _mm_first(aa.T, tangents.core) + ta
+    from_b = (_mm_last(tangents.core, bb) + tb).swapaxes(0, 2)
+    core = _mm_last(from_a, bb) + _mm_first(aa.T, tb)
+    # What is left after the core has gone: two products in one.
+    both_a = jnp.concatenate([from_b, -core.swapaxes(0, 2)], axis=2)
+    both_b = jnp.concatenate([from_a, -core], axis=2)
     return Tangent(
-        onto_b - _mm_last(core.swapaxes(0, 2), target.a),
+        _mm_first(bb.T, tangents.a)
+        + _mm_last(both_a, jnp.concatenate([source.a, target.a])),
         core,
-        onto_a - _mm_last(core, target.b),
+        _mm_first(aa.T, tangents.b)
+        + _mm_last(both_b, jnp.concatenate([source.b, target.b])),
     )
 
 
 def inner(x: Tangent, y: Tangent) -> jax.Array:
     """Return the Frobenius inner product `<ξ, η>` of two vectors at one point."""
-    return jnp.vdot(x.a, y.a) + jnp.vdot(x.core, y.core) + jnp.vdot(x.b, y.b)
+    pairs = (x.a, y.a), (x.core, y.core), (x.b, y.b)
+    return sum(jnp.vdot(one, two, precision="highest") for one, two in pairs)
 
 
 def retract(point: Point, tangent: Tangent) -> Point:
@@ -134,9 +139,12 @@ def retract(point: Point, tangent: Tangent) -> Point:
     x, y = _mm(inverse.T, tangent.a), _mm(inverse, tangent.b)
     # The Gram matrices of the moved rows have condition number at most 1 + moved.
     moved = jnp.maximum(jnp.sum(x * x), jnp.sum(y * y))
-    unsafe = ~(moved < 100)
+    # A lane that does not move must not send its whole batch the slow way.
+    moves = inner(tangent, tangent) > 0
     # Inverting a core like diag(1, 0) would throw the point far away.
+    unsafe = ~(moved < 100) & moves
     safe = _orthonormalise(core, point.a + x, point.b + y)
+    safe = jax.tree.map(lambda x, y: jnp.where(moves, x, y), safe, point)
 
     def choose():
         metric = retract_metric(point, tangent)

@@ -7,8 +7,8 @@ in compiled code, as a single start.
 
 >>> from kronjax.kronecker import Configuration
 >>> problem = Problem.of((36, 36), Configuration((6, 6), 3), "schatten:6", starts=2)
->>> [(stage.squarings, stage.begins) for stage in problem.schedule()]
-[(0, 0), (1, -1), (0, 1), (1, -1)]
+>>> [(stage.squarings, stage.origin.name) for stage in problem.schedule()]
+[(0, 'START'), (0, 'START'), (1, 'CHAMPION')]
 """
 
 import dataclasses
@@ -92,12 +92,18 @@ class Problem:
             configuration = (configuration,)
         if not configuration:
             raise ValueError("solve needs at least one Configuration; got none.")
+        for one in configuration:
+            if not isinstance(one, Configuration):
+                raise ValueError(
+                    "solve takes a Configuration((m1, n1), rank=r), or several; got "
+                    f"{one!r}."
+                )
         for name, number in (("starts", starts), ("budget", budget)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}.")
         size = shape[0], shape[1]
         p = parse_norm(norm)
-        last = schatten.MAX_SQUARINGS if math.isinf(p) else schatten.squarings_for(p)
+        last = schatten.MAX_SQUARINGS if p == math.inf else schatten.squarings_for(p)
         # Only one configuration alone has a closed form at p = 2.
         stages = SQUARINGS if len(configuration) == 1 else (-1, *SQUARINGS)
         return cls(
@@ -108,20 +114,24 @@ class Problem:
             ),
             squarings=tuple(j for j in stages if j < last)
             + (last,) * (last >= stages[0]),
-            is_spectral=math.isinf(p),
+            is_spectral=p == math.inf,
             starts=starts,
             budget=budget or default_budget(size),
         )
 
     @property
     def num_race_stages(self) -> int:
-        """Stages in which every start takes part."""
-        return min(3, len(self.squarings)) if self.starts > 1 else 0
+        """Stages in which every start takes part: not the last, unless it is alone."""
+        stages = len(self.squarings)
+        return min(3, max(stages - 1, 1), stages) if self.starts > 1 else 0
 
     def schedule(self) -> list[Stage]:
-        """Return all stages in order: every start's part of the race, then the rest."""
+        """Return all stages in order: every start's part of the race, then the rest.
+
+        The winner always has a stage of its own: one that is alone is run again.
+        """
         race = self.squarings[: self.num_race_stages]
-        rest = self.squarings[len(race) :]
+        rest = self.squarings[len(race) :] or self.squarings[-1:]
         share = self.budget // self.starts
         stages = []
         for start in range(self.starts if race else 0):
@@ -154,9 +164,9 @@ class Problem:
 def parse_norm(norm: float | str) -> float:
     """Return the exponent p for "spectral", "frobenius", "schatten:P", or a number."""
     names = {"spectral": math.inf, "frobenius": 2.0}
-    text = str(norm).removeprefix("schatten:")
     try:
-        return names[text] if text in names else float(text)
+        text = str(norm)
+        return names[text] if text in names else float(text.removeprefix("schatten:"))
     except ValueError:
         raise ValueError(
             f'norm must be "spectral", "frobenius" or "schatten:P"; got {norm!r}.'

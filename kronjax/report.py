@@ -53,9 +53,16 @@ class Baseline:
 def svd_baseline(matrix: np.ndarray, num_parameters: int) -> Baseline:
     """Return the errors of truncated SVD of equal parameter count.
 
+    They are those of the matrix as given, of which float64 is taken: not of what a
+    solver in float32 rounds it to. Costs the singular values of every matrix.
+
     Args:
-        matrix: `[..., m, n]`, any real dtype.
+        matrix: `[..., m, n]`, any real dtype; left as it is.
         num_parameters: Numbers that may be stored for one matrix.
+
+    Returns:
+        `Baseline`, float64 `[...]`, of rank `⌊num_parameters / (m + n)⌋`, or
+        `min(m, n)` if that is less.
     """
     m, n = matrix.shape[-2:]
     rank = min(num_parameters // (m + n), m, n)
@@ -86,7 +93,13 @@ def statuses(approximation: "Approximation") -> Any:
 def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any]:
     """Return everything known about an approximation as plain Python values.
 
-    Numbers that belong to a matrix are lists for a batch. What is not finite is None.
+    Args:
+        approximation: Of one configuration, of one matrix or a batch.
+        baseline: Of the same matrices.
+
+    Returns:
+        A dictionary that JSON can hold. Numbers that belong to a matrix are lists for
+        a batch; what is not finite is None.
     """
     terms = approximation.terms[0]
     error, van_loan = approximation.error, approximation.van_loan

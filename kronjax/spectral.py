@@ -41,10 +41,13 @@ def estimate_norm(
         A scalar, never above the true spectral norm.
     """
     m, n = matrix.shape
-    if min(matrix.shape) <= 16 * BLOCKS:  # cheaper directly
+    largest = jnp.max(jnp.abs(matrix))
+    matrix = matrix / jnp.where(largest > 0, largest, 1)
+    if min(m, n) <= 16 * BLOCKS:  # cheaper directly
         gram = _mm(matrix.T, matrix) if m >= n else _mm(matrix, matrix.T)
-        return _lowered(jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1]), m + n)
-    return estimate_map_norm(
+        top = jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1])
+        return largest * _lowered(top, m + n)
+    return largest * estimate_map_norm(
         lambda x: _mm(matrix, x),
         lambda y: _mm(matrix.T, y),
         _random_block(matrix, 4) if start is None else start,

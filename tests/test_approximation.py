@@ -63,7 +63,7 @@ def test_batches_keep_their_axes():
 
 def test_the_second_call_does_not_compile():
     approximate(draw(3), SMALL, tolerance=1e-3)
-    again = approximate(draw(4), SMALL, tolerance=1e-4, seed=3)
+    again = approximate(draw(4), SMALL, tolerance=1e-4, seed=2**40 + 3)
     assert again.compile_seconds == 0
 
 
@@ -89,11 +89,34 @@ def test_short_numbers_are_computed_in_float32(dtype, note):
 
 
 def test_the_dtype_can_be_chosen():
-    assert approximate(draw(5), SMALL, dtype="float32").terms[0].a.dtype == np.float32
+    for dtype in ("float32", np.float32, jnp.float32, np.dtype("float32")):
+        assert approximate(draw(5), SMALL, dtype=dtype).terms[0].a.dtype == np.float32
     wide = approximate(draw(5).astype(np.float32), SMALL, dtype="float64")
     assert wide.terms[0].a.dtype == np.float64
     with pytest.raises(ValueError, match='"float32" or "float64"; got \'float16\''):
         approximate(draw(5), SMALL, dtype="float16")
+
+
+def test_errors_are_those_of_the_matrix_as_given():
+    matrix = 2**24 + np.arange(144).reshape(12, 12)
+    approx = approximate(matrix, Configuration((3, 4), rank=99))
+    rest = matrix - kronecker_sum_reference(approx.terms[0].a, approx.terms[0].b)
+    assert approx.error.spectral == pytest.approx(np.linalg.norm(rest, 2), rel=1e-6)
+    assert approx.error.spectral > 1
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e38), ("float64", 1e308)])
+def test_a_norm_that_overflows_is_refused_or_reported(dtype, size):
+    matrices = (draw(17, 3) * 0.1).astype(dtype)
+    matrices[1] = size
+    with pytest.raises(ValueError, match=f"a Frobenius norm overflows {dtype}"):
+        approximate(matrices, SMALL)
+    solution = jax.jit(jax.vmap(lambda x: kronjax.solve(x, SMALL)))(
+        jnp.asarray(matrices)
+    )
+    assert solution.status[1] == Status.NONFINITE
+    assert np.isfinite(solution.terms[0].a).all()
+    assert np.isfinite(solution.spectral_error[2])
 
 
 def test_float64_needs_no_global_switch():
@@ -113,12 +136,13 @@ def test_float64_needs_no_global_switch():
         (np.zeros((12, 12), complex), "real numbers; got dtype complex128"),
         (np.array([["a", "b"]]), "real numbers; got dtype <U1"),
         (np.zeros((12, 11)), "4 is not a divisor of its 11 columns"),
+        (np.array([[None]]), "real numbers; got dtype object"),
         (np.full((12, 12), 1e200), None),
     ],
 )
 def test_bad_matrices_are_named(matrix, message):
     if message is None:
-        with pytest.raises(ValueError, match='overflow float32; pass dtype="float64"'):
+        with pytest.raises(ValueError, match='overflow float32.*pass dtype="float64"'):
             approximate(matrix, SMALL, dtype="float32")
         return
     with pytest.raises(ValueError, match=message):

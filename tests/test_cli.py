@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -254,6 +256,91 @@ def test_output_is_checked_before_the_solve(weights, fails, tmp_path, monkeypatc
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
     assert "it is a folder" in fails(*chosen, folder)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 80.0 GiB for an array\nof some shape"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 80 bytes."),
+    ],
+)
+def test_too_little_memory_ends_with_one_line(weights, fails, monkeypatch, error):
+    def exhaust(*args, **options):
+        raise error
+
+    monkeypatch.setattr(kronjax, "approximate", exhaust)
+    message = fails(weights, "--tensor", "query", *ASKED)
+    assert "not enough memory" in message
+    assert "--rows" in message
+
+
+def test_other_runtime_errors_are_not_hidden(weights, run, monkeypatch):
+    def fail(*args, **options):
+        raise RuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(kronjax, "approximate", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("approximate", weights, "--tensor", "query", *ASKED)
+
+
+def test_archives_that_cannot_be_read_end_with_one_line(tmp_path, fails):
+    path = tmp_path / "weights.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("README.txt", "Weights of a model.")
+    assert "holds no matrix" in fails(path, *ASKED)
+    assert "but no array" in fails(path, "--tensor", "README.txt", *ASKED)
+
+
+FROBENIUS = ["--tensor", "query", *ASKED, "--norm", "frobenius"]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_full_disk_loses_no_result(weights, run, tmp_path, monkeypatch, form):
+    out = tmp_path / "out.safetensors"
+
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    code, printed, err = run("approximate", weights, *FROBENIUS, "--out", out, *form)
+    assert code == 2
+    assert err == f"kronjax: error: cannot write {out}: No space left on device\n"
+    if form:
+        assert json.loads(printed)["rank"] == 2
+    else:
+        assert "GEMMs" in printed
+        assert "Factors written" not in printed
+    assert list(tmp_path.iterdir()) == [weights]
+
+
+def test_a_closed_pipe_loses_no_factors(weights, run, tmp_path, monkeypatch):
+    out = tmp_path / "out.safetensors"
+
+    def refuse(*args):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_print_result", refuse)
+    code, _, err = run("approximate", weights, *FROBENIUS, "--out", out)
+    assert (code, err) == (2, "kronjax: error: Broken pipe\n")
+    assert files.read(out).rank == 2
+
+
+def test_names_that_are_no_text_are_served(weights, run, tmp_path):
+    given = tmp_path / os.fsdecode(b"gr\xf6\xdfe.safetensors")
+    out = tmp_path / os.fsdecode(b"\xff.safetensors")
+    try:
+        weights.rename(given)
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    code, printed, err = run("approximate", given, *FROBENIUS, "--out", out)
+    assert (code, err) == (0, "")
+    assert f"Factors written to {files.readable(out)}." in printed
+    with safetensors.safe_open(out, framework="np") as file:
+        assert file.metadata()["file"] == files.readable(given)
+    code, printed, _ = run("approximate", given, *FROBENIUS, "--json")
+    assert json.loads(printed)["file"] == files.readable(given)
 
 
 def test_an_interruption_leaves_the_old_output(weights, run, tmp_path, monkeypatch):

@@ -141,7 +141,7 @@ def test_bad_lanes_do_not_disturb_good_ones():
         Status.CONVERGED,
     ]
     assert np.isnan(mixed.spectral_error[1])
-    assert np.isfinite(mixed.terms[0].a).all()
+    assert (mixed.terms[0].a[1:3] == 0).all()
     assert mixed.spectral_error[2] == 0
     for lane in (0, 3):
         np.testing.assert_allclose(
@@ -178,22 +178,32 @@ def test_the_trace_tells_what_happened():
     assert (trace.gemms[:, 0] == 0).all()
 
 
-@pytest.mark.parametrize(("norm", "p"), [("schatten:10", 10), ("frobenius", 2), (2, 2)])
-def test_other_norms(norm, p):
-    matrices = draw(10)
+@pytest.mark.parametrize(
+    ("norm", "p", "ps"),
+    [
+        ("schatten:4", 4, [2, 4, 4]),
+        ("schatten:10", 10, [2, 4, 6, 10]),
+        ("frobenius", 2, [2]),
+        (2, 2, [2]),
+    ],
+)
+def test_other_norms(norm, p, ps):
+    # Heavy tails: the starts end at different minima, and the best must come out.
+    matrices = np.random.default_rng(10).standard_t(2, (8, 12, 12))
     solution = solver(SMALL, norm=norm)(jnp.asarray(matrices))
-    spectral = solver(SMALL)(jnp.asarray(matrices))
+    np.testing.assert_array_equal(solution.trace.p[0], ps)
+    alone = solver(SMALL, norm=norm, starts=1)(jnp.asarray(matrices))
 
     def value(solution, i):
         terms = solution.terms[0]
         approximation = kronecker_sum_reference(terms.a[i], terms.b[i])
         return schatten_reference(matrices[i] - approximation, p)
 
-    for i in range(3):
-        assert value(solution, i) <= value(spectral, i) * (1 + 1e-6)
+    for i in range(8):
         assert value(solution, i) == pytest.approx(
             float(solution.trace.value[i, -1]), rel=1e-6
         )
+        assert value(solution, i) <= value(alone, i) * (1 + 1e-4)
     assert (solution.status == Status.CONVERGED).all()
 
 
@@ -267,9 +277,33 @@ def test_a_tuple_of_configurations_is_fitted_jointly():
 
 def test_a_tuple_is_fitted_jointly_in_the_frobenius_norm_too():
     pair = (Configuration((3, 4), 1), Configuration((12, 1), 1))
-    trace = solver(pair, norm="frobenius")(jnp.asarray(draw(16))).trace
-    assert trace.p.shape == (3, 2)
-    assert (trace.value[:, 1] < trace.value[:, 0]).all()
+    matrices = np.random.default_rng(16).standard_t(2, (8, 12, 12))
+    solution = solver(pair, norm="frobenius")(jnp.asarray(matrices))
+    rest = matrices - sum(np.asarray(terms.to_matrix()) for terms in solution.terms)
+    got = np.linalg.norm(rest, axis=(1, 2))
+    np.testing.assert_allclose(got, solution.trace.value[:, -1], rtol=1e-6)
+    greedy = matrices - sum(np.asarray(t.to_matrix()) for t in solution.frobenius)
+    assert (got < np.linalg.norm(greedy, axis=(1, 2))).all()
+
+
+def test_every_product_asks_for_full_precision():
+    jaxpr = jax.make_jaxpr(lambda x: solve(x, SMALL))(jnp.zeros((12, 12)))
+    found = []
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                found.append(eqn.params["precision"])
+            for inner in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    visit(inner)
+
+    visit(jaxpr.jaxpr)
+    assert len(found) > 50
+    assert {str(p) for pair in found for p in pair or [None]} == {"HIGHEST"}
 
 
 @pytest.mark.parametrize(
@@ -285,6 +319,9 @@ def test_a_tuple_is_fitted_jointly_in_the_frobenius_norm_too():
         (dict(starts=0), "starts must be at least 1"),
         (dict(budget=0), "budget must be at least 1"),
         (dict(configuration=()), "at least one Configuration"),
+        (dict(configuration=((3, 4), 2)), r"got \(3, 4\)"),
+        (dict(norm="-inf"), "p = 2, 4, 6"),
+        (dict(norm="schatten:spectral"), 'norm must be "spectral"'),
     ],
 )
 def test_mistakes_are_named(arguments, message):

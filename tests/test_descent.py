@@ -143,6 +143,17 @@ def test_lanes_finish_at_different_times_and_do_not_disturb_each_other():
         np.testing.assert_allclose(batch.value[i], alone.value, rtol=1e-9)
 
 
+def test_finished_lanes_stay_as_they_are():
+    problems = [draw(seed) for seed in range(2)]
+    targets, points = jax.tree.map(lambda *x: jnp.stack(x), *problems)
+    targets = targets.at[0].set(0)
+    points = jax.tree.map(lambda x: x.at[0].set(0) if x.ndim == 3 else x, points)
+    state = jax.jit(jax.vmap(minimize))(targets, points)
+    alone = run(targets[1], problems[1][1])
+    assert state.evaluations[1] == alone.evaluations > 10
+    assert jnp.isfinite(state.step).all()
+
+
 def test_a_restart_keeps_the_curvature_of_the_old_objective():
     target, points = draw(6)
     state = run(target, points, 1e-6)

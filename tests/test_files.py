@@ -1,5 +1,6 @@
 import os
 import re
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -160,6 +161,75 @@ def test_truncated_files_are_called_so(tmp_path, suffix, kept):
         files.read(path)
 
 
+def npy_content(header):
+    """The bytes of a .npy file with any header and 16 zeros as data."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(16)
+
+
+# numpy answers with a TokenError, an OverflowError, a TypeError, and a RuntimeWarning
+# before the ValueError; all warnings are errors in these tests.
+@pytest.mark.parametrize(
+    "shape", ["(2,2", f"({10**30}, 2)}}", "(2.5, 2)}", f"({2**62}, {2**62})}}"]
+)
+@pytest.mark.parametrize("suffix", files.SUFFIXES[:2])
+def test_damaged_headers_are_called_so(tmp_path, suffix, shape):
+    content = npy_content("{'descr': '<f4', 'fortran_order': False, 'shape': " + shape)
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(content)
+    if suffix == ".npz":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("weight.npy", content)
+    with pytest.raises(ValueError, match=f"truncated or not an {suffix[1:]} file"):
+        files.read(path)
+
+
+def test_a_shape_of_booleans_is_refused(tmp_path):
+    path = tmp_path / "file.npy"
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (True, True)}"
+    path.write_bytes(npy_content(header))
+    with pytest.raises(ValueError, match="truncated or not an npy file"):
+        files.read(path)
+
+
+def test_an_archive_that_is_called_an_array_is_refused(tmp_path):
+    path = save(tmp_path, ".npz", weight=MATRIX).rename(tmp_path / "file.npy")
+    with pytest.raises(ValueError, match="should it end in .npz"):
+        files.read(path)
+
+
+def test_what_else_an_archive_holds_does_not_disturb(tmp_path):
+    path = save(tmp_path, ".npz", weight=MATRIX)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("README.txt", "Weights of a model.")
+        archive.mkdir("folder")
+    assert files.read(path).name == "weight"
+    np.testing.assert_array_equal(files.read(path, tensor="weight").matrix, MATRIX)
+    with pytest.raises(ValueError, match="README.txt is a file in the archive, but no"):
+        files.read(path, tensor="README.txt")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("README.txt", "Weights of a model.")
+    with pytest.raises(ValueError, match="holds no matrix; it holds nothing"):
+        files.read(path)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [(8, 1, "cannot be read: .*encrypted"), (10, 99, "cannot be read: .*compression")],
+)
+def test_archives_that_cannot_be_unpacked_are_refused(
+    tmp_path, position, value, message
+):
+    path = save(tmp_path, ".npz", weight=MATRIX)
+    content = bytearray(path.read_bytes())
+    # The flags and the method stand in the directory and, 2 earlier, in the entry.
+    content[content.index(b"PK\x01\x02") + position] = value
+    content[position - 2] = value
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        files.read(path)
+
+
 def test_files_that_cannot_be_meant(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         files.read(tmp_path / "none.npy")
@@ -211,6 +281,43 @@ def test_a_damaged_file_of_factors_is_refused(tmp_path):
     safetensors.numpy.save_file({"a": a, "b": b}, path, marked)
     with pytest.raises(ValueError, match="do not belong together"):
         files.read(path)
+
+
+def test_factors_of_more_than_the_memory_are_not_multiplied_out(tmp_path, monkeypatch):
+    path = tmp_path / "factors.safetensors"
+    size = 10**6
+    a, b = np.ones((1, size, 1), np.float16), np.ones((1, 1, size), np.float16)
+    files.write_terms(path, a, b, {})
+    with pytest.raises(ValueError, match=r"\(1000000, 1000000\): that takes 24,000 GB"):
+        files.read(path)
+    a, b = np.ones((2, 1, 4, 1)), np.ones((2, 1, 1, 4))
+    files.write_terms(path, a, b, {})
+    monkeypatch.setattr(files, "_physical_memory", lambda: 3 * 8 * 2 * 16)
+    assert files.read(path).matrix.shape == (2, 4, 4)
+    monkeypatch.setattr(files, "_physical_memory", lambda: 3 * 8 * 2 * 16 - 1)
+    with pytest.raises(ValueError, match="multiplies out"):
+        files.read(path)
+
+
+def test_names_that_are_no_text_become_readable():
+    assert files.readable(files.Path("größe.npy")) == "größe.npy"
+    name = files.readable(files.Path(os.fsdecode(b"gr\xf6\xdfe.npy")))
+    assert name == "gr\ufffd\ufffde.npy"
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "out.png"
+    path.write_bytes(b"old")
+
+    def refuse(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    message = re.escape(f"cannot write {path}: No space left on device")
+    with pytest.raises(OSError, match=message):
+        files.write(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_output_that_cannot_be_written_is_found_out(tmp_path):

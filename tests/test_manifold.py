@@ -121,6 +121,13 @@ def test_retract_survives_a_nearly_singular_core(singular):
     np.testing.assert_allclose(moved.a @ moved.a.T, np.eye(RANK), atol=1e-12)
 
 
+def test_retracting_nothing_from_a_singular_core_moves_nothing():
+    point, x, _ = draw(1)
+    point = manifold.Point(point.a, jnp.zeros((RANK, RANK)), point.b)
+    moved = manifold.retract(point, scaled(0, manifold.project(point, x)))
+    assert (manifold.to_ambient(moved) == 0).all()
+
+
 def test_retract_of_a_batch_treats_every_lane_by_itself():
     point, x, _ = draw(2)
     singular = manifold.Point(point.a, point.core.at[-1, -1].set(0), point.b)

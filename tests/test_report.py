@@ -49,6 +49,20 @@ def test_baseline_is_truncated_svd(shape, scale):
     np.testing.assert_allclose(found.spectral_norm, s[..., 0], rtol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint16", "float16", "float32", "float64"])
+def test_baseline_takes_float64_of_the_matrix_as_given(dtype):
+    # 1 + 1e-10 is 1 in float32, and -128 is its own absolute value in int8.
+    lowest = -128 if np.dtype(dtype).kind != "u" else 3
+    matrix = np.diag([lowest, 1 + 1e-10]).astype(dtype)
+    kept = matrix.copy()
+    found = report.svd_baseline(matrix, 4)
+    assert found.rank == 1
+    assert found.spectral.dtype == np.float64
+    np.testing.assert_allclose(found.spectral, np.float64(matrix[1, 1]), rtol=1e-14)
+    np.testing.assert_allclose(found.spectral_norm, abs(lowest), rtol=1e-14)
+    np.testing.assert_array_equal(matrix, kept)
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (2, 8, 5), (4, 7)])
 def test_large_baselines_agree_with_small_ones(shape, monkeypatch):
     matrix = np.random.default_rng(1).normal(size=shape).astype(np.float32)

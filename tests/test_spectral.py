@@ -67,3 +67,11 @@ def test_rank_one_is_exact(shape):
     x, y = rng.standard_normal(shape[0]), rng.standard_normal(shape[1])
     true = np.linalg.norm(x) * np.linalg.norm(y)
     assert float(estimate(jnp.asarray(np.outer(x, y)))) == pytest.approx(true, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("shape", [(90, 70), (8, 8)])
+def test_float32_works_at_every_scale(scale, shape):
+    matrix = np.random.default_rng(4).standard_normal(shape)
+    got = float(estimate(jnp.asarray(matrix * scale, jnp.float32)))
+    assert got / scale == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-4)
