@@ -122,8 +122,7 @@ def transport(source: Point, target: Point, tangents: Tangent) -> Tangent:
 
 def inner(x: Tangent, y: Tangent) -> jax.Array:
     """Return the Frobenius inner product `<ξ, η>` of two vectors at one point."""
-    pairs = (x.a, y.a), (x.core, y.core), (x.b, y.b)
-    return sum(jnp.vdot(one, two, precision="highest") for one, two in pairs)
+    return _dot(x.a, y.a) + _dot(x.core, y.core) + _dot(x.b, y.b)
 
 
 def retract(point: Point, tangent: Tangent) -> Point:
@@ -209,6 +208,10 @@ def _mm_last(stack, y):
     """Multiply `y` into the last axis of `[r, k, d]`, as one product."""
     r, k, d = stack.shape
     return _mm(stack.reshape(r * k, d), y).reshape(r, k, -1)
+
+
+def _dot(x, y):
+    return jnp.vdot(x, y, precision="highest")
 
 
 def _mm(x, y):
