@@ -6,7 +6,9 @@ are avoided by a predicate that is the same for every lane (`any_lane`).
 
 XLA runs what does not depend on each other at the same time. Two batched LAPACK calls
 then wait for worker threads that the other one holds: with two cores, for ever (seen
-with jaxlib 0.10). Whatever decomposes matrices does so in turn (`after`, `in_turn`).
+with jaxlib 0.10). Whatever decomposes matrices does so in turn (`after`, `in_turn`),
+and takes either Q or R from a QR decomposition: what needs only R runs beside what
+makes Q.
 
 >>> import jax, jax.numpy as jnp
 >>> jax.vmap(any_lane)(jnp.array([False, True])).tolist()

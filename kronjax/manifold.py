@@ -163,8 +163,10 @@ def retract_metric(point: Point, tangent: Tangent) -> Point:
     right = jnp.concatenate(
         [_mm(point.core + tangent.core, point.b) + tangent.b, point.b]
     )
-    q, upper = jnp.linalg.qr(left.T)
-    u, s, vt = jnp.linalg.svd(_mm(upper, right), full_matrices=False)
+    q = jnp.linalg.qr(left.T)[0]
+    # Not by the R of that QR, which is there before Q is: see `lanes`.
+    core = _mm(_mm(q.T, left.T), right)
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
     return Point(_mm(q, u[:, :r]).T, jnp.diag(s[:r]), vt[:r])
 
 

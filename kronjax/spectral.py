@@ -118,8 +118,10 @@ def leading_singular(
 
     start = _random_block(matrix, width)
     v = _refine(forward, adjoint, start, rank, tolerance, restarts)
-    q, r = jnp.linalg.qr(forward(v))
-    u, s, wt = jnp.linalg.svd(r)
+    image = forward(v)
+    q = _orthonormal(image)
+    # Not by the R of that QR, which is there before Q is: see `lanes`.
+    u, s, wt = jnp.linalg.svd(_mm(q.T, image))
     return _mm(q, u[:, :rank]), s[:rank], _mm(wt[:rank], v.T)
 
 

@@ -286,22 +286,25 @@ def test_a_tuple_is_fitted_jointly_in_the_frobenius_norm_too():
     assert (got < np.linalg.norm(greedy, axis=(1, 2))).all()
 
 
+def equations(jaxpr):
+    """All equations of a jaxpr, those of loops and branches included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 def test_every_product_asks_for_full_precision():
-    jaxpr = jax.make_jaxpr(lambda x: solve(x, SMALL))(jnp.zeros((12, 12)))
-    found = []
-
-    def visit(jaxpr):
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                found.append(eqn.params["precision"])
-            for inner in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            ):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    visit(inner)
-
-    visit(jaxpr.jaxpr)
+    jaxpr = jax.make_jaxpr(lambda x: solve(x, SMALL))(jnp.zeros((12, 12))).jaxpr
+    found = [
+        eqn.params["precision"]
+        for eqn in equations(jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
     assert len(found) > 50
     assert {str(p) for pair in found for p in pair or [None]} == {"HIGHEST"}
 

@@ -171,3 +171,17 @@ def test_no_module_hides_a_public_name():
     import kronjax
 
     assert not set(kronjax.__all__) & {name.split(".")[0] for name in MODULES}
+
+
+@pytest.mark.parametrize("name", EXISTING_CORE)
+def test_of_a_qr_decomposition_only_q_is_taken(name):
+    """What needs R alone runs beside what makes Q, and the two can block each other."""
+    calls, taken = 0, 0
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("linalg.qr"):
+            calls += 1
+        elif isinstance(node, ast.Subscript) and "linalg.qr(" in ast.unparse(
+            node.value
+        ):
+            taken += ast.unparse(node.slice) == "0"
+    assert calls == taken
