@@ -51,7 +51,7 @@ class Solution:
 
     Attributes:
         terms: One `KroneckerTerms` for each configuration, of falling norm.
-        spectral_error: Lower bound of `‖T − K‖_2`, settled to 1e-6.
+        spectral_error: Lower bound of `‖T − K‖_2` by `spectral.estimate_norm`.
         frobenius: The terms at p = 2, where the continuation began: Van Loan's, one
             configuration after the other.
         trace: `Trace`.
@@ -224,8 +224,8 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
     """Return the trace of the winner; the products of the others are added to it.
 
     Args:
-        problem: As ever.
-        path: The last one.
+        problem: The one that was solved.
+        path: At the end of the last stage; knows the winner.
         first: The line of `start`.
         lines: Those of `advance`, stacked.
     """
@@ -233,13 +233,9 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
     if not problem.squarings:
         return first
     count = problem.num_race_stages
-    race, rest = (
-        jax.tree.map(lambda x, part=part: x[part], lines)
-        for part in (
-            slice(None, count * problem.starts),
-            slice(count * problem.starts, None),
-        )
-    )
+    cut = count * problem.starts
+    race = jax.tree.map(lambda x: x[:cut], lines)
+    rest = jax.tree.map(lambda x: x[cut:], lines)
     if not count:
         return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
     race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)

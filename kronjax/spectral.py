@@ -29,7 +29,7 @@ def estimate_norm(
     tolerance: float = 1e-6,
     restarts: int = 12,
 ) -> jax.Array:
-    """Return a lower bound of `‖M‖_2` that has settled to `tolerance`.
+    """Return a lower bound of `‖M‖_2`, settled to `tolerance` if `restarts` allow.
 
     Args:
         matrix: `[m, n]`, float32 or float64.

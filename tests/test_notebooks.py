@@ -44,4 +44,6 @@ def test_notebook(path, tmp_path, monkeypatch):
         timeout=600,
         resources={"metadata": {"path": str(working)}},
     )
-    client.execute()
+    executed = client.execute()
+    code = [cell for cell in executed.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
