@@ -29,6 +29,12 @@ from kronjax.lm.architecture import (
 )
 from kronjax.lm.attention import Cache, Places
 
+ARCHITECTURE = "GPT2LMHeadModel"
+"""The class of transformers that opens an export."""
+
+EMBEDDING = "wte.weight"
+"""Name of the tensor that a tied head repeats."""
+
 PREFIXES = ("transformer.",)
 """What stands before the names of tensors; the first is what is written."""
 

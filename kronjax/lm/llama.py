@@ -33,6 +33,12 @@ from kronjax.lm.architecture import (
 )
 from kronjax.lm.attention import Cache, Places
 
+ARCHITECTURE = "LlamaForCausalLM"
+"""The class of transformers that opens an export."""
+
+EMBEDDING = "embed_tokens.weight"
+"""Name of the tensor that a tied head repeats."""
+
 PREFIXES = ("model.",)
 """What stands before the names of tensors; the first is what is written."""
 

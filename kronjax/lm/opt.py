@@ -30,6 +30,12 @@ from kronjax.lm.architecture import (
 )
 from kronjax.lm.attention import Cache, Places
 
+ARCHITECTURE = "OPTForCausalLM"
+"""The class of transformers that opens an export."""
+
+EMBEDDING = "embed_tokens.weight"
+"""Name of the tensor that a tied head repeats."""
+
 PREFIXES = ("model.decoder.", "decoder.")
 """What stands before the names of tensors; the first is what is written."""
 
