@@ -217,7 +217,7 @@ def replace(model: nnx.Module, name: str, layer: Layer) -> None:
             f"{name} maps {old[0]} to {old[1]}, the new layer {new[0]} to {new[1]}"
         )
     *path, last = name.split(".")
-    parent = model
+    parent: Any = model
     for part in path:
         parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
     setattr(parent, last, layer)
@@ -272,7 +272,7 @@ def from_description(description: Mapping[str, Any]) -> Layer:
     raise ValueError(f"a layer of kind {kind!r} is unknown; update kronjax")
 
 
-def _abstract(shape):
+def _abstract(shape) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
