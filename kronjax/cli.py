@@ -68,8 +68,8 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         reason = (_one_line(error) or "out of memory")[:200]
         print(
-            f"kronjax: error: not enough memory ({reason}); take fewer matrices, --rows "
-            "or --columns, or a smaller --batch",
+            f"kronjax: error: not enough memory ({reason}); take fewer matrices, "
+            "--rows or --columns, or a smaller --batch",
             file=sys.stderr,
         )
         return 2
