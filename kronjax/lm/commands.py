@@ -45,19 +45,38 @@ def evaluate(
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the table.
     """
-    from kronjax.lm import checkpoint, scoreboard
+    from kronjax.lm import checkpoint, report, sizes
+    from kronjax.lm import evaluate as scores
+    from kronjax.lm import text as texts
 
-    given = scoreboard.read(text, column=column, join=join)
+    given = texts.read(text, column=column, join=join)
     rows = []
     for name in [model, *([] if against is None else [against])]:
         loaded = checkpoint.load(name, dtype=dtype)
-        rows.append(scoreboard.measure(name, loaded, given, protocol, batch=batch))
+        if protocol == "lambada":
+            result = scores.lambada(loaded, given, batch=batch)
+        else:
+            result = scores.perplexity(loaded, given, protocol, batch=batch)
+        rows.append((name, sizes.count(loaded), result))
     if as_json:
-        first, *rest = rows
-        values = {**first, "against": rest[0]} if rest else first
-        print(json.dumps(values, allow_nan=False))
+        values, *rest = (
+            {
+                "model": name,
+                "parameters": size.parameters,
+                "bytes": size.bytes,
+                "flops_per_token": size.flops,
+                **scores.summary(result),
+            }
+            for name, size, result in rows
+        )
+        print(json.dumps({**values, "against": rest[0] if rest else None}))
         return 0
-    scoreboard.show(rows)
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(report.evaluation(rows))
+    if against is not None:
+        console.print(report.difference(rows), soft_wrap=True)
     return 0
 
 
