@@ -18,7 +18,8 @@ another in its place, `cost` says what a layer stores and spends.
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -216,7 +217,7 @@ def replace(model: nnx.Module, name: str, layer: Layer) -> None:
             f"{name} maps {old[0]} to {old[1]}, the new layer {new[0]} to {new[1]}"
         )
     *path, last = name.split(".")
-    parent = model
+    parent: Any = model
     for part in path:
         parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
     setattr(parent, last, layer)
@@ -234,6 +235,51 @@ def dense(layer: Layer) -> nnx.Linear:
     if layer.bias is not None:
         made.bias = nnx.Param(layer.bias[...])
     return made
+
+
+def describe(layer: Layer) -> dict[str, Any]:
+    """Return what a layer is, without its numbers, as values that JSON knows."""
+    facts: dict[str, Any] = {"bias": layer.bias is not None}
+    if isinstance(layer, KroneckerLinear):
+        factors = zip(layer.a, layer.b, strict=True)
+        shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in factors]
+        return {"kind": "kronecker", "terms": shapes, **facts}
+    kind = "masked" if isinstance(layer, MaskedLinear) else "dense"
+    shape = [layer.in_features, layer.out_features]
+    return {"kind": kind, "shape": shape, **facts}
+
+
+def from_description(description: Mapping[str, Any]) -> Layer:
+    """Return the layer of a `describe`, with abstract float32 arrays.
+
+    Raises:
+        ValueError: If it describes no layer.
+    """
+    try:
+        kind, with_bias = description["kind"], bool(description["bias"])
+        if kind == "kronecker":
+            shapes = [(_sizes(x["a"]), _sizes(x["b"])) for x in description["terms"]]
+            terms = [KroneckerTerms(_abstract(a), _abstract(b)) for a, b in shapes]
+            n_out = terms[0].shape[1]
+            return KroneckerLinear(terms, _abstract((n_out,)) if with_bias else None)
+        n_in, n_out = _sizes(description["shape"])
+        if kind == "masked":
+            mask = jax.ShapeDtypeStruct((n_in, n_out), bool)
+            bias = _abstract((n_out,)) if with_bias else None
+            return nnx.eval_shape(MaskedLinear, _abstract((n_in, n_out)), mask, bias)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{description!r} describes no layer: {error}") from error
+    raise ValueError(f"a layer of kind {kind!r} is unknown; update kronjax")
+
+
+def _abstract(shape) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _sizes(shape):
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise TypeError(f"sizes {shape!r}")
+    return tuple(shape)
 
 
 def _as_row(bias, y):

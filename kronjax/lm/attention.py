@@ -77,7 +77,7 @@ def empty_cache(
 
 
 def locate(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     *,
     mask: jax.Array | None = None,
     positions: jax.Array | None = None,

@@ -29,9 +29,16 @@ from kronjax.lm.architecture import (
     BaseConfig,
     LanguageModel,
     activation,
+    embedding,
     split_heads,
 )
 from kronjax.lm.attention import Cache, Places
+
+ARCHITECTURE = "LlamaForCausalLM"
+"""The class of transformers that opens an export."""
+
+EMBEDDING = "embed_tokens.weight"
+"""Name of the tensor that a tied head repeats."""
 
 PREFIXES = ("model.",)
 """What stands before the names of tensors; the first is what is written."""
@@ -247,7 +254,7 @@ class Model(LanguageModel):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
         self.config = config
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = nnx.List(
             Block(config, rngs=rngs) for _ in range(config.num_hidden_layers)
         )
