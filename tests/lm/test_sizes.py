@@ -28,6 +28,19 @@ def test_gpt2_small_has_the_parameters_that_everybody_counts():
     assert found.flops == 2 * weights + biases
 
 
+def test_what_is_only_described_is_counted_too():
+    """The row (64, 32) of Krony-PT's table, without a weight in memory."""
+    model = abstract(gpt2.Config())
+    for name in [name for name in nn.linear_layers(model) if ".mlp." in name]:
+        a, b = ((64, 32), (48, 24)) if name.endswith("c_proj") else ((32, 64), (24, 48))
+        described = {"kind": "kronecker", "bias": True}
+        described["terms"] = [{"a": [1, *a], "b": [1, *b]}]
+        nn.replace(model, name, nn.from_description(described))
+    found = sizes.count(model)
+    assert found.parameters == 67_893_504 and found.bytes == 4 * 67_893_504
+    assert found.layers[-1].kind == "1 × 64x32 ⊗ 48x24"
+
+
 def test_a_head_of_its_own_is_a_layer():
     config = gpt2.Config(n_embd=8, n_head=2, n_layer=1, vocab_size=10)
     tied = sizes.count(abstract(config))
