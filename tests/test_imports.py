@@ -49,6 +49,7 @@ ORDER = [
     "lm.losses",
     "lm.protocol",
     "lm.evaluate",
+    "lm.sizes",
     "lm.latency",
     "lm.data",
     "lm.calibrate",
