@@ -3,9 +3,10 @@
     C = mean over tokens of x xᵀ        of the input of a layer, [n_in, n_in]
     L = mean over tokens of g gᵀ        of the gradient at its output, [n_out, n_out]
 
-with `g` the gradient of the sum of the losses of all tokens. `‖L^{1/2} E C^{1/2}‖_F²` is
-then, for an error `E` of a kernel, the increase of the loss per token as far as Fisher's
-approximation goes, times two. Layers that read the same array share its moments.
+with `g` the gradient of the sum of the losses of all tokens. For an error `E` of a
+kernel, `½ ‖L^{1/2} E C^{1/2}‖_F²` is then the increase of the loss per token as far as
+Fisher's approximation goes. Layers that read the same array share its moments. The
+head is left out.
 
 One pass, in batches: sums are float32 on the device. Nothing of the size of a batch
 times a layer is kept: `g gᵀ` is formed where the backward pass meets `g`.
@@ -32,7 +33,7 @@ import safetensors.numpy
 from flax import nnx
 
 from kronjax import files, nn
-from kronjax.lm import losses
+from kronjax.lm import attention, losses
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.progress import bar
 
@@ -180,7 +181,7 @@ class _Recorder:
 
 def _record(model: LanguageModel, see: Any) -> None:
     """Put recorders in the place of all layers; `see(name, x, y)` returns `y`."""
-    for name, layer in nn.linear_layers(model).items():
+    for name, layer in _layers(model).items():
         nn.put(model, name, _Recorder(layer, functools.partial(see, name)))
 
 
@@ -199,10 +200,16 @@ def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
     def run(state):
         merged = nnx.merge(graph, state)
         _record(merged, see)
-        return merged(tokens[:, :-1])
+        return merged(jnp.asarray(tokens[:, :-1]))
 
     jax.eval_shape(run, state)
-    return {name: sources[name] for name in nn.linear_layers(model)}
+    return {name: sources[name] for name in _layers(model)}
+
+
+def _layers(model):
+    """Return the layers but for the head, which is applied to parts of the tokens."""
+    layers = nn.linear_layers(model)
+    return {name: layer for name, layer in layers.items() if name != "lm_head"}
 
 
 def _zeros(model, sources, gradients, abstract=False):
@@ -227,6 +234,7 @@ def _program(graph, sources, gradients):
     def total(probes, state, tokens, weight):
         """Return the sum of all losses and the moments of the inputs."""
         model = nnx.merge(graph, state)
+        b, t = tokens.shape
         inputs = {}
 
         def see(name, x, y):
@@ -236,7 +244,7 @@ def _program(graph, sources, gradients):
 
         _record(model, see)
         if not gradients:
-            model.hidden(tokens[:, :-1], losses.places_of(tokens[:, :-1]))
+            model.hidden(tokens[:, :-1], attention.locate((b, t - 1)))
             return jnp.zeros(()), inputs
         nll = losses.token_losses(model, tokens)
         return jnp.sum(nll * weight[:, None]), inputs
