@@ -49,6 +49,8 @@ def evaluate(
     from kronjax.lm import evaluate as scores
     from kronjax.lm import text as texts
 
+    if protocol != "lambada":
+        scores.find(protocol)  # a misspelt name is told before anything is loaded
     given = texts.read(text, column=column, join=join)
     rows = []
     for name in [model, *([] if against is None else [against])]:
