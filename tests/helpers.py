@@ -43,3 +43,13 @@ def schatten_reference(matrix, p):
 def tolerance(dtype, factor=100.0):
     """A relative tolerance of `factor` roundings in `dtype`."""
     return factor * float(jnp.finfo(dtype).eps)
+
+
+def losses_reference(model, tokens):
+    """Losses of all tokens `[n]` but the first, and whether each was the likeliest."""
+    logits = np.asarray(model(jnp.asarray(tokens)[None, :-1]))[0].astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logarithms = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    targets = np.asarray(tokens)[1:]
+    losses = -logarithms[np.arange(len(targets)), targets]
+    return losses, logits.argmax(axis=-1) == targets
