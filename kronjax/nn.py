@@ -80,7 +80,8 @@ class KroneckerLinear(nnx.Module):
     def terms(self) -> tuple[KroneckerTerms, ...]:
         """The factors, one sum for each configuration."""
         return tuple(
-            KroneckerTerms(a[...], b[...]) for a, b in zip(self.a, self.b, strict=True)
+            KroneckerTerms(a.get_value(), b.get_value())
+            for a, b in zip(self.a, self.b, strict=True)
         )
 
     def materialize(self) -> jax.Array:

@@ -173,6 +173,17 @@ class LanguageModel(nnx.Module):
         return attention.empty_cache(self.config.num_layers, shape, dtype)
 
 
+def embedding(size: int, features: int, *, rngs: nnx.Rngs) -> nnx.Embed:
+    """Return a table of `size` rows that computes in the dtype of its numbers.
+
+    Left to itself `nnx.Embed` computes in the dtype that it was made with, which would
+    turn a model that was loaded as bfloat16 into a float32 one.
+    """
+    table = nnx.Embed(size, features, rngs=rngs)
+    table.dtype = None  # type: ignore[assignment]
+    return table
+
+
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """Split channels into heads: `[b, t, h d]` to `[b, t, h, d]`."""
     return x.reshape(*x.shape[:-1], heads, -1)

@@ -25,6 +25,7 @@ from kronjax.lm.architecture import (
     BaseConfig,
     LanguageModel,
     activation,
+    embedding,
     split_heads,
 )
 from kronjax.lm.attention import Cache, Places
@@ -151,8 +152,8 @@ class Model(LanguageModel):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
         self.config = config
-        self.wte = nnx.Embed(config.vocab_size, config.n_embd, rngs=rngs)
-        self.wpe = nnx.Embed(config.n_positions, config.n_embd, rngs=rngs)
+        self.wte = embedding(config.vocab_size, config.n_embd, rngs=rngs)
+        self.wpe = embedding(config.n_positions, config.n_embd, rngs=rngs)
         self.h = nnx.List(Block(config, rngs=rngs) for _ in range(config.n_layer))
         self.ln_f = _layer_norm(config, rngs)
         if not config.tie_word_embeddings:

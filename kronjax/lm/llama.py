@@ -29,6 +29,7 @@ from kronjax.lm.architecture import (
     BaseConfig,
     LanguageModel,
     activation,
+    embedding,
     split_heads,
 )
 from kronjax.lm.attention import Cache, Places
@@ -253,7 +254,7 @@ class Model(LanguageModel):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
         self.config = config
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = nnx.List(
             Block(config, rngs=rngs) for _ in range(config.num_hidden_layers)
         )

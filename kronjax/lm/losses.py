@@ -9,6 +9,7 @@ alone that are scored. The logarithm of the sum is float32 whatever the weights 
 `score` is a pure function; `run` is the host's part: it sorts texts into few shapes,
 pads on the right (which no earlier token can see), compiles one program for each shape
 and architecture, and keeps the device busy while results are fetched.
+`log_likelihoods` sums over continuations.
 
 >>> [padded_length(n, most=100) for n in (3, 17, 65, 99)]
 [16, 24, 96, 100]
@@ -28,6 +29,7 @@ from flax import nnx
 from kronjax.lm import attention
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.progress import bar
+from kronjax.lm.tokenizer import Tokenizer
 
 # Logits at one time, and tokens in one batch. On a CPU, logits that stay near the
 # caches make the head a fifth faster; an accelerator wants large products.
@@ -200,6 +202,96 @@ def run(
             fetch()
     seconds = time.perf_counter() - begun - compile_seconds
     return Scores(losses, best, seconds, compile_seconds)
+
+
+def log_likelihoods(
+    model: LanguageModel,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    batch: int | None = 8,
+    progress: bool | None = None,
+) -> list[tuple[float, bool]]:
+    """Return how likely continuations are, and whether the model would choose them.
+
+    Args:
+        model: Any port.
+        pairs: For each one the tokens of the context, of which the last are taken
+            that fit the model, and those of the continuation.
+        batch: Pairs at a time; None for what keeps the device busy.
+        progress: Whether to draw a bar; by default on a terminal, after two seconds.
+
+    Returns:
+        For each pair the sum of the log-likelihoods of the tokens of the continuation,
+        in nats, and whether each of them had the largest logit.
+
+    Raises:
+        ValueError: If a context or a continuation has no tokens, a continuation has
+            more than the model's context, or a token is not in its vocabulary.
+    """
+    arrays = [(np.asarray(x), np.asarray(y)) for x, y in pairs]
+    scores = score_pairs(model, arrays, batch=batch, progress=progress)
+    return [
+        (-float(np.sum(nll, dtype=np.float64)), bool(np.all(hits)))
+        for nll, hits in zip(scores.losses, scores.greedy, strict=True)
+    ]
+
+
+def score_pairs(
+    model: LanguageModel,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    *,
+    batch: int | None = None,
+    progress: bool | None = None,
+) -> Scores:
+    """Return the scores of the tokens of continuations; see `log_likelihoods`."""
+    context = model.config.context
+    requests = []
+    for i, (before, after) in enumerate(pairs):
+        if not len(before) or not len(after):
+            part = "continuation" if len(before) else "context"
+            raise ValueError(
+                f"pair {i}: the {part} has no tokens; where there is no context, give "
+                "the token that ends texts"
+            )
+        if len(after) > context:
+            raise ValueError(
+                f"pair {i}: the continuation has {len(after)} tokens, the model a "
+                f"context of {context}"
+            )
+        tokens = np.concatenate([before, after])
+        check_vocabulary(model, tokens)
+        # The last token is not read.
+        requests.append(Request(tokens[-(context + 1) :], len(after)))
+    return run(model, requests, batch=batch, greedy=True, progress=progress)
+
+
+def check_vocabulary(
+    model: LanguageModel, tokens: np.ndarray, tokenizer: Tokenizer | None = None
+) -> None:
+    """Refuse tokens that the model does not know.
+
+    Args:
+        model: Any port.
+        tokens: `[n]`, not empty.
+        tokenizer: What they come from, if it is known.
+
+    Raises:
+        ValueError: If there are any; names the sizes.
+    """
+    size = model.config.vocab_size
+    low, high = int(tokens.min()), int(tokens.max())
+    if low >= 0 and high < size:
+        return
+    message = (
+        f"token {low if low < 0 else high} is not in the vocabulary of the model, "
+        f"which has {size} tokens"
+    )
+    if tokenizer is not None:
+        message = (
+            f"vocabulary mismatch: {message}, the tokenizer {tokenizer.size}; it "
+            "belongs to another model"
+        )
+    raise ValueError(message)
 
 
 def parameter_dtype(model: LanguageModel) -> np.dtype:

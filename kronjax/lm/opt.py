@@ -26,6 +26,7 @@ from kronjax.lm.architecture import (
     BaseConfig,
     LanguageModel,
     activation,
+    embedding,
     split_heads,
 )
 from kronjax.lm.attention import Cache, Places
@@ -160,8 +161,8 @@ class Model(LanguageModel):
         self.config = config
         width, narrow = config.hidden_size, config.embedding_size
         rows = config.max_position_embeddings + OFFSET
-        self.embed_tokens = nnx.Embed(config.vocab_size, narrow, rngs=rngs)
-        self.embed_positions = nnx.Embed(rows, width, rngs=rngs)
+        self.embed_tokens = embedding(config.vocab_size, narrow, rngs=rngs)
+        self.embed_positions = embedding(rows, width, rngs=rngs)
         if narrow != width:
             self.project_in = nnx.Linear(narrow, width, use_bias=False, rngs=rngs)
             self.project_out = nnx.Linear(width, narrow, use_bias=False, rngs=rngs)

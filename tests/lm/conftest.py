@@ -5,15 +5,10 @@ import json
 import jax
 import pytest
 from flax import nnx
+from helpers import SENTENCES
 
 from kronjax.lm import gpt2
 from kronjax.lm.tokenizer import Tokenizer
-
-SENTENCES = [
-    "The quick brown fox jumps over the lazy dog.",
-    "A journey of a thousand miles begins with a single step.",
-    "She sells sea shells by the sea shore, and the shells she sells are sea shells.",
-]
 
 
 @pytest.fixture(autouse=True)
