@@ -50,6 +50,7 @@ ORDER = [
     "lm.protocol",
     "lm.evaluate",
     "lm.sizes",
+    "lm.turns",
     "lm.latency",
     "lm.data",
     "lm.calibrate",
