@@ -52,6 +52,7 @@ ORDER = [
     "lm.protocol",
     "lm.evaluate",
     "lm.sizes",
+    "lm.turns",
     "lm.latency",
     "lm.data",
     "lm.calibrate",
