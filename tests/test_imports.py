@@ -31,6 +31,7 @@ ORDER = [
     "approximation",
     "files",
     "options",
+    "recipes",
     "recipe",
     "batch",
     "nn",
