@@ -217,11 +217,22 @@ def replace(model: nnx.Module, name: str, layer: Layer) -> None:
         raise ValueError(
             f"{name} maps {old[0]} to {old[1]}, the new layer {new[0]} to {new[1]}"
         )
+    put(model, name, layer)
+
+
+def put(model: nnx.Module, name: str, call: Any) -> None:
+    """Put anything that can be called where the layer called `name` is, unchecked.
+
+    Args:
+        model: Changed in place.
+        name: As `linear_layers` gives it.
+        call: What the model will call with the input of the layer.
+    """
     *path, last = name.split(".")
     parent: Any = model
     for part in path:
         parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
-    setattr(parent, last, layer)
+    setattr(parent, last, call)
 
 
 def dense(layer: Layer) -> nnx.Linear:

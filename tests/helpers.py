@@ -1,5 +1,8 @@
 """Independent references in float64 NumPy: slow, and obvious enough to be believed."""
 
+import contextlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -68,3 +71,14 @@ def losses_reference(model, tokens):
 @nnx.jit
 def _logits(model, tokens):
     return model(tokens)
+
+
+@contextlib.contextmanager
+def as_users_run_it():
+    """32 bits, and promotion of dtypes and ranks as flax needs it."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield

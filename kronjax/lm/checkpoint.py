@@ -164,7 +164,7 @@ def tensor_name(port: Any, path: str) -> str:
 
 
 def _assemble(
-    values: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any
+    values: Mapping[str, Any], tensors: Mapping[str, Any], dtype: Any
 ) -> LanguageModel:
     """Return the model that `config.json` describes, filled with the tensors."""
     layers: Mapping[str, Any] = {}

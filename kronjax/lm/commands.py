@@ -5,7 +5,7 @@ What they need is imported inside them, so that `kronjax --help` loads no jax.
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -45,19 +45,40 @@ def evaluate(
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the table.
     """
-    from kronjax.lm import checkpoint, scoreboard
+    from kronjax.lm import checkpoint, report, sizes
+    from kronjax.lm import evaluate as scores
+    from kronjax.lm import text as texts
 
-    given = scoreboard.read(text, column=column, join=join)
+    if protocol != "lambada":
+        scores.find(protocol)  # a misspelt name is told before anything is loaded
+    given = texts.read(text, column=column, join=join)
     rows = []
     for name in [model, *([] if against is None else [against])]:
         loaded = checkpoint.load(name, dtype=dtype)
-        rows.append(scoreboard.measure(name, loaded, given, protocol, batch=batch))
+        if protocol == "lambada":
+            result = scores.lambada(loaded, given, batch=batch)
+        else:
+            result = scores.perplexity(loaded, given, protocol, batch=batch)
+        rows.append((name, sizes.count(loaded), result))
     if as_json:
-        first, *rest = rows
-        values = {**first, "against": rest[0]} if rest else first
-        print(json.dumps(values, allow_nan=False))
+        values, *rest = (
+            {
+                "model": name,
+                "parameters": size.parameters,
+                "bytes": size.bytes,
+                "flops_per_token": size.flops,
+                **scores.summary(result),
+            }
+            for name, size, result in rows
+        )
+        print(json.dumps({**values, "against": rest[0] if rest else None}))
         return 0
-    scoreboard.show(rows)
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(report.evaluation(rows))
+    if against is not None:
+        console.print(report.difference(rows), soft_wrap=True)
     return 0
 
 
@@ -154,4 +175,42 @@ def export(
     special = sum(nn.describe(x)["kind"] != "dense" for x in layers.values())
     checkpoint.export(loaded, out)
     print(f"{out}: {len(layers)} linear layers, {special} of them multiplied out.")
+    return 0
+
+
+def latency(
+    model: Model,
+    *,
+    batch: Annotated[int, option("N")] = 1,
+    context: Annotated[int | None, option("N")] = None,
+    new_tokens: Annotated[int, option("N")] = 32,
+    repeats: Annotated[int, option("N")] = 5,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Time a model beside itself with every layer multiplied out.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        batch: Rows at a time.
+        context: Tokens that are read at once; 512, or what the model allows.
+        new_tokens: Tokens that are written one by one.
+        repeats: Turns; each runs both models.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax.lm import checkpoint
+    from kronjax.lm import latency as timing
+
+    loaded = checkpoint.load(model, dtype=dtype)
+    sizes: dict[str, Any] = {"batch": batch, "context": context}
+    found = timing.measure(loaded, **sizes, new_tokens=new_tokens, repeats=repeats)
+    if as_json:
+        print(json.dumps({"model": model, **timing.summary(found)}, allow_nan=False))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(timing.table(found))
+    console.print(timing.verdict(found), soft_wrap=True)
     return 0

@@ -2,22 +2,17 @@
 
 import json
 
-import jax
 import pytest
 from flax import nnx
-from helpers import SENTENCES
+from helpers import SENTENCES, as_users_run_it
 
 from kronjax.lm import gpt2
 from kronjax.lm.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
-def as_users_run_it():
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
+def settings():
+    with as_users_run_it():
         yield
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import as_users_run_it
 
 from kronjax.lm import gpt2, llama, opt
 from kronjax.lm.architecture import activation
@@ -40,7 +41,7 @@ TOKENS = np.random.default_rng(0).integers(0, 50, (2, 9)).astype(np.int32)
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def model(request):
     port, values = MODELS[request.param]
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    with as_users_run_it():
         return port.Model(port.Config(vocab_size=50, **values), rngs=nnx.Rngs(0))
 
 
