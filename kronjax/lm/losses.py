@@ -161,7 +161,7 @@ def run(
     Args:
         model: Any port, its tokens checked by the caller.
         requests: Each of no more than `context + 1` tokens, for the last is not read.
-        batch: Sequences at a time; by default what keeps the device busy.
+        batch: Sequences at a time, at most; by default what keeps the device busy.
         shape: The most tokens read and scored of a request, to pad all to this one
             shape; by default there are several, not much longer than the requests.
         greedy: Whether to find out if tokens had the largest logit.
@@ -320,7 +320,9 @@ def _batches(
         groups.setdefault((t, c), []).append(i)
     budget = _TOKENS.get(jax.default_backend(), _TOKENS_ELSEWHERE)
     for (t, c), members in sorted(groups.items(), reverse=True):
-        b = min(batch or max(budget // t, 1), len(members))
+        # Batches of about one size: 5 sequences are 3 and 2, not 4, and 1 padded to 4.
+        count = -(-len(members) // (batch or max(budget // t, 1)))
+        b = -(-len(members) // count)
         for first in range(0, len(members), b):
             yield (b, t, c), members[first : first + b]
 

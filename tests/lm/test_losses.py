@@ -84,6 +84,12 @@ def test_lengths_are_few_and_not_much_longer():
         assert losses.padded_length(n, most=1000) <= 1000
 
 
+def test_batches_are_of_about_one_size():
+    requests = [losses.Request(np.zeros(10, np.int32), 9)] * 5
+    batches = list(losses._batches(requests, 64, (9, 9), 4))
+    assert batches == [((3, 9, 9), [0, 1, 2]), ((3, 9, 9), [3, 4])]
+
+
 def test_no_requests_need_no_program(tiny):
     assert losses.run(tiny, []).losses == []
 
