@@ -67,7 +67,7 @@ def generate_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     stop: Sequence[int] = (),
-    on_token: Callable[[list[int]], None] | None = None,
+    on_token: Callable[[list[int]], bool | None] | None = None,
 ) -> list[list[int]]:
     """Continue prompts of tokens.
 
@@ -80,7 +80,8 @@ def generate_tokens(
         top_p: Probability that the tokens to draw from have together.
         seed: Of the draws.
         stop: Tokens that end a row; they are not returned.
-        on_token: Called after every step with the new token of each row.
+        on_token: Called after every step with the new token of each row; where it
+            returns True, that was the last step.
 
     Returns:
         The new tokens of every row.
@@ -118,9 +119,8 @@ def generate_tokens(
             done[row] = done[row] or token in stop
             if not done[row]:
                 rows[row].append(token)
-        if on_token is not None:
-            on_token(drawn)
-        if all(done):
+        enough = on_token is not None and on_token(drawn)
+        if enough or all(done):
             break
     return rows
 
