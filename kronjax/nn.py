@@ -19,7 +19,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +143,8 @@ class MaskedLinear(nnx.Module):
         return y if self.bias is None else y + _as_row(self.bias[...], y)
 
 
+Model = TypeVar("Model", bound=nnx.Module)
+
 Layer = nnx.Linear | KroneckerLinear | MaskedLinear
 """What stands where a model multiplies by a matrix."""
 
@@ -247,6 +249,19 @@ def dense(layer: Layer) -> nnx.Linear:
     if layer.bias is not None:
         made.bias = nnx.Param(layer.bias[...])
     return made
+
+
+def multiplied_out(model: Model) -> Model:
+    """Return a model with dense layers alone, which shares the arrays of the others.
+
+    Args:
+        model: Left as it is.
+    """
+    other = nnx.merge(*nnx.split(model))
+    for name, layer in linear_layers(other).items():
+        if not isinstance(layer, nnx.Linear):
+            replace(other, name, dense(layer))
+    return other
 
 
 def describe(layer: Layer) -> dict[str, Any]:

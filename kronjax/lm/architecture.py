@@ -18,10 +18,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
+import numpy as np
 from flax import nnx
 
 from kronjax.lm import attention
 from kronjax.lm.attention import Cache, Places
+from kronjax.lm.tokenizer import Tokenizer
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -107,12 +109,12 @@ class LanguageModel(nnx.Module):
 
     Attributes:
         config: The settings of the port.
-        tokenizer: A `kronjax.lm.tokenizer.Tokenizer`, or None.
+        tokenizer: That of its folder, or None.
         recipe: Text of the recipe that made the model what it is, or None.
     """
 
     config: Any
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     recipe: str | None = None
 
     def hidden(
@@ -171,6 +173,50 @@ class LanguageModel(nnx.Module):
         shape = (batch, slots, *self.config.cache_shape)
         dtype = jax.tree.leaves(nnx.state(self, nnx.Param))[0].dtype
         return attention.empty_cache(self.config.num_layers, shape, dtype)
+
+
+def tokenizer_of(model: LanguageModel, given: Tokenizer | None = None) -> Tokenizer:
+    """Return the tokenizer that is given, or else that of the model.
+
+    Raises:
+        ValueError: If there is none; says what to do.
+    """
+    tokenizer = model.tokenizer if given is None else given
+    if tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer; put tokenizer.json into its folder, or set "
+            "model.tokenizer to what kronjax.lm.tokenizer.read_tokenizer returns"
+        )
+    return tokenizer
+
+
+def check_vocabulary(
+    model: LanguageModel, tokens: np.ndarray, tokenizer: Tokenizer | None = None
+) -> None:
+    """Refuse tokens that the model does not know.
+
+    Args:
+        model: Any port.
+        tokens: `[n]`, not empty.
+        tokenizer: What they come from, if it is known.
+
+    Raises:
+        ValueError: If there are any; names the sizes.
+    """
+    size = model.config.vocab_size
+    low, high = int(tokens.min()), int(tokens.max())
+    if low >= 0 and high < size:
+        return
+    message = (
+        f"token {low if low < 0 else high} is not in the vocabulary of the model, "
+        f"which has {size} tokens"
+    )
+    if tokenizer is not None:
+        message = (
+            f"vocabulary mismatch: {message}, the tokenizer {tokenizer.size}; it "
+            "belongs to another model"
+        )
+    raise ValueError(message)
 
 
 def embedding(size: int, features: int, *, rngs: nnx.Rngs) -> nnx.Embed:

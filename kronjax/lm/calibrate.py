@@ -34,7 +34,7 @@ from flax import nnx
 
 from kronjax import files, nn
 from kronjax.lm import attention, losses
-from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.architecture import LanguageModel, check_vocabulary
 from kronjax.lm.progress import bar
 
 FORMAT = "kronjax-moments"
@@ -92,7 +92,7 @@ def measure(
         ValueError: If the text is shorter than 256 tokens, or a moment is not finite.
     """
     tokens = np.asarray(tokens)
-    losses.check_vocabulary(model, tokens, model.tokenizer)
+    check_vocabulary(model, tokens, model.tokenizer)
     context = min(context, model.config.context, max(len(tokens) - 1, 1))
     if len(tokens) < 257:
         raise ValueError(

@@ -121,9 +121,7 @@ def export(model: LanguageModel, folder: str | Path) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    dense = nnx.clone(model)
-    for name, layer in nn.linear_layers(dense).items():
-        nn.replace(dense, name, nn.dense(layer))
+    dense = nn.multiplied_out(model)
     dense.recipe = None
     _write(dense, _hugging_face_config(dense), _tensors(dense), Path(folder))
 

@@ -107,11 +107,11 @@ def generate(
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the text.
     """
-    from kronjax.lm import checkpoint, generation
+    from kronjax.lm import architecture, checkpoint, generation
 
     loaded = checkpoint.load(model, dtype=dtype)
-    tokenizer = generation.tokenizer_of(loaded)
-    tokens = generation.encode(loaded, tokenizer, prompt)
+    tokenizer = architecture.tokenizer_of(loaded)
+    tokens = tokenizer.encode(prompt)
     new: list[int] = []
     shown = ""
 

@@ -28,8 +28,12 @@ import numpy as np
 from kronjax import __version__
 from kronjax.lm import losses
 from kronjax.lm import text as texts
-from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.losses import check_vocabulary, log_likelihoods
+from kronjax.lm.architecture import (
+    LanguageModel,
+    check_vocabulary,
+    tokenizer_of,
+)
+from kronjax.lm.losses import log_likelihoods
 from kronjax.lm.protocol import PROTOCOLS, Protocol, Window, find
 from kronjax.lm.text import Text
 from kronjax.lm.tokenizer import Tokenizer
@@ -39,7 +43,6 @@ __all__ = [
     "Lambada",
     "Perplexity",
     "Protocol",
-    "check_vocabulary",
     "lambada",
     "log_likelihoods",
     "perplexity",
@@ -158,7 +161,7 @@ def perplexity(
     protocol = find(protocol) if isinstance(protocol, str) else protocol
     read: Text | None = None
     if isinstance(text, str | Text | Path):
-        tokenizer = _tokenizer(model, tokenizer)
+        tokenizer = tokenizer_of(model, tokenizer)
         read = _text(text)
         tokens = tokenizer.encode(read.text)
     else:
@@ -231,7 +234,7 @@ def lambada(
     rows = rows.rows if isinstance(rows, Text) else rows
     if not rows:
         raise ValueError("lambada needs rows; there are none")
-    tokenizer = _tokenizer(model, tokenizer)
+    tokenizer = tokenizer_of(model, tokenizer)
     pairs = [_last_word(row, i, tokenizer) for i, row in enumerate(rows, 1)]
     whole = np.concatenate([x for pair in pairs for x in pair])
     check_vocabulary(model, whole, tokenizer)
@@ -318,17 +321,6 @@ def _last_word(row, number, tokenizer):
     whole = tokenizer.encode(row.rstrip(), special=False)
     before = tokenizer.encode(context, special=False)
     return before, whole[len(before) :]
-
-
-def _tokenizer(model: LanguageModel, tokenizer: Tokenizer | None) -> Tokenizer:
-    tokenizer = model.tokenizer if tokenizer is None else tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            "the model has no tokenizer; give one with tokenizer=, made by "
-            "kronjax.lm.tokenizer.read_tokenizer of a folder with tokenizer.json, or "
-            "give tokens in the place of text"
-        )
-    return tokenizer
 
 
 def _text(text):

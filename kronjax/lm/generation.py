@@ -23,8 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.tokenizer import Tokenizer
+from kronjax.lm.architecture import (
+    LanguageModel,
+    check_vocabulary,
+    tokenizer_of,
+)
 
 STEP = 32
 """Lengths are rounded up to a multiple of this, so that few programs are compiled."""
@@ -51,7 +54,10 @@ def generate(model, prompt, **options):
     """
     tokenizer = tokenizer_of(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    rows = [encode(model, tokenizer, text) for text in prompts]
+    rows = [tokenizer.encode(text) for text in prompts]
+    for row in rows:
+        if row.size:
+            check_vocabulary(model, row, tokenizer)
     options.setdefault("stop", () if tokenizer.eos is None else (tokenizer.eos,))
     texts = [tokenizer.decode(row) for row in generate_tokens(model, rows, **options)]
     return texts[0] if isinstance(prompt, str) else texts
@@ -123,37 +129,6 @@ def generate_tokens(
         if enough or all(done):
             break
     return rows
-
-
-def tokenizer_of(model: LanguageModel) -> Tokenizer:
-    """Return the tokenizer of a model.
-
-    Raises:
-        ValueError: If it has none; says what to do.
-    """
-    if model.tokenizer is None:
-        raise ValueError(
-            "the model came without a tokenizer; put tokenizer.json into its folder, "
-            "or set model.tokenizer"
-        )
-    return model.tokenizer
-
-
-def encode(model: LanguageModel, tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the tokens of a text, `[n]`, int32, all of which the model knows.
-
-    Raises:
-        ValueError: If the tokenizer makes tokens that the model lacks.
-    """
-    tokens = tokenizer.encode(text)
-    size = model.config.vocab_size
-    if tokens.size and tokens.max() >= size:
-        raise ValueError(
-            f"tokenizer and model do not belong together: the tokenizer has "
-            f"{tokenizer.size} tokens and made token {tokens.max()}, the model knows "
-            f"{size}"
-        )
-    return tokens
 
 
 def bucket(length: int) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kronjax.lm import checkpoint, evaluate, generation
-from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.architecture import LanguageModel, tokenizer_of
 from kronjax.lm.progress import bar
 
 MAX_NEW_TOKENS = 256
@@ -57,7 +57,7 @@ class Adapter:
     ) -> None:
         """Hold the model."""
         self.model, self.batch = model, batch
-        self.tokenizer = generation.tokenizer_of(model)
+        self.tokenizer = tokenizer_of(model)
         self.special = add_bos_token is not False
         context = model.config.context
         self.length = context if max_length is None else max_length

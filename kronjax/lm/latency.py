@@ -139,7 +139,7 @@ def measure(
             f"{context} tokens of context and {new_tokens} new ones exceed the {most} "
             "positions of the model"
         )
-    other = multiplied_out(model)
+    other = nn.multiplied_out(model)
     kinds = nn.linear_layers(model).values()
     factored = sum(not isinstance(layer, nnx.Linear) for layer in kinds)
     groups = _groups(model)
@@ -177,15 +177,6 @@ def measure(
         dtype=str(parameter_dtype(model)),
         device=jax.devices()[0].device_kind,
     )
-
-
-def multiplied_out(model: LanguageModel) -> LanguageModel:
-    """Return a model with dense layers alone, which shares the arrays of the others."""
-    other = nnx.merge(*nnx.split(model))
-    for name, layer in nn.linear_layers(other).items():
-        if not isinstance(layer, nnx.Linear):
-            nn.replace(other, name, nn.dense(layer))
-    return other
 
 
 def verdict(latency: Latency) -> str:

@@ -27,9 +27,8 @@ import numpy as np
 from flax import nnx
 
 from kronjax.lm import attention
-from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.architecture import LanguageModel, check_vocabulary
 from kronjax.lm.progress import bar
-from kronjax.lm.tokenizer import Tokenizer
 
 # Logits at one time, and tokens in one batch. On a CPU, logits that stay near the
 # caches make the head a fifth faster; an accelerator wants large products.
@@ -263,35 +262,6 @@ def score_pairs(
         # The last token is not read.
         requests.append(Request(tokens[-(context + 1) :], len(after)))
     return run(model, requests, batch=batch, greedy=True, progress=progress)
-
-
-def check_vocabulary(
-    model: LanguageModel, tokens: np.ndarray, tokenizer: Tokenizer | None = None
-) -> None:
-    """Refuse tokens that the model does not know.
-
-    Args:
-        model: Any port.
-        tokens: `[n]`, not empty.
-        tokenizer: What they come from, if it is known.
-
-    Raises:
-        ValueError: If there are any; names the sizes.
-    """
-    size = model.config.vocab_size
-    low, high = int(tokens.min()), int(tokens.max())
-    if low >= 0 and high < size:
-        return
-    message = (
-        f"token {low if low < 0 else high} is not in the vocabulary of the model, "
-        f"which has {size} tokens"
-    )
-    if tokenizer is not None:
-        message = (
-            f"vocabulary mismatch: {message}, the tokenizer {tokenizer.size}; it "
-            "belongs to another model"
-        )
-    raise ValueError(message)
 
 
 def parameter_dtype(model: LanguageModel) -> np.dtype:

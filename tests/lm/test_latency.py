@@ -42,7 +42,7 @@ def printed(table):
 
 def test_multiplied_out_is_the_same_function(mixed):
     tokens = np.random.default_rng(1).integers(0, 300, (1, 64)).astype(np.int32)
-    other = latency.multiplied_out(mixed)
+    other = nn.multiplied_out(mixed)
     layers = nn.linear_layers(other).values()
     assert all(isinstance(layer, nnx.Linear) for layer in layers)
     assert isinstance(mixed.h[0].mlp.c_fc, nn.KroneckerLinear)
