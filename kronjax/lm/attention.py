@@ -188,7 +188,7 @@ def _attend_block(q, k, v, rows, valid):
     scores = jnp.einsum(
         "btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32
     ) * (d**-0.5)
-    allowed = rows[:, None] >= jnp.arange(k.shape[1], dtype=jnp.int32)
+    allowed = rows[:, None] >= jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     allowed = allowed[None, None, None]
     if valid is not None:
         allowed = allowed & valid[:, None, None, None, :]

@@ -218,7 +218,7 @@ def table(latency: Latency) -> "Table":
         f"{latency.compile_seconds:.1f} s to compile",
         caption_justify="left",
     )
-    shown.add_column("layers")
+    shown.add_column("layers", no_wrap=True)
     shown.add_column("kind")
     for name in ("read ms", "dense ms", "ratio", "write ms", "dense ms", "ratio"):
         shown.add_column(name, justify="right")

@@ -102,7 +102,7 @@ def test_mistakes_are_named(tiny, tokenizer):
     with pytest.raises(ValueError, match="token 300 is not in the vocabulary"):
         evaluate.perplexity(tiny, [1, 300])
     tiny.tokenizer = None
-    with pytest.raises(ValueError, match=r"no tokenizer; give one with tokenizer="):
+    with pytest.raises(ValueError, match=r"no tokenizer; put tokenizer.json"):
         evaluate.perplexity(tiny, "A fox")
     assert evaluate.perplexity(tiny, "A fox", "krony-pt", tokenizer=tokenizer)
     small = gpt2.Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=8)
