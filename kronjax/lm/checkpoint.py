@@ -15,6 +15,7 @@ kronjax says `"model_type": "kronjax"`, so that nobody takes it for a dense mode
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -302,6 +303,7 @@ def _write(
         safetensors.numpy.save_file(tensors, path, {"format": "pt"})
         text = json.dumps(config, indent=2, allow_nan=False)
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
+        shutil.copymode(new / "config.json", path)  # the library makes it private
         for name, content in (tokenizer.files if tokenizer else {}).items():
             (new / name).write_bytes(content)
         if model.recipe is not None:

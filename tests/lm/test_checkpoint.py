@@ -358,6 +358,8 @@ def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer):
     lm.save(second, folder)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["config.json", "metrics.jsonl", "model.safetensors"]
+    modes = {(folder / name).stat().st_mode for name in names}
+    assert len(modes) == 1  # as readable as anything else
     np.testing.assert_array_equal(logits(lm.load(folder)), logits(second))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
