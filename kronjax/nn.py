@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kronjax.kronecker import KroneckerTerms, matmul, matmul_cost
@@ -32,25 +33,42 @@ class Mask(nnx.Variable):
     """Which entries of a kernel are kept; no parameter, so no gradient reaches it."""
 
 
+class Order(nnx.Variable):
+    """An order of inputs or outputs, int32; no parameter."""
+
+
 class KroneckerLinear(nnx.Module):
     """A linear layer whose kernel is a sum of Kronecker products.
+
+    With orders the sum stands for the kernel permuted, `kernel[rows][:, columns]`, as
+    `kronjax.permute` finds them; a forward pass then gathers inputs and outputs.
 
     Attributes:
         a: One `nnx.Param` `[r, m1, n1]` for each configuration.
         b: One `nnx.Param` `[r, m2, n2]` for each configuration.
         bias: `nnx.Param` `[n_out]`, or None.
+        inputs: `Order` `[n_in]`, the input that comes at each row of the sum, or None.
+        outputs: `Order` `[n_out]`, the column of the sum that is each output, or None.
 
     Args:
         terms: One sum for each configuration, all of the same shape `[n_in, n_out]`,
             unbatched; `Approximation.terms` is one.
         bias: `[n_out]`, or None for none.
+        rows: `[n_in]`, integers, a permutation; None for the order as it is.
+        columns: `[n_out]`, likewise.
 
     Raises:
-        ValueError: If there are no terms, their shapes differ or the bias does not fit.
+        ValueError: If there are no terms, their shapes differ or something else does
+            not fit them.
     """
 
     def __init__(
-        self, terms: Sequence[KroneckerTerms], bias: jax.Array | None = None
+        self,
+        terms: Sequence[KroneckerTerms],
+        bias: jax.Array | None = None,
+        *,
+        rows: jax.Array | np.ndarray | None = None,
+        columns: jax.Array | np.ndarray | None = None,
     ) -> None:
         """Hold the factors."""
         terms = tuple(terms)
@@ -75,6 +93,9 @@ class KroneckerLinear(nnx.Module):
         self.a = nnx.List([nnx.Param(one.a) for one in terms])
         self.b = nnx.List([nnx.Param(one.b) for one in terms])
         self.bias = None if bias is None else nnx.Param(bias)
+        self.inputs = _held(_permutation(rows, self.in_features, "rows"))
+        columns = _permutation(columns, self.out_features, "columns")
+        self.outputs = _held(None if columns is None else np.argsort(columns))
 
     @property
     def terms(self) -> tuple[KroneckerTerms, ...]:
@@ -85,15 +106,21 @@ class KroneckerLinear(nnx.Module):
         )
 
     def materialize(self) -> jax.Array:
-        """Multiply the sum out: `[n_in, n_out]`."""
-        return sum(
-            (one.to_matrix() for one in self.terms[1:]), self.terms[0].to_matrix()
-        )
+        """Multiply the sum out, in the order of inputs and outputs: `[n_in, n_out]`."""
+        first, *rest = (one.to_matrix() for one in self.terms)
+        kernel = sum(rest, first)
+        if self.inputs is not None:
+            kernel = kernel[jnp.argsort(self.inputs[...])]
+        return kernel if self.outputs is None else kernel[:, self.outputs[...]]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `x @ kernel + bias`: `[..., n_in]` to `[..., n_out]`."""
+        if self.inputs is not None:
+            x = jnp.take(x, self.inputs[...], axis=-1)
         first, *rest = (matmul(x, one) for one in self.terms)
         y = sum(rest, first)
+        if self.outputs is not None:
+            y = jnp.take(y, self.outputs[...], axis=-1)
         return y if self.bias is None else y + _as_row(self.bias[...], y)
 
 
@@ -241,14 +268,8 @@ def dense(layer: Layer) -> nnx.Linear:
     """Return a layer with its kernel multiplied out, of the same bias and dtype."""
     if isinstance(layer, nnx.Linear):
         return layer
-    shape = layer.in_features, layer.out_features
-    made = nnx.eval_shape(
-        lambda: nnx.Linear(*shape, use_bias=layer.bias is not None, rngs=nnx.Rngs(0))
-    )
-    made.kernel = nnx.Param(layer.materialize())
-    if layer.bias is not None:
-        made.bias = nnx.Param(layer.bias[...])
-    return made
+    bias = None if layer.bias is None else layer.bias[...]
+    return _linear(layer.materialize(), bias)
 
 
 def multiplied_out(model: Model) -> Model:
@@ -264,12 +285,54 @@ def multiplied_out(model: Model) -> Model:
     return other
 
 
+def reorder_outputs(layer: Layer, order: np.ndarray) -> Layer:
+    """Return a layer whose output `i` is output `order[i]` of the one given.
+
+    Args:
+        layer: Left as it is.
+        order: `[n_out]`, a permutation.
+    """
+    bias = None if layer.bias is None else layer.bias[...][order]
+    if isinstance(layer, MaskedLinear):
+        kernel, mask = layer.kernel[...][:, order], layer.mask[...][:, order]
+        return MaskedLinear(kernel, mask, bias)
+    if isinstance(layer, nnx.Linear):
+        return _linear(layer.kernel[...][:, order], bias)
+    outputs = np.arange(layer.out_features)
+    outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
+    rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
+    columns = np.argsort(outputs[order])
+    return KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
+
+
+def reorder_inputs(layer: Layer, order: np.ndarray) -> Layer:
+    """Return a layer whose input `i` is input `order[i]` of the one given.
+
+    Args:
+        layer: Left as it is.
+        order: `[n_in]`, a permutation.
+    """
+    bias = None if layer.bias is None else layer.bias[...]
+    if isinstance(layer, MaskedLinear):
+        return MaskedLinear(layer.kernel[...][order], layer.mask[...][order], bias)
+    if isinstance(layer, nnx.Linear):
+        return _linear(layer.kernel[...][order], bias)
+    inputs = np.arange(layer.in_features)
+    inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
+    columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
+    rows = np.argsort(order)[inputs]
+    return KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
+
+
 def describe(layer: Layer) -> dict[str, Any]:
     """Return what a layer is, without its numbers, as values that JSON knows."""
     facts: dict[str, Any] = {"bias": layer.bias is not None}
     if isinstance(layer, KroneckerLinear):
         factors = zip(layer.a, layer.b, strict=True)
         shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in factors]
+        facts["rows"], facts["columns"] = (
+            order is not None for order in (layer.inputs, layer.outputs)
+        )
         return {"kind": "kronecker", "terms": shapes, **facts}
     kind = "masked" if isinstance(layer, MaskedLinear) else "dense"
     shape = [layer.in_features, layer.out_features]
@@ -287,8 +350,13 @@ def from_description(description: Mapping[str, Any]) -> Layer:
         if kind == "kronecker":
             shapes = [(_sizes(x["a"]), _sizes(x["b"])) for x in description["terms"]]
             terms = [KroneckerTerms(_abstract(a), _abstract(b)) for a, b in shapes]
-            n_out = terms[0].shape[1]
-            return KroneckerLinear(terms, _abstract((n_out,)) if with_bias else None)
+            n_in, n_out = terms[0].shape
+            made = KroneckerLinear(terms, _abstract((n_out,)) if with_bias else None)
+            if description.get("rows"):
+                made.inputs = nnx.data(Order(_abstract((n_in,), jnp.int32)))
+            if description.get("columns"):
+                made.outputs = nnx.data(Order(_abstract((n_out,), jnp.int32)))
+            return made
         n_in, n_out = _sizes(description["shape"])
         if kind == "masked":
             mask = jax.ShapeDtypeStruct((n_in, n_out), bool)
@@ -299,14 +367,43 @@ def from_description(description: Mapping[str, Any]) -> Layer:
     raise ValueError(f"a layer of kind {kind!r} is unknown; update kronjax")
 
 
-def _abstract(shape) -> Any:
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def _abstract(shape, dtype=jnp.float32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _permutation(order, size, what):
+    """Return an order as NumPy has it, or None."""
+    if order is None:
+        return None
+    order = np.asarray(order)
+    if order.shape != (size,) or not np.array_equal(np.sort(order), np.arange(size)):
+        raise ValueError(f"{what} must be a permutation of 0 to {size - 1}")
+    return order
+
+
+def _held(order):
+    """Return an order as a variable, or None if it changes nothing."""
+    if order is None or np.array_equal(order, np.arange(len(order))):
+        return None
+    return Order(jnp.asarray(order, jnp.int32))
 
 
 def _sizes(shape):
     if not all(isinstance(size, int) and size > 0 for size in shape):
         raise TypeError(f"sizes {shape!r}")
     return tuple(shape)
+
+
+def _linear(kernel, bias):
+    """Return an `nnx.Linear` that holds these arrays."""
+    with_bias = bias is not None
+    made = nnx.eval_shape(
+        lambda: nnx.Linear(*kernel.shape, use_bias=with_bias, rngs=nnx.Rngs(0))
+    )
+    made.kernel = nnx.Param(kernel)
+    if with_bias:
+        made.bias = nnx.Param(bias)
+    return made
 
 
 def _as_row(bias, y):

@@ -53,6 +53,7 @@ ORDER = [
     "lm.protocol",
     "lm.evaluate",
     "lm.sizes",
+    "lm.fold",
     "lm.turns",
     "lm.latency",
     "lm.data",

@@ -113,6 +113,12 @@ class LanguageModel(nnx.Module):
         recipe: Text of the recipe that made the model what it is, or None.
     """
 
+    HIDDEN: typing.ClassVar[tuple[tuple[tuple[str, ...], str], ...]] = ()
+    """In a block: layers whose outputs meet elementwise, and the one after them."""
+
+    VALUES: typing.ClassVar[tuple[str, str] | None] = None
+    """In a block: the layer that makes values, and the one that reads their means."""
+
     config: Any
     tokenizer: Tokenizer | None = None
     recipe: str | None = None

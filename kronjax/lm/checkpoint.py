@@ -255,6 +255,11 @@ def _fit(
     array = array.T if turned else array
     if isinstance(variable, nn.Mask):
         return jnp.asarray(np.asarray(array, bool))
+    if isinstance(variable, nn.Order):
+        order = np.asarray(array)
+        if not np.array_equal(np.sort(order), np.arange(order.size)):
+            raise ValueError(f"tensor {name} is no permutation")
+        return jnp.asarray(order, jnp.int32)
     if array.dtype not in [np.dtype(one) for one in DTYPES.values()]:
         if array.dtype != np.float64:
             raise ValueError(f"tensor {name} has dtype {array.dtype}, no parameter's")

@@ -149,6 +149,8 @@ class Block(nnx.Module):
 class Model(LanguageModel):
     """GPT-2 with its tied or separate head."""
 
+    HIDDEN = ((("mlp.c_fc",), "mlp.c_proj"),)
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
         self.config = config

@@ -251,6 +251,9 @@ class Block(nnx.Module):
 class Model(LanguageModel):
     """Llama with its tied or separate head."""
 
+    HIDDEN = ((("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),)
+    VALUES = ("self_attn.v_proj", "self_attn.o_proj")
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
         self.config = config

@@ -156,6 +156,9 @@ class Block(nnx.Module):
 class Model(LanguageModel):
     """OPT with its tied or separate head."""
 
+    HIDDEN = ((("fc1",), "fc2"),)
+    VALUES = ("self_attn.v_proj", "self_attn.out_proj")
+
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
         self.config = config

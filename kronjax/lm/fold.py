@@ -1,0 +1,78 @@
+"""Orders of channels that neighbouring layers share cost nothing.
+
+The hidden units of an MLP may be put into any order, and the channels of a value head
+too, if the layer before and the layer after agree. `fold` gives the layers before the
+order in which the Kronecker sum of one of them wants its outputs, and lets the layer
+after take its inputs in the same order. A dense layer after is permuted once; of a
+factored one the gather becomes another, or vanishes if it wanted just this order.
+
+References: the ports, whose `HIDDEN` names what is elementwise between two layers.
+
+>>> fold.__name__
+'fold'
+"""
+
+import numpy as np
+
+from kronjax import nn
+from kronjax.lm.architecture import LanguageModel
+
+
+def fold(model: LanguageModel) -> int:
+    """Remove gathers of outputs by ordering what follows, wherever that is possible.
+
+    Args:
+        model: Changed in place; computes the same function.
+
+    Returns:
+        The number of gathers of outputs that were removed.
+    """
+    layers = nn.linear_layers(model)
+    removed = 0
+    for block in dict.fromkeys(name.split(".")[1] for name in layers if "." in name):
+        prefix = next(n for n in layers if n.split(".")[1:2] == [block]).split(".")[0]
+        for sources, target in model.HIDDEN:
+            names = [f"{prefix}.{block}.{source}" for source in sources]
+            removed += _fold(model, names, f"{prefix}.{block}.{target}")
+        if model.VALUES is not None:
+            source, target = (f"{prefix}.{block}.{name}" for name in model.VALUES)
+            removed += _fold_values(model, source, target)
+    return removed
+
+
+def _fold(model, sources, target):
+    """Let the first permuted source say the order of the hidden units."""
+    layers = nn.linear_layers(model)
+    orders = [_columns(layers[name]) for name in sources]
+    order = next((one for one in orders if one is not None), None)
+    if order is None:
+        return 0
+    for name in sources:
+        nn.replace(model, name, nn.reorder_outputs(layers[name], order))
+    nn.replace(model, target, nn.reorder_inputs(layers[target], order))
+    after = nn.linear_layers(model)
+    left = [_columns(after[name]) for name in sources]
+    return sum(x is not None for x in orders) - sum(x is not None for x in left)
+
+
+def _fold_values(model, source, target):
+    """Fold an order of values that stays within heads, each of which may serve many."""
+    layers = nn.linear_layers(model)
+    order = _columns(layers[source])
+    groups, d = model.config.cache_shape
+    if order is None or not np.array_equal(order // d, np.arange(groups * d) // d):
+        return 0
+    within = (order % d).reshape(groups, d)
+    heads = layers[target].in_features // d
+    shared = np.repeat(within, heads // groups, axis=0)
+    wide = (np.arange(heads)[:, None] * d + shared).reshape(-1)
+    nn.replace(model, source, nn.reorder_outputs(layers[source], order))
+    nn.replace(model, target, nn.reorder_inputs(layers[target], wide))
+    return 1
+
+
+def _columns(layer):
+    """Return the order of the columns of a permuted layer, or None."""
+    if not isinstance(layer, nn.KroneckerLinear) or layer.outputs is None:
+        return None
+    return np.argsort(np.asarray(layer.outputs[...]))
