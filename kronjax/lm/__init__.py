@@ -22,11 +22,13 @@ _HOMES = {
     "generate": "kronjax.lm.generation",
 }
 
+_MODULES = {"calibrate", "evaluate", "latency", "sizes", "text", "tokenizer"}
+
 
 def __getattr__(name):
     """Load a public name from its home."""
-    if name == "evaluate":
-        return importlib.import_module("kronjax.lm.evaluate")
+    if name in _MODULES:
+        return importlib.import_module(f"kronjax.lm.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'kronjax.lm' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

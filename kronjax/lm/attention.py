@@ -3,9 +3,10 @@
     softmax(Q Kᵀ / √d + mask) V
 
 Queries are `[b, t, h, d]`, keys and values `[b, s, g, d]` with `g` dividing `h`: query
-head `i` reads group `i g // h`. Without a cache the queries are taken in blocks, each
-of which sees only the keys up to its end, which saves nearly half of the products and
-most of the memory. Scores and softmax are float32 whatever the weights are.
+head `i` reads group `i g // h`. Queries are taken in blocks; without a cache, or with
+one that is still empty, a block sees only the keys up to its end, which saves nearly
+half of the products and most of the memory. Scores and softmax are float32 whatever
+the weights are.
 
 References: Vaswani et al. (2017); Ainslie et al. (2023) for the groups.
 
@@ -52,12 +53,13 @@ class Places:
     Attributes:
         positions: `[b, t]`, int32, counted from the first token that is not padding.
         valid: `[b, s]`, bool, the keys that count; None for all.
-        start: int32, the slot of the first token; None without a cache.
+        start: int32, the slot of the first token; the number 0 for a cache that is
+            known to be empty, and None without a cache.
     """
 
     positions: jax.Array
     valid: jax.Array | None
-    start: jax.Array | None
+    start: jax.Array | int | None
 
 
 def empty_cache(
@@ -82,6 +84,7 @@ def locate(
     mask: jax.Array | None = None,
     positions: jax.Array | None = None,
     cache: Cache | None = None,
+    fresh: bool = False,
 ) -> Places:
     """Return the places of new tokens.
 
@@ -90,8 +93,14 @@ def locate(
         mask: `[b, t]`, bool, False for padding on either side; None for no padding.
         positions: `[b, t]`, overrides the positions that follow from the mask.
         cache: What the tokens are appended to.
+        fresh: Whether the cache is known to be empty.
+
+    Raises:
+        ValueError: If the mask has another shape, or the cache too few slots.
     """
     b, t = shape
+    if cache is not None and t > cache.slots:
+        raise ValueError(f"{t} tokens do not fit into {cache.slots} slots of a cache")
     if mask is None:
         mask = jnp.ones(shape, bool) if cache is not None else None
     elif mask.shape != (b, t):
@@ -111,7 +120,7 @@ def locate(
     valid = jax.lax.dynamic_update_slice(
         cache.valid, mask.astype(bool), (jnp.zeros((), jnp.int32), cache.length)
     )
-    return Places(positions, valid, cache.length)
+    return Places(positions, valid, 0 if fresh else cache.length)
 
 
 def attend(
@@ -138,21 +147,22 @@ def attend(
     if past is not None:
         assert places.start is not None
         zero = jnp.zeros((), jnp.int32)
-        at = (zero, places.start, zero, zero)
+        at = (zero, jnp.asarray(places.start, jnp.int32), zero, zero)
         k, v = (
             jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
             for old, new in zip(past, (k, v), strict=True)
         )
-        rows = places.start + jnp.arange(t, dtype=jnp.int32)
-        y = _attend_block(q, k, v, rows, places.valid)
-        return y.reshape(b, t, h * d), (k, v)
+    # What a query sees begins in the first slot, wherever that is known to be.
+    from_start = past is None or isinstance(places.start, int)
     blocks = []
     for first in range(0, t, BLOCK):
         last = min(first + BLOCK, t)
-        valid = None if places.valid is None else places.valid[:, :last]
+        seen = last if from_start else k.shape[1]
+        valid = None if places.valid is None else places.valid[:, :seen]
         rows = jnp.arange(first, last, dtype=jnp.int32)
+        rows = rows if from_start else rows + jnp.asarray(places.start)
         blocks.append(
-            _attend_block(q[:, first:last], k[:, :last], v[:, :last], rows, valid)
+            _attend_block(q[:, first:last], k[:, :seen], v[:, :seen], rows, valid)
         )
     y = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
     return y.reshape(b, t, h * d), (k, v)

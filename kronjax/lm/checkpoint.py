@@ -23,12 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from flax import nnx
 
 from kronjax import nn
 from kronjax.lm import gpt2, llama, opt, storage
-from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.tokenizer import Tokenizer, read_tokenizer
 
 PORTS = {"gpt2": gpt2, "opt": opt, "llama": llama}
@@ -64,9 +65,10 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
             of the wrong shape, or a file is damaged; names them.
         OSError: If there is nothing to read, or the hub cannot be reached.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}; write one of {', '.join(DTYPES)}")
+    wanted = None if dtype is None else _dtype(dtype)
     path = find(source)
+    if path.is_dir():
+        storage.settle(path)
     if path.is_file():
         from kronjax.lm import gguf
 
@@ -76,9 +78,9 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
         values = storage.read_json(_config_of(path))
         tensors, tokenizer = storage.open_tensors(path), read_tokenizer(path)
         recipe_path = path / "recipe.yaml"
-        recipe = recipe_path.read_text("utf-8") if recipe_path.is_file() else None
+        recipe = _text(recipe_path) if recipe_path.is_file() else None
     try:
-        model = _assemble(values, tensors, None if dtype is None else DTYPES[dtype])
+        model = _assemble(values, tensors, wanted)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.tokenizer, model.recipe = tokenizer, recipe
@@ -109,7 +111,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
             "base": config,
             "layers": special,
         }
-    _write(model, config, _tensors(model), Path(folder))
+    _write(model, config, _tensors(model), folder)
 
 
 def export(model: LanguageModel, folder: str | Path) -> None:
@@ -124,7 +126,24 @@ def export(model: LanguageModel, folder: str | Path) -> None:
     """
     dense = nn.multiplied_out(model)
     dense.recipe = None
-    _write(dense, _hugging_face_config(dense), _tensors(dense), Path(folder))
+    # One dtype, as any other program takes them to have.
+    dense = cast(dense, str(parameter_dtype(dense)))
+    _write(dense, _hugging_face_config(dense), _tensors(dense), folder)
+
+
+def cast(model: LanguageModel, dtype: str) -> LanguageModel:
+    """Return a model with its parameters in one dtype.
+
+    Args:
+        model: Left as it is.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ValueError: If the dtype is another one.
+    """
+    wanted = _dtype(dtype)
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(wanted), parameters), rest)
 
 
 def find(source: str | Path) -> Path:
@@ -133,7 +152,9 @@ def find(source: str | Path) -> Path:
     Raises:
         OSError: If there is no such path, and no such model or no network.
     """
-    path = Path(source).expanduser()
+    path = _expanded(source)
+    if not str(source):
+        raise ValueError("the name of the model is empty")
     if path.exists():
         if path.is_file() and path.suffix != ".gguf":
             raise ValueError(f"{path} is neither a folder nor a .gguf file")
@@ -200,7 +221,7 @@ def _assemble(
 
 def _port(values: Mapping[str, Any]) -> Any:
     kind = values.get("model_type")
-    if kind not in PORTS:
+    if not isinstance(kind, str) or kind not in PORTS:
         raise ValueError(
             f"the architecture {kind!r} is not supported; those of model_type "
             f"{', '.join(PORTS)} are"
@@ -290,7 +311,7 @@ def _tensors(model: LanguageModel) -> dict[str, np.ndarray]:
 def _hugging_face_config(model: LanguageModel) -> dict[str, Any]:
     config = model.config.to_hugging_face()
     port = PORTS[model.config.model_type]
-    dtype = str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
+    dtype = str(parameter_dtype(model))
     config.pop("torch_dtype", None)  # the older word
     return {"architectures": [port.ARCHITECTURE], **config, "dtype": dtype}
 
@@ -299,13 +320,17 @@ def _write(
     model: LanguageModel,
     config: Mapping[str, Any],
     tensors: dict[str, np.ndarray],
-    folder: Path,
+    folder: str | Path,
 ) -> None:
+    folder = _expanded(folder)
     tokenizer: Tokenizer | None = model.tokenizer
     with storage.replacing(folder) as new:
         # The word "pt" is what transformers asks for, whoever wrote the file.
         path = new / storage.WEIGHTS
-        safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+        try:
+            safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+        except safetensors.SafetensorError as error:  # such as a full disk
+            raise OSError(str(error)) from error
         text = json.dumps(config, indent=2, allow_nan=False)
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
         shutil.copymode(new / "config.json", path)  # the library makes it private
@@ -313,6 +338,26 @@ def _write(
             (new / name).write_bytes(content)
         if model.recipe is not None:
             (new / "recipe.yaml").write_text(model.recipe, encoding="utf-8")
+
+
+def _dtype(name: str) -> Any:
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r}; write one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: there is no such user") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
 
 
 def _config_of(folder: Path) -> Path:
@@ -334,10 +379,13 @@ def _fetch(name: str) -> Path:
             )
         )
 
+    there: list[str] = []
     try:
         folder = fetch(HUB_FILES)
         if not list(folder.glob("*.safetensors")):
             folder = fetch([*HUB_FILES, storage.MSGPACK])
+        if not [*folder.glob("*.safetensors"), *folder.glob(storage.MSGPACK)]:
+            there = huggingface_hub.list_repo_files(name)
     except Exception as error:  # of the network, the hub, or its client
         reason = " ".join(str(error).split())[:200]
         raise OSError(
@@ -345,6 +393,9 @@ def _fetch(name: str) -> Path:
             f"({type(error).__name__}: {reason}); give the path of a local folder that "
             "holds its config.json and *.safetensors"
         ) from error
+    for file in there:
+        if Path(file).suffix in storage.PICKLES:
+            raise ValueError(storage.REFUSAL.format(where=name, file=file))
     return folder
 
 

@@ -4,6 +4,7 @@ What they need is imported inside them, so that `kronjax --help` loads no jax.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,17 +50,20 @@ def evaluate(
     from kronjax.lm import evaluate as scores
     from kronjax.lm import text as texts
 
-    if protocol != "lambada":
-        scores.find(protocol)  # a misspelt name is told before anything is loaded
+    if protocol not in (*scores.PROTOCOLS, "lambada"):  # before anything is loaded
+        known = ", ".join([*scores.PROTOCOLS, "lambada"])
+        raise ValueError(f"no protocol {protocol!r}; there are {known}")
     given = texts.read(text, column=column, join=join)
     rows = []
     for name in [model, *([] if against is None else [against])]:
-        loaded = checkpoint.load(name, dtype=dtype)
+        stored = checkpoint.load(name)
+        size = sizes.count(stored)  # of what is in the file
+        loaded = checkpoint.cast(stored, dtype)
         if protocol == "lambada":
             result = scores.lambada(loaded, given, batch=batch)
         else:
             result = scores.perplexity(loaded, given, protocol, batch=batch)
-        rows.append((name, sizes.count(loaded), result))
+        rows.append((name, size, result))
     if as_json:
         values, *rest = (
             {
@@ -118,14 +122,15 @@ def generate(
     def show(step: list[int]) -> None:
         nonlocal shown
         new.extend(step)
-        text = tokenizer.decode([token for token in new if token != tokenizer.eos])
+        kept = [token for token in new if token not in tokenizer.stops]
+        text = generation.continuation(tokenizer, tokens, kept)
         # A character of several bytes is complete once its last token has come.
         if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text.removeprefix(shown), end="", flush=True)
+            # The prompt, too, is only shown once it is known to be in order.
+            print(text.removeprefix(shown) if shown else prompt + text, end="")
+            sys.stdout.flush()
             shown = text
 
-    if not as_json:
-        print(prompt, end="", flush=True)
     (made,) = generation.generate_tokens(
         loaded,
         [tokens],
@@ -134,16 +139,16 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop=() if tokenizer.eos is None else (tokenizer.eos,),
+        stop=tokenizer.stops,
         on_token=show,
     )
-    text = tokenizer.decode(made)
+    text = generation.continuation(tokenizer, tokens, made)
     if as_json:
         asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         fields = {"prompt": prompt, "text": text, "tokens": made, **asked, "seed": seed}
         print(json.dumps({"model": model, **fields, "dtype": dtype}, allow_nan=False))
     else:
-        print(text.removeprefix(shown))
+        print(text.removeprefix(shown) if shown else prompt + text)
     return 0
 
 

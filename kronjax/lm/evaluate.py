@@ -6,11 +6,11 @@
 row; `log_likelihoods` is what everything asks that compares continuations. Results are
 frozen dataclasses, of which `summary` makes what JSON holds.
 
-LAMBADA, version 1, is the task `lambada_openai` of lm-evaluation-harness: the target is
-a space with the last word, the context what stands before it, tokenised without the
-tokens that are put around texts. A row counts as right if each token of the target is
-the likeliest; the perplexity is the exponential of the mean over rows of the nll of
-the whole target.
+LAMBADA, version 1, is the task `lambada_openai` of lm-evaluation-harness 0.4.13: the
+target is a space with the last word, the context what stands before it, with what the
+tokenizer puts before a text. A row counts as right if each token of the target is the
+likeliest; the perplexity is the exponential of the mean over rows of the nll of the
+whole target.
 
 References: Paperno et al. (2016) for LAMBADA; `kronjax.lm.protocol` for perplexities.
 """
@@ -31,6 +31,7 @@ from kronjax.lm import text as texts
 from kronjax.lm.architecture import (
     LanguageModel,
     check_vocabulary,
+    parameter_dtype,
     tokenizer_of,
 )
 from kronjax.lm.losses import log_likelihoods
@@ -201,7 +202,7 @@ def perplexity(
         tokens_sha256=hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest(),
         tokenizer_sha256=None if tokenizer is None else tokenizer.digest,
         vocab_size=model.config.vocab_size,
-        dtype=str(losses.parameter_dtype(model)),
+        dtype=str(parameter_dtype(model)),
     )
 
 
@@ -258,7 +259,7 @@ def lambada(
         text_sha256=joined.sha256,
         tokenizer_sha256=tokenizer.digest,
         vocab_size=model.config.vocab_size,
-        dtype=str(losses.parameter_dtype(model)),
+        dtype=str(parameter_dtype(model)),
     )
 
 
@@ -309,6 +310,12 @@ def _score(model, tokens, windows, stride, batch, progress):
     sums = np.zeros(len(windows))
     for (number, _), nll in zip(parts, scores.losses, strict=True):
         sums[number] += np.sum(nll, dtype=np.float64)
+    bad = np.count_nonzero(np.isnan(sums))
+    if bad:
+        raise ValueError(
+            f"the model gives NaN in {bad} of {len(windows)} windows: its "
+            "weights are damaged, or too large for their dtype; try float32"
+        )
     return sums / [window.scored for window in windows], scores
 
 
@@ -318,8 +325,8 @@ def _last_word(row, number, tokenizer):
     context = context.rstrip(" ")
     if not context or not word:
         raise ValueError(f"row {number} has fewer than two words: {row!r:.60}")
-    whole = tokenizer.encode(row.rstrip(), special=False)
-    before = tokenizer.encode(context, special=False)
+    whole = tokenizer.encode(row.rstrip())
+    before = tokenizer.encode(context)
     return before, whole[len(before) :]
 
 

@@ -28,6 +28,7 @@ from kronjax.lm.architecture import (
     check_vocabulary,
     tokenizer_of,
 )
+from kronjax.lm.tokenizer import Tokenizer
 
 STEP = 32
 """Lengths are rounded up to a multiple of this, so that few programs are compiled."""
@@ -55,11 +56,9 @@ def generate(model, prompt, **options):
     tokenizer = tokenizer_of(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     rows = [tokenizer.encode(text) for text in prompts]
-    for row in rows:
-        if row.size:
-            check_vocabulary(model, row, tokenizer)
-    options.setdefault("stop", () if tokenizer.eos is None else (tokenizer.eos,))
-    texts = [tokenizer.decode(row) for row in generate_tokens(model, rows, **options)]
+    options.setdefault("stop", tokenizer.stops)
+    made = generate_tokens(model, rows, **options)
+    texts = [continuation(tokenizer, *pair) for pair in zip(rows, made, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -111,16 +110,20 @@ def generate_tokens(
         else min(top_k, model.config.vocab_size)
     )
     draw = (jnp.float32(temperature or 1.0), jnp.int32(k), jnp.float32(top_p))
-    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
+    keys = jax.random.split(jax.random.key(seed % 2**32), max_new_tokens)
     slots = width + bucket(max_new_tokens)
-    cache = model.empty_cache(len(prompts), slots)
-    new, cache = start(state, tokens, mask, cache, keys[0], draw)
+    new, cache = start(state, tokens, mask, slots, keys[0], draw)
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
     for i in range(max_new_tokens):
         if i:
             new, cache = step(state, new, cache, keys[i], draw)
         drawn = np.asarray(new)[:, 0].tolist()
+        if min(drawn) < 0:
+            raise ValueError(
+                "the model gives NaN: its weights are damaged, or too large for their "
+                "dtype; try float32"
+            )
         for row, token in enumerate(drawn):
             done[row] = done[row] or token in stop
             if not done[row]:
@@ -129,6 +132,19 @@ def generate_tokens(
         if enough or all(done):
             break
     return rows
+
+
+def continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray, new: Sequence[int]
+) -> str:
+    """Return the text of new tokens, with the space that may stand before them.
+
+    Tokenizers made by SentencePiece leave a space at the beginning out; so the prompt
+    is decoded, too.
+    """
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *new])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
 
 
 def bucket(length: int) -> int:
@@ -143,29 +159,31 @@ def _programs(graph, sampled):
     def draw_from(logits, key, draw):
         logits = logits.astype(jnp.float32)
         new = _sample(logits, key, *draw) if sampled else jnp.argmax(logits, axis=-1)
+        new = jnp.where(jnp.isnan(logits).any(axis=-1), -1, new)
         return new.astype(jnp.int32)[:, None]
 
-    def start(state, tokens, mask, cache, key, draw):
-        logits, cache = nnx.merge(graph, state).step(tokens, cache, mask=mask)
+    def start(state, tokens, mask, slots, key, draw):
+        model = nnx.merge(graph, state)
+        logits, cache = model.prefill(tokens, slots, mask=mask)
         return draw_from(logits, key, draw), cache
 
     def step(state, tokens, cache, key, draw):
         logits, cache = nnx.merge(graph, state).step(tokens, cache)
         return draw_from(logits, key, draw), cache
 
-    return jax.jit(start, donate_argnums=3), jax.jit(step, donate_argnums=2)
+    return jax.jit(start, static_argnums=3), jax.jit(step, donate_argnums=2)
 
 
 def _sample(logits, key, temperature, top_k, top_p):
     """Draw one token of each row of `logits`, `[b, vocab]`."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+    ranks = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    ranked = jnp.where(ranks < top_k, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     # The likeliest token stays whatever top_p is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranks = jnp.arange(logits.shape[-1], dtype=jnp.int32)
-    kept = (ranks < top_k) & ((before < top_p) | (ranks == 0))
-    ranked = jnp.where(kept, ranked, -jnp.inf)
+    ranked = jnp.where((before < top_p) | (ranks == 0), ranked, -jnp.inf)
     drawn = jax.random.categorical(key, ranked, axis=-1)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
 
@@ -183,10 +201,14 @@ def _checked(model, prompts, max_new_tokens, temperature, top_k, top_p):
     for name, value, good, wanted in settings:
         if not good:
             raise ValueError(f"{name} is {value}; it must be {wanted}")
-    largest, size = max(max(prompt) for prompt in prompts), model.config.vocab_size
-    if largest >= size:
-        raise ValueError(f"there is no token {largest}: the model knows {size}")
+    for prompt in prompts:
+        check_vocabulary(model, np.asarray(prompt), model.tokenizer)
     longest, context = max(len(prompt) for prompt in prompts), model.config.context
+    if longest >= context:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves none of the {context} positions of "
+            "the model; shorten it"
+        )
     if longest + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than "

@@ -21,8 +21,7 @@ import numpy as np
 from flax import nnx
 
 from kronjax import __version__, nn
-from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.losses import parameter_dtype
+from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.progress import bar
 from kronjax.lm.sizes import kind
 from kronjax.lm.turns import Times, take_turns
@@ -129,6 +128,11 @@ def measure(
             the model.
     """
     most = model.config.context
+    if new_tokens >= most:
+        raise ValueError(
+            f"{new_tokens} new tokens leave no context: the model has {most} "
+            "positions; take fewer new ones"
+        )
     context = min(512, most - new_tokens) if context is None else context
     sizes = {"batch": batch, "context": context, "new_tokens": new_tokens}
     for name, value in {**sizes, "repeats": repeats}.items():
@@ -146,7 +150,11 @@ def measure(
     begun = time.perf_counter()
     runs = [_Run(model, **sizes)]
     runs += [_Run(other, **sizes)] if factored else []
-    layers = [_layer_calls(layer, batch, context) for layer, _ in groups]
+    # A prompt needs the logits of its last token alone.
+    layers = [
+        _layer_calls(layer, batch, 1 if names == ["lm_head"] else context)
+        for layer, names in groups
+    ]
     compile_seconds = time.perf_counter() - begun
     steps = 2 + 2 * len(layers)
     with bar(steps, "timing", unit="timings", wanted=progress) as advance:
@@ -281,8 +289,7 @@ class _Run:
 
         def read(state, tokens):
             model = nnx.merge(graphdef, state)
-            cache = model.empty_cache(batch, context + new_tokens)
-            logits, cache = model.step(tokens, cache)
+            logits, cache = model.prefill(tokens, context + new_tokens)
             return jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32), cache
 
         def write(state, token, cache):

@@ -104,6 +104,8 @@ class Config(BaseConfig):
                 f"config.json: rope_type {self.rope_type!r} is not supported; "
                 f"{', '.join(ROTARY)} are"
             )
+        if not self.rope_low_freq_factor < self.rope_high_freq_factor:
+            raise ValueError("config.json: low_freq_factor is above high_freq_factor")
         activation(self.hidden_act)
 
     @classmethod
@@ -118,6 +120,11 @@ class Config(BaseConfig):
         }
         if "type" in nested and "rope_type" not in nested:  # the older word
             rope["rope_type"] = nested["type"]
+        if rope.get("rope_type") == "llama3":
+            lacking = sorted(x for x in _LLAMA3 if rope.get(x) is None)
+            if lacking:
+                names = ", ".join(name.removeprefix("rope_") for name in lacking)
+                raise ValueError(f"config.json: rope_scaling of llama3 lacks {names}")
         config = super().from_hugging_face({**values, **rope})
         return dataclasses.replace(
             config, origin=BaseConfig.from_hugging_face(values).origin
@@ -177,6 +184,13 @@ class Config(BaseConfig):
             f = f * (blend + (1 - blend) / self.rope_factor)
         return f.astype(np.float32)
 
+
+_LLAMA3 = {
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+}
 
 _ROPE_FIELDS = {
     field.name

@@ -27,7 +27,10 @@ import numpy as np
 from flax import nnx
 
 from kronjax.lm import attention
-from kronjax.lm.architecture import LanguageModel, check_vocabulary
+from kronjax.lm.architecture import (
+    LanguageModel,
+    check_vocabulary,
+)
 from kronjax.lm.progress import bar
 
 # Logits at one time, and tokens in one batch. On a CPU, logits that stay near the
@@ -262,12 +265,6 @@ def score_pairs(
         # The last token is not read.
         requests.append(Request(tokens[-(context + 1) :], len(after)))
     return run(model, requests, batch=batch, greedy=True, progress=progress)
-
-
-def parameter_dtype(model: LanguageModel) -> np.dtype:
-    """Return the dtype of the parameters: of several, the most precise."""
-    dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))}
-    return max(dtypes, key=lambda dtype: (jnp.finfo(dtype).bits, str(dtype)))
 
 
 def _batches(

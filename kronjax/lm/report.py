@@ -45,6 +45,14 @@ def evaluation(rows: Sequence[Row]) -> Table:
 def difference(rows: Sequence[Row]) -> str:
     """Say how the first model compares with the second, in one line."""
     (_, small, ours), (_, large, theirs) = rows
+    if isinstance(ours, Perplexity) and isinstance(theirs, Perplexity):
+        if ours.protocol != theirs.protocol:
+            return (
+                "Not comparable: the contexts of the models differ, "
+                f"{ours.protocol.context} and {theirs.protocol.context}."
+            )
+        if ours.tokens_sha256 != theirs.tokens_sha256:
+            return "Not comparable: the models cut the text into different tokens."
     share = 100 * small.parameters / large.parameters
     words = f"{share:.1f} % of the parameters"
     if isinstance(ours, Lambada) or isinstance(theirs, Lambada):

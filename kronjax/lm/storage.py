@@ -1,17 +1,25 @@
 """Folders of tensors: what a checkpoint of Hugging Face stores, read and replaced.
 
 Tensors are mapped into memory, so that a model is never held twice. A pickle is never
-opened: it can run any code. A folder is replaced as a whole: the new one is completed
-under a temporary name beside it, then the two are renamed.
+opened: it can run any code.
+
+A model is replaced as a whole. The new files are completed in a folder inside of the
+one that is saved to; renaming that folder to `.saved` is the moment at which the new
+model is there. Its files are then moved to their places, and whoever comes after an
+interruption, to read or to write, finishes the moving.
 
 >>> sorted(canonical({"transformer.wte.weight": 1}, ("transformer.",)))
 ['wte.weight']
 """
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,8 +41,23 @@ MSGPACK = "flax_model.msgpack"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Suffixes of files that are, or may be, pickles."""
 
-OWN = {"config.json", "recipe.yaml", "generation_config.json", WEIGHTS, INDEX}
-"""Names that `save` may replace or remove, beside shards and a tokenizer's files."""
+REFUSAL = (
+    "{where} holds its weights only as a pickle ({file}), which could run any code and "
+    "is never opened; convert it where you trust it: "
+    "transformers.AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+)
+"""What is said of a model that was stored as nothing else."""
+
+SAVED = ".saved"
+"""The folder of a model that is complete, but not yet in its place."""
+
+STAGING = ".saving-"
+"""What the names of folders begin with in which a model is not yet complete."""
+
+STALE = 3600.0
+"""Seconds after which such a folder is taken for one that was left behind."""
+
+_SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 
 T = TypeVar("T")
 
@@ -63,11 +86,7 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
         return _open_msgpack(folder / MSGPACK)
     pickles = sorted(x.name for x in folder.iterdir() if x.suffix in PICKLES)
     if pickles:
-        raise ValueError(
-            f"{folder} holds its weights only as a pickle ({pickles[0]}), which could "
-            "run any code and is never opened; convert it where you trust it: "
-            "transformers.AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-        )
+        raise ValueError(REFUSAL.format(where=folder, file=pickles[0]))
     raise FileNotFoundError(
         f"{folder} holds no weights: no {WEIGHTS}, no {INDEX}, no {MSGPACK}"
     )
@@ -81,12 +100,17 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a mapping")
     return values
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def canonical(tensors: Mapping[str, T], prefixes: tuple[str, ...]) -> dict[str, T]:
@@ -109,57 +133,93 @@ def canonical(tensors: Mapping[str, T], prefixes: tuple[str, ...]) -> dict[str, 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `folder` when the block succeeds.
+    """Yield an empty folder whose files replace those of a model when the block ends.
 
-    Files in `folder` that are not of a checkpoint, such as logs, stay in it.
+    What is not of a model stays in `folder`, and so does a tokenizer where the new
+    model brings none.
+
+    Args:
+        folder: Made if it is not there.
 
     Raises:
-        OSError: If something cannot be written; `folder` is as it was.
+        OSError: If something cannot be written; the model is as it was.
     """
-    folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"cannot write {folder}: it is a file")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (
-        folder.with_name(f".{folder.name}.{os.getpid()}.{kind}")
-        for kind in ("new", "old")
-    )
+    staging: Path | None = None
     try:
-        new.mkdir()
-        yield new
-        _flush(new)
-        if folder.exists():
-            os.rename(folder, old)
-        try:
-            os.rename(new, folder)
-        except BaseException:
-            if old.exists():
-                os.rename(old, folder)
-            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        settle(folder)
+        _sweep(folder)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
+        yield staging
+        for path in staging.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        _commit(staging, folder)
+        settle(folder)
     except OSError as error:
         reason = error.strerror or str(error)
         raise type(error)(f"cannot write {folder}: {reason}") from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if folder.exists() and old.exists():
-            _keep_others(old, folder)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
-def _keep_others(old: Path, folder: Path) -> None:
-    """Move what is not of a checkpoint to the new folder, and remove the old one."""
-    for entry in old.iterdir():
-        ours = entry.name in OWN or entry.name in tokenizer.FILES
-        shard = entry.match("model-*.safetensors")
-        if not ours and not shard and not (folder / entry.name).exists():
-            os.rename(entry, folder / entry.name)
-    shutil.rmtree(old, ignore_errors=True)
+def settle(folder: Path) -> None:
+    """Move the files of a complete model to their places, if a save could not.
+
+    Args:
+        folder: Of a model; left as it is if there is nothing to move.
+
+    Raises:
+        OSError: If something cannot be moved.
+    """
+    saved = folder / SAVED
+    if not saved.is_dir():
+        return
+    new = {path.name for path in saved.iterdir()}
+    # config.json moves first: once it is gone, nothing of the old model is left, and
+    # what has its name is new.
+    if "config.json" in new:
+        for path in folder.iterdir():
+            if path.name not in new and _replaced(path.name, new):
+                path.unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name != "config.json"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.replace(saved / name, folder / name)
+    with contextlib.suppress(OSError):
+        saved.rmdir()
 
 
-def _flush(folder: Path) -> None:
-    """Bring the content of the files to the disk before their folder gets its name."""
-    for path in folder.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
+def _replaced(name: str, new: set[str]) -> bool:
+    """Say whether a file belongs to the model that `new` takes the place of."""
+    if name in tokenizer.FILES:
+        return not new.isdisjoint(tokenizer.FILES)
+    ours = (WEIGHTS, INDEX, MSGPACK, "recipe.yaml")
+    return name in ours or bool(re.fullmatch(_SHARD, name))
+
+
+def _commit(staging: Path, folder: Path) -> None:
+    """Make the new model the one that counts."""
+    for _ in range(100):
+        try:
+            os.rename(staging, folder / SAVED)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            settle(folder)  # of someone else, who saves here at the same time
+            time.sleep(0.01)
+    raise OSError(errno.EBUSY, "others save to this folder all the time")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what interrupted saves left behind long ago."""
+    for path in folder.glob(f"{STAGING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _open_shards(folder: Path) -> dict[str, np.ndarray]:
@@ -181,6 +241,9 @@ def _open_shards(folder: Path) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"{folder / shard} lacks {missing[0]}, which the index names"
             )
+        extra = sorted(set(held) - set(wanted))
+        if extra:
+            raise ValueError(f"{folder / shard} has {extra[0]}, which the index lacks")
         tensors |= {name: held[name] for name in wanted}
     return tensors
 
@@ -203,8 +266,9 @@ def _open_msgpack(path: Path) -> dict[str, np.ndarray]:
     names = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
     tensors = {}
     for keys, value in _leaves(nested, ()):
-        if not isinstance(value, np.ndarray):
-            raise ValueError(f"{path}: {'.'.join(keys)} is no array")
+        if not isinstance(value, np.ndarray) or not keys:
+            name = ".".join(keys) or "what it holds"
+            raise ValueError(f"{path}: {name} is no array, or has no name")
         *place, last = keys
         turned = value.T if last == "kernel" else value
         tensors[".".join([*place, names.get(last, last)])] = turned

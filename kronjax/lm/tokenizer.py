@@ -30,8 +30,9 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    "generation_config.json",
 )
-"""Names of the files that belong to a tokenizer."""
+"""Names of the files that say what tokens mean, and which of them end a text."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +75,16 @@ class Tokenizer:
         """Number of the token that ends a text, or None."""
         return self._special("eos_token")
 
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Tokens that end a text: those of `generation_config.json`, or `eos`."""
+        given = _json(self.files, "generation_config.json").get("eos_token_id")
+        numbers = given if isinstance(given, list) else [given]
+        tokens = [x for x in numbers if isinstance(x, int) and x >= 0]
+        if tokens:
+            return tuple(tokens)
+        return () if self.eos is None else (self.eos,)
+
     @property
     def bos(self) -> int | None:
         """Number of the token that begins a text, or None."""
@@ -89,7 +100,14 @@ class Tokenizer:
 
         Returns:
             `[n]`, int32.
+
+        Raises:
+            ValueError: If the text has characters that no Unicode file can hold.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not Unicode: {error}") from error
         encoding = self._backend.encode(text, add_special_tokens=special)
         tokens = np.array(encoding.ids, np.int32)
         if special and self._prepend is not None:
@@ -105,8 +123,8 @@ class Tokenizer:
         import tokenizers
 
         if "tokenizer.json" in self.files:
-            text = self.files["tokenizer.json"].decode()
             try:
+                text = self.files["tokenizer.json"].decode()
                 backend = tokenizers.Tokenizer.from_str(text)
             except Exception as error:  # the library raises nothing narrower
                 raise ValueError(f"tokenizer.json cannot be used: {error}") from error
@@ -121,7 +139,7 @@ class Tokenizer:
         from tokenizers import decoders, models, pre_tokenizers
 
         vocabulary = _json(self.files, "vocab.json")
-        lines = self.files["merges.txt"].decode().splitlines()
+        lines = self.files["merges.txt"].decode(errors="replace").splitlines()
         merges = [
             (left, right)
             for left, _, right in (line.partition(" ") for line in lines)
@@ -193,7 +211,7 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(files[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{name} holds {type(values).__name__}, not a mapping")

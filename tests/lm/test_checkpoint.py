@@ -159,6 +159,11 @@ def test_shards_and_old_names_are_read(tmp_path):
         index |= dict.fromkeys(part, file)
     (tmp_path / storage.INDEX).write_text(json.dumps({"weight_map": index}))
     np.testing.assert_array_equal(logits(lm.load(tmp_path)), logits(model))
+    first = tmp_path / "model-00001-of-00002.safetensors"
+    part = safetensors.numpy.load_file(first)
+    safetensors.numpy.save_file({**part, "evil.extra": np.ones(2)}, first)
+    with pytest.raises(ValueError, match="evil.extra, which the index lacks"):
+        lm.load(tmp_path)
 
 
 def test_a_head_that_differs_from_its_embedding_is_told(tmp_path):
@@ -265,6 +270,15 @@ HARM = {
     "a truncated file": (cut, "truncated"),
     "a path that climbs out": (shard_outside, "outside of its folder"),
     "a pickle": (only_a_pickle, "pickle.*save_pretrained"),
+    "a type that is a list": (lambda x: edit_config(x, model_type=["x"]), "not supp"),
+    "NaN": (
+        lambda x: (x / "config.json").write_text('{"model_type": NaN}'),
+        "NaN is no number of JSON",
+    ),
+    "a recipe in bytes": (
+        lambda x: (x / "recipe.yaml").write_bytes(b"\xff"),
+        "recipe.yaml is no text",
+    ),
     "no JSON": (lambda x: (x / "config.json").write_text("{"), "not JSON"),
     "no mapping": (lambda x: (x / "config.json").write_text("[]"), "not a mapping"),
     "no config": (lambda x: (x / "config.json").unlink(), "no config.json"),
@@ -306,6 +320,19 @@ def test_a_hub_name_without_a_network_names_the_remedy(monkeypatch):
         lm.load("openai-community/gpt2")
 
 
+def test_a_pickle_on_the_hub_is_refused(monkeypatch, tmp_path):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path)
+    )
+    monkeypatch.setattr(
+        huggingface_hub, "list_repo_files", lambda name: ["pytorch_model.bin"]
+    )
+    with pytest.raises(ValueError, match="someone/model holds.*a pickle"):
+        lm.load("someone/model")
+
+
 @pytest.mark.parametrize("name", ["no-such-folder", "./no/such", "/no/such/folder"])
 def test_a_path_never_reaches_for_the_network(name, monkeypatch):
     monkeypatch.setattr(checkpoint, "_fetch", lambda name: pytest.fail(name))
@@ -329,39 +356,113 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_an_interruption_between_the_renames_leaves_the_old_folder(
-    tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("step", range(8))
+def test_whenever_a_save_is_killed_there_is_a_whole_model(step, tmp_path, tokenizer):
+    """Let every call that changes a folder be the last one, as if the power went."""
     folder = tmp_path / "model"
-    lm.save(make("gpt2", seed=0), folder)
-    expected = logits(lm.load(folder))
-    rename = os.rename
+    first, second = make("gpt2", seed=0), factor(make("gpt2", seed=1))
+    first.tokenizer, second.recipe = tokenizer, "new\n"
+    lm.save(first, folder)
+    (folder / "log.txt").write_text("mine")
+    before, after = logits(first), logits(second)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = iter(range(100))
+        for name in ("rename", "replace"):
+            patch.setattr(os, name, killed_at(step, calls, getattr(os, name)))
+        patch.setattr(Path, "unlink", killed_at(step, calls, Path.unlink))
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        try:
+            lm.save(second, folder)
+            done = True
+        except KeyboardInterrupt:
+            done = False
+    back = lm.load(folder)
+    got = logits(back)
+    assert np.array_equal(got, after) or (step == 0 and np.array_equal(got, before))
+    assert done or step < 6
+    assert (back.recipe == "new\n") == np.array_equal(got, after)
+    assert (folder / "log.txt").read_text() == "mine"
+    assert not (folder / storage.SAVED).exists()
 
-    def interrupted(source, target):
-        if Path(source).name.endswith(".new"):
+
+def killed_at(step, calls, function):
+    def call(*args, **kwargs):
+        if next(calls) == step:
             raise KeyboardInterrupt
-        rename(source, target)
+        return function(*args, **kwargs)
 
-    monkeypatch.setattr(os, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        lm.save(make("gpt2", seed=1), folder)
-    np.testing.assert_array_equal(logits(lm.load(folder)), expected)
+    return call
 
 
-def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer):
+def test_what_killed_saves_left_behind_is_removed_later(tmp_path):
+    left = tmp_path / f"{storage.STAGING}x"
+    left.mkdir()
+    lm.save(make("gpt2"), tmp_path)
+    assert left.exists()  # it may be at work
+    os.utime(left, (0, 0))
+    lm.save(make("gpt2"), tmp_path)
+    assert not left.exists()
+
+
+def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer, monkeypatch):
     folder = tmp_path / "model"
     first = factor(make("gpt2"))
     first.tokenizer, first.recipe = tokenizer, "old\n"
     lm.save(first, folder)
-    (folder / "metrics.jsonl").write_text("{}\n")
+    others = ("metrics.jsonl", "model-best.safetensors", "weights.bin")
+    for name in others:
+        (folder / name).write_text("mine")
+    old = ("merges.txt", "model-00001-of-00002.safetensors", storage.INDEX)
+    for name in old:
+        (folder / name).write_text("{}")
     second = make("gpt2", seed=1)
-    lm.save(second, folder)
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == ["config.json", "metrics.jsonl", "model.safetensors"]
-    modes = {(folder / name).stat().st_mode for name in names}
-    assert len(modes) == 1  # as readable as anything else
+    second.tokenizer = tokenizer
+    (tmp_path / "link").symlink_to(folder)
+    lm.save(second, tmp_path / "link")
+    names = {path.name for path in folder.iterdir()}
+    ours = {"config.json", "model.safetensors", *tokenizer.files}
+    assert names == {*ours, *others}
+    assert len({(folder / name).stat().st_mode for name in names}) == 1
     np.testing.assert_array_equal(logits(lm.load(folder)), logits(second))
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    monkeypatch.chdir(folder)
+    lm.save(first, ".")
+    np.testing.assert_array_equal(logits(lm.load(".")), logits(first))
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def fail(*args):
+        raise safetensors.SafetensorError("I/O error")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="cannot write .*I/O error"):
+        lm.save(make("gpt2"), tmp_path / "out")
+
+
+def test_a_home_folder_is_found_alike_by_save_and_load(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lm.save(make("gpt2"), "~/model")
+    assert (tmp_path / "model/config.json").exists()
+    assert lm.load("~/model").config.n_embd == 12
+    with pytest.raises(OSError, match="no such user"):
+        lm.load("~nobody-of-this-name/model")
+
+
+def test_mixed_dtypes_are_exported_in_the_most_precise(tmp_path):
+    """A factored layer in float32, as `approximate` returns it, in a bfloat16 model."""
+    model = checkpoint.cast(make("gpt2"), "bfloat16")
+    layer = nn.linear_layers(model)["h.0.mlp.c_fc"]
+    a, b = jnp.ones((1, 6, 24)), jnp.full((1, 2, 2), 0.1)
+    bias = layer.bias[...]
+    nn.replace(model, "h.0.mlp.c_fc", nn.KroneckerLinear([KroneckerTerms(a, b)], bias))
+    assert model.empty_cache(1, 4).layers[0][0].dtype == jnp.float32
+    lm.export(model, tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert {str(x.dtype) for x in tensors.values()} == {"float32"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    scale = np.abs(logits(model)).max()
+    np.testing.assert_allclose(
+        logits(lm.load(tmp_path)), logits(model), atol=0.05 * scale
+    )
 
 
 def test_a_file_is_no_folder_to_save_in(tmp_path):

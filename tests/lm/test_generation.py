@@ -1,12 +1,13 @@
 """Continuations against what the model says without a cache."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from kronjax import lm
-from kronjax.lm import gpt2
+from kronjax.lm import generation, gpt2
 from kronjax.lm.generation import generate_tokens
 from kronjax.lm.tokenizer import Tokenizer
 
@@ -64,6 +65,32 @@ def test_draws_follow_the_distribution():
     assert set(drawn.tolist()) == {2, 3}
 
 
+def test_nan_is_told(tiny):
+    tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
+    with pytest.raises(ValueError, match="gives NaN"):
+        generate_tokens(tiny, PROMPTS, max_new_tokens=6)
+
+
+def test_of_the_likeliest_k_those_are_kept_that_reach_p():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]]))
+    draw = jnp.float32(1.0), jnp.int32(2), jnp.float32(0.5)
+    keys = jax.random.split(jax.random.key(0), 50)
+    drawn = jax.vmap(lambda key: generation._sample(logits, key, *draw)[0])(keys)
+    # Of two, the first has probability 2/3, which is enough.
+    assert set(np.asarray(drawn).tolist()) == {0}
+
+
+def test_the_space_before_a_continuation_is_kept():
+    """As tokenizers made by SentencePiece decode: without the first space."""
+    words = ["the", " capital", " is", " Paris"]
+
+    class Stripping:
+        def decode(self, tokens):
+            return "".join(words[i] for i in tokens).removeprefix(" ")
+
+    assert generation.continuation(Stripping(), [0, 1, 2], [3]) == " Paris"
+
+
 def test_texts_go_in_and_come_out(tiny):
     text = lm.generate(tiny, "The quick", max_new_tokens=4)
     texts = lm.generate(tiny, ["The quick", "A"], max_new_tokens=4)
@@ -79,9 +106,11 @@ def test_texts_go_in_and_come_out(tiny):
     [
         ([], {}, "without tokens"),
         ([[1], []], {}, "without tokens"),
-        ([[300]], {}, "no token 300"),
+        ([[300]], {}, "token 300 is not"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[-1]], {}, "token -1 is not"),
         ([[1]], {"max_new_tokens": 64}, "64 positions"),
+        ([[1] * 64], {}, "shorten it"),
         ([[1]], {"temperature": -1.0}, "temperature is -1"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
         ([[1]], {"top_k": 0}, "top_k is 0"),

@@ -8,6 +8,7 @@ from flax import nnx
 from helpers import losses_reference
 
 from kronjax.lm import gpt2, losses
+from kronjax.lm.architecture import parameter_dtype
 
 
 def draw(rng, count, model):
@@ -69,8 +70,8 @@ def test_sixteen_bits_are_summed_in_thirty_two(tiny):
     exact = losses.run(tiny, [losses.Request(tokens, 39)]).losses[0]
     graphdef, state = nnx.split(tiny)
     small = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(jnp.bfloat16), state))
-    assert losses.parameter_dtype(tiny) == np.float32
-    assert losses.parameter_dtype(small) == jnp.bfloat16
+    assert parameter_dtype(tiny) == np.float32
+    assert parameter_dtype(small) == jnp.bfloat16
     found = losses.run(small, [losses.Request(tokens, 39)]).losses[0]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, exact, rtol=0.1, atol=0.5)

@@ -112,6 +112,13 @@ def test_a_config_survives_its_json(model):
         (llama, {"hidden_size": 12, "num_attention_heads": 4}, "no pairs"),
         (llama, {"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not supported"),
         (llama, {"rope_scaling": "linear"}, "not a mapping"),
+        (
+            llama,
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "llama3 lacks high_freq_factor, low_freq_factor, original_max",
+        ),
+        (llama, {"rope_theta": 0.0}, "rope_theta is 0.0; it must be positive"),
+        (gpt2, {"layer_norm_epsilon": float("nan")}, "epsilon is nan"),
     ],
 )
 def test_settings_that_cannot_be_computed_are_told(kind, values, words):
@@ -134,6 +141,26 @@ def test_llama3_leaves_fast_pairs_and_slows_down_slow_ones():
     ratio = scaled.frequencies() / llama.Config(rope_theta=5e5).frequencies()
     assert ratio[0] == 1 and ratio[-1] == pytest.approx(1 / 8)
     assert (np.diff(ratio) <= 1e-6).all() and ((ratio > 0.13) & (ratio < 0.99)).any()
+
+
+def test_more_tokens_than_positions_are_told(model):
+    context = model.config.context
+    with pytest.raises(ValueError, match=f"the model has {context} positions"):
+        jax.eval_shape(model, jax.ShapeDtypeStruct((1, context + 1), jnp.int32))
+    with pytest.raises(ValueError, match="5 tokens do not fit into 4 slots"):
+        model.step(TOKENS[:, :5], model.empty_cache(2, 4))
+
+
+def test_a_prefill_is_a_step_on_an_empty_cache(model):
+    mask = np.ones((2, 5), bool)
+    mask[0, :2] = False
+    ours, cache = model.prefill(TOKENS[:, :5], 8, mask=jnp.asarray(mask))
+    theirs, other = model.step(
+        TOKENS[:, :5], model.empty_cache(2, 8), mask=jnp.asarray(mask)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    for one, two in zip(jax.tree.leaves(cache), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(one, two, atol=2e-5)
 
 
 def test_activations():

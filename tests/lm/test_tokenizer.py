@@ -67,6 +67,8 @@ def test_a_folder_is_read_byte_by_byte(tmp_path, tokenizer):
     ("files", "words"),
     [
         ({"tokenizer.json": b"{}"}, "tokenizer.json cannot be used"),
+        ({"tokenizer.json": b"\xff"}, "tokenizer.json cannot be used"),
+        ({"vocab.json": b"[" * 200_000, "merges.txt": b""}, "vocab.json is not JSON"),
         ({"vocab.json": b"{", "merges.txt": b""}, "vocab.json is not JSON"),
         ({"vocab.json": b"[]", "merges.txt": b""}, "not a mapping"),
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"}, "merges.txt"),
@@ -75,6 +77,17 @@ def test_a_folder_is_read_byte_by_byte(tmp_path, tokenizer):
 def test_damaged_files_are_told(files, words):
     with pytest.raises(ValueError, match=words):
         Tokenizer(files).encode("a")
+
+
+def test_a_generation_config_says_what_ends_a_text(tokenizer):
+    assert tokenizer.stops == (tokenizer.eos,)
+    files = {**tokenizer.files, "generation_config.json": b'{"eos_token_id": [7, 9]}'}
+    assert Tokenizer(files).stops == (7, 9)
+
+
+def test_text_that_is_not_unicode_is_told(tokenizer):
+    with pytest.raises(ValueError, match="not Unicode"):
+        tokenizer.encode("x\udcff")
 
 
 def test_every_name_is_one_that_a_save_may_replace():
