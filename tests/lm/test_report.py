@@ -1,0 +1,71 @@
+"""Tables and verdicts about models that were evaluated."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from kronjax.lm import evaluate, harness, report, sizes
+from kronjax.lm.tokenizer import Tokenizer
+
+ROWS = ["The quick brown fox", "A journey of a thousand miles", "sea shells"]
+
+
+@pytest.fixture
+def row(tiny):
+    found = evaluate.perplexity(tiny, "The quick brown fox. " * 9, "hf-strided")
+    return "a/very/long/path/to/a/folder/runs/small", sizes.count(tiny), found
+
+
+def test_two_models_are_compared_by_factor_and_nats(row):
+    name, size, found = row
+    worse = dataclasses.replace(found, nll=found.nll + 0.5, perplexity=7.0)
+    better = dataclasses.replace(found, perplexity=3.5)
+    smaller = dataclasses.replace(size, parameters=size.parameters // 2)
+    line = report.difference([(name, smaller, worse), (name, size, better)])
+    assert line == (
+        "50.0 % of the parameters, perplexity times 2.000 (+0.5000 nats per token)."
+    )
+
+
+def test_what_cannot_be_compared_is_said(row):
+    name, size, found = row
+    shorter = dataclasses.replace(found, protocol=found.protocol.fitted(32))
+    line = report.difference([(name, size, shorter), (name, size, found)])
+    assert line == "Not comparable: the contexts of the models differ, 32 and 64."
+    other = dataclasses.replace(found, tokens_sha256="0")
+    line = report.difference([(name, size, other), (name, size, found)])
+    assert "different tokens" in line
+
+
+def test_a_table_fits_a_terminal(row):
+    console = Console(width=80, record=True, quiet=True)
+    console.print(report.evaluation([row, row]))
+    text = console.export_text()
+    assert (
+        "runs/small" in text and "hf-strided v1" in text and f"{row[2].nll:.4f}" in text
+    )
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_last_words_are_those_of_the_harness_with_a_first_token(tiny, tokenizer):
+    """A tokenizer that puts a token before every text, as that of OPT does."""
+    import json
+
+    model = json.loads(tokenizer.files["tokenizer.json"])["model"]
+    merges = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
+    config = {"bos_token": "<|endoftext|>", "add_bos_token": True}
+    tiny.tokenizer = Tokenizer(
+        {
+            "vocab.json": json.dumps(model["vocab"]).encode(),
+            "merges.txt": "\n".join(merges).encode(),
+            "tokenizer_config.json": json.dumps(config).encode(),
+        }
+    )
+    assert tiny.tokenizer.encode("a")[0] == tiny.tokenizer.bos
+    ours = evaluate.lambada(tiny, ROWS, full_text=False)
+    pairs = [(row.rpartition(" ")[0], f" {row.rpartition(' ')[2]}") for row in ROWS]
+    theirs = harness.Adapter(tiny).loglikelihood(pairs)
+    mean = np.mean([value for value, _ in theirs])
+    assert ours.perplexity == pytest.approx(np.exp(-mean), rel=1e-5)
