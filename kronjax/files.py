@@ -26,6 +26,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from kronjax import dense
+
 FORMAT = "kronjax"
 """Value of the metadata entry `format` in the files of `write_terms`."""
 
@@ -325,11 +327,8 @@ def _multiply_out(path: Path, names: Sequence[str]) -> Source:
             f"{path} multiplies out to a matrix of shape {shape}: that takes "
             f"{needed / 1e9:,.0f} GB of memory, of {memory / 1e9:,.0f} GB in all"
         )
-    # As a product of rearranged factors, in float64 so that the rounding is one.
-    left = np.asarray(a, np.float64).reshape(*batch, rank, m1 * n1)
-    right = np.asarray(b, np.float64).reshape(*batch, rank, m2 * n2)
-    blocks = (left.swapaxes(-1, -2) @ right).reshape(*batch, m1, n1, m2, n2)
-    matrix = blocks.swapaxes(-3, -2).reshape(shape)
+    # In float64, so that the rounding is one.
+    matrix = dense.multiply_out(np.asarray(a, np.float64), np.asarray(b, np.float64))
     return Source(matrix.astype(a.dtype), None, (m1, n1), rank)
 
 

@@ -15,20 +15,23 @@ PACKAGE = Path(kronjax.__file__).parent
 # A module imports only from modules above it in this list. `kronjax` itself is the
 # list of the names that a user starts with, and comes after everything it names.
 ORDER = [
+    "dense",
     "lanes",
     "kronecker",
     "spectral",
     "manifold",
+    "weighted",
     "schatten",
     "descent",
     "problem",
     "continuation",
     "newton",
     "certificate",
-    "weighted",
+    "inputs",
+    "errors",
+    "approximation",
     "greedy",
     "permute",
-    "approximation",
     "recipe",
     "batch",
     "nn",
@@ -50,7 +53,7 @@ ORDER = [
     "cli",
     "__main__",
 ]
-CORE = ORDER[: ORDER.index("approximation") + 1]
+CORE = ORDER[: ORDER.index("permute") + 1]
 
 HEAVY = {"flax", "matplotlib", "optax", "orbax", "torch", "transformers"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
