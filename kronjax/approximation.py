@@ -182,7 +182,7 @@ def _report(given, weights, solution, seconds, compile_seconds, notes):
 def _stacked(target, weights):
     """Return matrices and weights as jax arrays with one batch axis, or none."""
     m, n = target.shape[-2:]
-    stacked = [jnp.asarray(target.reshape(-1, m, n))]
+    stacked: list[Any] = [jnp.asarray(target.reshape(-1, m, n))]
     for weight in weights:
         if weight is not None:
             if weight.ndim > 2:
@@ -213,7 +213,8 @@ def _programs(problem: Problem, shapes):
     # Weights that all matrices share are decomposed, and kept, once.
     axes = tuple(None if x is None or len(x.shape) == 2 else 0 for x in arrays)
     frames_axis = None if axes[1:] == (None, None) else 0
-    setting_axes: Any = Setting(0, frames_axis, 0, 0, 0)
+    axes_of: Any = Setting
+    setting_axes = axes_of(0, frames_axis, 0, 0, 0)
 
     def start(*arrays):
         return jax.vmap(

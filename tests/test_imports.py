@@ -31,6 +31,7 @@ ORDER = [
     "errors",
     "approximation",
     "greedy",
+    "budget",
     "permute",
     "recipe",
     "batch",
