@@ -60,6 +60,20 @@ def measure(given, terms, left=None, right=None) -> Errors:
     return Errors(spectral, frobenius)
 
 
+def whiten(matrix, left=None, right=None) -> np.ndarray:
+    """Return `L^{1/2} T R^{1/2}`, `[..., m, n]`, float64; weights as in `measure`."""
+    result = np.asarray(matrix, np.float64)
+    if left is not None:
+        result = _root(left) @ result
+    return result if right is None else result @ _root(right)
+
+
+def _root(weight):
+    values, vectors = np.linalg.eigh(np.asarray(weight, np.float64))
+    roots = np.sqrt(np.maximum(values, 0))[..., None, :]
+    return (vectors * roots) @ vectors.swapaxes(-2, -1)
+
+
 def _flat(array, axes):
     return array.reshape(-1, *array.shape[-axes:])
 

@@ -1,5 +1,3 @@
-import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 from test_greedy import planted
@@ -31,8 +29,7 @@ def test_planted_sums_come_out_with_the_table_of_what_was_tried():
     assert best.is_efficient
 
 
-@hypothesis.settings(max_examples=3)
-@hypothesis.given(seed=st.integers(0, 2**20), parameters=st.integers(24, 60))
+@pytest.mark.parametrize(("seed", "parameters"), [(0, 48), (1, 48), (2, 60)])
 def test_never_worse_than_low_rank_and_homogeneous(seed, parameters):
     matrix = draw(seed, 12, 12)
     found = search(matrix, parameters, **FAST)

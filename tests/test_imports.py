@@ -48,6 +48,7 @@ ORDER = [
     "lm.evaluate",
     "lm.report",
     "lm",
+    "output",
     "files",
     "report",
     "demo",
