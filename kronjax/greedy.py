@@ -169,7 +169,7 @@ class _State:
             x = _times(x.T, left).T
         if right is not None:
             x = _times(x, right)
-        return _rearrange(x, configuration.a_shape)
+        return rearrange(x, configuration.a_shape)
 
     def to_matrix(self, a_shape, a, b):
         """Multiply terms out that are in the coordinates of a configuration."""
@@ -277,12 +277,12 @@ def _refine(state, sweeps=30):
     before = np.sum(residual**2)
     for _ in range(sweeps if len(held) > 1 else 1):
         for shape, (a, b) in held.items():
-            x = _rearrange(residual, shape) + a.T @ b
+            x = rearrange(residual, shape) + a.T @ b
             q = np.linalg.qr(x @ b.T)[0]
             u, s, vt = np.linalg.svd(q.T @ x, full_matrices=False)
             a, b = ((q @ u) * s).T, vt
             held[shape] = a, b
-            residual = _unrearrange(x - a.T @ b, shape, residual.shape)
+            residual = unrearrange(x - a.T @ b, shape, residual.shape)
         after = np.sum(residual**2)
         if after > before * (1 - 1e-4):
             break
@@ -331,11 +331,15 @@ def _times(x, pair):
     return np.einsum("mia,ij->mja", half, first, optimize=True).reshape(x.shape)
 
 
-def _rearrange(x, a_shape):
+def rearrange(x: np.ndarray, a_shape: tuple[int, int]) -> np.ndarray:
+    """Return `kronecker.rearrange` of a NumPy matrix `[m, n]`, on the host."""
     (m, n), (m1, n1) = x.shape, a_shape
     return x.reshape(m1, m // m1, n1, n // n1).swapaxes(1, 2).reshape(m1 * n1, -1)
 
 
-def _unrearrange(x, a_shape, shape):
+def unrearrange(
+    x: np.ndarray, a_shape: tuple[int, int], shape: tuple[int, int]
+) -> np.ndarray:
+    """Invert `rearrange` for a matrix of `shape`."""
     (m, n), (m1, n1) = shape, a_shape
     return x.reshape(m1, n1, m // m1, n // n1).swapaxes(1, 2).reshape(m, n)

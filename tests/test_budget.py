@@ -29,7 +29,7 @@ def test_planted_sums_come_out_with_the_table_of_what_was_tried():
     assert best.is_efficient
 
 
-@pytest.mark.parametrize(("seed", "parameters"), [(0, 48), (1, 48), (2, 60)])
+@pytest.mark.parametrize(("seed", "parameters"), [(0, 48), (1, 48)])
 def test_never_worse_than_low_rank_and_homogeneous(seed, parameters):
     matrix = draw(seed, 12, 12)
     found = search(matrix, parameters, **FAST)
