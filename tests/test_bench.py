@@ -18,6 +18,7 @@ KEYS = {
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
     "distributions": {"targets", "regression", "cases", "starts"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
+    "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
     "scaling": {"targets", "batches", "compilations", "startups"},
 }
 
@@ -101,6 +102,15 @@ def check_gpt2_values(results):
     assert 0 < results["rate"]["fraction"] < 1.5
 
 
+def check_heterogeneous(results):
+    assert len(results["planted_sums"]) == 3
+    for row in results["spectral_random"] + results["spectral_structured"]:
+        assert row["below_best_alone"] >= 0
+    for row in results["planted_orders"]["one term"]:
+        assert row["ratio"] > 0.5
+    assert results["search_time"]["ratio"] > 0
+
+
 def check_scaling(results):
     assert [row["batch"] for row in results["batches"]] == [1, 2]
     assert all(x["seconds"] > 0 for x in results["compilations"])
@@ -112,6 +122,7 @@ CHECKS = {
     "against_peers": check_against_peers,
     "distributions": check_distributions,
     "gpt2_values": check_gpt2_values,
+    "heterogeneous": check_heterogeneous,
     "scaling": check_scaling,
 }
 
