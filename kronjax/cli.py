@@ -1,4 +1,4 @@
-"""The command line: `kronjax approximate`, `kronjax demo`, `kronjax doctor`.
+"""The command line: matrices here, language models in `kronjax.lm.commands`.
 
 Whatever needs jax is imported by the command that needs it, so that `--help` and most
 mistakes answer at once. A mistake of the user ends with one line on standard error and
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import kronjax
+from kronjax.lm import commands
+from kronjax.options import Flag, Json, Seed, Slice, option
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
@@ -25,24 +27,9 @@ if TYPE_CHECKING:
     from kronjax.report import Baseline
 
 DESCRIPTION = (
-    "Matrices as short sums of Kronecker products, closest in the spectral norm. "
-    "`kronjax --version` prints the version."
+    "Matrices as short sums of Kronecker products, closest in the spectral norm, and "
+    "language models made of them. `kronjax --version` prints the version."
 )
-
-
-def _option(metavar: str | None = None, name: str | None = None) -> object:
-    """Return how an option is shown: no default where none says as much."""
-
-    def hint(default: str) -> str:
-        return "" if default in ("None", "False") else f"(default: {default})"
-
-    return tyro.conf.arg(metavar=metavar, name=name, help_behavior_hint=hint)
-
-
-Slice = Annotated[str | None, _option("A:B")]
-Flag = Annotated[bool, _option()]
-Json = Annotated[bool, _option(name="json")]
-Seed = Annotated[int, _option("N")]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -60,13 +47,21 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"approximate": approximate, "demo": demo, "doctor": doctor},
+            {
+                "approximate": approximate,
+                "evaluate": commands.evaluate,
+                "generate": commands.generate,
+                "export": commands.export,
+                "latency": commands.latency,
+                "demo": demo,
+                "doctor": doctor,
+            },
             prog="kronjax",
             description=DESCRIPTION,
             args=args,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"kronjax: error: {_one_line(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -75,8 +70,8 @@ def main(args: Sequence[str] | None = None) -> int:
             raise
         reason = (_one_line(error) or "out of memory")[:200]
         print(
-            f"kronjax: error: not enough memory for this matrix ({reason}); take fewer "
-            "matrices, --rows or --columns",
+            f"kronjax: error: not enough memory ({reason}); take fewer matrices, "
+            "--rows or --columns, or a smaller --batch",
             file=sys.stderr,
         )
         return 2
@@ -88,23 +83,23 @@ def main(args: Sequence[str] | None = None) -> int:
 def approximate(
     file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")],
     *,
-    tensor: Annotated[str | None, _option("NAME")] = None,
+    tensor: Annotated[str | None, option("NAME")] = None,
     rows: Slice = None,
     columns: Slice = None,
     transpose: Flag = False,
-    a_shape: Annotated[tuple[int, int] | None, _option("M1 N1")] = None,
-    rank: Annotated[int | None, _option("R")] = None,
-    low_rank: Annotated[int | None, _option("R")] = None,
-    parameters: Annotated[int | None, _option("N")] = None,
-    left_weight: Annotated[Path | None, _option("FILE")] = None,
-    right_weight: Annotated[Path | None, _option("FILE")] = None,
-    norm: Annotated[str, _option("spectral|frobenius|schatten:P")] = "spectral",
+    a_shape: Annotated[tuple[int, int] | None, option("M1 N1")] = None,
+    rank: Annotated[int | None, option("R")] = None,
+    low_rank: Annotated[int | None, option("R")] = None,
+    parameters: Annotated[int | None, option("N")] = None,
+    left_weight: Annotated[Path | None, option("FILE")] = None,
+    right_weight: Annotated[Path | None, option("FILE")] = None,
+    norm: Annotated[str, option("spectral|frobenius|schatten:P")] = "spectral",
     dtype: Annotated[
-        Literal["float32", "float64"] | None, _option("float32|float64")
+        Literal["float32", "float64"] | None, option("float32|float64")
     ] = None,
     seed: Seed = 0,
-    starts: Annotated[int, _option("N")] = 4,
-    out: Annotated[Path | None, _option("FILE")] = None,
+    starts: Annotated[int, option("N")] = 4,
+    out: Annotated[Path | None, option("FILE")] = None,
     as_json: Json = False,
 ) -> int:
     """Approximate a matrix from a file by a short sum of Kronecker products.
@@ -172,8 +167,8 @@ def approximate(
 
 def demo(
     *,
-    out: Annotated[Path, _option("FILE")] = Path("demo.png"),
-    matrices: Annotated[int, _option("N")] = 50,
+    out: Annotated[Path, option("FILE")] = Path("demo.png"),
+    matrices: Annotated[int, option("N")] = 50,
     seed: Seed = 0,
 ) -> int:
     """Approximate fifty random matrices, print a table and draw a figure.

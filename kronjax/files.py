@@ -47,6 +47,7 @@ SAFETENSORS_DTYPES = {
     "U32": np.uint32,
     "U16": np.uint16,
     "U8": np.uint8,
+    "BOOL": np.bool_,
 }
 
 
@@ -116,6 +117,25 @@ def read(
     # A copy: the file may change or vanish while the solver works.
     native = array.dtype.newbyteorder("=")
     return dataclasses.replace(source, matrix=np.array(array, native, order="C"))
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Map every tensor of a `.safetensors` file into memory, without reading it.
+
+    Args:
+        path: The file, which must stay as it is while the arrays are in use.
+
+    Returns:
+        Read-only arrays by name, in the dtype of the file.
+
+    Raises:
+        ValueError: If the file is truncated, is no safetensors file, or has a tensor of
+            a dtype that numpy lacks.
+        OSError: If the file cannot be read.
+    """
+    names, _ = _safetensors_names(path)
+    header, offset = _safetensors_header(path)
+    return {name: _map_tensor(path, header, offset, name) for name in names}
 
 
 def select(text: str | None, size: int, axis: str = "rows") -> slice:
@@ -227,15 +247,19 @@ def _numpy_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open_safetensors(path: Path, tensor: str | None) -> Source:
+def _safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the names and the metadata of a file that the library finds sound."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
+            return list(file.keys()), file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{path}: the file is truncated or not a safetensors file ({error})"
         ) from error
+
+
+def _open_safetensors(path: Path, tensor: str | None) -> Source:
+    names, metadata = _safetensors_names(path)
     if metadata.get("format") == FORMAT and tensor is None:
         return _multiply_out(path, names)
     header, offset = _safetensors_header(path)

@@ -1,7 +1,17 @@
 """Independent references in float64 NumPy: slow, and obvious enough to be believed."""
 
+import contextlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "A journey of a thousand miles begins with a single step.",
+    "She sells sea shells by the sea shore, and the shells she sells are sea shells.",
+]
 
 
 def rearrange_reference(matrix, a_shape):
@@ -43,3 +53,32 @@ def schatten_reference(matrix, p):
 def tolerance(dtype, factor=100.0):
     """A relative tolerance of `factor` roundings in `dtype`."""
     return factor * float(jnp.finfo(dtype).eps)
+
+
+def losses_reference(model, tokens):
+    """Losses of all tokens `[n]` but the first, and whether each was the likeliest."""
+    # One shape for all lengths: a causal model does not see what stands on the right.
+    read = np.zeros((1, model.config.context), np.int32)
+    read[0, : len(tokens) - 1] = tokens[:-1]
+    logits = np.asarray(_logits(model, read))[0, : len(tokens) - 1].astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    logarithms = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    targets = np.asarray(tokens)[1:]
+    losses = -logarithms[np.arange(len(targets)), targets]
+    return losses, logits.argmax(axis=-1) == targets
+
+
+@nnx.jit
+def _logits(model, tokens):
+    return model(tokens)
+
+
+@contextlib.contextmanager
+def as_users_run_it():
+    """32 bits, and promotion of dtypes and ranks as flax needs it."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield

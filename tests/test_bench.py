@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
     "distributions": {"targets", "regression", "cases", "starts"},
+    "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
     "scaling": {"targets", "batches", "compilations", "startups"},
+    "smollm2": {"targets", "continuation", "summary", "windows"},
 }
 
 SCRIPTS = sorted(
@@ -55,9 +57,21 @@ def test_every_script_is_tested():
     assert set(KEYS) == set(SCRIPTS)
 
 
+# The peer of these is torch.
+BESIDE_TORCH = {"forward"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.parity] * (name in BESIDE_TORCH))
+        for name in SCRIPTS
+    ],
+)
 def test_script(name, tmp_path):
+    if name in BESIDE_TORCH:
+        pytest.importorskip("torch")
     done = run_script(name, "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
@@ -68,7 +82,7 @@ def test_script(name, tmp_path):
     assert figures
     assert all(map(math.isfinite, figures))
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "met" in done.stdout or name == "gpt2_values"
+    assert "met" in done.stdout or name in ("gpt2_values", "smollm2")
     CHECKS[name](results)
 
 
@@ -95,6 +109,12 @@ def check_distributions(results):
         assert np.all(np.array(row["best_of_starts"]) < row["van_loan"])
 
 
+def check_forward(results):
+    assert set(results["seconds"]) == {"kronjax", "torch"}
+    [target] = results["targets"]
+    assert target["met"] == (target["value"] <= target["limit"])
+
+
 def check_gpt2_values(results):
     for row in results["cases"]:
         assert row["error"] < min(row["svd_error"], row["van_loan_error"])
@@ -118,12 +138,21 @@ def check_scaling(results):
         assert target["met"] == (target["value"] <= target["limit"])
 
 
+def check_smollm2(results):
+    assert results["tokens_scored"] == 31 * len(results["windows"]) > 0
+    assert results["summary"]["kronjax_perplexity"] > 1
+    for target in results["targets"]:  # none where torch is not installed
+        assert target["met"]
+
+
 CHECKS = {
     "against_peers": check_against_peers,
     "distributions": check_distributions,
+    "forward": check_forward,
     "gpt2_values": check_gpt2_values,
     "heterogeneous": check_heterogeneous,
     "scaling": check_scaling,
+    "smollm2": check_smollm2,
 }
 
 

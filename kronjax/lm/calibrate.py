@@ -1,0 +1,286 @@
+"""Second moments of what layers see and of what the loss asks of them.
+
+    C = mean over tokens of x xᵀ        of the input of a layer, [n_in, n_in]
+    L = mean over tokens of g gᵀ        of the gradient at its output, [n_out, n_out]
+
+with `g` the gradient of the sum of the losses of all tokens. For an error `E` of a
+kernel, `½ ‖L^{1/2} E C^{1/2}‖_F²` is then the increase of the loss per token as far as
+Fisher's approximation goes. Layers that read the same array share its moments. The
+head is left out.
+
+One pass, in batches: sums are float32 on the device. Nothing of the size of a batch
+times a layer is kept: `g gᵀ` is formed where the backward pass meets `g`.
+
+References: Martens and Grosse (2015) for the factored Fisher matrix.
+
+>>> moments = Moments({"fc": "fc"}, {"fc": np.eye(2)}, {}, 10, "")
+>>> moments.input("fc").shape
+(2, 2)
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from kronjax import files, nn, output
+from kronjax.lm import attention, losses
+from kronjax.lm.architecture import LanguageModel, check_vocabulary
+from kronjax.lm.progress import bar
+
+FORMAT = "kronjax-moments"
+"""Value of the metadata entry `format` in the files of `save`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Second moments of the layers of a model over some text.
+
+    Attributes:
+        sources: For each layer the name of the first layer with the same input.
+        inputs: For each of those `[n_in, n_in]`, float32.
+        outputs: For each layer `[n_out, n_out]`, float32; empty without gradients.
+        tokens: Number of tokens seen.
+        tokens_sha256: Of the tokens, as little-endian int32.
+    """
+
+    sources: Mapping[str, str]
+    inputs: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    outputs: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    tokens: int
+    tokens_sha256: str
+
+    def input(self, name: str) -> np.ndarray:
+        """Return the moment of the input of a layer, `[n_in, n_in]`."""
+        return self.inputs[self.sources[name]]
+
+
+def measure(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    gradients: bool = False,
+    context: int = 1024,
+    batch: int | None = None,
+    progress: bool | None = None,
+) -> Moments:
+    """Collect the moments of every linear layer of a model.
+
+    Args:
+        model: Any port, left as it is.
+        tokens: `[n]`, integers; cut into windows of `context`, the rest left out.
+        gradients: Whether to collect those of gradients, too, which costs a backward
+            pass.
+        context: Length of a window; that of the model if it is smaller.
+        batch: Windows at a time; by default what keeps the device busy.
+        progress: Whether to draw a bar; by default on a terminal, after two seconds.
+
+    Returns:
+        `Moments`. Costs one forward pass, and `n_in²` multiply-adds a token for each
+        input beside it; memory: see `memory`.
+
+    Raises:
+        ValueError: If the text is shorter than 256 tokens, or a moment is not finite.
+    """
+    tokens = np.asarray(tokens)
+    check_vocabulary(model, tokens, model.tokenizer)
+    context = min(context, model.config.context, max(len(tokens) - 1, 1))
+    if len(tokens) < 257:
+        raise ValueError(
+            f"calibration needs 257 tokens or more, the text has {len(tokens)}; some "
+            "ten thousand are good"
+        )
+    count = (len(tokens) - 1) // context
+    rows = [tokens[i * context : (i + 1) * context + 1] for i in range(count)]
+    windows = np.stack(rows).astype(np.int32)
+    batch = min(batch or max(2048 // context, 1), count)
+    graph, state = nnx.split(model)
+    sources = _sources(model, windows[:batch])
+    program = _program(graph, tuple(sorted(sources.items())), gradients)
+    sums = _zeros(model, sources, gradients)
+    with bar(count * context, "calibrating", wanted=progress) as advance:
+        for first in range(0, count, batch):
+            part = windows[first : first + batch]
+            weight = np.zeros(batch, np.float32)
+            weight[: len(part)] = 1  # the last batch is filled up, and counts nothing
+            filled = np.concatenate([part, windows[: batch - len(part)]])
+            sums = jax.block_until_ready(program(state, filled, weight, sums))
+            advance(part.size - len(part))
+    seen = count * context
+    inputs, outputs = jax.tree.map(lambda x: np.asarray(x) / np.float32(seen), sums)
+    for name, moment in [*inputs.items(), *outputs.items()]:
+        if not np.isfinite(moment).all():
+            raise ValueError(
+                f"the moments of {name} are not finite: the model diverges"
+            )
+    digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
+    return Moments(sources, inputs, outputs, seen, digest)
+
+
+def memory(model: LanguageModel, *, gradients: bool = False) -> int:
+    """Return the bytes that the moments of a model take.
+
+    Args:
+        model: Its arrays may be abstract.
+        gradients: Whether those of gradients are meant, too.
+    """
+    sums = _zeros(model, _sources(model, np.zeros((1, 2), np.int32)), gradients, True)
+    return sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(sums))
+
+
+def save(moments: Moments, path: str | Path) -> None:
+    """Write moments as safetensors, as a whole or not at all."""
+    tensors = {f"inputs.{name}": x for name, x in moments.inputs.items()}
+    tensors |= {f"outputs.{name}": x for name, x in moments.outputs.items()}
+    facts = {
+        "sources": dict(moments.sources),
+        "tokens": moments.tokens,
+        "tokens_sha256": moments.tokens_sha256,
+    }
+    metadata = {"format": FORMAT, "facts": json.dumps(facts)}
+    output.write(Path(path), safetensors.numpy.save(tensors, metadata))
+
+
+def load(path: str | Path) -> Moments:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: If the file is damaged or is another one.
+        OSError: If it cannot be read.
+    """
+    tensors = files.map_tensors(Path(path))
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no moments")
+    kinds: dict[str, dict[str, np.ndarray]] = {"inputs": {}, "outputs": {}}
+    for name, tensor in tensors.items():
+        kind, _, layer = name.partition(".")
+        kinds[kind][layer] = np.array(tensor)
+    return Moments(**kinds, **json.loads(metadata["facts"]))
+
+
+class _Recorder:
+    """Stands where a layer is, while a program is traced, and sees what it sees."""
+
+    def __init__(self, layer, see):
+        self.layer, self.see = layer, see
+
+    def __call__(self, x):
+        return self.see(x, self.layer(x))
+
+
+def _record(model: LanguageModel, see: Any) -> None:
+    """Put recorders in the place of all layers; `see(name, x, y)` returns `y`."""
+    for name, layer in _layers(model).items():
+        nn.put(model, name, _Recorder(layer, functools.partial(see, name)))
+
+
+def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
+    """Return for each layer the first one that reads the very same array."""
+    graph, state = nnx.split(model)
+    first: dict[int, str] = {}
+    sources: dict[str, str] = {}
+    seen = []  # kept, so that no two arrays can have one number
+
+    def see(name, x, y):
+        seen.append(x)
+        sources[name] = first.setdefault(id(x), name)
+        return y
+
+    def run(state):
+        merged = nnx.merge(graph, state)
+        _record(merged, see)
+        return merged(jnp.asarray(tokens[:, :-1]))
+
+    jax.eval_shape(run, state)
+    return {name: sources[name] for name in _layers(model)}
+
+
+def _layers(model):
+    """Return the layers but for the head, which is applied to parts of the tokens."""
+    layers = nn.linear_layers(model)
+    return {name: layer for name, layer in layers.items() if name != "lm_head"}
+
+
+def _zeros(model, sources, gradients, abstract=False):
+    """Return the sums before anything was seen: of inputs, and of gradients."""
+    layers = nn.linear_layers(model)
+
+    def zeros(size):
+        if abstract:
+            return jax.ShapeDtypeStruct((size, size), jnp.float32)
+        return jnp.zeros((size, size), jnp.float32)
+
+    inputs = {name: zeros(layers[name].in_features) for name in set(sources.values())}
+    outputs = {name: zeros(layers[name].out_features) for name in sources}
+    return inputs, outputs if gradients else {}
+
+
+@functools.lru_cache(maxsize=4)
+def _program(graph, sources, gradients):
+    """Return the compiled step: state, tokens `[b, t + 1]`, weights `[b]`, sums."""
+    owners = set(dict(sources).values())
+
+    def total(probes, state, tokens, weight):
+        """Return the sum of all losses and the moments of the inputs."""
+        model = nnx.merge(graph, state)
+        b, t = tokens.shape
+        inputs = {}
+
+        def see(name, x, y):
+            if name in owners:
+                inputs[name] = _gram(x * weight[:, None, None].astype(x.dtype))
+            return _probe(y, probes[name]) if probes else y
+
+        _record(model, see)
+        if not gradients:
+            model.hidden(tokens[:, :-1], attention.locate((b, t - 1)))
+            return jnp.zeros(()), inputs
+        nll = losses.token_losses(model, tokens)
+        return jnp.sum(nll * weight[:, None]), inputs
+
+    def step(state, tokens, weight, sums):
+        inputs, outputs = sums
+        if gradients:
+            probes = jax.tree.map(jnp.zeros_like, outputs)
+            grams, seen = jax.grad(total, has_aux=True)(probes, state, tokens, weight)
+        else:
+            grams, (_, seen) = {}, total({}, state, tokens, weight)
+        return jax.tree.map(jnp.add, (inputs, outputs), (seen, grams))
+
+    return jax.jit(step, donate_argnums=3)
+
+
+def _gram(x):
+    """Return the sum of `x xᵀ` over all but the last axis, float32 `[n, n]`."""
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.einsum(
+        "ti,tj->ij", rows, rows, precision="highest", preferred_element_type=jnp.float32
+    )
+
+
+@jax.custom_vjp
+def _probe(y, probe):
+    """Return `y`; as the gradient of `probe` `[n, n]` comes the sum of `g gᵀ`."""
+    return y
+
+
+def _probe_forward(y, probe):
+    return y, None
+
+
+def _probe_backward(_, g):
+    return g, _gram(g)
+
+
+_probe.defvjp(_probe_forward, _probe_backward)

@@ -1,0 +1,352 @@
+"""Models from Hugging Face folders, and back into them.
+
+`load` takes a folder, the name of a model on the hub or a GGUF file. `save` writes a
+folder that `load` opens as exactly the same model: `config.json` says which layers are
+factored or masked, `model.safetensors` holds the numbers. `export` multiplies every
+such layer out and writes what any other program opens.
+
+The path of a parameter, `h.0.mlp.c_fc.kernel`, is its name in the file but for the
+prefix of the port, the word `weight`, and the orientation. A folder with layers of
+kronjax says `"model_type": "kronjax"`, so that nobody takes it for a dense model.
+
+>>> tensor_name(gpt2, "h.0.mlp.c_fc.kernel")
+'transformer.h.0.mlp.c_fc.weight'
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+
+from kronjax import nn
+from kronjax.lm import gpt2, llama, opt, storage
+from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.tokenizer import Tokenizer, read_tokenizer
+
+PORTS = {"gpt2": gpt2, "opt": opt, "llama": llama}
+"""The ports by the `model_type` of their `config.json`."""
+
+MODEL_TYPE = "kronjax"
+"""The `model_type` of a folder whose layers only kronjax knows."""
+
+FORMAT = 1
+"""Version of such folders; a reader refuses those of a later one."""
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+"""What parameters may be stored and computed in."""
+
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+"""What is fetched of a model on the hub; never a pickle."""
+
+
+def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
+    """Read a language model.
+
+    Args:
+        source: A folder of Hugging Face or of `save`, a GGUF file of Llama type, or a
+            name on the hub, `owner/name`: only such a name reaches for the network.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default that of every
+            tensor in the file.
+
+    Returns:
+        The model, with its tokenizer and recipe if there are such.
+
+    Raises:
+        ValueError: If the architecture is unknown, tensors are missing, left over or
+            of the wrong shape, or a file is damaged; names them.
+        OSError: If there is nothing to read, or the hub cannot be reached.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}; write one of {', '.join(DTYPES)}")
+    path = find(source)
+    if path.is_file():
+        from kronjax.lm import gguf
+
+        values, tensors, tokenizer = gguf.read(path)
+        recipe = None
+    else:
+        values = storage.read_json(_config_of(path))
+        tensors, tokenizer = storage.open_tensors(path), read_tokenizer(path)
+        recipe_path = path / "recipe.yaml"
+        recipe = recipe_path.read_text("utf-8") if recipe_path.is_file() else None
+    try:
+        model = _assemble(values, tensors, None if dtype is None else DTYPES[dtype])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    model.tokenizer, model.recipe = tokenizer, recipe
+    return model
+
+
+def save(model: LanguageModel, folder: str | Path) -> None:
+    """Write a model so that `load` returns exactly the same one.
+
+    Args:
+        model: With layers of any kind; without factored or masked ones the folder is
+            an ordinary one of Hugging Face.
+        folder: Replaced as a whole or not at all; what is not of a checkpoint stays.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    config = _hugging_face_config(model)
+    special = {
+        name: nn.describe(layer)
+        for name, layer in nn.linear_layers(model).items()
+        if not isinstance(layer, nnx.Linear)
+    }
+    if special:
+        config = {
+            "model_type": MODEL_TYPE,
+            "format": FORMAT,
+            "base": config,
+            "layers": special,
+        }
+    _write(model, config, _tensors(model), Path(folder))
+
+
+def export(model: LanguageModel, folder: str | Path) -> None:
+    """Write a model with every layer multiplied out, for any program to open.
+
+    Args:
+        model: Left as it is.
+        folder: Replaced as a whole or not at all; what is not of a checkpoint stays.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    dense = nn.multiplied_out(model)
+    dense.recipe = None
+    _write(dense, _hugging_face_config(dense), _tensors(dense), Path(folder))
+
+
+def find(source: str | Path) -> Path:
+    """Return the folder or file that `source` names, fetched from the hub if need be.
+
+    Raises:
+        OSError: If there is no such path, and no such model or no network.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        if path.is_file() and path.suffix != ".gguf":
+            raise ValueError(f"{path} is neither a folder nor a .gguf file")
+        return path
+    name = str(source)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(
+            f"there is no folder {name}; models on the hub are named owner/name, for "
+            "example openai-community/gpt2"
+        )
+    return _fetch(name)
+
+
+def tensor_name(port: Any, path: str) -> str:
+    """Return the name in a file of the parameter at `path` of a model.
+
+    Args:
+        port: Its module, such as `kronjax.lm.gpt2`.
+        path: Such as `h.0.mlp.c_fc.kernel`.
+    """
+    *place, leaf = path.split(".")
+    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(
+        leaf, leaf
+    )
+    prefix = "" if place[0] == "lm_head" else port.PREFIXES[0]
+    return prefix + ".".join([*place, leaf])
+
+
+def _assemble(
+    values: Mapping[str, Any], tensors: Mapping[str, Any], dtype: Any
+) -> LanguageModel:
+    """Return the model that `config.json` describes, filled with the tensors."""
+    layers: Mapping[str, Any] = {}
+    if values.get("model_type") == MODEL_TYPE:
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"written in format {values.get('format')}, and this kronjax reads "
+                f"format {FORMAT}: update kronjax"
+            )
+        values, layers = _mapping(values, "base"), _mapping(values, "layers")
+    port = _port(values)
+    config = port.Config.from_hugging_face(values)
+    if config.num_layers > len(tensors):  # before anything of that length is built
+        raise ValueError(
+            f"config.json says {config.num_layers} blocks, there are {len(tensors)} "
+            "tensors"
+        )
+    model = nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
+    for name, description in layers.items():
+        nn.replace(model, name, nn.from_description(description))
+    graph, state = nnx.split(model)
+    stored = _without_extras(port, config, storage.canonical(tensors, port.PREFIXES))
+    flat = [
+        (path, _short(port, _dotted(path)), variable)
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    _check_names({name for _, name, _ in flat}, set(stored))
+    filled = [
+        (path, variable.replace(_fit(port, name, stored[name], variable, dtype)))
+        for path, name, variable in flat
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _port(values: Mapping[str, Any]) -> Any:
+    kind = values.get("model_type")
+    if kind not in PORTS:
+        raise ValueError(
+            f"the architecture {kind!r} is not supported; those of model_type "
+            f"{', '.join(PORTS)} are"
+        )
+    return PORTS[kind]
+
+
+def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    if not isinstance(values.get(name), dict):
+        raise ValueError(f"config.json: {name} is no mapping")
+    return values[name]
+
+
+def _without_extras(
+    port: Any, config: Any, stored: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Leave out what is no parameter, and a head that repeats the embedding."""
+    kept = {k: v for k, v in stored.items() if not re.fullmatch(port.BUFFERS, k)}
+    if config.tie_word_embeddings and "lm_head.weight" in kept:
+        head = kept.pop("lm_head.weight")
+        embedding = kept.get(port.EMBEDDING, head)
+        if not np.array_equal(head, embedding):
+            raise ValueError(
+                "config.json says that the head is the embedding, yet lm_head.weight "
+                "differs from it; set tie_word_embeddings to false"
+            )
+    return kept
+
+
+def _check_names(wanted: set[str], there: set[str]) -> None:
+    missing, extra = sorted(wanted - there), sorted(there - wanted)
+    parts = [
+        f"{len(names)} {word} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+        for names, word in ((missing, "missing"), (extra, "left over"))
+        if names
+    ]
+    if parts:
+        raise ValueError(f"tensors do not fit config.json: {' and '.join(parts)}")
+
+
+def _fit(
+    port: Any, name: str, array: np.ndarray, variable: Any, dtype: Any
+) -> jax.Array:
+    """Return a stored tensor in the orientation and the dtype of its variable."""
+    shape = variable.get_value().shape
+    turned = _is_turned(port, name, len(shape))
+    expected = shape[::-1] if turned else shape
+    if array.shape != expected:
+        raise ValueError(
+            f"tensor {name} has shape {array.shape}, config.json asks for {expected}"
+        )
+    array = array.T if turned else array
+    if isinstance(variable, nn.Mask):
+        return jnp.asarray(np.asarray(array, bool))
+    if array.dtype not in [np.dtype(one) for one in DTYPES.values()]:
+        if array.dtype != np.float64:
+            raise ValueError(f"tensor {name} has dtype {array.dtype}, no parameter's")
+        dtype = dtype or jnp.float32
+    return jnp.asarray(np.ascontiguousarray(array, dtype=dtype))
+
+
+def _is_turned(port: Any, name: str, ndim: int) -> bool:
+    """Say whether the file holds the transpose: of matrices, but not of embeddings."""
+    if ndim != 2 or not name.endswith((".weight", ".mask")):
+        return False
+    return name == "lm_head.weight" or (port.OUT_IN and "embed" not in name)
+
+
+def _tensors(model: LanguageModel) -> dict[str, np.ndarray]:
+    """Return what a file holds of a model, by name."""
+    port = PORTS[model.config.model_type]
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        array = np.asarray(variable.get_value())
+        dotted = _dotted(path)
+        if _is_turned(port, _short(port, dotted), array.ndim):
+            array = array.T
+        tensors[tensor_name(port, dotted)] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _hugging_face_config(model: LanguageModel) -> dict[str, Any]:
+    config = model.config.to_hugging_face()
+    port = PORTS[model.config.model_type]
+    dtype = str(jax.tree.leaves(nnx.state(model, nnx.Param))[0].dtype)
+    config.pop("torch_dtype", None)  # the older word
+    return {"architectures": [port.ARCHITECTURE], **config, "dtype": dtype}
+
+
+def _write(
+    model: LanguageModel,
+    config: Mapping[str, Any],
+    tensors: dict[str, np.ndarray],
+    folder: Path,
+) -> None:
+    tokenizer: Tokenizer | None = model.tokenizer
+    with storage.replacing(folder) as new:
+        # The word "pt" is what transformers asks for, whoever wrote the file.
+        path = new / storage.WEIGHTS
+        safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+        text = json.dumps(config, indent=2, allow_nan=False)
+        (new / "config.json").write_text(text + "\n", encoding="utf-8")
+        shutil.copymode(new / "config.json", path)  # the library makes it private
+        for name, content in (tokenizer.files if tokenizer else {}).items():
+            (new / name).write_bytes(content)
+        if model.recipe is not None:
+            (new / "recipe.yaml").write_text(model.recipe, encoding="utf-8")
+
+
+def _config_of(folder: Path) -> Path:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: it is no model")
+    return path
+
+
+def _fetch(name: str) -> Path:
+    """Return the folder of a model of the hub, from the cache where it is complete."""
+    import huggingface_hub
+
+    def fetch(patterns):
+        # Folders inside hold other formats, of which we want none.
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
+
+    try:
+        folder = fetch(HUB_FILES)
+        if not list(folder.glob("*.safetensors")):
+            folder = fetch([*HUB_FILES, storage.MSGPACK])
+    except Exception as error:  # of the network, the hub, or its client
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(
+            f"there is no folder {name}, and it could not be fetched from the hub "
+            f"({type(error).__name__}: {reason}); give the path of a local folder that "
+            "holds its config.json and *.safetensors"
+        ) from error
+    return folder
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def _short(port: Any, path: str) -> str:
+    """Return the name of the parameter at `path` without the prefix of the port."""
+    return tensor_name(port, path).removeprefix(port.PREFIXES[0])

@@ -1,0 +1,216 @@
+"""The commands about language models: evaluate, generate, export, latency.
+
+What they need is imported inside them, so that `kronjax --help` loads no jax.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from kronjax.options import Flag, Json, Seed, option
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], option("float32|bfloat16|float16")
+]
+
+
+def evaluate(
+    model: Model,
+    *,
+    text: Annotated[str, option("FILE")],
+    protocol: Annotated[str, option("NAME")] = "gptq-2048",
+    column: Annotated[str, option("NAME")] = "text",
+    join: Annotated[
+        Literal["none", "blank-lines"], option("none|blank-lines")
+    ] = "none",
+    against: Annotated[str | None, option("MODEL")] = None,
+    batch: Annotated[int | None, option("N")] = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Measure the perplexity of a language model by a named protocol.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        text: A .txt, .jsonl or .parquet file, or dataset:OWNER/NAME:SPLIT.
+        protocol: krony-pt, gptq-2048, hf-strided or lambada.
+        column: The field with the text, where rows have several.
+        join: How lines of a .txt file become one text; blank-lines is how the
+            published figures on WikiText were made.
+        against: Another model, usually the dense one, to print beside it.
+        batch: Windows at a time.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax.lm import checkpoint, report, sizes
+    from kronjax.lm import evaluate as scores
+    from kronjax.lm import text as texts
+
+    if protocol != "lambada":
+        scores.find(protocol)  # a misspelt name is told before anything is loaded
+    given = texts.read(text, column=column, join=join)
+    rows = []
+    for name in [model, *([] if against is None else [against])]:
+        loaded = checkpoint.load(name, dtype=dtype)
+        if protocol == "lambada":
+            result = scores.lambada(loaded, given, batch=batch)
+        else:
+            result = scores.perplexity(loaded, given, protocol, batch=batch)
+        rows.append((name, sizes.count(loaded), result))
+    if as_json:
+        values, *rest = (
+            {
+                "model": name,
+                "parameters": size.parameters,
+                "bytes": size.bytes,
+                "flops_per_token": size.flops,
+                **scores.summary(result),
+            }
+            for name, size, result in rows
+        )
+        print(json.dumps({**values, "against": rest[0] if rest else None}))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(report.evaluation(rows))
+    if against is not None:
+        console.print(report.difference(rows), soft_wrap=True)
+    return 0
+
+
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str, option("TEXT")],
+    max_new_tokens: Annotated[int, option("N")] = 50,
+    temperature: Annotated[float, option("T")] = 0.0,
+    top_k: Annotated[int | None, option("K")] = None,
+    top_p: Annotated[float, option("P")] = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Continue a prompt.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        prompt: The text to continue.
+        max_new_tokens: Tokens to add at most.
+        temperature: 0 takes the likeliest token every time; 1 draws from the model.
+        top_k: Draw from the K likeliest tokens only.
+        top_p: Draw from the likeliest tokens that together reach this probability.
+        seed: Seed of the draws.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the text.
+    """
+    from kronjax.lm import architecture, checkpoint, generation
+
+    loaded = checkpoint.load(model, dtype=dtype)
+    tokenizer = architecture.tokenizer_of(loaded)
+    tokens = tokenizer.encode(prompt)
+    new: list[int] = []
+    shown = ""
+
+    def show(step: list[int]) -> None:
+        nonlocal shown
+        new.extend(step)
+        text = tokenizer.decode([token for token in new if token != tokenizer.eos])
+        # A character of several bytes is complete once its last token has come.
+        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text.removeprefix(shown), end="", flush=True)
+            shown = text
+
+    if not as_json:
+        print(prompt, end="", flush=True)
+    (made,) = generation.generate_tokens(
+        loaded,
+        [tokens],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=() if tokenizer.eos is None else (tokenizer.eos,),
+        on_token=show,
+    )
+    text = tokenizer.decode(made)
+    if as_json:
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        fields = {"prompt": prompt, "text": text, "tokens": made, **asked, "seed": seed}
+        print(json.dumps({"model": model, **fields, "dtype": dtype}, allow_nan=False))
+    else:
+        print(text.removeprefix(shown))
+    return 0
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        option("float32|bfloat16|float16"),
+    ] = None,
+    force: Flag = False,
+) -> int:
+    """Write a model with every layer multiplied out, for any other program to open.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        out: The folder to write.
+        dtype: What to store parameters in; as they are by default.
+        force: Replace the model that is in OUT.
+    """
+    from kronjax import nn
+    from kronjax.lm import checkpoint
+
+    if (out / "config.json").exists() and not force:
+        raise ValueError(f"{out} already holds a model; --force replaces it")
+    loaded = checkpoint.load(model, dtype=dtype)
+    layers = nn.linear_layers(loaded)
+    special = sum(nn.describe(x)["kind"] != "dense" for x in layers.values())
+    checkpoint.export(loaded, out)
+    print(f"{out}: {len(layers)} linear layers, {special} of them multiplied out.")
+    return 0
+
+
+def latency(
+    model: Model,
+    *,
+    batch: Annotated[int, option("N")] = 1,
+    context: Annotated[int | None, option("N")] = None,
+    new_tokens: Annotated[int, option("N")] = 32,
+    repeats: Annotated[int, option("N")] = 5,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Time a model beside itself with every layer multiplied out.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        batch: Rows at a time.
+        context: Tokens that are read at once; 512, or what the model allows.
+        new_tokens: Tokens that are written one by one.
+        repeats: Turns; each runs both models.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax.lm import checkpoint
+    from kronjax.lm import latency as timing
+
+    loaded = checkpoint.load(model, dtype=dtype)
+    sizes: dict[str, Any] = {"batch": batch, "context": context}
+    found = timing.measure(loaded, **sizes, new_tokens=new_tokens, repeats=repeats)
+    if as_json:
+        print(json.dumps({"model": model, **timing.summary(found)}, allow_nan=False))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(timing.table(found))
+    console.print(timing.verdict(found), soft_wrap=True)
+    return 0

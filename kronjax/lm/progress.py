@@ -1,0 +1,63 @@
+"""A progress bar on standard error for what may take long.
+
+>>> with bar(10, "scoring", wanted=False) as advance:
+...     advance(4)
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def bar(
+    total: int, text: str, *, unit: str = "tokens", wanted: bool | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the amount of work that was just done.
+
+    Args:
+        total: All of the work.
+        text: What is being done.
+        unit: Of the work; the bar shows how much of it is done in a second.
+        wanted: Whether to draw the bar. By default it is drawn on a terminal, once
+            the work has taken two seconds.
+    """
+    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    drawn = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=console.is_terminal,  # a file is left one line to say what was done
+    )
+    task = drawn.add_task(text, total=total, rate="")
+
+    def advance(amount: int) -> None:
+        drawn.update(task, advance=amount)
+        speed = drawn.tasks[0].speed
+        if speed:
+            drawn.update(task, rate=f"{speed:,.0f} {unit}/s")
+
+    timer = threading.Timer(0 if wanted else 2, drawn.start)
+    timer.start()
+    try:
+        yield advance
+    finally:
+        timer.cancel()
+        timer.join()
+        drawn.stop()

@@ -1,0 +1,127 @@
+"""What a model stores and spends, layer by layer.
+
+FLOPs are multiplications and additions for one token; those of attention scores, which
+grow with the context, are left out. A tied embedding is counted once as parameters, and
+as the head among the FLOPs.
+
+>>> from kronjax.lm import gpt2
+>>> model = nnx.eval_shape(lambda: gpt2.Model(gpt2.Config(), rngs=nnx.Rngs(0)))
+>>> count(model).parameters
+124439808
+"""
+
+import dataclasses
+import math
+
+import jax
+from flax import nnx
+
+from kronjax import nn
+from kronjax.lm.architecture import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSize:
+    """One linear layer.
+
+    Attributes:
+        name: As `kronjax.nn.linear_layers` gives it.
+        kind: `dense`, `masked`, or the configurations of its Kronecker sum.
+        shape: `(n_in, n_out)`.
+        parameters: Numbers that are stored, bias included; of a mask the kept ones.
+        bytes: Bytes that hold them.
+        flops: For one token.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    parameters: int
+    bytes: int
+    flops: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A whole model.
+
+    Attributes:
+        layers: The linear layers, in the order of the model.
+        embeddings: Parameters of embeddings, a tied one once.
+        other: Parameters that are neither: those of norms.
+        parameters: All of them.
+        bytes: Bytes that hold them, masks included.
+        flops: For one token, those of the head included.
+    """
+
+    layers: tuple[LayerSize, ...]
+    embeddings: int
+    other: int
+    parameters: int
+    bytes: int
+    flops: int
+
+
+def count(model: LanguageModel) -> Sizes:
+    """Count what a model stores and spends.
+
+    Args:
+        model: Any port; its arrays may be abstract, unless layers are masked.
+
+    Returns:
+        `Sizes`.
+    """
+    found = nn.linear_layers(model)
+    layers = tuple(
+        LayerSize(
+            name,
+            kind(layer),
+            (layer.in_features, layer.out_features),
+            *dataclasses.astuple(nn.cost(layer)),
+        )
+        for name, layer in found.items()
+    )
+    tables = [
+        (module.num_embeddings, module.features)
+        for _, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Embed)
+    ]
+    embeddings = sum(math.prod(shape) for shape in tables)
+    held = sum(_num_parameters(layer) for layer in found.values())
+    other = _num_parameters(model) - held - embeddings
+    head = 0
+    if model.config.tie_word_embeddings:
+        head = 2 * max(math.prod(x) for x in tables if x[0] == model.config.vocab_size)
+    return Sizes(
+        layers=layers,
+        embeddings=embeddings,
+        other=other,
+        parameters=sum(layer.parameters for layer in layers) + embeddings + other,
+        bytes=sum(
+            math.prod(x.shape) * x.dtype.itemsize
+            for x in jax.tree.leaves(nnx.state(model))
+        ),
+        flops=sum(layer.flops for layer in layers) + head,
+    )
+
+
+def kind(layer: nn.Layer) -> str:
+    """Say in a few words what a layer is made of.
+
+    >>> import jax.numpy as jnp
+    >>> from kronjax.kronecker import KroneckerTerms
+    >>> a, b = jnp.ones((2, 4, 8)), jnp.ones((2, 3, 5))
+    >>> kind(nn.KroneckerLinear([KroneckerTerms(a, b)]))
+    '2 × 4x8 ⊗ 3x5'
+    """
+    if isinstance(layer, nn.KroneckerLinear):
+        return " + ".join(
+            "{} × {}x{} ⊗ {}x{}".format(*one.a.shape, *one.b.shape[1:])
+            for one in layer.terms
+        )
+    return "masked" if isinstance(layer, nn.MaskedLinear) else "dense"
+
+
+def _num_parameters(module: nnx.Module) -> int:
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
+    return sum(math.prod(x.shape) for x in leaves)

@@ -1,0 +1,200 @@
+"""Text to token numbers and back, by the files that a checkpoint brings.
+
+A `Tokenizer` is the content of those files: it travels with its model and is written
+back byte for byte. The work is done by the library `tokenizers`, from `tokenizer.json`
+or, in older folders, from `vocab.json` and `merges.txt`.
+
+>>> sorted(FILES)[:3]
+['added_tokens.json', 'chat_template.jinja', 'merges.txt']
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tokenizers
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Names of the files that belong to a tokenizer."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer as the files it was made from.
+
+    Equal and hashed by their content, so that two loads of one model share what was
+    compiled for it.
+
+    Attributes:
+        files: Content of each file by name.
+    """
+
+    files: Mapping[str, bytes] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of all files, in hexadecimal."""
+        hashed = hashlib.sha256()
+        for name in sorted(self.files):
+            content = self.files[name]
+            hashed.update(f"{name} {len(content)}\n".encode() + content)
+        return hashed.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the content of the files."""
+        return isinstance(other, Tokenizer) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        """Hash the content of the files."""
+        return hash(self.digest)
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos(self) -> int | None:
+        """Number of the token that ends a text, or None."""
+        return self._special("eos_token")
+
+    @property
+    def bos(self) -> int | None:
+        """Number of the token that begins a text, or None."""
+        return self._special("bos_token")
+
+    def encode(self, text: str, *, special: bool = True) -> np.ndarray:
+        """Return the tokens of a text.
+
+        Args:
+            text: Any text.
+            special: Whether to add what the tokenizer puts around a text, such as the
+                first token of OPT.
+
+        Returns:
+            `[n]`, int32.
+        """
+        encoding = self._backend.encode(text, add_special_tokens=special)
+        tokens = np.array(encoding.ids, np.int32)
+        if special and self._prepend is not None:
+            tokens = np.concatenate([np.array([self._prepend], np.int32), tokens])
+        return tokens
+
+    def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
+        """Return the text of tokens, without special ones."""
+        return self._backend.decode([int(token) for token in tokens])
+
+    @functools.cached_property
+    def _backend(self) -> "tokenizers.Tokenizer":
+        import tokenizers
+
+        if "tokenizer.json" in self.files:
+            text = self.files["tokenizer.json"].decode()
+            try:
+                backend = tokenizers.Tokenizer.from_str(text)
+            except Exception as error:  # the library raises nothing narrower
+                raise ValueError(f"tokenizer.json cannot be used: {error}") from error
+            backend.no_truncation()
+            backend.no_padding()
+            return backend
+        return self._from_vocabulary()
+
+    def _from_vocabulary(self) -> "tokenizers.Tokenizer":
+        """Build the byte-level BPE of GPT-2 and OPT."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary = _json(self.files, "vocab.json")
+        lines = self.files["merges.txt"].decode().splitlines()
+        merges = [
+            (left, right)
+            for left, _, right in (line.partition(" ") for line in lines)
+            if right and not left.startswith("#version")
+        ]
+        try:
+            backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+        except Exception as error:
+            raise ValueError(f"merges.txt cannot be used: {error}") from error
+        prefix = bool(self._config.get("add_prefix_space", False))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+        backend.decoder = decoders.ByteLevel()
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {self._special_text(name) for name in names} - {None}
+        backend.add_special_tokens(sorted(x for x in special if x in vocabulary))
+        return backend
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        """Settings of `tokenizer_config.json` over those of the map of specials."""
+        return {
+            **_json(self.files, "special_tokens_map.json"),
+            **_json(self.files, "tokenizer_config.json"),
+        }
+
+    @functools.cached_property
+    def _prepend(self) -> int | None:
+        """The token that older folders ask for in front, which no file says how."""
+        if "tokenizer.json" in self.files or not self._config.get("add_bos_token"):
+            return None
+        return self.bos
+
+    def _special(self, name: str) -> int | None:
+        text = self._special_text(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _special_text(self, name: str) -> str | None:
+        value = self._config.get(name)
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if value is None and name in ("bos_token", "eos_token"):
+            return "<|endoftext|>"  # of GPT-2, whose folder does not always say so
+        return value if isinstance(value, str) else None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer in a folder, or None if there is none.
+
+    Raises:
+        ValueError: If it is of a kind that cannot be used; says what would.
+    """
+    files = {
+        name: (folder / name).read_bytes()
+        for name in FILES
+        if (folder / name).is_file()
+    }
+    if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files):
+        return Tokenizer(files)
+    if "tokenizer.model" in files:
+        raise ValueError(
+            f"{folder} has its tokenizer only as tokenizer.model; save it once more as "
+            "tokenizer.json, with save_pretrained of transformers' fast tokenizer"
+        )
+    return None
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        values = json.loads(files[name])
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{name} holds {type(values).__name__}, not a mapping")
+    return values

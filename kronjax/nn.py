@@ -1,0 +1,318 @@
+"""Layers that take the place of `nnx.Linear`: Kronecker sums and masked matrices.
+
+    y = x (Σ_c Σ_k A_ck ⊗ B_ck) + bias        x: [..., n_in],  y: [..., n_out]
+
+The sum over `c` runs over configurations: one, or several for a heterogeneous sum; it
+is never multiplied out in a forward pass. Kernels are `[n_in, n_out]`, as those of
+`nnx.Linear`. `linear_layers` finds the layers of a model by name, `replace` puts
+another in its place, `cost` says what a layer stores and spends.
+
+>>> import jax.numpy as jnp
+>>> layer = KroneckerLinear([KroneckerTerms(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 5)))])
+>>> layer(jnp.ones((7, 8))).shape
+(7, 15)
+>>> cost(layer).parameters
+26
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kronjax.kronecker import KroneckerTerms, matmul, matmul_cost
+
+
+class Mask(nnx.Variable):
+    """Which entries of a kernel are kept; no parameter, so no gradient reaches it."""
+
+
+class KroneckerLinear(nnx.Module):
+    """A linear layer whose kernel is a sum of Kronecker products.
+
+    Attributes:
+        a: One `nnx.Param` `[r, m1, n1]` for each configuration.
+        b: One `nnx.Param` `[r, m2, n2]` for each configuration.
+        bias: `nnx.Param` `[n_out]`, or None.
+
+    Args:
+        terms: One sum for each configuration, all of the same shape `[n_in, n_out]`,
+            unbatched; `Approximation.terms` is one.
+        bias: `[n_out]`, or None for none.
+
+    Raises:
+        ValueError: If there are no terms, their shapes differ or the bias does not fit.
+    """
+
+    def __init__(
+        self, terms: Sequence[KroneckerTerms], bias: jax.Array | None = None
+    ) -> None:
+        """Hold the factors."""
+        terms = tuple(terms)
+        shapes = sorted({one.shape for one in terms})
+        if len(shapes) != 1:
+            raise ValueError(
+                "a KroneckerLinear needs sums for matrices of one and the same shape; "
+                f"got {shapes or 'none'}"
+            )
+        for one in terms:
+            ranks = one.a.shape[:-2], one.b.shape[:-2]
+            if len(ranks[0]) != 1 or ranks[0] != ranks[1]:
+                raise ValueError(
+                    "a KroneckerLinear holds one matrix, factors [r, m1, n1] and "
+                    f"[r, m2, n2]; got {one.a.shape} and {one.b.shape}"
+                )
+        self.in_features, self.out_features = shapes[0]
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(
+                f"bias has shape {bias.shape}, the layer {self.out_features} outputs"
+            )
+        self.a = nnx.List([nnx.Param(one.a) for one in terms])
+        self.b = nnx.List([nnx.Param(one.b) for one in terms])
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    @property
+    def terms(self) -> tuple[KroneckerTerms, ...]:
+        """The factors, one sum for each configuration."""
+        return tuple(
+            KroneckerTerms(a.get_value(), b.get_value())
+            for a, b in zip(self.a, self.b, strict=True)
+        )
+
+    def materialize(self) -> jax.Array:
+        """Multiply the sum out: `[n_in, n_out]`."""
+        return sum(
+            (one.to_matrix() for one in self.terms[1:]), self.terms[0].to_matrix()
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return `x @ kernel + bias`: `[..., n_in]` to `[..., n_out]`."""
+        first, *rest = (matmul(x, one) for one in self.terms)
+        y = sum(rest, first)
+        return y if self.bias is None else y + _as_row(self.bias[...], y)
+
+
+class MaskedLinear(nnx.Module):
+    """A linear layer of whose kernel only some entries are kept.
+
+    Attributes:
+        kernel: `nnx.Param` `[n_in, n_out]`.
+        mask: `Mask` `[n_in, n_out]`, bool.
+        bias: `nnx.Param` `[n_out]`, or None.
+
+    Args:
+        kernel: `[n_in, n_out]`.
+        mask: `[n_in, n_out]`, True where the entry is kept.
+        bias: `[n_out]`, or None for none.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+    """
+
+    def __init__(
+        self, kernel: jax.Array, mask: jax.Array, bias: jax.Array | None = None
+    ) -> None:
+        """Hold the kernel and the mask."""
+        if kernel.ndim != 2 or mask.shape != kernel.shape:
+            raise ValueError(
+                f"kernel {kernel.shape} and mask {mask.shape} must be matrices of one "
+                "shape"
+            )
+        self.in_features, self.out_features = kernel.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(
+                f"bias has shape {bias.shape}, the layer {self.out_features} outputs"
+            )
+        self.kernel = nnx.Param(kernel)
+        self.mask = Mask(mask.astype(bool))
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def materialize(self) -> jax.Array:
+        """Return the kernel with zeros where it is masked: `[n_in, n_out]`."""
+        kernel = self.kernel[...]
+        return jnp.where(self.mask[...], kernel, jnp.zeros((), kernel.dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return `x @ kernel + bias`: `[..., n_in]` to `[..., n_out]`."""
+        y = x @ self.materialize()
+        return y if self.bias is None else y + _as_row(self.bias[...], y)
+
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+Layer = nnx.Linear | KroneckerLinear | MaskedLinear
+"""What stands where a model multiplies by a matrix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a layer stores, and what one row of `x` costs.
+
+    Attributes:
+        parameters: Numbers that are stored, bias included; of a mask the kept ones.
+        bytes: Bytes that hold them; a masked kernel is held whole, with its mask.
+        flops: Multiplications and additions for one row of `x`, `[n_in]`.
+    """
+
+    parameters: int
+    bytes: int
+    flops: int
+
+
+def cost(layer: Layer) -> Cost:
+    """Return what a layer stores and spends.
+
+    Args:
+        layer: Its arrays may be abstract, unless it is masked.
+    """
+    leaves = jax.tree.leaves(nnx.state(layer))
+    bytes_held = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    bias = 0 if layer.bias is None else layer.out_features
+    if isinstance(layer, KroneckerLinear):
+        held = sum(one.num_parameters for one in layer.terms)
+        flops = sum(2 * matmul_cost(one) for one in layer.terms)
+        flops += (len(layer.a) - 1) * layer.out_features
+        return Cost(held + bias, bytes_held, flops + bias)
+    dense = layer.in_features * layer.out_features
+    held = int(layer.mask[...].sum()) if isinstance(layer, MaskedLinear) else dense
+    return Cost(held + bias, bytes_held, 2 * dense + bias)
+
+
+def linear_layers(model: nnx.Module) -> dict[str, Layer]:
+    """Return the layers of a model by name, in the order of the model.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        `{"h.0.mlp.c_fc": layer, ...}`; what is inside of a layer is not listed.
+    """
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Layer):
+            found[path] = module
+    return {".".join(map(str, path)): found[path] for path in sorted(found, key=_order)}
+
+
+def replace(model: nnx.Module, name: str, layer: Layer) -> None:
+    """Put `layer` where the layer called `name` is.
+
+    Args:
+        model: Changed in place.
+        name: As `linear_layers` gives it, e.g. `h.0.mlp.c_fc`.
+        layer: With the same numbers of inputs and outputs.
+
+    Raises:
+        ValueError: If there is no such layer, or the sizes differ.
+    """
+    layers = linear_layers(model)
+    if name not in layers:
+        close = difflib.get_close_matches(name, layers, n=3) or list(layers)[:3]
+        raise ValueError(f"no layer {name}; did you mean {' or '.join(close)}?")
+    old, new = ((one.in_features, one.out_features) for one in (layers[name], layer))
+    if old != new:
+        raise ValueError(
+            f"{name} maps {old[0]} to {old[1]}, the new layer {new[0]} to {new[1]}"
+        )
+    put(model, name, layer)
+
+
+def put(model: nnx.Module, name: str, call: Any) -> None:
+    """Put anything that can be called where the layer called `name` is, unchecked.
+
+    Args:
+        model: Changed in place.
+        name: As `linear_layers` gives it.
+        call: What the model will call with the input of the layer.
+    """
+    *path, last = name.split(".")
+    parent: Any = model
+    for part in path:
+        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
+    setattr(parent, last, call)
+
+
+def dense(layer: Layer) -> nnx.Linear:
+    """Return a layer with its kernel multiplied out, of the same bias and dtype."""
+    if isinstance(layer, nnx.Linear):
+        return layer
+    shape = layer.in_features, layer.out_features
+    made = nnx.eval_shape(
+        lambda: nnx.Linear(*shape, use_bias=layer.bias is not None, rngs=nnx.Rngs(0))
+    )
+    made.kernel = nnx.Param(layer.materialize())
+    if layer.bias is not None:
+        made.bias = nnx.Param(layer.bias[...])
+    return made
+
+
+def multiplied_out(model: Model) -> Model:
+    """Return a model with dense layers alone, which shares the arrays of the others.
+
+    Args:
+        model: Left as it is.
+    """
+    other = nnx.merge(*nnx.split(model))
+    for name, layer in linear_layers(other).items():
+        if not isinstance(layer, nnx.Linear):
+            replace(other, name, dense(layer))
+    return other
+
+
+def describe(layer: Layer) -> dict[str, Any]:
+    """Return what a layer is, without its numbers, as values that JSON knows."""
+    facts: dict[str, Any] = {"bias": layer.bias is not None}
+    if isinstance(layer, KroneckerLinear):
+        factors = zip(layer.a, layer.b, strict=True)
+        shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in factors]
+        return {"kind": "kronecker", "terms": shapes, **facts}
+    kind = "masked" if isinstance(layer, MaskedLinear) else "dense"
+    shape = [layer.in_features, layer.out_features]
+    return {"kind": kind, "shape": shape, **facts}
+
+
+def from_description(description: Mapping[str, Any]) -> Layer:
+    """Return the layer of a `describe`, with abstract float32 arrays.
+
+    Raises:
+        ValueError: If it describes no layer.
+    """
+    try:
+        kind, with_bias = description["kind"], bool(description["bias"])
+        if kind == "kronecker":
+            shapes = [(_sizes(x["a"]), _sizes(x["b"])) for x in description["terms"]]
+            terms = [KroneckerTerms(_abstract(a), _abstract(b)) for a, b in shapes]
+            n_out = terms[0].shape[1]
+            return KroneckerLinear(terms, _abstract((n_out,)) if with_bias else None)
+        n_in, n_out = _sizes(description["shape"])
+        if kind == "masked":
+            mask = jax.ShapeDtypeStruct((n_in, n_out), bool)
+            bias = _abstract((n_out,)) if with_bias else None
+            return nnx.eval_shape(MaskedLinear, _abstract((n_in, n_out)), mask, bias)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{description!r} describes no layer: {error}") from error
+    raise ValueError(f"a layer of kind {kind!r} is unknown; update kronjax")
+
+
+def _abstract(shape) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _sizes(shape):
+    if not all(isinstance(size, int) and size > 0 for size in shape):
+        raise TypeError(f"sizes {shape!r}")
+    return tuple(shape)
+
+
+def _as_row(bias, y):
+    return bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def _order(path):
+    """Sort blocks by number, not by the digits of their number."""
+    return [(0, part, "") if isinstance(part, int) else (1, 0, part) for part in path]

@@ -1,0 +1,24 @@
+"""How options of the command line are shown; without jax.
+
+>>> Flag.__metadata__[0].metavar is None
+True
+"""
+
+from typing import Annotated
+
+import tyro
+
+
+def option(metavar: str | None = None, name: str | None = None) -> object:
+    """Return how an option is shown: no default where none says as much."""
+
+    def hint(default: str) -> str:
+        return "" if default in ("None", "False") else f"(default: {default})"
+
+    return tyro.conf.arg(metavar=metavar, name=name, help_behavior_hint=hint)
+
+
+Slice = Annotated[str | None, option("A:B")]
+Flag = Annotated[bool, option()]
+Json = Annotated[bool, option(name="json")]
+Seed = Annotated[int, option("N")]

@@ -1,0 +1,1 @@
+"""Recipes of the literature, by name, for `kronjax.recipe.load`."""

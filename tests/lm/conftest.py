@@ -1,0 +1,54 @@
+"""Language models are tested as users run them: 32 bits, and flax promotes dtypes."""
+
+import json
+
+import pytest
+from flax import nnx
+from helpers import SENTENCES, as_users_run_it
+
+from kronjax.lm import gpt2
+from kronjax.lm.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    with as_users_run_it():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Byte-level BPE of 300 tokens, as GPT-2's is of 50257."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    return Tokenizer(
+        {
+            "tokenizer.json": backend.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config).encode(),
+        }
+    )
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A GPT-2 of two blocks with a context of 64, and a tokenizer."""
+    config = gpt2.Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = gpt2.Model(config, rngs=nnx.Rngs(0))
+    # Drawn as for training, all tokens would be about equally likely.
+    model.wte.embedding[...] = 3 * model.wte.embedding[...]
+    model.tokenizer = tokenizer
+    return model

@@ -1,0 +1,177 @@
+"""The ports against transformers on torch: logits, padding, positions, folders."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kronjax import kronecker, lm, nn
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+BATCH, LENGTH = 2, 11
+
+GPT2 = {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32, "vocab_size": 61}
+OPT = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "ffn_dim": 40,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 32,
+    "vocab_size": 61,
+    "word_embed_proj_dim": 24,
+}
+LLAMA = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 61,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CASES = {
+    "gpt2": (transformers.GPT2Config, GPT2),
+    "gpt2-inner": (
+        transformers.GPT2Config,
+        GPT2 | {"n_inner": 30, "activation_function": "relu"},
+    ),
+    "opt": (transformers.OPTConfig, OPT),
+    "opt-post-norm": (
+        transformers.OPTConfig,
+        OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 12},
+    ),
+    "llama": (transformers.LlamaConfig, LLAMA),
+    "llama-tied": (
+        transformers.LlamaConfig,
+        LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 6, "head_dim": 6},
+    ),
+    "llama-bias": (
+        transformers.LlamaConfig,
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    ),
+}
+
+
+def make(case):
+    kind, values = CASES[case]
+    torch.manual_seed(0)
+    config = kind(**values)
+    config._attn_implementation = "eager"
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms, too, are random
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=sorted(CASES))
+def pair(request, tmp_path):
+    theirs = make(request.param)
+    theirs.save_pretrained(tmp_path)
+    return theirs, lm.load(tmp_path)
+
+
+def tokens_and_mask():
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(3, 61, (BATCH, LENGTH))
+    mask = np.ones((BATCH, LENGTH), bool)
+    mask[0, :4] = False
+    return tokens, mask
+
+
+def torch_logits(model, tokens, mask=None, positions=None):
+    given = {"input_ids": torch.tensor(tokens)}
+    if mask is not None:
+        given["attention_mask"] = torch.tensor(mask.astype(int))
+    if positions is not None:
+        given["position_ids"] = torch.tensor(positions)
+    with torch.no_grad():
+        return model(**given, use_cache=False).logits.numpy()
+
+
+def assert_close(ours, theirs):
+    scale = np.abs(theirs).max()
+    assert np.abs(np.asarray(ours) - theirs).max() <= 2e-5 * scale
+
+
+def test_logits(pair):
+    theirs, ours = pair
+    tokens, _ = tokens_and_mask()
+    assert_close(ours(jnp.asarray(tokens)), torch_logits(theirs, tokens))
+
+
+def test_logits_with_padding(pair):
+    theirs, ours = pair
+    tokens, mask = tokens_and_mask()
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    expected = torch_logits(theirs, tokens, mask, positions)
+    got = np.asarray(ours(jnp.asarray(tokens), mask=jnp.asarray(mask)))
+    assert_close(got[mask], expected[mask])
+
+
+def test_logits_with_given_positions(pair):
+    theirs, ours = pair
+    tokens, _ = tokens_and_mask()
+    positions = np.broadcast_to(np.arange(5, 5 + LENGTH), tokens.shape)
+    expected = torch_logits(theirs, tokens, positions=positions)
+    got = ours(jnp.asarray(tokens), positions=jnp.asarray(positions))
+    assert_close(got, expected)
+
+
+def test_cached_steps_equal_one_call(pair):
+    _, ours = pair
+    tokens, mask = tokens_and_mask()
+    expected = np.asarray(ours(jnp.asarray(tokens), mask=jnp.asarray(mask)))
+    cache = ours.empty_cache(BATCH, LENGTH + 3)
+    logits, cache = ours.step(
+        jnp.asarray(tokens[:, :6]), cache, mask=jnp.asarray(mask[:, :6])
+    )
+    assert_close(logits, expected[:, 5])
+    for i in range(6, LENGTH):
+        logits, cache = ours.step(jnp.asarray(tokens[:, i : i + 1]), cache)
+        assert_close(logits, expected[:, i])
+
+
+def test_an_export_opens_in_transformers(pair, tmp_path):
+    """With a factored and a masked layer, multiplied out."""
+    _, ours = pair
+    names = list(nn.linear_layers(ours))
+    rng = np.random.default_rng(2)
+    layer = nn.linear_layers(ours)[names[0]]
+    m, n = layer.in_features, layer.out_features
+    terms = kronecker.KroneckerTerms(
+        jnp.asarray(rng.normal(size=(2, m // 2, n // 2)), jnp.float32),
+        jnp.asarray(rng.normal(size=(2, 2, 2)), jnp.float32),
+    )
+    bias = None if layer.bias is None else layer.bias[...]
+    nn.replace(ours, names[0], nn.KroneckerLinear([terms], bias))
+    layer = nn.linear_layers(ours)[names[1]]
+    kernel = layer.kernel[...]
+    bias = None if layer.bias is None else layer.bias[...]
+    nn.replace(ours, names[1], nn.MaskedLinear(kernel, kernel > 0, bias))
+    lm.export(ours, tmp_path / "dense")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    tokens, _ = tokens_and_mask()
+    assert_close(ours(jnp.asarray(tokens)), torch_logits(theirs.eval(), tokens))
+
+
+def test_a_saved_factored_model_is_no_dense_one_to_transformers(tmp_path):
+    make("gpt2").save_pretrained(tmp_path / "in")
+    model = lm.load(tmp_path / "in")
+    layer = nn.linear_layers(model)["h.0.mlp.c_fc"]
+    kernel = layer.kernel[...]
+    nn.replace(model, "h.0.mlp.c_fc", nn.MaskedLinear(kernel, kernel > 0))
+    lm.save(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="kronjax"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,0 +1,210 @@
+"""Layers against the matrices they stand for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import kronecker_sum_reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kronjax
+from kronjax import nn
+from kronjax.kronecker import KroneckerTerms
+from kronjax.lm import gpt2
+
+SHAPES = [((2, 3), (4, 5)), ((8, 1), (1, 15)), ((1, 15), (8, 1)), ((4, 5), (2, 3))]
+
+# Whole models with c_fc and c_proj of all blocks of GPT-2 small as one Kronecker
+# product (m1, n1) ⊗ (3072 / m1, 768 / n1): Krony-PT (Ayoub et al., 2024).
+KRONY_PT = {
+    (64, 32): 67_893_504,
+    (64, 48): 67_908_864,
+    (96, 32): 67_908_864,
+    (64, 64): 67_928_832,
+    (128, 32): 67_928_832,
+    (96, 48): 67_939_584,
+    (96, 64): 67_973_376,
+    (128, 48): 67_973_376,
+    (128, 64): 68_020_224,
+    (96, 96): 68_044_032,
+    (192, 48): 68_044_032,
+    (128, 96): 68_116_224,
+    (192, 64): 68_116_224,
+    (128, 128): 68_213_376,
+    (256, 64): 68_213_376,
+    (1024, 256): 74_108_376,
+    (768, 384): 74_894_784,
+    (1024, 384): 77_254_032,
+    (768, 768): 81_972_576,
+    (1536, 384): 81_972_576,
+    (1024, 768): 86_691_144,
+    (1536, 768): 96_128_304,
+    (3072, 768): 124_439_832,
+}
+
+
+def terms_of(shapes, rank, seed, dtype=jnp.float64):
+    rng = np.random.default_rng(seed)
+    return [
+        KroneckerTerms(
+            jnp.asarray(rng.normal(size=(rank, *a)), dtype),
+            jnp.asarray(rng.normal(size=(rank, *b)), dtype),
+        )
+        for a, b in shapes
+    ]
+
+
+@given(
+    chosen=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3),
+    rank=st.integers(1, 2),
+    seed=st.integers(0, 99),
+    with_bias=st.booleans(),
+)
+def test_a_kronecker_layer_multiplies_by_its_matrix(chosen, rank, seed, with_bias):
+    rng = np.random.default_rng(seed)
+    bias = jnp.asarray(rng.normal(size=15)) if with_bias else None
+    terms = terms_of(chosen, rank, seed)
+    layer = nn.KroneckerLinear(terms, bias)
+    x = rng.normal(size=(2, 3, 8))
+    matrix = sum(kronecker_sum_reference(one.a, one.b) for one in terms)
+    expected = x @ matrix + (0 if bias is None else np.asarray(bias))
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-12)
+    np.testing.assert_allclose(layer.materialize(), matrix, atol=1e-12)
+
+
+def test_an_approximation_becomes_a_layer_and_comes_back():
+    matrix = np.random.default_rng(0).normal(size=(12, 12))
+    approx = kronjax.approximate(
+        matrix, kronjax.Configuration((3, 4), 2), norm="frobenius", progress=False
+    )
+    layer = nn.KroneckerLinear(approx.terms)
+    np.testing.assert_allclose(layer.materialize(), approx.matrix(), atol=1e-12)
+    assert layer.terms[0].a is approx.terms[0].a or np.array_equal(
+        layer.terms[0].a, approx.terms[0].a
+    )
+
+
+def test_a_layer_trains_under_jit_and_grad():
+    layer = nn.KroneckerLinear(
+        terms_of(SHAPES[:2], 2, 0, jnp.float32), jnp.zeros(15, jnp.float32)
+    )
+    graph, state = nnx.split(layer)
+
+    @jax.jit
+    def gradient(state, x):
+        return jax.grad(lambda s: (nnx.merge(graph, s)(x) ** 2).mean())(state)
+
+    flat = nnx.to_flat_state(gradient(state, jnp.ones((4, 8), jnp.float32)))
+    assert len(flat) == 5
+    assert all(float(jnp.abs(leaf.get_value()).max()) > 0 for _, leaf in flat)
+
+
+def test_a_mask_keeps_what_it_keeps_and_gets_no_gradient():
+    rng = np.random.default_rng(0)
+    kernel, mask = rng.normal(size=(8, 15)), rng.random((8, 15)) < 0.4
+    layer = nn.MaskedLinear(jnp.asarray(kernel), jnp.asarray(mask), jnp.ones(15))
+    x = rng.normal(size=(3, 8))
+    np.testing.assert_allclose(
+        layer(jnp.asarray(x)), x @ (kernel * mask) + 1, atol=1e-12
+    )
+    graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+    gradient = jax.grad(lambda p: nnx.merge(graph, p, rest)(jnp.asarray(x)).sum())(
+        parameters
+    )
+    entries = dict(nnx.to_flat_state(gradient))
+    assert set(entries) == {("kernel",), ("bias",)}
+    assert np.array_equal(np.asarray(entries["kernel",].get_value()) != 0, mask)
+    assert nn.cost(layer).parameters == mask.sum() + 15
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: nn.KroneckerLinear([]), "none"),
+        (
+            lambda: nn.KroneckerLinear(terms_of([SHAPES[0], ((2, 2), (2, 2))], 1, 0)),
+            "4",
+        ),
+        (
+            lambda: nn.KroneckerLinear(terms_of(SHAPES[:1], 1, 0), jnp.ones(8)),
+            "15 outputs",
+        ),
+        (
+            lambda: nn.KroneckerLinear(
+                [KroneckerTerms(jnp.ones((2, 1, 2, 3)), jnp.ones((2, 1, 4, 5)))]
+            ),
+            "one matrix",
+        ),
+        (lambda: nn.MaskedLinear(jnp.ones((2, 3)), jnp.ones((3, 2))), "one shape"),
+        (
+            lambda: nn.from_description({"kind": "tensor", "bias": True}),
+            "unknown|shape",
+        ),
+        (
+            lambda: nn.from_description(
+                {"kind": "masked", "bias": True, "shape": [3, -1]}
+            ),
+            "no layer",
+        ),
+    ],
+)
+def test_mistakes_are_told(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_costs_are_counted():
+    layer = nn.KroneckerLinear(terms_of(SHAPES[:1], 2, 0), jnp.ones(15))
+    counted = nn.cost(layer)
+    assert counted.parameters == 2 * (6 + 20) + 15
+    assert counted.bytes == 8 * counted.parameters
+    # Two products for each term: [4, 2] by [2, 3], then [3, 4] by [4, 5], or the
+    # other way round: [2, 4] by [4, 5], then [5, 2] by [2, 3].
+    assert counted.flops == 2 * 2 * min(24 + 60, 40 + 30) + 15
+    dense = nn.dense(layer)
+    assert nn.cost(dense).flops == 2 * 8 * 15 + 15
+
+
+def abstract_gpt2():
+    return nnx.eval_shape(lambda: gpt2.Model(gpt2.Config(), rngs=nnx.Rngs(0)))
+
+
+def parameters_of(model):
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return sum(int(np.prod(leaf.shape)) for leaf in leaves)
+
+
+@pytest.mark.parametrize("a_shape", sorted(KRONY_PT))
+def test_parameters_of_gpt2_with_one_kronecker_product(a_shape):
+    model = abstract_gpt2()
+    assert parameters_of(model) == 124_439_808
+    m1, n1 = a_shape
+    names = [name for name in nn.linear_layers(model) if ".mlp." in name]
+    assert len(names) == 24
+    for name in names:
+        layer = nn.linear_layers(model)[name]
+        # The table is for [3072, 768]; c_fc is stored as its transpose.
+        a, b = (m1, n1), (3072 // m1, 768 // n1)
+        if layer.in_features == 768:
+            a, b = a[::-1], b[::-1]
+        described = {"kind": "kronecker", "bias": True}
+        described["terms"] = [{"a": [1, *a], "b": [1, *b]}]
+        nn.replace(model, name, nn.from_description(described))
+    assert parameters_of(model) == KRONY_PT[a_shape]
+
+
+def test_layers_are_found_in_the_order_of_the_blocks():
+    names = list(nn.linear_layers(abstract_gpt2()))
+    assert len(names) == 48
+    assert [int(name.split(".")[1]) for name in names] == sorted(list(range(12)) * 4)
+
+
+def test_a_replacement_must_fit():
+    model = abstract_gpt2()
+    layer = nn.linear_layers(model)["h.0.mlp.c_fc"]
+    with pytest.raises(ValueError, match=r"h\.0\.mlp\.c_proj"):
+        nn.replace(model, "h.0.mlp.c_prj", layer)
+    with pytest.raises(ValueError, match="3072 to 768, the new layer 768 to 3072"):
+        nn.replace(model, "h.0.mlp.c_proj", layer)

@@ -1,0 +1,159 @@
+"""Rules over names: what they match, what they refuse, what they count."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kronjax import recipe
+from kronjax.kronecker import Configuration
+
+GPT2 = {
+    f"h.{i}.{name}": shape
+    for i in range(12)
+    for name, shape in {
+        "attn.c_attn": (768, 2304),
+        "attn.c_proj": (768, 768),
+        "mlp.c_fc": (768, 3072),
+        "mlp.c_proj": (3072, 768),
+    }.items()
+}
+DENSE = 124_439_808
+
+
+def matched(pattern, names=GPT2):
+    rules = recipe.Recipe(
+        rules=(recipe.Rule(match=pattern, method="low-rank", rank=1),)
+    )
+    return [one.name for one in recipe.resolve(rules, names)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "blocks", "kinds"),
+    [
+        ("*", range(12), 4),
+        ("h.*.mlp.*", range(12), 2),
+        ("h.{0..5}.mlp.c_fc", range(6), 1),
+        ("h.{odd}.attn.*", range(1, 12, 2), 2),
+        ("h.{even}.attn.c_attn", range(0, 12, 2), 1),
+        ("h.{early}.*", range(4), 4),
+        ("h.{middle}.*", range(4, 8), 4),
+        ("h.{late}.*", range(8, 12), 4),
+        ("h.1?.mlp.c_{fc,proj}", (10, 11), 2),
+        ("h.{10..99}.*", (10, 11), 4),
+    ],
+)
+def test_patterns_match_names(pattern, blocks, kinds):
+    names = matched(pattern)
+    assert sorted({int(name.split(".")[1]) for name in names}) == list(blocks)
+    assert len(names) == len(list(blocks)) * kinds
+
+
+@given(blocks=st.integers(1, 40))
+def test_thirds_make_a_whole(blocks):
+    names = {f"h.{i}.fc": (4, 4) for i in range(blocks)}
+    parts = []
+    for word in ("early", "middle", "late"):
+        try:
+            parts += matched(f"h.{{{word}}}.fc", names)
+        except ValueError:
+            assert blocks < 3  # some third of so few is empty
+    assert parts == list(names)
+
+
+def test_a_dot_in_a_pattern_is_a_dot():
+    with pytest.raises(ValueError, match="matches no layer"):
+        matched("h.0.mlpxc_fc")
+    assert matched("h.0.mlp.c_fc", {"h.0.mlp.c_fc": (4, 4), "h.0xmlp.c_fc": (4, 4)})
+
+
+def test_the_first_rule_that_matches_decides():
+    rules = recipe.loads(
+        """
+        rules:
+          - {match: "h.{0..1}.*", method: keep}
+          - {match: "h.*.mlp.*", method: low-rank, fraction: 0.5}
+          - match: ["h.*.attn.c_attn", "h.*.attn.c_proj"]
+            method: kronecker
+            terms: [{a_shape: [24, 32], rank: 3}, {a_shape: [768, 1], rank: 2}]
+        """
+    )
+    found = {one.name: one for one in recipe.resolve(rules, GPT2)}
+    assert len(found) == 40 and "h.0.mlp.c_fc" not in found
+    assert found["h.2.mlp.c_fc"].configurations == (Configuration((768, 1), 307),)
+    assert found["h.2.mlp.c_fc"].num_parameters <= 768 * 3072 / 2
+    mixed = found["h.5.attn.c_proj"]
+    assert mixed.configurations[0] == Configuration((24, 32), 3)
+    assert mixed.num_parameters == 3 * (24 * 32 + 32 * 24) + 2 * 2 * 768
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rules: [", "not YAML"),
+        ("[]", "no mapping"),
+        ("rules: []\nmore: 1", "more: Extra inputs"),
+        ("rules: [{match: '*', method: magic}]", "rules.0.method"),
+        ("rules: [{match: '*', method: low-rank}]", "either rank or fraction"),
+        ("rules: [{match: '*', method: kronecker}]", "takes terms"),
+        ("rules: [{match: '*', method: keep, rank: 1}]", "neither terms"),
+        ("rules: [{match: '*', method: low-rank, rank: 0}]", "greater than or equal"),
+        ("rules: [{match: '*', method: low-rank, fraction: 1}]", "less than 1"),
+        ("rules: [{match: '*', method: low-rank, rank: 1, norm: l1}]", "norm"),
+    ],
+)
+def test_what_is_no_recipe_is_told(text, words):
+    with pytest.raises(ValueError, match=words):
+        recipe.loads(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rules: [{match: 'x.*', method: keep}]", "matches no layer; layers are named"),
+        (
+            "rules: [{match: '*', method: keep}, {match: 'h.0.*', method: keep}]",
+            "rules before it",
+        ),
+        (
+            "rules: [{match: '*', method: kronecker, terms: [{a_shape: [5, 1]}]}]",
+            "5 is not a divisor of its 768 rows",
+        ),
+        ("rules: [{match: 'h.*', method: low-rank, rank: 769}]", "768 that is exact"),
+        ("{rules: [{match: '*', method: keep}], model_type: opt}", "for opt"),
+    ],
+)
+def test_what_does_not_fit_a_model_is_told(text, words):
+    with pytest.raises(ValueError, match=words):
+        recipe.resolve(recipe.loads(text), GPT2, model_type="gpt2")
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("kronypt-67m", 67_893_504),
+        ("kronypt-81m", 81_972_576),
+        ("kronypt-96m", 96_128_304),
+        ("kronypt-80m", DENSE - 24 * (768 * 3072 - 2 * (1024 * 256 + 9))),
+        ("kronypt-92m", DENSE - 24 * (768 * 3072 - 4 * (1024 * 256 + 9))),
+    ],
+)
+def test_recipes_of_the_literature_count_as_published(name, total):
+    found = recipe.resolve(recipe.load(name), GPT2, model_type="gpt2")
+    assert len(found) == 24
+    saved = sum(one.shape[0] * one.shape[1] - one.num_parameters for one in found)
+    assert DENSE - saved == total
+
+
+@pytest.mark.parametrize("name", sorted(recipe.builtin()))
+def test_every_recipe_that_comes_along_reads_and_writes(name):
+    read = recipe.load(name)
+    assert read.name == name and read.source
+    assert recipe.loads(recipe.dumps(read)) == read
+    assert recipe.resolve(read, GPT2)
+
+
+def test_a_misspelt_name_is_told(tmp_path):
+    with pytest.raises(OSError, match="did you mean kronypt-81m"):
+        recipe.load("kronypt81m")
+    (tmp_path / "a.yaml").write_text("rules: [{match: '*', method: keep}]")
+    assert recipe.load(tmp_path / "a.yaml").rules[0].method == "keep"
