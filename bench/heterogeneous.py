@@ -8,7 +8,6 @@ Kronecker configuration and a mixture, plain and under input moments. Those are 
 from `--moments FILE.safetensors`, [n, n] under the names of the matrices.
 """
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,19 +125,17 @@ def spectral_gains(matrices, parameters, square):
 
 
 def search_time(matrix, parameters):
-    """Seconds of a search over those of one homogeneous solve, compilation apart."""
-    options = {"dtype": "float32", "progress": False}
+    """Seconds of a search over those of its balanced homogeneous solve."""
+    found = kronjax.search(matrix, parameters, dtype="float32", progress=False)
     m, n = matrix.shape
     balanced = _near_square(m), n // _near_square(n)
-    price = Configuration(balanced, 1).num_parameters(matrix.shape)
-    one = approximate(
-        matrix, Configuration(balanced, max(parameters // price, 1)), **options
-    )
-    kronjax.search(matrix, parameters, **options)  # compiles
-    begun = time.perf_counter()
-    found = kronjax.search(matrix, parameters, **options)
-    seconds = time.perf_counter() - begun
-    return {"ratio": seconds / one.seconds, "trials": [t.kind for t in found.trials]}
+    [one] = [
+        t.seconds
+        for t in found.trials
+        if len(t.configurations) == 1 and t.configurations[0].a_shape == balanced
+    ]
+    trials = [[t.kind, plain(t.configurations), t.seconds] for t in found.trials]
+    return {"ratio": found.seconds / one, "trials": trials}
 
 
 def _near_square(size):

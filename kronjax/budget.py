@@ -14,6 +14,7 @@ is never worse than they are.
 
 import dataclasses
 import math
+import time
 from typing import Any
 
 from kronjax import greedy, inputs
@@ -33,6 +34,7 @@ class Trial:
         multiply_adds: Of `x @ K`, for one row of `x`.
         error: In the norm asked for, weighted if there are weights.
         relative: The same over that of the matrix.
+        seconds: Spent on solving, compilation apart.
         is_efficient: Whether no other trial has less error for no more parameters and
             no more multiply-adds (the Pareto front).
     """
@@ -43,6 +45,7 @@ class Trial:
     multiply_adds: int
     error: float
     relative: float
+    seconds: float
     is_efficient: bool = False
 
 
@@ -55,12 +58,14 @@ class Search:
         configurations: Its configurations.
         trials: All that was solved, by falling error.
         notes: What was decided on the user's behalf.
+        seconds: Spent on choosing, solving and measuring, compilation apart.
     """
 
     approximation: Approximation
     configurations: tuple[Configuration, ...]
     trials: tuple[Trial, ...]
     notes: tuple[str, ...]
+    seconds: float
 
 
 def search(
@@ -94,6 +99,7 @@ def search(
         ValueError: If the budget is below one term (says the smallest possible), or as
             `approximate` does.
     """
+    begun = time.perf_counter()
     notes: list[str] = []
     target = inputs.matrix(matrix, dtype, notes)
     if target.ndim != 2:
@@ -127,6 +133,7 @@ def search(
         configurations=trials[0].configurations,
         trials=tuple(_with_front(trial, trials) for trial in trials),
         notes=(*notes, *(x for x in approximation.notes if x not in notes)),
+        seconds=time.perf_counter() - begun - sum(x.compile_seconds for _, x in solved),
     )
 
 
@@ -249,6 +256,7 @@ def _solve(matrix, kind, configurations, options):
         multiply_adds=sum(matmul_cost(terms) for terms in found.terms),
         error=float(error),
         relative=float(ratio),
+        seconds=found.seconds,
     )
     return trial, found
 
