@@ -104,16 +104,16 @@ def from_starts(problem, matrices, tolerance, starts):
     def one(matrix, number):
         begins = schedule.begins.at[0].set(number)
         stages = dataclasses.replace(schedule, begins=begins)
-        path, first = continuation.start(problem, matrix)
+        setting, path, first = continuation.start(problem, matrix)
         path, lines = jax.lax.scan(
             lambda path, stage: continuation.advance(
-                problem, matrix, path, stage, tolerance, 0
+                problem, setting, path, stage, tolerance, 0
             ),
             path,
             stages,
         )
         trace = continuation.gather(problem, path, first, lines)
-        return continuation.finish(problem, matrix, path, trace).spectral_error
+        return continuation.finish(problem, setting, path, trace).spectral_error
 
     every = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
     return every(matrices, jnp.arange(starts))

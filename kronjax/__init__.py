@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation, approximate
+    from kronjax.budget import search
     from kronjax.continuation import solve
     from kronjax.descent import Status
     from kronjax.kronecker import Configuration, KroneckerTerms
@@ -22,6 +23,7 @@ __all__ = [
     "KroneckerTerms",
     "Status",
     "approximate",
+    "search",
     "solve",
 ]
 
@@ -31,6 +33,7 @@ _HOMES = {
     "KroneckerTerms": "kronjax.kronecker",
     "Status": "kronjax.descent",
     "approximate": "kronjax.approximation",
+    "search": "kronjax.budget",
     "solve": "kronjax.continuation",
 }
 

@@ -18,28 +18,18 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax import continuation
-from kronjax.continuation import Trace
+from kronjax import continuation, inputs
+from kronjax.continuation import Setting, Trace
+from kronjax.dense import multiply_out
+from kronjax.errors import Errors, measure
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.problem import Problem, Stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Errors:
-    """Norms of `T − K`, float64; of shape `[...]` for a batch.
-
-    Attributes:
-        spectral: `‖T − K‖_2`.
-        frobenius: `‖T − K‖_F`.
-    """
-
-    spectral: np.ndarray
-    frobenius: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +43,11 @@ class Approximation:
             in float64.
         relative: The same over the norms of the matrix; 0 for a zero matrix.
         van_loan: `Errors` of the sum that is nearest in the Frobenius norm; for
-            several configurations, of one after the other.
+            several configurations, of one after the other. With weights, of where the
+            solve began, in the weighted norms: they are replaced by Kronecker products.
+        weighted: `Errors` of `L^{1/2} (T − K) R^{1/2}` with the weights as given, or
+            None without weights.
+        weighted_relative: The same over the weighted norms of the matrix, or None.
         trace: `continuation.Trace`, `[..., stages]`.
         status: `Status` of every matrix, as integers.
         seconds: Spent on solving, compilation apart.
@@ -70,6 +64,8 @@ class Approximation:
     seconds: float
     compile_seconds: float
     notes: tuple[str, ...]
+    weighted: Errors | None = None
+    weighted_relative: Errors | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,7 +84,7 @@ class Approximation:
 
     def matrix(self) -> np.ndarray:
         """Multiply the sum out: `[..., m, n]`, in the dtype of the factors."""
-        return np.sum([_multiply_out(terms) for terms in self.terms], axis=0)
+        return np.sum([multiply_out(terms.a, terms.b) for terms in self.terms], axis=0)
 
 
 def approximate(
@@ -96,6 +92,8 @@ def approximate(
     configuration: Configuration | Sequence[Configuration],
     *,
     norm: float | str = "spectral",
+    left_weight=None,
+    right_weight=None,
     dtype: str | None = None,
     starts: int = 4,
     budget: int | None = None,
@@ -105,13 +103,19 @@ def approximate(
 ) -> Approximation:
     """Approximate one matrix, or many of one shape, by sums of Kronecker products.
 
-    Minimises `‖T − Σ_k A_k ⊗ B_k‖` for every `T` in the batch at the same time.
+    Minimises `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for every `T` in the batch at the
+    same time.
 
     Args:
         matrix: `[..., m, n]`, NumPy or jax, real.
         configuration: What to look for; of several, the sum of all.
-        norm: "spectral", "frobenius" (closed form) or "schatten:P" with P = 2, 4, 6,
-            10, …, 4098.
+        norm: "spectral", "frobenius" (closed form for one configuration without
+            weights) or "schatten:P" with P = 2, 4, 6, 10, …, 4098.
+        left_weight: `L`, symmetric positive semidefinite, `[m, m]` for all matrices or
+            `[..., m, m]`; the identity by default. For data-aware approximation of
+            `y = K x` the second moment of the gradients with respect to `y`.
+        right_weight: `R`, `[n, n]` or `[..., n, n]`, likewise: the second moment of
+            `x`. `weighted.RIDGE` of the mean eigenvalue is added to each weight.
         dtype: "float32" or "float64" (or NumPy's) to compute in. By default that of
             the matrix; integers and shorter floats are computed in float32.
         starts: Starting points in the race of `continuation.solve`.
@@ -126,79 +130,66 @@ def approximate(
 
     Raises:
         ValueError: If the matrix is empty, a vector, complex, holds NaN or infinite
-            entries (the first is named), or the configuration does not fit.
+            entries (the first is named), the configuration does not fit, or a weight
+            is not a symmetric positive semidefinite matrix of the right size.
     """
     notes: list[str] = []
-    target = _checked(matrix, dtype, notes)
+    target = inputs.matrix(matrix, dtype, notes)
     *batch, m, n = target.shape
-    problem = Problem.of((m, n), configuration, norm, starts, budget)
+    weights = (
+        inputs.weight(left_weight, "left_weight", m, tuple(batch), target.dtype),
+        inputs.weight(right_weight, "right_weight", n, tuple(batch), target.dtype),
+    )
+    weighted = tuple(weight is not None for weight in weights)
+    problem = Problem.of((m, n), configuration, norm, starts, budget, weighted)
     _note_caps(configuration, problem, notes)
     with (
         jax.enable_x64(target.dtype == np.float64),
         _bar(len(problem.schedule()), progress) as tick,
     ):
-        stacked = jnp.asarray(target.reshape(-1, m, n))
-        programs, compile_seconds = _compile(problem, stacked)
+        arrays = _stacked(target, weights)
+        programs, compile_seconds = _compile(problem, arrays)
         begun = time.perf_counter()
-        solution = _run(problem, programs, stacked, tolerance, seed, tick)
+        solution = _run(problem, programs, arrays, tolerance, seed, tick)
         seconds = time.perf_counter() - begun
     solution = jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], solution)
-    given = np.asarray(matrix)
-    error, size = _errors(given, solution.terms), _errors(given, ())
+    return _report(
+        np.asarray(matrix), weights, solution, seconds, compile_seconds, notes
+    )
+
+
+def _report(given, weights, solution, seconds, compile_seconds, notes):
+    """Measure what came out against the matrix as given."""
+    error = measure(given, solution.terms)
+    ours = None
+    if any(weight is not None for weight in weights):
+        ours = measure(given, solution.terms, *weights)
     return Approximation(
         terms=solution.terms,
         error=error,
-        relative=Errors(
-            _ratio(error.spectral, size.spectral),
-            _ratio(error.frobenius, size.frobenius),
-        ),
-        van_loan=_errors(given, solution.frobenius),
+        relative=error.over(measure(given, ())),
+        van_loan=measure(given, solution.frobenius, *weights),
         trace=solution.trace,
         status=solution.status,
         seconds=seconds,
         compile_seconds=compile_seconds,
         notes=tuple(notes),
+        weighted=ours,
+        weighted_relative=ours and ours.over(measure(given, (), *weights)),
     )
 
 
-def _checked(matrix, dtype, notes) -> np.ndarray:
-    """Return the matrix in the dtype of the computation, or say what is wrong."""
-    array = np.asarray(matrix)
-    if array.ndim < 2 or array.size == 0:
-        raise ValueError(
-            f"approximate takes matrices [..., m, n] with entries; got shape "
-            f"{array.shape}. Reshape a vector to [1, n] or [n, 1]."
-        )
-    if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"approximate takes real numbers; got dtype {array.dtype}.")
-    if dtype is None:
-        dtype = "float64" if array.dtype == np.float64 else "float32"
-        if array.dtype not in (np.float32, np.float64):
-            notes.append(f"{array.dtype} input computed in float32")
-    if dtype not in ("float32", "float64", np.float32, np.float64):
-        raise ValueError(f'dtype must be "float32" or "float64"; got {dtype!r}.')
-    with np.errstate(over="ignore"):
-        converted = array.astype(dtype)
-    finite = np.isfinite(converted)
-    if not finite.all():
-        position = tuple(int(i) for i in np.argwhere(~finite)[0])
-        if np.isfinite(np.float64(array[position])):
-            raise ValueError(
-                f"entries overflow float32, the first at {position}: "
-                f'{array[position]}; pass dtype="float64".'
-            )
-        raise ValueError(
-            f"the matrix has {np.count_nonzero(~finite)} NaN or infinite entries, the "
-            f"first at {position}: {array[position]}. Replace them before solving."
-        )
-    largest = np.max(np.abs(converted), axis=(-2, -1), keepdims=True).astype(np.float64)
-    ratios = converted / np.where(largest > 0, largest, 1)
-    norms = np.linalg.norm(ratios, axis=(-2, -1))
-    if np.any(
-        norms > np.finfo(converted.dtype).max / np.maximum(largest[..., 0, 0], 1)
-    ):
-        raise ValueError(f"a Frobenius norm overflows {dtype}; scale the matrix down.")
-    return converted
+def _stacked(target, weights):
+    """Return matrices and weights as jax arrays with one batch axis, or none."""
+    m, n = target.shape[-2:]
+    stacked: list[Any] = [jnp.asarray(target.reshape(-1, m, n))]
+    for weight in weights:
+        if weight is not None:
+            if weight.ndim > 2:
+                weight = weight.reshape(-1, *weight.shape[-2:])
+            weight = jnp.asarray(weight)
+        stacked.append(weight)
+    return tuple(stacked)
 
 
 def _note_caps(configuration, problem, notes):
@@ -214,65 +205,80 @@ def _note_caps(configuration, problem, notes):
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(problem: Problem, shape, dtype):
-    """Compile the three parts of a solve for a batch `shape`; return them."""
-    matrices = jax.ShapeDtypeStruct(shape, dtype)
+def _programs(problem: Problem, shapes):
+    """Compile the three parts of a solve for arrays of `shapes`; return them."""
+    arrays = tuple(shape and jax.ShapeDtypeStruct(*shape) for shape in shapes)
     scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
     seed = jax.ShapeDtypeStruct((), jnp.result_type(int))
+    # Weights that all matrices share are decomposed, and kept, once.
+    axes = tuple(None if x is None or len(x.shape) == 2 else 0 for x in arrays)
+    frames_axis = None if axes[1:] == (None, None) else 0
+    axes_of: Any = Setting
+    setting_axes = axes_of(0, frames_axis, 0, 0, 0)
 
-    def start(matrices):
-        return jax.vmap(lambda x: continuation.start(problem, x))(matrices)
-
-    def advance(matrices, paths, stage, tolerance, seed):
-        tolerance = tolerance.astype(matrices.dtype)
+    def start(*arrays):
         return jax.vmap(
-            lambda x, path: continuation.advance(
-                problem, x, path, stage, tolerance, seed
-            )
-        )(matrices, paths)
+            lambda *x: continuation.start(problem, *x),
+            in_axes=axes,
+            out_axes=(setting_axes, 0, 0),
+        )(*arrays)
 
-    def finish(matrices, paths, first, lines):
-        def one(matrix, path, first, lines):
+    def advance(settings, paths, stage, tolerance, seed):
+        tolerance = tolerance.astype(settings.target.dtype)
+        return jax.vmap(
+            lambda setting, path: continuation.advance(
+                problem, setting, path, stage, tolerance, seed
+            ),
+            in_axes=(setting_axes, 0),
+        )(settings, paths)
+
+    def finish(settings, paths, first, lines):
+        def one(setting, path, first, lines):
             trace = continuation.gather(problem, path, first, lines)
-            return continuation.finish(problem, matrix, path, trace)
+            return continuation.finish(problem, setting, path, trace)
 
-        return jax.vmap(one)(matrices, paths, first, lines)
+        return jax.vmap(one, in_axes=(setting_axes, 0, 0, 0))(
+            settings, paths, first, lines
+        )
 
-    paths, first = jax.eval_shape(start, matrices)
+    settings, paths, first = jax.eval_shape(start, *arrays)
     schedule = problem.schedule()
-    programs = [jax.jit(start).lower(matrices).compile()]
+    programs = [jax.jit(start).lower(*arrays).compile()]
     lines = first
     if schedule:
         stage = jax.eval_shape(_as_arrays, schedule[0])
-        inputs = matrices, paths, stage, scalar, seed
-        _, line = jax.eval_shape(advance, *inputs)
-        programs.append(jax.jit(advance, donate_argnums=1).lower(*inputs).compile())
+        given = settings, paths, stage, scalar, seed
+        _, line = jax.eval_shape(advance, *given)
+        programs.append(jax.jit(advance, donate_argnums=1).lower(*given).compile())
         lines = jax.eval_shape(lambda x: _stack([x] * len(schedule)), line)
-    programs.append(jax.jit(finish).lower(matrices, paths, first, lines).compile())
+    outputs = settings, paths, first, lines
+    programs.append(jax.jit(finish).lower(*outputs).compile())
     return programs
 
 
-def _compile(problem, stacked):
+def _compile(problem, arrays):
     begun = time.perf_counter()
-    programs = _programs(problem, stacked.shape, stacked.dtype)
+    programs = _programs(
+        problem, tuple(x if x is None else (x.shape, x.dtype) for x in arrays)
+    )
     seconds = time.perf_counter() - begun
     return programs, seconds if seconds > 0.01 else 0.0
 
 
-def _run(problem, programs, stacked, tolerance, seed, tick):
+def _run(problem, programs, arrays, tolerance, seed, tick):
     """Walk through the schedule; return the solution as NumPy arrays."""
     schedule = problem.schedule()
     first_program, *advance, last_program = programs
     tolerance, seed = jnp.asarray(float(tolerance)), jnp.asarray(int(seed) % 2**31)
-    paths, first = jax.block_until_ready(first_program(stacked))
+    settings, paths, first = jax.block_until_ready(first_program(*arrays))
     lines = []
     for stage in schedule:
-        arrays = _as_arrays(stage)
-        paths, line = advance[0](stacked, paths, arrays, tolerance, seed)
+        stage = _as_arrays(stage)
+        paths, line = advance[0](settings, paths, stage, tolerance, seed)
         lines.append(jax.block_until_ready(line))
         tick(f"p = {line.p[0]:.0f}")
     lines = _stack(lines) if lines else first
-    return jax.device_get(last_program(stacked, paths, first, lines))
+    return jax.device_get(last_program(settings, paths, first, lines))
 
 
 def _as_arrays(stage: Stage) -> Stage:
@@ -302,40 +308,3 @@ def _bar(total, wanted):
         timer.cancel()
         timer.join()
         bar.stop()
-
-
-def _errors(given, terms):
-    """Return the norms of the matrices less the sum of `terms`, one after the other."""
-    *batch, m, n = given.shape
-    matrices = given.reshape(-1, m, n)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-3:]), terms)
-    norms = []
-    for i, matrix in enumerate(matrices):
-        rest = matrix.astype(np.float64)
-        for one in flat:
-            rest = rest - _multiply_out(KroneckerTerms(one.a[i], one.b[i]), np.float64)
-        norms.append(_norms(rest))
-    spectral, frobenius = (np.reshape(x, batch)[()] for x in zip(*norms, strict=True))
-    return Errors(spectral, frobenius)
-
-
-def _norms(matrix):
-    """Return the spectral and Frobenius norm of `[m, n]`, float64, at any scale."""
-    largest = np.max(np.abs(matrix))
-    scaled = matrix / (largest if largest > 0 else 1)
-    gram = scaled @ scaled.T if len(scaled) < len(scaled.T) else scaled.T @ scaled
-    top = max(np.linalg.eigvalsh(gram)[-1], 0)
-    return largest * np.sqrt(top), largest * np.linalg.norm(scaled)
-
-
-def _ratio(part, whole):
-    return np.where(whole > 0, part / np.where(whole > 0, whole, 1), 0.0)[()]
-
-
-def _multiply_out(terms, dtype=None):
-    a, b = (np.asarray(x, dtype) for x in (terms.a, terms.b))
-    (r, m1, n1), (m2, n2) = a.shape[-3:], b.shape[-2:]
-    batch = a.shape[:-3]
-    left = a.reshape(*batch, r, m1 * n1).swapaxes(-2, -1)
-    blocks = (left @ b.reshape(*batch, r, m2 * n2)).reshape(*batch, m1, n1, m2, n2)
-    return blocks.swapaxes(-3, -2).reshape(*batch, m1 * m2, n1 * n2)

@@ -5,6 +5,7 @@ mistakes answer at once. A mistake of the user ends with one line on standard er
 exit code 2.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from kronjax.options import Flag, Json, Seed, Slice, option
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
+    from kronjax.budget import Search
     from kronjax.files import Source
     from kronjax.report import Baseline
 
@@ -87,6 +89,10 @@ def approximate(
     transpose: Flag = False,
     a_shape: Annotated[tuple[int, int] | None, option("M1 N1")] = None,
     rank: Annotated[int | None, option("R")] = None,
+    low_rank: Annotated[int | None, option("R")] = None,
+    parameters: Annotated[int | None, option("N")] = None,
+    left_weight: Annotated[Path | None, option("FILE")] = None,
+    right_weight: Annotated[Path | None, option("FILE")] = None,
     norm: Annotated[str, option("spectral|frobenius|schatten:P")] = "spectral",
     dtype: Annotated[
         Literal["float32", "float64"] | None, option("float32|float64")
@@ -108,6 +114,11 @@ def approximate(
         transpose: Transpose, after taking rows and columns.
         a_shape: Shape of the left factors: M1 divides the rows, N1 the columns.
         rank: Number of Kronecker products.
+        low_rank: Number of columns times rows to add to them, or to take alone.
+        parameters: Numbers that may be stored: what to mix is then searched for.
+        left_weight: A matrix file, symmetric positive semidefinite: weight of the rows,
+            of the gradients with respect to y = K x for example.
+        right_weight: Likewise of the columns: the second moment of x for example.
         norm: Norm of the error that is made small.
         dtype: Precision of the computation; follows the file by default.
         seed: Seed of the perturbed starts.
@@ -115,27 +126,42 @@ def approximate(
         out: Write the factors to this .safetensors file.
         as_json: Print one JSON object instead of the table.
     """
-    from kronjax import files, report
+    from kronjax import errors, files, output, report
 
     if out is not None:
-        files.check_output(out, ".safetensors", source=file)
+        output.check_output(out, ".safetensors", source=file)
     part: dict[str, Any] = {"rows": rows, "columns": columns, "transpose": transpose}
     source = files.read(file, tensor=tensor, **part)
-    configuration = _configuration(source, a_shape, rank)
-    approximation = kronjax.approximate(
-        source.matrix, configuration, norm=norm, dtype=dtype, starts=starts, seed=seed
-    )
-    baseline = report.svd_baseline(source.matrix, approximation.num_parameters)
-    asked = {"file": files.readable(file), "tensor": source.name, **part, "norm": norm}
+    weights = [one and files.read(one).matrix for one in (left_weight, right_weight)]
+    options: dict[str, Any] = {"norm": norm, "dtype": dtype}
+    options |= {"starts": starts, "seed": seed}
+    options |= dict(zip(("left_weight", "right_weight"), weights, strict=True))
+    found = None
+    if parameters is None:
+        configurations = _configurations(source, a_shape, rank, low_rank)
+        approximation = kronjax.approximate(source.matrix, configurations, **options)
+    else:
+        _refuse_contradictions(a_shape, rank, low_rank)
+        found = kronjax.search(source.matrix, parameters, **options)
+        approximation = dataclasses.replace(found.approximation, notes=found.notes)
+    whitened = source.matrix
+    if approximation.weighted is not None:
+        whitened = errors.whiten(source.matrix, *weights)
+    baseline = report.svd_baseline(whitened, approximation.num_parameters)
+    asked = {"file": output.readable(file), "tensor": source.name, **part, "norm": norm}
+    for name, one in (("left_weight", left_weight), ("right_weight", right_weight)):
+        asked[name] = one and output.readable(one)
     fields = {**asked, "seed": seed, **_fields(approximation, baseline)}
+    if found is not None:
+        fields["trials"] = report.plain(list(map(dataclasses.asdict, found.trials)))
     # Neither a full disk nor a closed pipe may lose what was computed.
     try:
-        _print_result(approximation, baseline, fields if as_json else None)
+        _print_result(approximation, baseline, fields if as_json else None, found)
     finally:
         if out is not None:
             _write_terms(out, approximation, fields)
     if out is not None and not as_json:
-        print(f"Factors written to {files.readable(out)}.")
+        print(f"Factors written to {output.readable(out)}.")
     return 0
 
 
@@ -152,9 +178,9 @@ def demo(
         matrices: Number of matrices.
         seed: Seed of the matrices.
     """
-    from kronjax import demo, files
+    from kronjax import demo, output
 
-    files.check_output(out, ".png")
+    output.check_output(out, ".png")
     demo.run(out, matrices, seed)
     return 0
 
@@ -182,25 +208,43 @@ def doctor(*, as_json: Json = False) -> int:
     return 0 if facts["self_check"] == "ok" else 1
 
 
-def _configuration(
-    source: "Source", a_shape: tuple[int, int] | None, rank: int | None
-) -> "kronjax.Configuration":
-    """Return what was asked for; a file of factors brings its own configuration."""
+def _configurations(
+    source: "Source",
+    a_shape: tuple[int, int] | None,
+    rank: int | None,
+    low_rank: int | None,
+) -> "list[kronjax.Configuration]":
+    """Return what was asked for; a file of factors brings its own configurations."""
     from kronjax.kronecker import divisors
 
     m, n = source.matrix.shape[-2:]
+    columns = [] if low_rank is None else [kronjax.Configuration((m, 1), low_rank)]
+    if a_shape is None and rank is None and columns:
+        return columns
     if a_shape is None and source.a_shape is not None:
         a_shape, rank = source.a_shape, source.rank if rank is None else rank
+        columns = columns or [kronjax.Configuration(*one) for one in source.rest]
     if a_shape is None:
         heights, widths = (", ".join(map(str, divisors(size))) for size in (m, n))
         raise ValueError(
             f"--a-shape M1 N1 is needed for a matrix of shape {(m, n)}: M1 divides "
-            f"{m} ({heights}), N1 divides {n} ({widths})"
+            f"{m} ({heights}), N1 divides {n} ({widths}); or --parameters N, to have "
+            "the shapes searched for"
         )
     if rank is None:
         most = kronjax.Configuration(a_shape, 1).max_rank((m, n))
         raise ValueError(f"--rank R is needed: from 1 to {most}, which is exact")
-    return kronjax.Configuration(a_shape, rank)
+    return [kronjax.Configuration(a_shape, rank), *columns]
+
+
+def _refuse_contradictions(*chosen: object) -> None:
+    names = "--a-shape", "--rank", "--low-rank"
+    given = [name for name, x in zip(names, chosen, strict=True) if x is not None]
+    if given:
+        raise ValueError(
+            "--parameters N chooses shapes and ranks: leave out "
+            f"{' and '.join(given)}, or leave out --parameters"
+        )
 
 
 def _fields(approximation: "Approximation", baseline: "Baseline") -> dict[str, Any]:
@@ -218,18 +262,27 @@ def _print_result(
     approximation: "Approximation",
     baseline: "Baseline",
     fields: dict[str, Any] | None,
+    found: "Search | None" = None,
 ) -> None:
-    """Print the fields as JSON, or a table and what it says where there are none."""
+    """Print the fields as JSON, or tables and what they say where there are none."""
     from kronjax import report
 
     if fields is not None:
         print(json.dumps(fields, allow_nan=False), flush=True)
         return
+    import numpy as np
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
+    if found is not None:
+        console.print(report.trials(found))
     console.print(report.comparison(approximation, baseline))
     lines = [report.verdict(approximation, baseline), report.effort(approximation)]
+    if approximation.weighted is not None:
+        relative = np.mean(approximation.relative.frobenius)
+        lines.append(
+            f"Without the weights the relative Frobenius error is {relative:.5g}."
+        )
     lines += [f"Note: {note}." for note in approximation.notes]
     console.print("\n".join(lines), soft_wrap=True)
 
@@ -242,15 +295,14 @@ def _write_terms(
 
     from kronjax import files
 
-    omitted = ("trace", "seconds", "compile_seconds")
+    omitted = ("trace", "trials", "seconds", "compile_seconds")
     metadata = {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in fields.items()
         if key not in omitted and value is not None
     }
-    terms = approximation.terms[0]
-    a, b = np.asarray(terms.a), np.asarray(terms.b)
-    files.write_terms(out, a, b, metadata)
+    (a, b), *rest = ((np.asarray(x.a), np.asarray(x.b)) for x in approximation.terms)
+    files.write_terms(out, a, b, metadata, rest)
 
 
 def _facts() -> dict[str, Any]:

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kronjax import descent, manifold, schatten, spectral
+from kronjax import descent, manifold, schatten, spectral, weighted
 from kronjax.descent import Status
 from kronjax.kronecker import Configuration, KroneckerTerms, rearrange, unrearrange
 from kronjax.lanes import after, in_turn
 from kronjax.manifold import Point
 from kronjax.problem import Problem, Stage
+from kronjax.weighted import Frame, Root
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +68,26 @@ class Solution:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Setting:
+    """A matrix and its weights, as the descent sees them.
+
+    Attributes:
+        target: `L^{1/2} T R^{1/2}`, `[m, n]`, of Frobenius norm one.
+        frames: For each configuration, the coordinates of its terms.
+        scale: What the terms found have to be multiplied by.
+        unit: What weighted errors have to be multiplied by.
+        finite: Whether all that was given is.
+    """
+
+    target: jax.Array
+    frames: tuple[Frame, ...]
+    scale: jax.Array
+    unit: jax.Array
+    finite: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Path:
     """Where a continuation stands.
 
@@ -96,12 +117,14 @@ def solve(
     configuration: Configuration | Sequence[Configuration],
     *,
     norm: float | str = "spectral",
+    left_weight: jax.Array | None = None,
+    right_weight: jax.Array | None = None,
     starts: int = 4,
     budget: int | None = None,
     tolerance: float | jax.Array = 1e-6,
     seed: int | jax.Array = 0,
 ) -> Solution:
-    """Minimise `‖T − Σ_k A_k ⊗ B_k‖` for one matrix; pure.
+    """Minimise `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for one matrix; pure.
 
     The Frobenius solution and `starts - 1` perturbations of it race through the first
     three stages, sharing what one of them may spend alone (but for at least four
@@ -112,6 +135,10 @@ def solve(
         matrix: `T`, `[m, n]`, float32 or float64.
         configuration: What to look for; of several, the sum of all.
         norm: "spectral" (or inf), "frobenius" (or 2), "schatten:P" (or P).
+        left_weight: `L`, `[m, m]`, symmetric positive semidefinite, of the dtype of
+            the matrix; the identity by default. Singular weights are made regular by
+            `weighted.RIDGE`; negative eigenvalues count as zero.
+        right_weight: `R`, `[n, n]`, likewise.
         starts: At least 1; 1 is the Frobenius solution alone, which can be a critical
             point for every p.
         budget: Products of the size of `EᵀE` per stage; by default
@@ -135,45 +162,73 @@ def solve(
             f"solve computes in float32 or float64; got {matrix.dtype}. Convert the "
             "matrix, or call kronjax.approximate, which does."
         )
-    problem = Problem.of(matrix.shape, configuration, norm, starts, budget)
-    path, first = start(problem, matrix)
+    weights = _checked_weights(matrix, left_weight, right_weight)
+    problem = Problem.of(
+        matrix.shape,
+        configuration,
+        norm,
+        starts,
+        budget,
+        weighted=tuple(weight is not None for weight in weights),
+    )
+    setting, path, first = start(problem, matrix, *weights)
     schedule = problem.schedule()
     if not schedule:
-        return finish(problem, matrix, path, gather(problem, path, first, first))
+        return finish(problem, setting, path, gather(problem, path, first, first))
     path, lines = jax.lax.scan(
-        lambda path, stage: advance(problem, matrix, path, stage, tolerance, seed),
+        lambda path, stage: advance(problem, setting, path, stage, tolerance, seed),
         path,
         jax.tree.map(lambda *x: jnp.array(x), *schedule),
     )
-    return finish(problem, matrix, path, gather(problem, path, first, lines))
+    return finish(problem, setting, path, gather(problem, path, first, lines))
 
 
-def start(problem: Problem, matrix) -> tuple[Path, Trace]:
-    """Return the path at p = 2, Van Loan's solution, and the line of the trace."""
-    target, scale, _ = _normalise(matrix)
-    error, points = target, []
-    for configuration in problem.configurations:
-        ambient = rearrange(error, configuration.a_shape)
-        points.append(manifold.nearest(ambient, configuration.rank))
-        error = target - sum(_matrices(problem, points))
+def start(
+    problem: Problem, matrix, left_weight=None, right_weight=None
+) -> tuple[Setting, Path, Trace]:
+    """Return the setting, the path at p = 2, and the line of the trace.
+
+    The path begins with Van Loan's solution, one configuration after the other; if
+    there are weights, with their nearest Kronecker-factored ones in their stead.
+    """
+    setting, inverses, plain = _set(problem, matrix, left_weight, right_weight)
+    # Decompositions in turn: those of the frames come first.
+    points, last = (
+        [],
+        sum(map(jnp.sum, jax.tree.leaves(inverses)), jnp.zeros_like(plain[0, 0])),
+    )
+    for configuration, frame, backs in zip(
+        problem.configurations, setting.frames, inverses, strict=True
+    ):
+        ambient = weighted.to_start(after(plain, last), *backs)
+        point = manifold.nearest(
+            rearrange(ambient, configuration.a_shape), configuration.rank
+        )
+        points.append(point)
+        right = jnp.matmul(point.core, point.b, precision="highest")
+        terms = _factors(problem, configuration, point.a, right)
+        plain, last = plain - frame.to_terms(terms).to_matrix(), point.a
     points = tuple(points)
+    error = setting.target - sum(_matrices(problem, setting, points))
     state = descent.init(points)
     zero = jnp.array(0)
     spectral_error = spectral.estimate_norm(error)
     line = Trace(
-        p=jnp.full((), 2, target.dtype),
-        value=jnp.linalg.norm(error) * scale,
-        spectral_error=spectral_error * scale,
+        p=jnp.full((), 2, error.dtype),
+        value=jnp.linalg.norm(error) * setting.unit,
+        spectral_error=spectral_error * setting.unit,
         steps=zero,
         gemms=zero,
     )
     path = Path(state, points, state, zero, zero, points, points, spectral_error)
-    return path, line
+    return setting, path, line
 
 
-def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed):
+def advance(
+    problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance, seed
+):
     """Return the path after one stage, and the line of the trace for it."""
-    target, scale, _ = _normalise(matrix)
+    target, unit = setting.target, setting.unit
     key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
     size = jnp.minimum(stage.begins, 1).astype(target.dtype)
     state = jax.lax.switch(
@@ -185,7 +240,7 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
         ],
     )
     products = schatten.num_products(stage.squarings)
-    objective = _objective(problem, target, stage.squarings)
+    objective = _objective(problem, setting, stage.squarings)
     previous = state.points
     rounding = 10 * float(jnp.finfo(target.dtype).eps)  # the norm of the target is one
     limits = descent.Limits(
@@ -194,12 +249,12 @@ def advance(problem: Problem, matrix, path: Path, stage: Stage, tolerance, seed)
         floor=rounding**2 / 2,
     )
     state = descent.minimize(objective, descent.restart(objective, state), limits)
-    spectral_error = _spectral_error(problem, target, state.points, 3)
+    spectral_error = _spectral_error(problem, setting, state.points, 3)
     better = spectral_error < path.best_error
     line = Trace(
         p=schatten.exponent(stage.squarings).astype(target.dtype),
-        value=jnp.sqrt(2 * state.value) * scale,
-        spectral_error=spectral_error * scale,
+        value=jnp.sqrt(2 * state.value) * unit,
+        spectral_error=spectral_error * unit,
         steps=state.steps,
         gemms=state.evaluations * products,
     )
@@ -245,25 +300,24 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
     return jax.tree.map(lambda *x: jnp.concatenate(x), first, won, rest)
 
 
-def finish(problem: Problem, matrix, path: Path, trace: Trace) -> Solution:
+def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:
     """Return the solution: for the spectral norm, the best stage or the limit."""
-    target, scale, finite = _normalise(matrix)
     points = path.state.points
     if problem.is_spectral:
         p, q = trace.p[-2:]
         limit = _extrapolate(path.previous, points, p / (q - p))
-        better = _spectral_error(problem, target, limit) < path.best_error
+        better = _spectral_error(problem, setting, limit) < path.best_error
         points = _select(better, limit, path.best)
-    error = _spectral_error(problem, target, points)
-    terms = _to_terms(problem, points, scale, error)
-    lost = jnp.where(finite, 1, jnp.nan).astype(target.dtype)
-    status = jnp.where(finite, path.state.status, Status.NONFINITE)
+    error = _spectral_error(problem, setting, points)
+    terms = _to_terms(problem, setting, points, error)
+    lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
+    status = jnp.where(setting.finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
-        status = jnp.where(finite, Status.CONVERGED, Status.NONFINITE)
+        status = jnp.where(setting.finite, Status.CONVERGED, Status.NONFINITE)
     return Solution(
         terms=terms,
-        spectral_error=error * scale * lost,
-        frobenius=_to_terms(problem, path.frobenius, scale, terms[-1].a),
+        spectral_error=error * setting.unit * lost,
+        frobenius=_to_terms(problem, setting, path.frobenius, terms[-1].a),
         trace=dataclasses.replace(
             trace,
             value=trace.value * lost,
@@ -271,6 +325,54 @@ def finish(problem: Problem, matrix, path: Path, trace: Trace) -> Solution:
         ),
         status=status,
     )
+
+
+def _checked_weights(matrix, left, right):
+    """Return the weights as arrays, or say what is wrong with their shapes."""
+    weights = []
+    for side, weight, size in zip(
+        ("left", "right"), (left, right), matrix.shape, strict=False
+    ):
+        if weight is not None:
+            weight = jnp.asarray(weight)
+            if weight.shape != (size, size) or weight.dtype != matrix.dtype:
+                raise ValueError(
+                    f"{side}_weight must be [{size}, {size}], {matrix.dtype}, for a "
+                    f"matrix of shape {matrix.shape}; got {weight.shape}, "
+                    f"{weight.dtype}."
+                )
+        weights.append(weight)
+    return weights
+
+
+def _set(problem, matrix, left_weight, right_weight):
+    """Return the setting, the inverses of its frames, and `T` to scale."""
+    plain, scale, finite = _normalise(matrix)
+    left, right = None, None
+    # What concerns the weights alone stays so: a batch may share them.
+    if right_weight is not None:
+        right = Root.of(_cleared(right_weight))
+    if left_weight is not None:
+        weight = _cleared(left_weight)
+        left = Root.of(weight if right is None else after(weight, right.factor))
+    unit = scale
+    for weight, root in ((left_weight, left), (right_weight, right)):
+        if weight is not None and root is not None:
+            finite &= jnp.isfinite(weight).all()
+            unit = unit * root.scale
+    frames, inverses = weighted.frames(
+        problem.shape, problem.configurations, left, right
+    )
+    whitened = weighted.whiten(jnp.where(finite, plain, 0), left, right)
+    norm = jnp.linalg.norm(whitened)
+    unweighted = left is None and right is None
+    norm = jnp.where((norm > 0) & ~jnp.array(unweighted), norm, 1)
+    setting = Setting(whitened / norm, frames, scale * norm, unit * norm, finite)
+    return setting, inverses, plain / norm
+
+
+def _cleared(weight):
+    return jnp.where(jnp.isfinite(weight).all(), weight, 0)
 
 
 def _normalise(matrix):
@@ -287,26 +389,32 @@ def _normalise(matrix):
     return unit, jnp.where(safe, scale, 1), finite
 
 
-def _matrices(problem, points):
-    """Return `[m, n]` for every point, lazily."""
-    for configuration, point in zip(problem.configurations, points, strict=False):
+def _matrices(problem, setting, points):
+    """Return what every point stands for in the weighted problem, `[m, n]`, lazily."""
+    for configuration, frame, point in zip(
+        problem.configurations, setting.frames, points, strict=True
+    ):
         shapes = configuration.a_shape, configuration.b_shape(problem.shape)
-        yield unrearrange(manifold.to_ambient(point), *shapes)
+        yield frame.forward(unrearrange(manifold.to_ambient(point), *shapes))
 
 
-def _objective(problem, target, squarings):
+def _objective(problem, setting, squarings):
     def objective(points):
-        error = target - sum(_matrices(problem, points))
-        value, gradient = schatten.value_and_gradient(error, squarings)
+        error = setting.target - sum(_matrices(problem, setting, points))
+        if problem.is_frobenius:  # known before any tracing: no Gram matrix
+            value, gradient = jnp.sum(error * error) / 2, error
+        else:
+            value, gradient = schatten.value_and_gradient(error, squarings)
         return value, tuple(
-            rearrange(-gradient, c.a_shape) for c in problem.configurations
+            rearrange(-frame.adjoint(gradient), c.a_shape)
+            for c, frame in zip(problem.configurations, setting.frames, strict=True)
         )
 
     return objective
 
 
-def _spectral_error(problem, target, points, restarts=12):
-    error = target - sum(_matrices(problem, points))
+def _spectral_error(problem, setting, points, restarts=12):
+    error = setting.target - sum(_matrices(problem, setting, points))
     return spectral.estimate_norm(error, restarts=restarts)
 
 
@@ -343,17 +451,24 @@ def _select(condition, x, y):
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
 
 
-def _to_terms(problem, points, scale, last):
+def _to_terms(problem, setting, points, last):
     """Return the factors of the Kronecker product SVD, sharing its values equally."""
     cores = tuple(after(point.core, last) for point in points)
     decomposed = in_turn(jnp.linalg.svd, cores)
     terms = []
-    for c, point, (u, s, vt) in zip(
-        problem.configurations, points, decomposed, strict=True
+    for configuration, frame, point, (u, s, vt) in zip(
+        problem.configurations, setting.frames, points, decomposed, strict=True
     ):
-        root = (jnp.sqrt(s) * jnp.sqrt(scale))[:, None]
+        root = (jnp.sqrt(s) * jnp.sqrt(setting.scale))[:, None]
         a = root * jnp.matmul(u.T, point.a, precision="highest")
         b = root * jnp.matmul(vt, point.b, precision="highest")
-        b_shape = c.b_shape(problem.shape)
-        terms.append(KroneckerTerms(a.reshape(-1, *c.a_shape), b.reshape(-1, *b_shape)))
+        terms.append(frame.to_terms(_factors(problem, configuration, a, b)))
     return tuple(terms)
+
+
+def _factors(problem, configuration, a, b):
+    """Return rows `[r, d1]` and `[r, d2]` as factors."""
+    b_shape = configuration.b_shape(problem.shape)
+    return KroneckerTerms(
+        a.reshape(-1, *configuration.a_shape), b.reshape(-1, *b_shape)
+    )

@@ -3,8 +3,7 @@
 `read` takes one matrix (or one stack of matrices) out of a `.npy`, `.npz` or
 `.safetensors` file. Of `.npy` and `.safetensors` only the selected rows and columns
 leave the disk. Nothing is ever unpickled. A file that `write_terms` made is read back
-as the matrix that its factors stand for. Every write goes to a temporary name in the
-same folder and is renamed when complete, so that an interruption leaves what was there.
+as the matrix that its factors stand for.
 
 >>> select("-2:", 8)
 slice(6, 8, None)
@@ -25,6 +24,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from kronjax import dense, output
 
 FORMAT = "kronjax"
 """Value of the metadata entry `format` in the files of `write_terms`."""
@@ -59,12 +60,14 @@ class Source:
         name: Name of the tensor, or None where the file has one nameless array.
         a_shape: `(m1, n1)` of the factors that the matrix was multiplied out from.
         rank: Number of their terms; both None for an ordinary matrix.
+        rest: `((m1, n1), rank)` of the other configurations of a heterogeneous sum.
     """
 
     matrix: np.ndarray
     name: str | None = None
     a_shape: tuple[int, int] | None = None
     rank: int | None = None
+    rest: tuple[tuple[tuple[int, int], int], ...] = ()
 
 
 def read(
@@ -110,7 +113,7 @@ def read(
     if transpose:
         array = array.swapaxes(-1, -2)
     if rows or columns or transpose:  # no longer what the factors stood for
-        source = dataclasses.replace(source, a_shape=None, rank=None)
+        source = dataclasses.replace(source, a_shape=None, rank=None, rest=())
     # A copy: the file may change or vanish while the solver works.
     native = array.dtype.newbyteorder("=")
     return dataclasses.replace(source, matrix=np.array(array, native, order="C"))
@@ -158,42 +161,12 @@ def select(text: str | None, size: int, axis: str = "rows") -> slice:
     return slice(start, stop)
 
 
-def check_output(path: Path, suffix: str, source: Path | None = None) -> None:
-    """Find out now whether `path` can be written later.
-
-    Args:
-        path: The file to come.
-        suffix: What its name must end in.
-        source: The input, which must not be overwritten.
-
-    Raises:
-        ValueError: If the suffix is wrong or `path` is the input.
-        OSError: If the folder is missing or nothing can be written there.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    if path.suffix != suffix:
-        raise ValueError(f"cannot write {path}: its name must end in {suffix}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no such folder")
-    if path.exists():
-        if source is not None and source.exists() and path.samefile(source):
-            raise ValueError(f"cannot write {path}: it is the input")
-        if not os.access(path, os.W_OK):
-            raise PermissionError(f"cannot write {path}: it is read-only")
-    # Access bits say little on network and read-only file systems; a trial does.
-    probe = _temporary_name(path)
-    try:
-        probe.touch(exist_ok=False)
-    except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        probe.unlink(missing_ok=True)
-
-
 def write_terms(
-    path: Path, a: np.ndarray, b: np.ndarray, metadata: Mapping[str, str]
+    path: Path,
+    a: np.ndarray,
+    b: np.ndarray,
+    metadata: Mapping[str, str],
+    rest: Sequence[tuple[np.ndarray, np.ndarray]] = (),
 ) -> None:
     """Write the factors of a Kronecker sum as safetensors, with metadata.
 
@@ -202,48 +175,14 @@ def write_terms(
         a: `[..., r, m1, n1]`.
         b: `[..., r, m2, n2]`.
         metadata: Strings about the factors.
+        rest: The factors of further configurations, written as `a1`, `b1`, `a2`, …
     """
-    tensors = {"a": np.ascontiguousarray(a), "b": np.ascontiguousarray(b)}
-    write(path, safetensors.numpy.save(tensors, {"format": FORMAT, **metadata}))
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all.
-
-    Args:
-        path: The file, replaced if it is there.
-        content: All of it.
-
-    Raises:
-        OSError: If it cannot be written; names the file.
-    """
-    path = Path(path)
-    temporary = _temporary_name(path)
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say by itself which file is meant
-        temporary.unlink(missing_ok=True)
-        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def readable(path: Path) -> str:
-    """Return the name of a file as text that any output takes.
-
-    Names are bytes to the system; Python turns those that are no UTF-8 into lone
-    surrogates, which neither a terminal nor the metadata of safetensors can encode.
-    """
-    return os.fsencode(path).decode(errors="replace")
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {"a": a, "b": b}
+    for number, pair in enumerate(rest, start=1):
+        tensors |= {f"{name}{number}": x for name, x in zip("ab", pair, strict=True)}
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    content = safetensors.numpy.save(tensors, {"format": FORMAT, **metadata})
+    output.write(path, content)
 
 
 def _open_npy(path: Path, tensor: str | None) -> Source:
@@ -334,13 +273,16 @@ def _multiply_out(path: Path, names: Sequence[str]) -> Source:
     if {"a", "b"} - set(names):
         raise ValueError(f"{path} says that it is a kronjax file but has no a and b")
     header, offset = _safetensors_header(path)
-    a, b = (_map_tensor(path, header, offset, name) for name in "ab")
-    if a.ndim < 3 or b.ndim != a.ndim or a.shape[:-2] != b.shape[:-2]:
-        raise ValueError(
-            f"{path}: factors of shapes {a.shape} and {b.shape} do not belong together"
-        )
-    batch, (rank, m1, n1), (m2, n2) = a.shape[:-3], a.shape[-3:], b.shape[-2:]
-    shape = *batch, m1 * m2, n1 * n2
+    count = len(names) // 2
+    pairs = [
+        [_map_tensor(path, header, offset, f"{x}{number or ''}") for x in "ab"]
+        for number in range(count)
+        if f"a{number or ''}" in names and f"b{number or ''}" in names
+    ]
+    shapes = {_multiplied_shape(path, *pair) for pair in pairs}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: the sums have different shapes: {sorted(shapes)}")
+    [shape] = shapes
     # Factors of 100000 by 1 and 1 by 100000 are small, and their product is 80 GB; of
     # which there are three in float64 at a time.
     needed, memory = 3 * 8 * math.prod(shape), _physical_memory()
@@ -349,12 +291,22 @@ def _multiply_out(path: Path, names: Sequence[str]) -> Source:
             f"{path} multiplies out to a matrix of shape {shape}: that takes "
             f"{needed / 1e9:,.0f} GB of memory, of {memory / 1e9:,.0f} GB in all"
         )
-    # As a product of rearranged factors, in float64 so that the rounding is one.
-    left = np.asarray(a, np.float64).reshape(*batch, rank, m1 * n1)
-    right = np.asarray(b, np.float64).reshape(*batch, rank, m2 * n2)
-    blocks = (left.swapaxes(-1, -2) @ right).reshape(*batch, m1, n1, m2, n2)
-    matrix = blocks.swapaxes(-3, -2).reshape(shape)
-    return Source(matrix.astype(a.dtype), None, (m1, n1), rank)
+    # In float64, so that the rounding is one.
+    matrix = sum(
+        dense.multiply_out(*(np.asarray(x, np.float64) for x in pair)) for pair in pairs
+    )
+    (a_shape, rank), *rest = ((a.shape[-2:], a.shape[-3]) for a, _ in pairs)
+    matrix = np.asarray(matrix).astype(pairs[0][0].dtype)
+    return Source(matrix, None, a_shape, rank, tuple(rest))
+
+
+def _multiplied_shape(path, a, b):
+    if a.ndim < 3 or b.ndim != a.ndim or a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(
+            f"{path}: factors of shapes {a.shape} and {b.shape} do not belong together"
+        )
+    (m1, n1), (m2, n2) = a.shape[-2:], b.shape[-2:]
+    return *a.shape[:-3], m1 * m2, n1 * n2
 
 
 def _physical_memory() -> int:

@@ -27,6 +27,8 @@ import operator
 import jax
 import jax.numpy as jnp
 
+from kronjax.dense import multiply_out
+
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
@@ -115,10 +117,8 @@ class KroneckerTerms:
 
     def to_matrix(self) -> jax.Array:
         """Multiply the sum out: `[..., m1 m2, n1 n2]`."""
-        blocks = jnp.einsum(
-            "...kij,...kpq->...ipjq", self.a, self.b, precision="highest"
-        )
-        return blocks.reshape(*blocks.shape[:-4], *self.shape)
+        with jax.default_matmul_precision("highest"):
+            return multiply_out(self.a, self.b)
 
 
 def divisors(number: int) -> list[int]:

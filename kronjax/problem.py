@@ -81,8 +81,12 @@ class Problem:
         norm: float | str = "spectral",
         starts: int = 4,
         budget: int | None = None,
+        weighted: tuple[bool, ...] = (False, False),
     ) -> "Problem":
-        """Check the arguments of `solve` and fill in what they leave open."""
+        """Check the arguments of `solve` and fill in what they leave open.
+
+        `weighted` says whether rows and columns have weights.
+        """
         if len(shape) != 2 or 0 in shape:
             raise ValueError(
                 f"solve takes one matrix [m, n] with entries; got shape "
@@ -98,26 +102,35 @@ class Problem:
                     "solve takes a Configuration((m1, n1), rank=r), or several; got "
                     f"{one!r}."
                 )
+        _refuse_duplicates(configuration, shape)
         for name, number in (("starts", starts), ("budget", budget)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}.")
         size = shape[0], shape[1]
         p = parse_norm(norm)
         last = schatten.MAX_SQUARINGS if p == math.inf else schatten.squarings_for(p)
-        # Only one configuration alone has a closed form at p = 2.
-        stages = SQUARINGS if len(configuration) == 1 else (-1, *SQUARINGS)
+        # Without a closed form p = 2 is a stage like any other.
+        closed = _has_closed_form(size, configuration, weighted)
+        stages = SQUARINGS if closed else (-1, *SQUARINGS)
+        stages = tuple(j for j in stages if j < last) + (last,) * (last >= stages[0])
+        # At p = 2 evaluations are cheap, and half-converged weighted fits are poor.
+        default = default_budget(size) * (2 if stages == (-1,) else 1)
         return cls(
             shape=size,
             configurations=tuple(
                 Configuration(c.a_shape, min(c.rank, c.max_rank(size)))
                 for c in configuration
             ),
-            squarings=tuple(j for j in stages if j < last)
-            + (last,) * (last >= stages[0]),
+            squarings=stages,
             is_spectral=p == math.inf,
             starts=starts,
-            budget=budget or default_budget(size),
+            budget=budget or default,
         )
+
+    @property
+    def is_frobenius(self) -> bool:
+        """Whether p = 2 is all there is."""
+        return set(self.squarings) <= {-1}
 
     @property
     def num_race_stages(self) -> int:
@@ -159,6 +172,33 @@ class Problem:
                 )
             )
         return stages
+
+
+def _refuse_duplicates(configurations, shape):
+    m, n = shape
+    # A column times a row is a row times a column, and so with a matrix and a number.
+    same = {(1, n): (m, 1), (m, n): (1, 1)}
+    seen = {}
+    for one in configurations:
+        key = same.get(one.a_shape, one.a_shape)
+        if key in seen:
+            raise ValueError(
+                f"{one} and {seen[key]} express the same sums: write one "
+                f"Configuration({one.a_shape}, rank={one.rank + seen[key].rank})."
+            )
+        seen[key] = one
+
+
+def _has_closed_form(shape, configurations, weighted):
+    """Whether the start is the solution for p = 2.
+
+    It is for one configuration alone, and under weights of a side only if it is low
+    rank there: one of its factors has a single row, or column.
+    """
+    first = configurations[0]
+    sides = zip(first.a_shape, first.b_shape(shape), weighted, strict=True)
+    low_rank = (m1 == 1 or m2 == 1 for m1, m2, weight in sides if weight)
+    return len(configurations) == 1 and all(low_rank)
 
 
 def parse_norm(norm: float | str) -> float:

@@ -23,6 +23,7 @@ from kronjax.descent import Status
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
+    from kronjax.budget import Search
 
 LARGE = 2048
 """Beyond this size singular values come from the Gram matrix, in half the time."""
@@ -94,14 +95,16 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
     """Return everything known about an approximation as plain Python values.
 
     Args:
-        approximation: Of one configuration, of one matrix or a batch.
-        baseline: Of the same matrices.
+        approximation: Of one matrix or a batch.
+        baseline: Of the same matrices; with weights, of the whitened ones.
 
     Returns:
         A dictionary that JSON can hold. Numbers that belong to a matrix are lists for
-        a batch; what is not finite is None.
+        a batch; what is not finite is None. `a_shape`, `b_shape` and `rank` are those
+        of the first configuration; the weighted errors are None without weights.
     """
     terms = approximation.terms[0]
+    weighted, ratio = approximation.weighted, approximation.weighted_relative
     error, van_loan = approximation.error, approximation.van_loan
     return plain(
         {
@@ -110,11 +113,23 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
             "a_shape": terms.a.shape[-2:],
             "b_shape": terms.b.shape[-2:],
             "rank": terms.a.shape[-3],
+            "configurations": [
+                {
+                    "a_shape": one.a.shape[-2:],
+                    "b_shape": one.b.shape[-2:],
+                    "rank": one.rank,
+                }
+                for one in approximation.terms
+            ],
             "num_parameters": approximation.num_parameters,
             "spectral_error": error.spectral,
             "frobenius_error": error.frobenius,
             "relative_spectral_error": approximation.relative.spectral,
             "relative_frobenius_error": approximation.relative.frobenius,
+            "weighted_spectral_error": weighted and weighted.spectral,
+            "weighted_frobenius_error": weighted and weighted.frobenius,
+            "relative_weighted_spectral_error": ratio and ratio.spectral,
+            "relative_weighted_frobenius_error": ratio and ratio.frobenius,
             "van_loan_spectral_error": van_loan.spectral,
             "van_loan_frobenius_error": van_loan.frobenius,
             "svd_rank": baseline.rank,
@@ -148,13 +163,19 @@ def plain(value: Any) -> Any:
 
 
 def comparison(approximation: "Approximation", baseline: Baseline) -> Table:
-    """Return the table kronjax / truncated SVD / Van Loan; means over a batch."""
+    """Return the table kronjax / truncated SVD / Van Loan; means over a batch.
+
+    With weights all errors are weighted, and the baseline must be.
+    """
     count = np.size(approximation.status)
-    error, van_loan = approximation.error, approximation.van_loan
+    error, van_loan = approximation.weighted, approximation.van_loan
+    kind = "weighted " if error is not None else ""
+    error = error if error is not None else approximation.error
     ours = approximation.num_parameters
     table = Table(caption=f"means over {count} matrices" if count > 1 else None)
     table.add_column("method", no_wrap=True)
-    for name in ("parameters", "spectral error", "relative", "Frobenius error"):
+    names = f"{kind}spectral error", "relative", f"{kind}Frobenius error"
+    for name in ("parameters", *names):
         table.add_column(name, justify="right")
     norm = np.where(baseline.spectral_norm > 0, baseline.spectral_norm, 1)
     for method, parameters, spectral, frobenius in (
@@ -177,7 +198,11 @@ def verdict(approximation: "Approximation", baseline: Baseline) -> str:
 
     Errors at the level of rounding are equally good.
     """
-    ours = np.ravel(approximation.error.spectral)
+    kind = "spectral error"
+    errors = approximation.weighted or approximation.error
+    if approximation.weighted is not None:
+        kind = "weighted spectral error"
+    ours = np.ravel(errors.spectral)
     peers = {
         "truncated SVD": np.ravel(baseline.spectral),
         "Van Loan": np.ravel(approximation.van_loan.spectral),
@@ -188,19 +213,44 @@ def verdict(approximation: "Approximation", baseline: Baseline) -> str:
     winner = min(means, key=lambda name: means[name])
     if means[winner] < mean - mean_slack:
         name, share = winner[0].upper() + winner[1:], _percent(means[winner], mean)
-        return f"{name} wins: its spectral error is {share} below that of kronjax."
+        return f"{name} wins: its {kind} is {share} below that of kronjax."
     parts = [
         f"{_percent(mean, theirs)} below {name}"
         if theirs > mean + mean_slack
         else f"equal to {name}"
         for name, theirs in means.items()
     ]
-    lines = [f"The spectral error of kronjax is {' and '.join(parts)}."]
+    lines = [f"The {kind} of kronjax is {' and '.join(parts)}."]
     for name, errors in peers.items():
         count = np.count_nonzero(errors < ours - slack)
         if count:  # then there are several
             lines.append(f"On {count} of {ours.size} matrices {name} wins.")
     return " ".join(lines)
+
+
+def trials(found: "Search") -> Table:
+    """Return the table of what a search tried, by rising error.
+
+    A star marks what nothing else beats in error, parameters and multiply-adds at once.
+    """
+    table = Table()
+    table.add_column("kind", no_wrap=True)
+    table.add_column("left factors, terms")
+    for name in ("parameters", "multiply-adds", "error", ""):
+        table.add_column(name, justify="right")
+    for trial in found.trials:
+        terms = (
+            f"{m}x{n}, {c.rank}" for c in trial.configurations for m, n in [c.a_shape]
+        )
+        table.add_row(
+            trial.kind,
+            "; ".join(terms),
+            f"{trial.num_parameters:,}",
+            f"{trial.multiply_adds:,}",
+            f"{trial.error:.5g}",
+            "*" if trial.is_efficient else "",
+        )
+    return table
 
 
 def effort(approximation: "Approximation") -> str:

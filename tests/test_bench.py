@@ -19,6 +19,7 @@ KEYS = {
     "distributions": {"targets", "regression", "cases", "starts"},
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
+    "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
 }
@@ -121,6 +122,15 @@ def check_gpt2_values(results):
     assert 0 < results["rate"]["fraction"] < 1.5
 
 
+def check_heterogeneous(results):
+    assert len(results["planted_sums"]) == 3
+    for row in results["spectral_random"] + results["spectral_structured"]:
+        assert row["below_best_alone"] >= 0
+    for row in results["planted_orders"]["one term"]:
+        assert row["ratio"] > 0.5
+    assert results["search_time"]["ratio"] > 0
+
+
 def check_scaling(results):
     assert [row["batch"] for row in results["batches"]] == [1, 2]
     assert all(x["seconds"] > 0 for x in results["compilations"])
@@ -140,6 +150,7 @@ CHECKS = {
     "distributions": check_distributions,
     "forward": check_forward,
     "gpt2_values": check_gpt2_values,
+    "heterogeneous": check_heterogeneous,
     "scaling": check_scaling,
     "smollm2": check_smollm2,
 }

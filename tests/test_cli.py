@@ -11,7 +11,7 @@ import safetensors.numpy
 from helpers import kronecker_sum_reference
 
 import kronjax
-from kronjax import cli, files
+from kronjax import cli, files, output
 
 SHAPE = ["--a-shape", "3", "4"]
 ASKED = [*SHAPE, "--rank", "2"]
@@ -336,11 +336,11 @@ def test_names_that_are_no_text_are_served(weights, run, tmp_path):
         pytest.skip("this file system takes only names that are text")
     code, printed, err = run("approximate", given, *FROBENIUS, "--out", out)
     assert (code, err) == (0, "")
-    assert f"Factors written to {files.readable(out)}." in printed
+    assert f"Factors written to {output.readable(out)}." in printed
     with safetensors.safe_open(out, framework="np") as file:
-        assert file.metadata()["file"] == files.readable(given)
+        assert file.metadata()["file"] == output.readable(given)
     code, printed, _ = run("approximate", given, *FROBENIUS, "--json")
-    assert json.loads(printed)["file"] == files.readable(given)
+    assert json.loads(printed)["file"] == output.readable(given)
 
 
 def test_an_interruption_leaves_the_old_output(weights, run, tmp_path, monkeypatch):
@@ -379,3 +379,51 @@ def test_doctor_checks_itself(run):
     assert code == 0
     assert "JAX_PLATFORMS" in out
     assert "self check" in out
+
+
+def test_a_mixture_is_written_and_read_again(weights, solve, tmp_path):
+    out = tmp_path / "mixed.safetensors"
+    asked = weights, "--tensor", "query", *ASKED, "--low-rank", "1", "--norm=frobenius"
+    found = solve(*asked, "--starts", "1", "--out", out)
+    ranks = [(one["a_shape"], one["rank"]) for one in found["configurations"]]
+    assert ranks == [([3, 4], 2), ([12, 1], 1)]
+    assert found["num_parameters"] == 72
+    error = random_matrix() - files.read(out).matrix
+    assert np.linalg.norm(error) == pytest.approx(found["frobenius_error"], rel=1e-5)
+    again = solve(out, "--norm=frobenius", "--starts", "1")
+    assert again["configurations"] == found["configurations"]
+    assert again["relative_frobenius_error"] < 1e-2
+    alone = solve(*asked[:3], "--low-rank", "2", "--norm=frobenius")
+    assert (alone["a_shape"], alone["rank"]) == ([12, 1], 2)
+
+
+def test_a_budget_is_searched_with_weights(weights, run, tmp_path):
+    moment = tmp_path / "moment.npy"
+    np.save(moment, np.diag(np.arange(1.0, 13)))
+    asked = weights, "--tensor", "query", "--parameters", 48, "--right-weight", moment
+    asked = "approximate", *asked, "--norm", "frobenius", "--starts", 1
+    code, out, err = run(*asked, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    kinds = {trial["kind"] for trial in found["trials"]}
+    assert {"low rank", "homogeneous", "heterogeneous"} <= kinds
+    assert found["num_parameters"] <= 48
+    assert found["weighted_frobenius_error"] == pytest.approx(
+        found["trials"][0]["error"]
+    )
+    assert found["weighted_frobenius_error"] <= found["svd_frobenius_error"] * 1.00001
+    code, out, _ = run(*asked)
+    assert code == 0
+    for word in ("heterogeneous", "multiply-adds", "weighted", "Without the weights"):
+        assert word in out
+
+
+def test_mistakes_in_weights_and_budgets_end_with_one_line(weights, fails, tmp_path):
+    chosen = weights, "--tensor", "query"
+    moment = tmp_path / "moment.npy"
+    np.save(moment, np.triu(np.ones((12, 12))))
+    weighted = *chosen, *ASKED, "--left-weight", moment
+    assert "left_weight is not symmetric" in fails(*weighted)
+    wanted = *chosen, "--parameters", "48", "--rank", "2"
+    assert "leave out --rank, or leave out --parameters" in fails(*wanted)
+    assert "smallest possible is 24" in fails(*chosen, "--parameters", "5")

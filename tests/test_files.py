@@ -9,7 +9,7 @@ import safetensors
 import safetensors.numpy
 from helpers import kronecker_sum_reference
 
-from kronjax import files
+from kronjax import files, output
 
 MATRIX = np.arange(48, dtype=np.float32).reshape(6, 8)
 OTHER = np.ones((4, 2), np.float32)
@@ -300,8 +300,8 @@ def test_factors_of_more_than_the_memory_are_not_multiplied_out(tmp_path, monkey
 
 
 def test_names_that_are_no_text_become_readable():
-    assert files.readable(files.Path("größe.npy")) == "größe.npy"
-    name = files.readable(files.Path(os.fsdecode(b"gr\xf6\xdfe.npy")))
+    assert output.readable(files.Path("größe.npy")) == "größe.npy"
+    name = output.readable(files.Path(os.fsdecode(b"gr\xf6\xdfe.npy")))
     assert name == "gr\ufffd\ufffde.npy"
 
 
@@ -315,27 +315,27 @@ def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", refuse)
     message = re.escape(f"cannot write {path}: No space left on device")
     with pytest.raises(OSError, match=message):
-        files.write(path, b"new")
+        output.write(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_output_that_cannot_be_written_is_found_out(tmp_path):
     good = tmp_path / "out.safetensors"
-    files.check_output(good, ".safetensors")
+    output.check_output(good, ".safetensors")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        files.check_output(tmp_path / "none" / good.name, ".safetensors")
+        output.check_output(tmp_path / "none" / good.name, ".safetensors")
     with pytest.raises(ValueError, match="must end in .safetensors"):
-        files.check_output(tmp_path / "out.npy", ".safetensors")
+        output.check_output(tmp_path / "out.npy", ".safetensors")
     good.touch()
-    files.check_output(good, ".safetensors")
+    output.check_output(good, ".safetensors")
     with pytest.raises(ValueError, match="it is the input"):
-        files.check_output(good, ".safetensors", source=tmp_path / "." / good.name)
+        output.check_output(good, ".safetensors", source=tmp_path / "." / good.name)
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
     with pytest.raises(IsADirectoryError, match="folder"):
-        files.check_output(folder, ".safetensors")
+        output.check_output(folder, ".safetensors")
 
 
 def test_a_folder_without_permission_is_found_out(tmp_path, monkeypatch):
@@ -347,7 +347,7 @@ def test_a_folder_without_permission_is_found_out(tmp_path, monkeypatch):
     with pytest.raises(
         PermissionError, match=re.escape(f"cannot write {path}: Permission denied")
     ):
-        files.check_output(path, ".safetensors")
+        output.check_output(path, ".safetensors")
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
@@ -363,3 +363,21 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, momen
         files.write_terms(path, np.ones((1, 2, 2)), np.ones((1, 2, 2)), {})
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_heterogeneous_sums_are_read_as_what_they_multiply_out_to(tmp_path):
+    path = tmp_path / "mixed.safetensors"
+    rng = np.random.default_rng(5)
+    pairs = [
+        (rng.normal(size=(r, *a)), rng.normal(size=(r, 6 // a[0], 8 // a[1])))
+        for r, a in ((3, (2, 4)), (2, (6, 1)), (1, (3, 2)))
+    ]
+    files.write_terms(path, *pairs[0], {}, pairs[1:])
+    source = files.read(path)
+    dense = sum(kronecker_sum_reference(*pair) for pair in pairs)
+    np.testing.assert_allclose(source.matrix, dense, rtol=1e-14, atol=1e-14)
+    assert (source.a_shape, source.rank) == ((2, 4), 3)
+    assert source.rest == (((6, 1), 2), ((3, 2), 1))
+    files.write_terms(path, *pairs[0], {}, [(np.ones((1, 2, 2)), np.ones((1, 2, 2)))])
+    with pytest.raises(ValueError, match="the sums have different shapes"):
+        files.read(path)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from kronjax import report
-from kronjax.approximation import Approximation, Errors
+from kronjax.approximation import Approximation
 from kronjax.continuation import Trace
+from kronjax.errors import Errors
 from kronjax.kronecker import KroneckerTerms
 
 

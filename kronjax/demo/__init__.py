@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import kronjax
-from kronjax import files, report
+from kronjax import output, report
 
 SIZE = 36
 FACTOR = 6
@@ -61,7 +61,7 @@ def run(out: Path, matrices: int = 50, seed: int = 0) -> list[Errors]:
             progress.update(task, completed=1)
     console = Console(highlight=False, markup=False)
     console.print(table(results))
-    files.write(out, figure(results))
+    output.write(out, figure(results))
     seconds = sum(errors.seconds for errors in results)
     compiling = sum(errors.compile_seconds for errors in results)
     console.print(

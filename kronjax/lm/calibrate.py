@@ -32,7 +32,7 @@ import numpy as np
 import safetensors.numpy
 from flax import nnx
 
-from kronjax import files, nn
+from kronjax import files, nn, output
 from kronjax.lm import attention, losses
 from kronjax.lm.architecture import LanguageModel, check_vocabulary
 from kronjax.lm.progress import bar
@@ -147,7 +147,7 @@ def save(moments: Moments, path: str | Path) -> None:
         "tokens_sha256": moments.tokens_sha256,
     }
     metadata = {"format": FORMAT, "facts": json.dumps(facts)}
-    files.write(Path(path), safetensors.numpy.save(tensors, metadata))
+    output.write(Path(path), safetensors.numpy.save(tensors, metadata))
 
 
 def load(path: str | Path) -> Moments:

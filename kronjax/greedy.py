@@ -1,0 +1,345 @@
+"""Which configurations to mix: chosen greedily, compared at equal parameters.
+
+`choose` adds term after term where the gain per parameter is largest. A term of the
+configuration `c` is worth `σ_1²(R_c(E))`, the fall of `‖E‖_F²`; with weights, that of
+the matrix in the coordinates of `weighted`. After every block of choices all terms are
+refined together, and at the end the terms that no longer pay are exchanged. `search`
+solves what was chosen, in the norm that was asked for, beside low rank and the best
+homogeneous sums, which are therefore never better. Without a budget an information
+criterion decides how many terms there are,
+
+    m n log(‖E‖_F² / (m n)) + q Σ_c r_c (d1 + d2 − r_c),    q = log(m n)
+
+References: Cai, Chen and Xiao (2019), for the criterion; (2023), for greedy sums.
+
+>>> [c.a_shape for c in candidates((4, 4))]
+[(4, 1), (1, 2), (2, 1), (2, 2), (2, 4), (4, 2)]
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from kronjax.dense import multiply_out
+from kronjax.kronecker import Configuration, divisors
+from kronjax.weighted import RIDGE
+
+BLOCKS = 16
+"""Blocks of choices in which a budget is spent, at most."""
+
+POWERS = (1.0, 0.5, 0.0)
+"""Gains are divided by these powers of their price; the best sum is taken."""
+
+THOROUGH = 5000
+"""Matrices of so many entries are tried again without each configuration chosen."""
+
+SPREAD = 3.0
+"""Terms of more than so many times the fewest parameters are not considered."""
+
+
+def candidates(
+    shape: tuple[int, int], spread: float | None = None
+) -> list[Configuration]:
+    """Return all configurations for a matrix of `shape`, low rank first.
+
+    Of those that express the same sums there is one: `(1, n)` is low rank as well. The
+    trivial ones, a matrix times a number, are left out.
+
+    Args:
+        shape: `(m, n)`.
+        spread: Leave out configurations whose terms have more than `spread` times the
+            parameters of the smallest; low rank stays.
+
+    Returns:
+        Configurations of rank one.
+    """
+    m, n = shape
+    trivial = {(1, 1), (m, n), (1, n)}
+    shapes = [(m1, n1) for m1 in divisors(m) for n1 in divisors(n)]
+    found = [Configuration(a, 1) for a in shapes if a not in trivial or a == (m, 1)]
+    found.sort(key=lambda c: (c.a_shape != (m, 1), c.a_shape[0] * c.a_shape[1]))
+    least = min(c.num_parameters(shape) for c in found)
+    limit = math.inf if spread is None else spread * least
+    return [c for c in found[:1]] + [
+        c for c in found[1:] if c.num_parameters(shape) <= limit
+    ]
+
+
+def choose(
+    matrix: np.ndarray,
+    parameters: int | None,
+    among: Sequence[Configuration],
+    left_weight: np.ndarray | None = None,
+    right_weight: np.ndarray | None = None,
+) -> tuple[Configuration, ...]:
+    """Choose configurations and their ranks for a matrix, term after term.
+
+    Args:
+        matrix: `[m, n]`, float32 or float64.
+        parameters: Numbers that may be stored, enough for one term; None leaves the
+            number of terms to the information criterion.
+        among: Candidates, as from `candidates`.
+        left_weight: `[m, m]`, of the rows, or None.
+        right_weight: `[n, n]`, of the columns, or None.
+
+    Returns:
+        Configurations, the one with the most parameters first. Deterministic. With a
+        criterion there may be none, if not even one term pays.
+    """
+    shape = matrix.shape
+    scale = np.max(np.abs(matrix))
+    empty = _State.of(
+        matrix / (scale if scale > 0 else 1), among, left_weight, right_weight
+    )
+    empty = dataclasses.replace(empty, is_informed=parameters is None)
+    block = 1
+    if parameters is not None:
+        cheapest = min(c.num_parameters(shape) for c in among)
+        block = max(1, parameters // cheapest // BLOCKS)
+    power, best = min(
+        ((power, _run(empty, parameters, block, power)) for power in POWERS),
+        key=lambda pair: pair[1].cost(),
+    )
+    if matrix.size <= THOROUGH:  # a wrong choice early on is never quite mended
+        for a_shape in list(best.held):
+            rest = tuple(c for c in among if c.a_shape != a_shape)
+            if any(
+                parameters is None or c.num_parameters(shape) <= parameters
+                for c in rest
+            ):
+                trial = dataclasses.replace(empty, among=rest)
+                trial = _run(trial, parameters, block, power)
+                best = min(best, trial, key=_State.cost)
+    found = [Configuration(a, len(pair[0])) for a, pair in best.held.items()]
+    return tuple(sorted(found, key=lambda c: (-c.num_parameters(shape), c.a_shape)))
+
+
+def tails(
+    matrix: np.ndarray,
+    configurations: Sequence[Configuration],
+    left_weight: np.ndarray | None = None,
+    right_weight: np.ndarray | None = None,
+) -> list[float]:
+    """Return `‖·‖_F²` of what each configuration alone leaves, over that of the matrix.
+
+    With weights, in the coordinates of `weighted`, and therefore about.
+
+    Args:
+        matrix: `[m, n]`.
+        configurations: With their ranks.
+        left_weight: `[m, m]`, or None.
+        right_weight: `[n, n]`, or None.
+    """
+    state = _State.of(matrix, configurations, left_weight, right_weight)
+    results = []
+    for c in configurations:
+        x = state.rearranged(c)
+        s = _leading(x, c.rank)[1]
+        results.append(1 - float(np.sum(s**2) / max(np.sum(x**2), 1e-300)))
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Terms held so far, `{a_shape: (a [r, d1], b [r, d2])}`, and what they leave."""
+
+    residual: np.ndarray
+    among: tuple[Configuration, ...]
+    roots: dict
+    held: dict
+    is_informed: bool = False
+
+    @classmethod
+    def of(cls, matrix, among, left_weight, right_weight):
+        roots = {}
+        if left_weight is not None or right_weight is not None:
+            weights = left_weight, right_weight
+            for c in among:
+                pairs = zip(weights, c.a_shape, c.b_shape(matrix.shape), strict=True)
+                roots[c.a_shape] = [_factored_root(*each) for each in pairs]
+        return cls(matrix, tuple(among), roots, {})
+
+    def rearranged(self, configuration):
+        """Return `R_c(E)` in the coordinates of the configuration, `[d1, d2]`."""
+        x = self.residual
+        left, right = self.roots.get(configuration.a_shape, (None, None))
+        if left is not None:
+            x = _times(x.T, left).T
+        if right is not None:
+            x = _times(x, right)
+        return rearrange(x, configuration.a_shape)
+
+    def to_matrix(self, a_shape, a, b):
+        """Multiply terms out that are in the coordinates of a configuration."""
+        m, n = self.residual.shape
+        b_shape = m // a_shape[0], n // a_shape[1]
+        x = multiply_out(a.reshape(-1, *a_shape), b.reshape(-1, *b_shape))
+        left, right = self.roots.get(a_shape, (None, None))
+        if left is not None:
+            x = _times(x.T, tuple(map(np.linalg.inv, left))).T
+        return x if right is None else _times(x, tuple(map(np.linalg.inv, right)))
+
+    def num_parameters(self):
+        """Numbers stored for all terms."""
+        return sum(a.size + b.size for a, b in self.held.values())
+
+    def cost(self):
+        """What is to be made small: the residual, or the information criterion."""
+        size = self.residual.size
+        square = float(np.sum(np.square(self.residual, dtype=np.float64)))
+        if not self.is_informed:
+            return square
+        freedom = sum(a.size + b.size - len(a) ** 2 for a, b in self.held.values())
+        rounding = float(np.finfo(self.residual.dtype).eps) ** 2
+        return size * math.log(square / size + rounding) + math.log(size) * freedom
+
+
+def _run(state, parameters, block, power):
+    """Grow a sum and exchange its terms that pay least, while that is of use."""
+    state = _grow(state, parameters, block, power)
+    for _ in range(2 * BLOCKS):
+        trial = _grow(_drop(state, block), parameters, block, power)
+        if not trial.cost() < state.cost() - 1e-6 * abs(state.cost()):
+            break
+        state = trial
+    return state
+
+
+def _grow(state, parameters, block, power):
+    """Return the state with as many terms as the budget, or the criterion, allows.
+
+    The criterion may rise before it falls: its minimum on the way is taken.
+    """
+    shape = state.residual.shape
+    limit = state.residual.size // 2 if parameters is None else parameters
+    best = state
+    while True:
+        offers = []
+        left = limit - state.num_parameters()
+        for c in state.among:
+            price = c.num_parameters(shape)
+            room = c.max_rank(shape) - len(state.held.get(c.a_shape, ((), ()))[0])
+            count = min(block, room, left // price)
+            if count > 0:
+                u, s, vt = _leading(state.rearranged(c), count)
+                offers.append((s**2 / price**power, c, u * s, vt))
+        if not offers:
+            return best
+        (gains, c, a, b), *others = sorted(offers, key=lambda x: -x[0][0])
+        # As many of its terms as are worth more than the best of another kind.
+        rival = others[0][0][0] if others else 0
+        count = max(1, int(np.sum(gains > rival)))
+        state = _refine(_add(state, c, a[:, :count].T, b[:count]))
+        if parameters is not None or state.cost() < best.cost():
+            best = state
+
+
+def _add(state, configuration, a, b):
+    shape = configuration.a_shape
+    old = state.held.get(shape)
+    pair = (a, b)
+    if old is not None:
+        pair = np.concatenate([old[0], a]), np.concatenate([old[1], b])
+    residual = state.residual - state.to_matrix(shape, a, b)
+    return dataclasses.replace(
+        state, held={**state.held, shape: pair}, residual=residual
+    )
+
+
+def _drop(state, count):
+    """Return the state without the terms that pay least per parameter."""
+    worst = None
+    for shape, (a, b) in state.held.items():
+        gain = np.sum(b[-1] ** 2) * np.sum(a[-1] ** 2) / (a[0].size + b[0].size)
+        if worst is None or gain < worst[0]:
+            worst = gain, shape
+    if worst is None:
+        return state
+    a, b = state.held[worst[1]]
+    keep = max(len(a) - count, 0)
+    held = {shape: pair for shape, pair in state.held.items() if shape != worst[1]}
+    if keep:
+        held[worst[1]] = a[:keep], b[:keep]
+    residual = state.residual + state.to_matrix(worst[1], a[keep:], b[keep:])
+    return _refine(dataclasses.replace(state, held=held, residual=residual))
+
+
+def _refine(state, sweeps=30):
+    """Fit all terms together: each configuration in turn, by a subspace iteration.
+
+    Not under weights, where its coordinates are not those of the error.
+    """
+    if state.roots or not state.held:
+        return state
+    residual, held = state.residual, dict(state.held)
+    before = np.sum(residual**2)
+    for _ in range(sweeps if len(held) > 1 else 1):
+        for shape, (a, b) in held.items():
+            x = rearrange(residual, shape) + a.T @ b
+            q = np.linalg.qr(x @ b.T)[0]
+            u, s, vt = np.linalg.svd(q.T @ x, full_matrices=False)
+            a, b = ((q @ u) * s).T, vt
+            held[shape] = a, b
+            residual = unrearrange(x - a.T @ b, shape, residual.shape)
+        after = np.sum(residual**2)
+        if after > before * (1 - 1e-4):
+            break
+        before = after
+    return dataclasses.replace(state, residual=residual, held=held)
+
+
+def _leading(x, count):
+    """Return the `count` leading singular triplets of `[d1, d2]`."""
+    width = count + 8
+    if 3 * width > min(x.shape) or min(x.shape) <= 64:
+        u, s, vt = np.linalg.svd(x, full_matrices=False)
+        return u[:, :count], s[:count], vt[:count]
+    rng = np.random.default_rng(0)
+    q = x @ rng.standard_normal((x.shape[1], width)).astype(x.dtype)
+    for _ in range(3):
+        q = np.linalg.qr(q)[0]
+        q = x @ (x.T @ q)
+    q = np.linalg.qr(q)[0]
+    u, s, vt = np.linalg.svd(q.T @ x, full_matrices=False)
+    return q @ u[:, :count], s[:count], vt[:count]
+
+
+def _factored_root(weight, n1, n2):
+    """Return `F1`, `F2` of a weight `≈ (F1 F1ᵀ) ⊗ (F2 F2ᵀ)`, by partial traces."""
+    if weight is None:
+        return None
+    n = n1 * n2
+    mean = np.trace(weight) / n
+    gram = weight / mean + RIDGE * np.eye(n, dtype=weight.dtype)
+    blocks = gram.reshape(n1, n2, n1, n2)
+    first = np.einsum("iaja->ij", blocks) / n2
+    second = np.einsum("iaib->ab", blocks) / n1
+    return _root(first), _root(second)
+
+
+def _root(gram):
+    values, vectors = np.linalg.eigh(gram)
+    return vectors * np.sqrt(np.maximum(values, RIDGE))
+
+
+def _times(x, pair):
+    """Return `X (P ⊗ Q)`."""
+    first, second = pair
+    half = (x.reshape(-1, len(second)) @ second).reshape(-1, len(first), len(second))
+    return np.einsum("mia,ij->mja", half, first, optimize=True).reshape(x.shape)
+
+
+def rearrange(x: np.ndarray, a_shape: tuple[int, int]) -> np.ndarray:
+    """Return `kronecker.rearrange` of a NumPy matrix `[m, n]`, on the host."""
+    (m, n), (m1, n1) = x.shape, a_shape
+    return x.reshape(m1, m // m1, n1, n // n1).swapaxes(1, 2).reshape(m1 * n1, -1)
+
+
+def unrearrange(
+    x: np.ndarray, a_shape: tuple[int, int], shape: tuple[int, int]
+) -> np.ndarray:
+    """Invert `rearrange` for a matrix of `shape`."""
+    (m, n), (m1, n1) = shape, a_shape
+    return x.reshape(m1, n1, m // m1, n // n1).swapaxes(1, 2).reshape(m, n)
