@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kronjax import continuation, inputs
-from kronjax.continuation import Setting, Trace
+from kronjax.continuation import Trace
 from kronjax.dense import multiply_out
 from kronjax.errors import Errors, measure
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.problem import Problem, Stage
+from kronjax.setting import Setting
 
 
 @dataclasses.dataclass(frozen=True)

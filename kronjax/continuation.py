@@ -17,11 +17,11 @@ import jax.numpy as jnp
 
 from kronjax import descent, manifold, schatten, spectral, weighted
 from kronjax.descent import Status
-from kronjax.kronecker import Configuration, KroneckerTerms, rearrange, unrearrange
+from kronjax.kronecker import Configuration, KroneckerTerms, rearrange
 from kronjax.lanes import after, in_turn
 from kronjax.manifold import Point
 from kronjax.problem import Problem, Stage
-from kronjax.weighted import Frame, Root
+from kronjax.setting import Setting, check_weights, factors, matrices, prepare
 
 
 @jax.tree_util.register_dataclass
@@ -64,26 +64,6 @@ class Solution:
     frobenius: tuple[KroneckerTerms, ...]
     trace: Trace
     status: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A matrix and its weights, as the descent sees them.
-
-    Attributes:
-        target: `L^{1/2} T R^{1/2}`, `[m, n]`, of Frobenius norm one.
-        frames: For each configuration, the coordinates of its terms.
-        scale: What the terms found have to be multiplied by.
-        unit: What weighted errors have to be multiplied by.
-        finite: Whether all that was given is.
-    """
-
-    target: jax.Array
-    frames: tuple[Frame, ...]
-    scale: jax.Array
-    unit: jax.Array
-    finite: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -162,7 +142,7 @@ def solve(
             f"solve computes in float32 or float64; got {matrix.dtype}. Convert the "
             "matrix, or call kronjax.approximate, which does."
         )
-    weights = _checked_weights(matrix, left_weight, right_weight)
+    weights = check_weights(matrix, left_weight, right_weight)
     problem = Problem.of(
         matrix.shape,
         configuration,
@@ -191,7 +171,7 @@ def start(
     The path begins with Van Loan's solution, one configuration after the other; if
     there are weights, with their nearest Kronecker-factored ones in their stead.
     """
-    setting, inverses, plain = _set(problem, matrix, left_weight, right_weight)
+    setting, inverses, plain = prepare(problem, matrix, left_weight, right_weight)
     # Decompositions in turn: those of the frames come first.
     points, last = (
         [],
@@ -206,10 +186,10 @@ def start(
         )
         points.append(point)
         right = jnp.matmul(point.core, point.b, precision="highest")
-        terms = _factors(problem, configuration, point.a, right)
+        terms = factors(problem, configuration, point.a, right)
         plain, last = plain - frame.to_terms(terms).to_matrix(), point.a
     points = tuple(points)
-    error = setting.target - sum(_matrices(problem, setting, points))
+    error = setting.target - sum(matrices(problem, setting, points))
     state = descent.init(points)
     zero = jnp.array(0)
     spectral_error = spectral.estimate_norm(error)
@@ -327,80 +307,9 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     )
 
 
-def _checked_weights(matrix, left, right):
-    """Return the weights as arrays, or say what is wrong with their shapes."""
-    weights = []
-    for side, weight, size in zip(
-        ("left", "right"), (left, right), matrix.shape, strict=False
-    ):
-        if weight is not None:
-            weight = jnp.asarray(weight)
-            if weight.shape != (size, size) or weight.dtype != matrix.dtype:
-                raise ValueError(
-                    f"{side}_weight must be [{size}, {size}], {matrix.dtype}, for a "
-                    f"matrix of shape {matrix.shape}; got {weight.shape}, "
-                    f"{weight.dtype}."
-                )
-        weights.append(weight)
-    return weights
-
-
-def _set(problem, matrix, left_weight, right_weight):
-    """Return the setting, the inverses of its frames, and `T` to scale."""
-    plain, scale, finite = _normalise(matrix)
-    left, right = None, None
-    # What concerns the weights alone stays so: a batch may share them.
-    if right_weight is not None:
-        right = Root.of(_cleared(right_weight))
-    if left_weight is not None:
-        weight = _cleared(left_weight)
-        left = Root.of(weight if right is None else after(weight, right.factor))
-    unit = scale
-    for weight, root in ((left_weight, left), (right_weight, right)):
-        if weight is not None and root is not None:
-            finite &= jnp.isfinite(weight).all()
-            unit = unit * root.scale
-    frames, inverses = weighted.frames(
-        problem.shape, problem.configurations, left, right
-    )
-    whitened = weighted.whiten(jnp.where(finite, plain, 0), left, right)
-    norm = jnp.linalg.norm(whitened)
-    unweighted = left is None and right is None
-    norm = jnp.where((norm > 0) & ~jnp.array(unweighted), norm, 1)
-    setting = Setting(whitened / norm, frames, scale * norm, unit * norm, finite)
-    return setting, inverses, plain / norm
-
-
-def _cleared(weight):
-    return jnp.where(jnp.isfinite(weight).all(), weight, 0)
-
-
-def _normalise(matrix):
-    """Return `T` of Frobenius norm one, that norm, and whether all of it is finite."""
-    largest = jnp.max(jnp.abs(matrix))
-    # The reciprocal of 1e38 has no float32 digits: come closer to one, exactly, first.
-    shift = jnp.where(largest > 1, 2.0**-8, 2.0**8).astype(matrix.dtype)
-    ratios = matrix * shift / jnp.where(largest > 0, largest * shift, 1)
-    norm = jnp.linalg.norm(ratios)
-    scale = largest * norm
-    finite = jnp.isfinite(scale)
-    safe = finite & (scale > 0)
-    unit = jnp.where(safe, ratios, 0) / jnp.where(safe, norm, 1)
-    return unit, jnp.where(safe, scale, 1), finite
-
-
-def _matrices(problem, setting, points):
-    """Return what every point stands for in the weighted problem, `[m, n]`, lazily."""
-    for configuration, frame, point in zip(
-        problem.configurations, setting.frames, points, strict=True
-    ):
-        shapes = configuration.a_shape, configuration.b_shape(problem.shape)
-        yield frame.forward(unrearrange(manifold.to_ambient(point), *shapes))
-
-
 def _objective(problem, setting, squarings):
     def objective(points):
-        error = setting.target - sum(_matrices(problem, setting, points))
+        error = setting.target - sum(matrices(problem, setting, points))
         if problem.is_frobenius:  # known before any tracing: no Gram matrix
             value, gradient = jnp.sum(error * error) / 2, error
         else:
@@ -414,7 +323,7 @@ def _objective(problem, setting, squarings):
 
 
 def _spectral_error(problem, setting, points, restarts=12):
-    error = setting.target - sum(_matrices(problem, setting, points))
+    error = setting.target - sum(matrices(problem, setting, points))
     return spectral.estimate_norm(error, restarts=restarts)
 
 
@@ -462,13 +371,5 @@ def _to_terms(problem, setting, points, last):
         root = (jnp.sqrt(s) * jnp.sqrt(setting.scale))[:, None]
         a = root * jnp.matmul(u.T, point.a, precision="highest")
         b = root * jnp.matmul(vt, point.b, precision="highest")
-        terms.append(frame.to_terms(_factors(problem, configuration, a, b)))
+        terms.append(frame.to_terms(factors(problem, configuration, a, b)))
     return tuple(terms)
-
-
-def _factors(problem, configuration, a, b):
-    """Return rows `[r, d1]` and `[r, d2]` as factors."""
-    b_shape = configuration.b_shape(problem.shape)
-    return KroneckerTerms(
-        a.reshape(-1, *configuration.a_shape), b.reshape(-1, *b_shape)
-    )

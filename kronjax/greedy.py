@@ -33,7 +33,10 @@ POWERS = (1.0, 0.5, 0.0)
 """Gains are divided by these powers of their price; the best sum is taken."""
 
 THOROUGH = 5000
-"""Matrices of so many entries are tried again without each configuration chosen."""
+"""Up to so many entries all powers are tried, and all but each chosen configuration."""
+
+NARROW = 8
+"""Candidates that are kept for larger matrices: those whose first terms are best."""
 
 SPREAD = 3.0
 """Terms of more than so many times the fewest parameters are not considered."""
@@ -98,22 +101,21 @@ def choose(
     if parameters is not None:
         cheapest = min(c.num_parameters(shape) for c in among)
         block = max(1, parameters // cheapest // BLOCKS)
+    if matrix.size > THOROUGH:
+        best = _run(_narrowed(empty), parameters, block, 1.0, exchanges=2)
+        return _sorted(best)
     power, best = min(
         ((power, _run(empty, parameters, block, power)) for power in POWERS),
         key=lambda pair: pair[1].cost(),
     )
-    if matrix.size <= THOROUGH:  # a wrong choice early on is never quite mended
-        for a_shape in list(best.held):
-            rest = tuple(c for c in among if c.a_shape != a_shape)
-            if any(
-                parameters is None or c.num_parameters(shape) <= parameters
-                for c in rest
-            ):
-                trial = dataclasses.replace(empty, among=rest)
-                trial = _run(trial, parameters, block, power)
-                best = min(best, trial, key=_State.cost)
-    found = [Configuration(a, len(pair[0])) for a, pair in best.held.items()]
-    return tuple(sorted(found, key=lambda c: (-c.num_parameters(shape), c.a_shape)))
+    # A wrong choice early on is never quite mended.
+    for a_shape in list(best.held):
+        rest = tuple(c for c in among if c.a_shape != a_shape)
+        if any(c.num_parameters(shape) <= (parameters or math.inf) for c in rest):
+            trial = dataclasses.replace(empty, among=rest)
+            trial = _run(trial, parameters, block, power)
+            best = min(best, trial, key=_State.cost)
+    return _sorted(best)
 
 
 def tails(
@@ -196,10 +198,29 @@ class _State:
         return size * math.log(square / size + rounding) + math.log(size) * freedom
 
 
-def _run(state, parameters, block, power):
+def _sorted(state):
+    shape = state.residual.shape
+    found = [Configuration(a, len(pair[0])) for a, pair in state.held.items()]
+    return tuple(sorted(found, key=lambda c: (-c.num_parameters(shape), c.a_shape)))
+
+
+def _narrowed(state):
+    """Return the state with the candidates whose first terms are worth most."""
+    shape = state.residual.shape
+
+    def worth(c):
+        s = _leading(state.rearranged(c), 1)[1]
+        return -(float(s[0]) ** 2) / c.num_parameters(shape)
+
+    first, *others = state.among
+    among = (first, *sorted(others, key=worth)[: NARROW - 1])
+    return dataclasses.replace(state, among=among)
+
+
+def _run(state, parameters, block, power, exchanges=2 * BLOCKS):
     """Grow a sum and exchange its terms that pay least, while that is of use."""
     state = _grow(state, parameters, block, power)
-    for _ in range(2 * BLOCKS):
+    for _ in range(exchanges):
         trial = _grow(_drop(state, block), parameters, block, power)
         if not trial.cost() < state.cost() - 1e-6 * abs(state.cost()):
             break
@@ -275,6 +296,8 @@ def _refine(state, sweeps=30):
         return state
     residual, held = state.residual, dict(state.held)
     before = np.sum(residual**2)
+    if residual.size > THOROUGH:
+        sweeps = 3
     for _ in range(sweeps if len(held) > 1 else 1):
         for shape, (a, b) in held.items():
             x = rearrange(residual, shape) + a.T @ b

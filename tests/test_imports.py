@@ -24,6 +24,7 @@ ORDER = [
     "schatten",
     "descent",
     "problem",
+    "setting",
     "continuation",
     "newton",
     "certificate",
