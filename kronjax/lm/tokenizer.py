@@ -4,8 +4,8 @@ A `Tokenizer` is the content of those files: it travels with its model and is wr
 back byte for byte. The work is done by the library `tokenizers`, from `tokenizer.json`
 or, in older folders, from `vocab.json` and `merges.txt`.
 
->>> sorted(FILES)[:3]
-['added_tokens.json', 'chat_template.jinja', 'merges.txt']
+>>> sorted(FILES)[:2]
+['added_tokens.json', 'chat_template.jinja']
 """
 
 import dataclasses
