@@ -14,6 +14,7 @@ is never worse than they are.
 
 import dataclasses
 import math
+import operator
 import time
 from typing import Any
 
@@ -92,8 +93,8 @@ def search(
             `approximate`.
 
     Returns:
-        `Search`. A budget of the dense matrix or more returns that, exactly, as a
-        matrix times the number one, and says so in the notes.
+        `Search`. A budget of the dense matrix or more returns that, to rounding, as a
+        matrix times a number (one parameter more), and says so in the notes.
 
     Raises:
         ValueError: If the budget is below one term (says the smallest possible), or as
@@ -141,15 +142,21 @@ def _checked_budget(parameters: Any, shape) -> int | None:
     if parameters is None:
         return None
     least = min((c.num_parameters(shape), c.a_shape) for c in greedy.candidates(shape))
-    if isinstance(parameters, bool) or parameters != int(parameters):
+    whole = isinstance(parameters, float) and parameters.is_integer()
+    try:
+        number: Any = int(parameters) if whole else parameters
+        count = operator.index(number)
+    except TypeError:
+        count = None
+    if count is None or isinstance(parameters, bool):
         raise ValueError(f"parameters must be a whole number; got {parameters!r}.")
-    if parameters < least[0]:
+    if count < min(least[0], math.prod(shape)):
         raise ValueError(
             f"parameters={parameters} is less than one term of a matrix of shape "
             f"{shape} takes: the smallest possible is {least[0]}, with left factors of "
             f"shape {least[1]}."
         )
-    return int(parameters)
+    return count
 
 
 def _note_primes(shape, notes):
@@ -178,9 +185,11 @@ def _proposals(target, parameters, weights, p):
         # Compared at what the criterion was content with; at one term if with none.
         mixed = mixed or (min(among, key=lambda c: c.num_parameters(shape)),)
         parameters = sum(c.num_parameters(shape) for c in mixed)
-        among = [c for c in among if c.num_parameters(shape) <= parameters]
-    full = {c.a_shape: _filled(c, parameters, shape) for c in among}
-    low_rank, products = everything[0], [c for c in among if c != everything[0]]
+    low_rank = everything[0]
+    # Alone even those with expensive terms are proposed: one term may be all it takes.
+    affordable = [c for c in everything if c.num_parameters(shape) <= parameters]
+    full = {c.a_shape: _filled(c, parameters, shape) for c in affordable}
+    products = [c for c in affordable if c != low_rank]
     wanted = []
     if low_rank.a_shape in full:
         wanted.append((full[low_rank.a_shape],))

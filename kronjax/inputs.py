@@ -11,6 +11,9 @@ dtype('float32')
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST = 1e25
+"""Largest entry of a weight; its inverse is the smallest."""
+
 SLACK = 1e-5
 """Asymmetry and negative eigenvalues that count as rounding, as parts of the norm."""
 
@@ -117,6 +120,11 @@ def _semidefinite(array, name):
     largest = np.max(np.abs(array))
     if largest == 0:
         raise ValueError(f"{name} is zero: every sum would do; leave it out.")
+    if not 1 / LARGEST <= largest <= LARGEST:
+        raise ValueError(
+            f"{name} has a largest entry of {largest:.3g}, too far from one for the "
+            "computation; divide it by that, which changes no solution."
+        )
     unit = array / largest
     asymmetry = np.max(np.abs(unit - unit.T))
     if asymmetry > SLACK:

@@ -99,7 +99,8 @@ def permute(
 
     Returns:
         `Permutation`, never worse than the order as given. Costs, for each start, up
-        to `ROUNDS` truncated decompositions of `R(W)` and assignments of cost `m³`.
+        to `4 ROUNDS` singular value decompositions of `R(W)` in float64 and assignments
+        of cost `m³`: seconds for 36×36, far too much for the matrices of large models.
 
     Raises:
         ValueError: If the matrix is no matrix, the configuration does not fit, or a
@@ -110,6 +111,11 @@ def permute(
         raise ValueError(
             f"permute takes one matrix [m, n] and at least one start; got shape "
             f"{target.shape} and starts={starts}."
+        )
+    if not isinstance(configuration, Configuration):
+        raise ValueError(
+            "permute takes one kronjax.Configuration, not a mixture; got "
+            f"{configuration!r}."
         )
     m, n = target.shape
     configuration.b_shape((m, n))

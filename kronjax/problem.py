@@ -180,7 +180,8 @@ def _refuse_duplicates(configurations, shape):
     same = {(1, n): (m, 1), (m, n): (1, 1)}
     seen = {}
     for one in configurations:
-        key = same.get(one.a_shape, one.a_shape)
+        # The smaller of the two: for one column each is the other's.
+        key = min(one.a_shape, same.get(one.a_shape, one.a_shape))
         if key in seen:
             raise ValueError(
                 f"{one} and {seen[key]} express the same sums: write one "

@@ -3,7 +3,7 @@ import pytest
 from test_greedy import planted
 
 import kronjax
-from kronjax import Configuration, search
+from kronjax import Configuration, budget, search
 
 FAST = {"norm": "frobenius", "starts": 1, "progress": False}
 
@@ -91,3 +91,19 @@ def test_prime_dimensions_leave_low_rank():
 def test_impossible_budgets_are_named(shape, parameters, message):
     with pytest.raises(ValueError, match=message):
         kronjax.search(draw(6, *shape), parameters, **FAST)
+
+
+@pytest.mark.parametrize(
+    "parameters", [float("inf"), float("nan"), "x", [30], True, 30.5]
+)
+def test_a_budget_is_a_whole_number(parameters):
+    with pytest.raises(ValueError, match="whole number"):
+        search(draw(4, 12, 12), parameters, **FAST)
+
+
+def test_one_product_of_expensive_terms_is_proposed():
+    """Its price is many times the least, and one term is all it takes."""
+    rng = np.random.default_rng(0)
+    matrix = np.kron(rng.normal(size=(2, 2)), rng.normal(size=(36, 36)))
+    proposed = budget._proposals(matrix, 1300, (None, None), 2.0)
+    assert ("homogeneous", (Configuration((2, 2), 1),)) in proposed

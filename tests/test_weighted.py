@@ -207,6 +207,8 @@ def test_a_weight_that_is_not_finite_spoils_its_lane_alone():
         ("left_weight", np.where(np.eye(12), np.nan, 0), r"NaN.*first at \(0, 0\)"),
         ("left_weight", np.zeros((12, 12)), "is zero"),
         ("left_weight", np.eye(12) * 1j, "real numbers"),
+        ("left_weight", np.eye(12) * 1e-40, "largest entry of 1e-40.*divide it"),
+        ("right_weight", np.eye(12) * 1e39, "largest entry of 1e.39.*divide it"),
     ],
 )
 def test_bad_weights_are_named(name, bad, message):

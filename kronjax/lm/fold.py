@@ -19,13 +19,13 @@ from kronjax.lm.architecture import LanguageModel
 
 
 def fold(model: LanguageModel) -> int:
-    """Remove gathers of outputs by ordering what follows, wherever that is possible.
+    """Remove gathers by ordering what is between layers, wherever that leaves fewer.
 
     Args:
         model: Changed in place; computes the same function.
 
     Returns:
-        The number of gathers of outputs that were removed.
+        The number of gathers that were removed.
     """
     layers = nn.linear_layers(model)
     removed = 0
@@ -43,16 +43,11 @@ def fold(model: LanguageModel) -> int:
 def _fold(model, sources, target):
     """Let the first permuted source say the order of the hidden units."""
     layers = nn.linear_layers(model)
-    orders = [_columns(layers[name]) for name in sources]
+    orders = (_columns(layers[name]) for name in sources)
     order = next((one for one in orders if one is not None), None)
     if order is None:
         return 0
-    for name in sources:
-        nn.replace(model, name, nn.reorder_outputs(layers[name], order))
-    nn.replace(model, target, nn.reorder_inputs(layers[target], order))
-    after = nn.linear_layers(model)
-    left = [_columns(after[name]) for name in sources]
-    return sum(x is not None for x in orders) - sum(x is not None for x in left)
+    return _reorder(model, sources, target, order, order)
 
 
 def _fold_values(model, source, target):
@@ -66,9 +61,26 @@ def _fold_values(model, source, target):
     heads = layers[target].in_features // d
     shared = np.repeat(within, heads // groups, axis=0)
     wide = (np.arange(heads)[:, None] * d + shared).reshape(-1)
-    nn.replace(model, source, nn.reorder_outputs(layers[source], order))
-    nn.replace(model, target, nn.reorder_inputs(layers[target], wide))
-    return 1
+    return _reorder(model, [source], target, order, wide)
+
+
+def _reorder(model, sources, target, order, wide):
+    """Reorder what is between layers if that leaves fewer gathers; return how many."""
+    layers = nn.linear_layers(model)
+    new = {name: nn.reorder_outputs(layers[name], order) for name in sources}
+    new[target] = nn.reorder_inputs(layers[target], wide)
+    removed = sum(_gathers(layers[name]) - _gathers(new[name]) for name in new)
+    if removed <= 0:
+        return 0
+    for name, layer in new.items():
+        nn.replace(model, name, layer)
+    return removed
+
+
+def _gathers(layer):
+    if not isinstance(layer, nn.KroneckerLinear):
+        return 0
+    return (layer.inputs is not None) + (layer.outputs is not None)
 
 
 def _columns(layer):
