@@ -177,11 +177,11 @@ class Problem:
 def _refuse_duplicates(configurations, shape):
     m, n = shape
     # A column times a row is a row times a column, and so with a matrix and a number.
-    same = {(1, n): (m, 1), (m, n): (1, 1)}
+    # For one column all four are the same: the later entries of the mapping win.
+    same = {(m, n): (1, 1), (1, 1): (1, 1)} | dict.fromkeys([(1, n), (m, 1)], (m, 1))
     seen = {}
     for one in configurations:
-        # The smaller of the two: for one column each is the other's.
-        key = min(one.a_shape, same.get(one.a_shape, one.a_shape))
+        key = same.get(one.a_shape, one.a_shape)
         if key in seen:
             raise ValueError(
                 f"{one} and {seen[key]} express the same sums: write one "

@@ -230,6 +230,12 @@ def test_configurations_that_express_the_same_are_refused(pair):
         approximate(draw(26, 12, 12), configurations)
 
 
+def test_of_one_column_all_trivial_configurations_are_the_same():
+    pair = [Configuration((1, 1), 1), Configuration((12, 1), 1)]
+    with pytest.raises(ValueError, match="express the same sums"):
+        approximate(draw(26, 12, 1), pair)
+
+
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(seed=st.integers(0, 2**20), shape=st.sampled_from([(3, 4), (12, 1)]))
 def test_a_frame_is_linear_and_knows_its_adjoint_and_its_terms(seed, shape):
