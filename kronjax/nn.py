@@ -269,7 +269,7 @@ def dense(layer: Layer) -> nnx.Linear:
     if isinstance(layer, nnx.Linear):
         return layer
     bias = None if layer.bias is None else layer.bias[...]
-    return _linear(layer.materialize(), bias)
+    return linear(layer.materialize(), bias)
 
 
 def multiplied_out(model: Model) -> Model:
@@ -283,45 +283,6 @@ def multiplied_out(model: Model) -> Model:
         if not isinstance(layer, nnx.Linear):
             replace(other, name, dense(layer))
     return other
-
-
-def reorder_outputs(layer: Layer, order: np.ndarray) -> Layer:
-    """Return a layer whose output `i` is output `order[i]` of the one given.
-
-    Args:
-        layer: Left as it is.
-        order: `[n_out]`, a permutation.
-    """
-    bias = None if layer.bias is None else layer.bias[...][order]
-    if isinstance(layer, MaskedLinear):
-        kernel, mask = layer.kernel[...][:, order], layer.mask[...][:, order]
-        return MaskedLinear(kernel, mask, bias)
-    if isinstance(layer, nnx.Linear):
-        return _linear(layer.kernel[...][:, order], bias)
-    outputs = np.arange(layer.out_features)
-    outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
-    rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
-    columns = np.argsort(outputs[order])
-    return KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
-
-
-def reorder_inputs(layer: Layer, order: np.ndarray) -> Layer:
-    """Return a layer whose input `i` is input `order[i]` of the one given.
-
-    Args:
-        layer: Left as it is.
-        order: `[n_in]`, a permutation.
-    """
-    bias = None if layer.bias is None else layer.bias[...]
-    if isinstance(layer, MaskedLinear):
-        return MaskedLinear(layer.kernel[...][order], layer.mask[...][order], bias)
-    if isinstance(layer, nnx.Linear):
-        return _linear(layer.kernel[...][order], bias)
-    inputs = np.arange(layer.in_features)
-    inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
-    columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
-    rows = np.argsort(order)[inputs]
-    return KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
 
 
 def describe(layer: Layer) -> dict[str, Any]:
@@ -394,8 +355,8 @@ def _sizes(shape):
     return tuple(shape)
 
 
-def _linear(kernel, bias):
-    """Return an `nnx.Linear` that holds these arrays."""
+def linear(kernel: jax.Array, bias: jax.Array | None) -> nnx.Linear:
+    """Return an `nnx.Linear` that holds `kernel` `[n_in, n_out]` and `bias`."""
     with_bias = bias is not None
     made = nnx.eval_shape(
         lambda: nnx.Linear(*kernel.shape, use_bias=with_bias, rngs=nnx.Rngs(0))

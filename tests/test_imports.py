@@ -51,6 +51,7 @@ ORDER = [
     "lm.gguf_tokenizer",
     "lm.gguf",
     "lm.storage",
+    "lm.sources",
     "lm.checkpoint",
     "lm.generation",
     "lm.progress",

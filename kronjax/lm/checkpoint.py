@@ -28,7 +28,7 @@ import safetensors.numpy
 from flax import nnx
 
 from kronjax import nn
-from kronjax.lm import gpt2, llama, opt, storage
+from kronjax.lm import gpt2, llama, opt, sources, storage
 from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.tokenizer import Tokenizer, read_tokenizer
 
@@ -43,9 +43,6 @@ FORMAT = 1
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """What parameters may be stored and computed in."""
-
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-"""What is fetched of a model on the hub; never a pickle."""
 
 
 def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
@@ -66,7 +63,7 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
         OSError: If there is nothing to read, or the hub cannot be reached.
     """
     wanted = None if dtype is None else _dtype(dtype)
-    path = find(source)
+    path = sources.find(source)
     if path.is_dir():
         storage.settle(path)
     if path.is_file():
@@ -144,28 +141,6 @@ def cast(model: LanguageModel, dtype: str) -> LanguageModel:
     wanted = _dtype(dtype)
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(wanted), parameters), rest)
-
-
-def find(source: str | Path) -> Path:
-    """Return the folder or file that `source` names, fetched from the hub if need be.
-
-    Raises:
-        OSError: If there is no such path, and no such model or no network.
-    """
-    path = _expanded(source)
-    if not str(source):
-        raise ValueError("the name of the model is empty")
-    if path.exists():
-        if path.is_file() and path.suffix != ".gguf":
-            raise ValueError(f"{path} is neither a folder nor a .gguf file")
-        return path
-    name = str(source)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise FileNotFoundError(
-            f"there is no folder {name}; models on the hub are named owner/name, for "
-            "example openai-community/gpt2"
-        )
-    return _fetch(name)
 
 
 def tensor_name(port: Any, path: str) -> str:
@@ -322,7 +297,7 @@ def _write(
     tensors: dict[str, np.ndarray],
     folder: str | Path,
 ) -> None:
-    folder = _expanded(folder)
+    folder = sources.expanded(folder)
     tokenizer: Tokenizer | None = model.tokenizer
     with storage.replacing(folder) as new:
         # The word "pt" is what transformers asks for, whoever wrote the file.
@@ -346,13 +321,6 @@ def _dtype(name: str) -> Any:
     return DTYPES[name]
 
 
-def _expanded(path: str | Path) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{path}: there is no such user") from error
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -365,38 +333,6 @@ def _config_of(folder: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model")
     return path
-
-
-def _fetch(name: str) -> Path:
-    """Return the folder of a model of the hub, from the cache where it is complete."""
-    import huggingface_hub
-
-    def fetch(patterns):
-        # Folders inside hold other formats, of which we want none.
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
-        )
-
-    there: list[str] = []
-    try:
-        folder = fetch(HUB_FILES)
-        if not list(folder.glob("*.safetensors")):
-            folder = fetch([*HUB_FILES, storage.MSGPACK])
-        if not [*folder.glob("*.safetensors"), *folder.glob(storage.MSGPACK)]:
-            there = huggingface_hub.list_repo_files(name)
-    except Exception as error:  # of the network, the hub, or its client
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(
-            f"there is no folder {name}, and it could not be fetched from the hub "
-            f"({type(error).__name__}: {reason}); give the path of a local folder that "
-            "holds its config.json and *.safetensors"
-        ) from error
-    for file in there:
-        if Path(file).suffix in storage.PICKLES:
-            raise ValueError(storage.REFUSAL.format(where=name, file=file))
-    return folder
 
 
 def _dotted(path: tuple[Any, ...]) -> str:

@@ -13,6 +13,7 @@ References: the ports, whose `HIDDEN` names what is elementwise between two laye
 """
 
 import numpy as np
+from flax import nnx
 
 from kronjax import nn
 from kronjax.lm.architecture import LanguageModel
@@ -38,6 +39,45 @@ def fold(model: LanguageModel) -> int:
             source, target = (f"{prefix}.{block}.{name}" for name in model.VALUES)
             removed += _fold_values(model, source, target)
     return removed
+
+
+def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
+    """Return a layer whose output `i` is output `order[i]` of the one given.
+
+    Args:
+        layer: Left as it is.
+        order: `[n_out]`, a permutation.
+    """
+    bias = None if layer.bias is None else layer.bias[...][order]
+    if isinstance(layer, nn.MaskedLinear):
+        kernel, mask = layer.kernel[...][:, order], layer.mask[...][:, order]
+        return nn.MaskedLinear(kernel, mask, bias)
+    if isinstance(layer, nnx.Linear):
+        return nn.linear(layer.kernel[...][:, order], bias)
+    outputs = np.arange(layer.out_features)
+    outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
+    rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
+    columns = np.argsort(outputs[order])
+    return nn.KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
+
+
+def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
+    """Return a layer whose input `i` is input `order[i]` of the one given.
+
+    Args:
+        layer: Left as it is.
+        order: `[n_in]`, a permutation.
+    """
+    bias = None if layer.bias is None else layer.bias[...]
+    if isinstance(layer, nn.MaskedLinear):
+        return nn.MaskedLinear(layer.kernel[...][order], layer.mask[...][order], bias)
+    if isinstance(layer, nnx.Linear):
+        return nn.linear(layer.kernel[...][order], bias)
+    inputs = np.arange(layer.in_features)
+    inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
+    columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
+    rows = np.argsort(order)[inputs]
+    return nn.KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
 
 
 def _fold(model, sources, target):
@@ -67,8 +107,8 @@ def _fold_values(model, source, target):
 def _reorder(model, sources, target, order, wide):
     """Reorder what is between layers if that leaves fewer gathers; return how many."""
     layers = nn.linear_layers(model)
-    new = {name: nn.reorder_outputs(layers[name], order) for name in sources}
-    new[target] = nn.reorder_inputs(layers[target], wide)
+    new = {name: reorder_outputs(layers[name], order) for name in sources}
+    new[target] = reorder_inputs(layers[target], wide)
     removed = sum(_gathers(layers[name]) - _gathers(new[name]) for name in new)
     if removed <= 0:
         return 0

@@ -14,7 +14,7 @@ from flax import nnx, serialization
 
 from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms
-from kronjax.lm import checkpoint, gpt2, llama, opt, storage
+from kronjax.lm import checkpoint, gpt2, llama, opt, sources, storage
 
 CONFIGS = {
     "gpt2": (gpt2, {"n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 16}),
@@ -335,7 +335,7 @@ def test_a_pickle_on_the_hub_is_refused(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./no/such", "/no/such/folder"])
 def test_a_path_never_reaches_for_the_network(name, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_fetch", lambda name: pytest.fail(name))
+    monkeypatch.setattr(sources, "_fetch", lambda name: pytest.fail(name))
     with pytest.raises(FileNotFoundError, match="owner/name"):
         lm.load(name)
 
