@@ -219,11 +219,13 @@ def _configurations(
 
     m, n = source.matrix.shape[-2:]
     columns = [] if low_rank is None else [kronjax.Configuration((m, 1), low_rank)]
-    if a_shape is None and rank is None and columns:
+    if a_shape is None and rank is None and source.a_shape is None and columns:
         return columns
     if a_shape is None and source.a_shape is not None:
         a_shape, rank = source.a_shape, source.rank if rank is None else rank
-        columns = columns or [kronjax.Configuration(*one) for one in source.rest]
+        rest = [kronjax.Configuration(*one) for one in source.rest]
+        # --low-rank takes the place of what low rank the file has.
+        columns = [x for x in rest if not columns or x.a_shape != (m, 1)] + columns
     if a_shape is None:
         heights, widths = (", ".join(map(str, divisors(size))) for size in (m, n))
         raise ValueError(

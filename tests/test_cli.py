@@ -393,6 +393,9 @@ def test_a_mixture_is_written_and_read_again(weights, solve, tmp_path):
     again = solve(out, "--norm=frobenius", "--starts", "1")
     assert again["configurations"] == found["configurations"]
     assert again["relative_frobenius_error"] < 1e-2
+    more = solve(out, "--low-rank", "2", "--norm=frobenius", "--starts", "1")
+    ranks = [(one["a_shape"], one["rank"]) for one in more["configurations"]]
+    assert ranks == [([3, 4], 2), ([12, 1], 2)]
     alone = solve(*asked[:3], "--low-rank", "2", "--norm=frobenius")
     assert (alone["a_shape"], alone["rank"]) == ([12, 1], 2)
 
