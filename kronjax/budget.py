@@ -2,8 +2,9 @@
 
 `search` solves low rank, the most promising homogeneous sums and a few heterogeneous
 ones at equal parameters, in the norm that was asked for, and returns the best with the
-table of all. Low rank and homogeneous sums are among the trials, so that what comes out
-is never worse than they are.
+table of all: never worse than low rank, nor than the homogeneous sums that were tried.
+Those are the two that leave least in the Frobenius norm, of all that the budget allows,
+and the one with the smallest terms; in another norm a third may be the best.
 
 >>> import numpy as np
 >>> matrix = np.kron(np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(3, 2))

@@ -3,10 +3,10 @@
 `choose` adds term after term where the gain per parameter is largest. A term of the
 configuration `c` is worth `σ_1²(R_c(E))`, the fall of `‖E‖_F²`; with weights, that of
 the matrix in the coordinates of `weighted`. After every block of choices all terms are
-refined together, and at the end the terms that no longer pay are exchanged. `search`
-solves what was chosen, in the norm that was asked for, beside low rank and the best
-homogeneous sums, which are therefore never better. Without a budget an information
-criterion decides how many terms there are,
+refined together, but not under weights, and at the end the terms that no longer pay are
+exchanged; whether they pay is asked without the weights. `search` solves what was
+chosen, in the norm that was asked for, beside low rank and homogeneous sums. Without a
+budget an information criterion decides how many terms there are,
 
     m n log(‖E‖_F² / (m n)) + q Σ_c r_c (d1 + d2 − r_c),    q = log(m n)
 
