@@ -63,6 +63,12 @@ class BaseConfig:
     model_type: typing.ClassVar[str]
     """Value of `model_type` in `config.json`."""
 
+    LAYERS: typing.ClassVar[str] = "num_hidden_layers"
+    """The field with the number of blocks."""
+
+    CONTEXT: typing.ClassVar[str] = "max_position_embeddings"
+    """The field with the largest number of positions."""
+
     # What every port answers, whatever its own names are.
     vocab_size: int = 0
 
@@ -92,12 +98,12 @@ class BaseConfig:
     @property
     def num_layers(self) -> int:
         """Number of blocks."""
-        raise NotImplementedError
+        return getattr(self, self.LAYERS)
 
     @property
     def context(self) -> int:
         """Largest number of positions."""
-        raise NotImplementedError
+        return getattr(self, self.CONTEXT)
 
     @property
     def cache_shape(self) -> tuple[int, int]:

@@ -89,16 +89,17 @@ def measure(
         input beside it; memory: see `memory`.
 
     Raises:
-        ValueError: If the text is shorter than 256 tokens, or a moment is not finite.
+        ValueError: If the text is shorter than 257 tokens, a token is not in the
+            vocabulary, or a moment is not finite.
     """
     tokens = np.asarray(tokens)
-    check_vocabulary(model, tokens, model.tokenizer)
-    context = min(context, model.config.context, max(len(tokens) - 1, 1))
     if len(tokens) < 257:
         raise ValueError(
             f"calibration needs 257 tokens or more, the text has {len(tokens)}; some "
             "ten thousand are good"
         )
+    check_vocabulary(model, tokens, model.tokenizer)
+    context = min(context, model.config.context, len(tokens) - 1)
     count = (len(tokens) - 1) // context
     rows = [tokens[i * context : (i + 1) * context + 1] for i in range(count)]
     windows = np.stack(rows).astype(np.int32)
@@ -133,7 +134,8 @@ def memory(model: LanguageModel, *, gradients: bool = False) -> int:
         model: Its arrays may be abstract.
         gradients: Whether those of gradients are meant, too.
     """
-    sums = _zeros(model, _sources(model, np.zeros((1, 2), np.int32)), gradients, True)
+    sources = _sources(model, np.zeros((1, 2), np.int32))
+    sums = jax.eval_shape(lambda: _zeros(model, sources, gradients))
     return sum(int(np.prod(x.shape)) * 4 for x in jax.tree.leaves(sums))
 
 
@@ -212,13 +214,11 @@ def _layers(model):
     return {name: layer for name, layer in layers.items() if name != "lm_head"}
 
 
-def _zeros(model, sources, gradients, abstract=False):
+def _zeros(model, sources, gradients):
     """Return the sums before anything was seen: of inputs, and of gradients."""
     layers = nn.linear_layers(model)
 
     def zeros(size):
-        if abstract:
-            return jax.ShapeDtypeStruct((size, size), jnp.float32)
         return jnp.zeros((size, size), jnp.float32)
 
     inputs = {name: zeros(layers[name].in_features) for name in set(sources.values())}

@@ -150,12 +150,8 @@ def tensor_name(port: Any, path: str) -> str:
         port: Its module, such as `kronjax.lm.gpt2`.
         path: Such as `h.0.mlp.c_fc.kernel`.
     """
-    *place, leaf = path.split(".")
-    leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(
-        leaf, leaf
-    )
-    prefix = "" if place[0] == "lm_head" else port.PREFIXES[0]
-    return prefix + ".".join([*place, leaf])
+    prefix = "" if path.startswith("lm_head.") else port.PREFIXES[0]
+    return prefix + _short(path)
 
 
 def _assemble(
@@ -183,7 +179,7 @@ def _assemble(
     graph, state = nnx.split(model)
     stored = _without_extras(port, config, storage.canonical(tensors, port.PREFIXES))
     flat = [
-        (path, _short(port, _dotted(path)), variable)
+        (path, _short(_dotted(path)), variable)
         for path, variable in nnx.to_flat_state(state)
     ]
     _check_names({name for _, name, _ in flat}, set(stored))
@@ -277,7 +273,7 @@ def _tensors(model: LanguageModel) -> dict[str, np.ndarray]:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         array = np.asarray(variable.get_value())
         dotted = _dotted(path)
-        if _is_turned(port, _short(port, dotted), array.ndim):
+        if _is_turned(port, _short(dotted), array.ndim):
             array = array.T
         tensors[tensor_name(port, dotted)] = np.ascontiguousarray(array)
     return tensors
@@ -339,6 +335,8 @@ def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
 
 
-def _short(port: Any, path: str) -> str:
+def _short(path: str) -> str:
     """Return the name of the parameter at `path` without the prefix of the port."""
-    return tensor_name(port, path).removeprefix(port.PREFIXES[0])
+    *place, leaf = path.split(".")
+    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
+    return ".".join([*place, leaf])

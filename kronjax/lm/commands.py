@@ -77,12 +77,7 @@ def evaluate(
         )
         print(json.dumps({**values, "against": rest[0] if rest else None}))
         return 0
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    console.print(report.evaluation(rows))
-    if against is not None:
-        console.print(report.difference(rows), soft_wrap=True)
+    _show(report.evaluation(rows), "" if against is None else report.difference(rows))
     return 0
 
 
@@ -213,9 +208,15 @@ def latency(
     if as_json:
         print(json.dumps({"model": model, **timing.summary(found)}, allow_nan=False))
         return 0
+    _show(timing.table(found), timing.verdict(found))
+    return 0
+
+
+def _show(table: Any, verdict: str) -> None:
+    """Print a table, and below it what it says."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    console.print(timing.table(found))
-    console.print(timing.verdict(found), soft_wrap=True)
-    return 0
+    console.print(table)
+    if verdict:
+        console.print(verdict, soft_wrap=True)

@@ -8,8 +8,9 @@ factored one the gather becomes another, or vanishes if it wanted just this orde
 
 References: the ports, whose `HIDDEN` names what is elementwise between two layers.
 
->>> fold.__name__
-'fold'
+>>> layer = nn.linear(np.eye(2), None)
+>>> reorder_outputs(layer, np.array([1, 0])).kernel[...].tolist()
+[[0.0, 1.0], [1.0, 0.0]]
 """
 
 import numpy as np

@@ -51,6 +51,8 @@ class Config(BaseConfig):
     """Settings; the defaults are GPT-2 small."""
 
     model_type: ClassVar[str] = "gpt2"
+    LAYERS: ClassVar[str] = "n_layer"
+    CONTEXT: ClassVar[str] = "n_positions"
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -77,16 +79,6 @@ class Config(BaseConfig):
                 "supported"
             )
         activation(self.activation_function)
-
-    @property
-    def num_layers(self) -> int:
-        """Number of blocks."""
-        return self.n_layer
-
-    @property
-    def context(self) -> int:
-        """Largest number of positions."""
-        return self.n_positions
 
     @property
     def cache_shape(self) -> tuple[int, int]:

@@ -152,16 +152,6 @@ class Config(BaseConfig):
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def num_layers(self) -> int:
-        """Number of blocks."""
-        return self.num_hidden_layers
-
-    @property
-    def context(self) -> int:
-        """Largest number of positions."""
-        return self.max_position_embeddings
-
-    @property
     def cache_shape(self) -> tuple[int, int]:
         """`(g, d)`: the key-value heads, and the width of a head."""
         return self.kv_heads, self.head_width
