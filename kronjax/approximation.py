@@ -215,7 +215,15 @@ def _programs(problem: Problem, shapes):
     axes = tuple(None if x is None or len(x.shape) == 2 else 0 for x in arrays)
     frames_axis = None if axes[1:] == (None, None) else 0
     axes_of: Any = Setting
-    setting_axes = axes_of(0, frames_axis, 0, 0, 0)
+    setting_axes = axes_of(
+        target=0,
+        plain=0,
+        roots=axes[1:],
+        frames=frames_axis,
+        scale=0,
+        unit=0,
+        finite=0,
+    )
 
     def start(*arrays):
         return jax.vmap(

@@ -6,6 +6,10 @@ is within a few parts in ten thousand of the spectral norm. As the solution beha
 `K_∞ + c/p`, the last two stages are extrapolated to 1/p = 0 at the end, and the result
 is kept if its spectral error is smaller. p is traced: all stages share one compilation.
 
+Where p = 2 is all that is asked for and has no closed form, the factors themselves are
+the unknowns (`factored`): a gradient is then hardly more than one product with a
+weight.
+
 `solve` is pure: no state, no host; it goes through `jit`, `vmap`, `scan`, `shard_map`.
 """
 
@@ -15,9 +19,13 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kronjax import descent, manifold, schatten, spectral, weighted
+from kronjax import descent, factored, manifold, schatten, spectral, weighted
 from kronjax.descent import Status
-from kronjax.kronecker import Configuration, KroneckerTerms, rearrange
+from kronjax.kronecker import (
+    Configuration,
+    KroneckerTerms,
+    rearrange,
+)
 from kronjax.lanes import after, in_turn
 from kronjax.manifold import Point
 from kronjax.problem import Problem, Stage
@@ -171,12 +179,10 @@ def start(
     The path begins with Van Loan's solution, one configuration after the other; if
     there are weights, with their nearest Kronecker-factored ones in their stead.
     """
-    setting, inverses, plain = prepare(problem, matrix, left_weight, right_weight)
+    setting, inverses = prepare(problem, matrix, left_weight, right_weight)
+    plain, points = setting.plain, []
     # Decompositions in turn: those of the frames come first.
-    points, last = (
-        [],
-        sum(map(jnp.sum, jax.tree.leaves(inverses)), jnp.zeros_like(plain[0, 0])),
-    )
+    last = sum(map(jnp.sum, jax.tree.leaves(inverses)), jnp.zeros_like(plain[0, 0]))
     for configuration, frame, backs in zip(
         problem.configurations, setting.frames, inverses, strict=True
     ):
@@ -189,9 +195,8 @@ def start(
         terms = factors(problem, configuration, point.a, right)
         plain, last = plain - frame.to_terms(terms).to_matrix(), point.a
     points = tuple(points)
-    error = setting.target - sum(matrices(problem, setting, points))
-    state = descent.init(points)
     zero = jnp.array(0)
+    error = setting.target - sum(matrices(problem, setting, points))
     spectral_error = spectral.estimate_norm(error)
     line = Trace(
         p=jnp.full((), 2, error.dtype),
@@ -200,7 +205,17 @@ def start(
         steps=zero,
         gemms=zero,
     )
-    path = Path(state, points, state, zero, zero, points, points, spectral_error)
+    state = _begin(problem, points)
+    path = Path(
+        state=state,
+        previous=state.points,
+        champion=state,
+        running=zero,
+        winner=zero,
+        frobenius=points,
+        best=state.points,
+        best_error=spectral_error,
+    )
     return setting, path, line
 
 
@@ -215,12 +230,15 @@ def advance(
         stage.origin,
         [
             lambda: path.state,
-            lambda: descent.init(_perturb(path.frobenius, key, size)),
+            lambda: _begin(problem, _perturb(path.frobenius, key, size)),
             lambda: path.champion,
         ],
     )
     products = schatten.num_products(stage.squarings)
-    objective = _objective(problem, setting, stage.squarings)
+    if problem.is_flat:
+        geometry, objective = factored, _least_squares(problem, setting)
+    else:
+        geometry, objective = manifold, _schatten(problem, setting, stage.squarings)
     previous = state.points
     rounding = 10 * float(jnp.finfo(target.dtype).eps)  # the norm of the target is one
     limits = descent.Limits(
@@ -228,8 +246,10 @@ def advance(
         max_evaluations=jnp.maximum(stage.budget // products, 4),
         floor=rounding**2 / 2,
     )
-    state = descent.minimize(objective, descent.restart(objective, state), limits)
-    spectral_error = _spectral_error(problem, setting, state.points, 3)
+    state = descent.restart(objective, state, geometry=geometry)
+    state = descent.minimize(objective, state, limits, geometry)
+    points = _end(problem, state)
+    spectral_error = _spectral_error(problem, setting, points, 3)
     better = spectral_error < path.best_error
     line = Trace(
         p=schatten.exponent(stage.squarings).astype(target.dtype),
@@ -282,7 +302,7 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
 
 def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:
     """Return the solution: for the spectral norm, the best stage or the limit."""
-    points = path.state.points
+    points = _end(problem, path.state)
     if problem.is_spectral:
         p, q = trace.p[-2:]
         limit = _extrapolate(path.previous, points, p / (q - p))
@@ -307,17 +327,51 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     )
 
 
-def _objective(problem, setting, squarings):
+def _begin(problem, points):
+    """Return the state of a descent from points of the manifold."""
+    if problem.is_flat:
+        return descent.init(tuple(map(factored.split, points)), factored)
+    return descent.init(points)
+
+
+def _end(problem, state):
+    """Return the points of the manifold where a descent has arrived."""
+    if problem.is_flat:
+        return in_turn(factored.join, state.points)
+    return state.points
+
+
+def _schatten(problem, setting, squarings):
     def objective(points):
         error = setting.target - sum(matrices(problem, setting, points))
-        if problem.is_frobenius:  # known before any tracing: no Gram matrix
-            value, gradient = jnp.sum(error * error) / 2, error
-        else:
-            value, gradient = schatten.value_and_gradient(error, squarings)
+        value, gradient = schatten.value_and_gradient(error, squarings)
         return value, tuple(
-            rearrange(-frame.adjoint(gradient), c.a_shape)
-            for c, frame in zip(problem.configurations, setting.frames, strict=True)
+            manifold.project(point, rearrange(-frame.adjoint(gradient), c.a_shape))
+            for point, c, frame in zip(
+                points, problem.configurations, setting.frames, strict=True
+            )
         )
+
+    return objective
+
+
+def _least_squares(problem, setting):
+    """Return half the squared weighted error of pairs of factors, and its gradient."""
+
+    def error(pairs):
+        parts = zip(problem.configurations, setting.frames, pairs, strict=True)
+        found = [
+            frame.to_terms(factors(problem, c, pair.a, pair.b)).to_matrix()
+            for c, frame, pair in parts
+        ]
+        # Not by tr(E R Eᵀ), whose rounding is that of the largest eigenvalue of R.
+        return (
+            weighted.whiten(sum(found[1:], found[0]), *setting.roots) - setting.target
+        )
+
+    def objective(pairs):
+        residual, pull = jax.vjp(error, pairs)
+        return jnp.sum(residual**2) / 2, pull(residual)[0]
 
     return objective
 

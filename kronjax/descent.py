@@ -1,13 +1,14 @@
-"""Riemannian L-BFGS on a product of manifolds of fixed Kronecker rank.
+"""Riemannian L-BFGS on a product of spaces of sums of Kronecker products.
 
 `minimize` takes a tuple of points, one for each configuration, and a function of the
-tuple. Tangents are tuples likewise, and every operation on the manifold is mapped over
-the tuple. One iteration of the loop is one trial point, that is one value and gradient:
-a trial that decreases enough (Armijo) becomes the next iterate, otherwise the step is
-shortened by interpolation. Under `vmap` therefore no matrix waits for another one's
-line search. The curvature pairs are moved along by projection, and the inverse Hessian
-is applied in its compact form, through the Gram matrix of the pairs: a step costs a few
-matrix products over all pairs.
+tuple. Tangents are tuples likewise, and every operation of the geometry (a module:
+`manifold`, or the flat `factored`) is mapped over the tuple. One iteration of the loop
+is one trial point, that is one value and gradient: a trial that decreases enough
+(Armijo) becomes the next iterate, otherwise the step is shortened by interpolation.
+Under `vmap` therefore no matrix waits for another one's line search. The curvature
+pairs are moved along by projection, and the inverse Hessian is applied in its compact
+form, through the Gram matrix of the pairs: a step costs a few matrix products over all
+pairs.
 
 References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
 """
@@ -15,13 +16,14 @@ References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (201
 import dataclasses
 import enum
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kronjax import manifold
 from kronjax.lanes import any_lane, in_turn
-from kronjax.manifold import Point, Tangent
 
 MEMORY = 10
 """Curvature pairs kept."""
@@ -60,13 +62,13 @@ class State:
         status: `Status`.
     """
 
-    points: tuple[Point, ...]
+    points: Any
     value: jax.Array
-    gradient: tuple[Tangent, ...]
-    direction: tuple[Tangent, ...]
+    gradient: Any
+    direction: Any
     slope: jax.Array
     step: jax.Array
-    pairs: tuple[Tangent, ...]
+    pairs: Any
     curvature: jax.Array
     steps: jax.Array
     evaluations: jax.Array
@@ -89,13 +91,14 @@ class Limits:
     floor: float | jax.Array = 0.0
 
 
-Objective = Callable[[tuple[Point, ...]], tuple[jax.Array, tuple[jax.Array, ...]]]
+Objective = Callable[[Any], tuple[jax.Array, Any]]
+"""From points to the value, and the gradient: a tuple of tangents."""
 
 
-def init(points: tuple[Point, ...]) -> State:
+def init(points: tuple, geometry: ModuleType = manifold) -> State:
     """Return a state at `points` with no curvature yet; to be passed to `restart`."""
-    zero = jnp.zeros((), points[0].core.dtype)
-    flat = _map(lambda p: Tangent(*map(jnp.zeros_like, (p.a, p.core, p.b))), points)
+    zero = jnp.zeros((), jax.tree.leaves(points)[0].dtype)
+    flat = tuple(map(geometry.zero, points))
     return State(
         points=points,
         value=zero + jnp.inf,
@@ -113,24 +116,26 @@ def init(points: tuple[Point, ...]) -> State:
     )
 
 
-def restart(objective: Objective, state: State, step=0.5) -> State:
+def restart(
+    objective: Objective, state: State, step=0.5, geometry: ModuleType = manifold
+) -> State:
     """Return the state at the same points for another objective, curvature kept.
 
     Args:
-        objective: Maps points to the value and, for each point, the ambient gradient
-            `[d1, d2]` (rearranged).
+        objective: `Objective`.
         state: From `init`, or the last state for an objective so close to the new one
             that its curvature is of use.
         step: Length of the first trial along the quasi-Newton direction.
+        geometry: Where the points live.
     """
-    value, gradient = _evaluate(objective, state.points)
+    value, gradient = objective(state.points)
     direction = _quasi_newton(gradient, state.pairs, state.curvature)
     return dataclasses.replace(
         state,
         value=value,
         gradient=gradient,
         direction=direction,
-        slope=_inner(gradient, direction),
+        slope=_inner(geometry, gradient, direction),
         step=jnp.full_like(state.step, step),
         steps=jnp.zeros_like(state.steps),
         evaluations=jnp.ones_like(state.evaluations),
@@ -138,18 +143,23 @@ def restart(objective: Objective, state: State, step=0.5) -> State:
     )
 
 
-def step(objective: Objective, state: State, limits: Limits) -> State:
+def step(
+    objective: Objective,
+    state: State,
+    limits: Limits,
+    geometry: ModuleType = manifold,
+) -> State:
     """Make one trial: advance to it or shorten the step; a finished state stays."""
     running = _is_running(state, limits)
     # A lane that is done tries its own point: its last trial may have been unsafe.
     length = jnp.where(running, state.step, 0)
     trial = jax.tree.map(lambda x: length * x, state.direction)
-    points = in_turn(manifold.retract, state.points, trial)
-    value, gradient = _evaluate(objective, points)
+    points = in_turn(geometry.retract, state.points, trial)
+    value, gradient = objective(points)
     noise = 4 * jnp.finfo(value.dtype).eps * state.value
     wanted = state.value + ARMIJO * length * state.slope + noise
     accepted = running & (value <= wanted)
-    advanced = _advance(state, points, value, gradient, trial, limits)
+    advanced = _advance(geometry, state, points, value, gradient, trial, limits)
 
     def choose():
         kept = _shorten(state, value, running)
@@ -158,20 +168,26 @@ def step(objective: Objective, state: State, limits: Limits) -> State:
     return jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
 
 
-def minimize(objective: Objective, state: State, limits: Limits) -> State:
+def minimize(
+    objective: Objective,
+    state: State,
+    limits: Limits,
+    geometry: ModuleType = manifold,
+) -> State:
     """Iterate `step` until converged, stuck or out of evaluations.
 
     Args:
         objective: As for `restart`.
         state: Where to begin; its history is used.
         limits: When to stop.
+        geometry: As for `restart`.
 
     Returns:
         The last state. Under `vmap` a lane that is done stays as it is until all are.
     """
     state = jax.lax.while_loop(
         lambda state: any_lane(_is_running(state, limits)),
-        lambda state: step(objective, state, limits),
+        lambda state: step(objective, state, limits, geometry),
         state,
     )
     ended = jnp.where(
@@ -188,7 +204,7 @@ def _is_running(state, limits):
     return (state.status == Status.RUNNING) & in_reach
 
 
-def _advance(state, points, value, gradient, trial, limits):
+def _advance(geometry, state, points, value, gradient, trial, limits):
     stack = jax.tree.map(
         lambda pairs, s, g: jnp.concatenate(
             [pairs[:, 1:MEMORY], s[:, None], pairs[:, MEMORY + 1 :], g[:, None]], axis=1
@@ -197,19 +213,19 @@ def _advance(state, points, value, gradient, trial, limits):
         trial,
         state.gradient,
     )
-    moved = _map(manifold.transport, state.points, points, stack)
+    moved = _map(geometry.transport, state.points, points, stack)
     pairs = jax.tree.map(lambda x, g: x.at[:, -1].set(g - x[:, -1]), moved, gradient)
     s, y = (jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (MEMORY - 1, -1))
-    new = _inner(s, y)
-    enough = new > 1e-8 * jnp.sqrt(_inner(s, s) * _inner(y, y))
+    new = _inner(geometry, s, y)
+    enough = new > 1e-8 * jnp.sqrt(_inner(geometry, s, s) * _inner(geometry, y, y))
     curvature = jnp.append(state.curvature[1:], jnp.where(enough, new, 0))
     direction = _quasi_newton(gradient, pairs, curvature)
-    slope = _inner(gradient, direction)
+    slope = _inner(geometry, gradient, direction)
     descends = slope < 0
     direction = jax.tree.map(
         lambda d, g: jnp.where(descends, d, -g), direction, gradient
     )
-    slope = jnp.where(descends, slope, -_inner(gradient, gradient))
+    slope = jnp.where(descends, slope, -_inner(geometry, gradient, gradient))
     converged = -slope <= 2 * limits.tolerance * value
     return State(
         points=points,
@@ -277,14 +293,9 @@ def _einsum(subscripts, x, y):
     return jnp.einsum(subscripts, x, y, precision="highest")
 
 
-def _evaluate(objective, points):
-    value, ambient = objective(points)
-    return value, _map(manifold.project, points, ambient)
-
-
 def _map(function, *tuples):
     return tuple(function(*each) for each in zip(*tuples, strict=True))
 
 
-def _inner(x, y):
-    return sum(manifold.inner(a, b) for a, b in zip(x, y, strict=True))
+def _inner(geometry, x, y):
+    return sum(geometry.inner(a, b) for a, b in zip(x, y, strict=True))

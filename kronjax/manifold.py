@@ -72,6 +72,11 @@ def tangent_to_ambient(point: Point, tangent: Tangent) -> jax.Array:
     return _mm(left.T, point.b) + _mm(point.a.T, tangent.b)
 
 
+def zero(point: Point) -> Tangent:
+    """Return the zero vector at `point`."""
+    return Tangent(*map(jnp.zeros_like, (point.a, point.core, point.b)))
+
+
 def project(point: Point, ambient: jax.Array) -> Tangent:
     """Project an ambient matrix orthogonally onto the tangent space at `point`.
 

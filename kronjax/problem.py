@@ -25,6 +25,10 @@ SQUARINGS = (0, 1, 3, 5, 7, 9, 11)
 """The schedule: p = 4, then 6 and four times as much at every stage, up to 4098."""
 
 
+SLICES = 8
+"""At most so many parts has the only stage of a problem that `is_flat`."""
+
+
 class Origin(enum.IntEnum):
     """Where a stage takes its points from."""
 
@@ -114,7 +118,7 @@ class Problem:
         stages = SQUARINGS if closed else (-1, *SQUARINGS)
         stages = tuple(j for j in stages if j < last) + (last,) * (last >= stages[0])
         # At p = 2 evaluations are cheap, and half-converged weighted fits are poor.
-        default = default_budget(size) * (2 if stages == (-1,) else 1)
+        default = default_budget(size) * (6 if stages == (-1,) else 1)
         return cls(
             shape=size,
             configurations=tuple(
@@ -128,9 +132,9 @@ class Problem:
         )
 
     @property
-    def is_frobenius(self) -> bool:
-        """Whether p = 2 is all there is."""
-        return set(self.squarings) <= {-1}
+    def is_flat(self) -> bool:
+        """Whether p = 2 is all there is, and has no closed form: see `factored`."""
+        return self.squarings == (-1,)
 
     @property
     def num_race_stages(self) -> int:
@@ -145,6 +149,8 @@ class Problem:
         """
         race = self.squarings[: self.num_race_stages]
         rest = self.squarings[len(race) :] or self.squarings[-1:]
+        # One long stage in slices, that its progress may be seen.
+        slices = min(SLICES, -(-self.budget // 100)) if self.is_flat else 1
         share = self.budget // self.starts
         stages = []
         for start in range(self.starts if race else 0):
@@ -159,13 +165,13 @@ class Problem:
                         ends=j == race[-1],
                     )
                 )
-        for j in rest:
+        for index, j in enumerate(rest * slices):
             first = Origin.CHAMPION if race else Origin.START
-            begins = j == rest[0]
+            begins = index == 0
             stages.append(
                 Stage(
                     squarings=j,
-                    budget=self.budget,
+                    budget=-(-self.budget // slices),
                     origin=first if begins else Origin.BEFORE,
                     begins=0 if begins and not race else -1,
                     ends=False,

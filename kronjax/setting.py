@@ -7,7 +7,7 @@ target. Nothing here iterates.
 >>> import jax.numpy as jnp
 >>> from kronjax.kronecker import Configuration
 >>> problem = Problem.of((4, 4), Configuration((2, 2), 1))
->>> setting, _, _ = prepare(problem, 3 * jnp.eye(4))
+>>> setting, _ = prepare(problem, 3 * jnp.eye(4))
 >>> round(float(setting.scale), 4)
 6.0
 """
@@ -31,6 +31,8 @@ class Setting:
 
     Attributes:
         target: `L^{1/2} T R^{1/2}`, `[m, n]`, of Frobenius norm one.
+        plain: `T` at the same scale.
+        roots: Of `L` and `R`, or None.
         frames: For each configuration, the coordinates of its terms.
         scale: What the terms found have to be multiplied by.
         unit: What weighted errors have to be multiplied by.
@@ -38,6 +40,8 @@ class Setting:
     """
 
     target: jax.Array
+    plain: jax.Array
+    roots: tuple[Root | None, Root | None]
     frames: tuple[Frame, ...]
     scale: jax.Array
     unit: jax.Array
@@ -84,9 +88,8 @@ def prepare(problem: Problem, matrix, left_weight=None, right_weight=None):
         right_weight: `[n, n]`, or None.
 
     Returns:
-        The setting, for each configuration the inverses of its frame (see
-        `weighted.frames`), and the matrix `[m, n]` without weights at the scale of the
-        target.
+        The setting, and for each configuration the inverses of its frame (see
+        `weighted.frames`).
     """
     plain, scale, finite = _normalise(matrix)
     left, right = None, None
@@ -108,8 +111,16 @@ def prepare(problem: Problem, matrix, left_weight=None, right_weight=None):
     norm = jnp.linalg.norm(whitened)
     unweighted = left is None and right is None
     norm = jnp.where((norm > 0) & ~jnp.array(unweighted), norm, 1)
-    setting = Setting(whitened / norm, frames, scale * norm, unit * norm, finite)
-    return setting, inverses, plain / norm
+    setting = Setting(
+        target=whitened / norm,
+        plain=plain / norm,
+        roots=(left, right),
+        frames=frames,
+        scale=scale * norm,
+        unit=unit * norm,
+        finite=finite,
+    )
+    return setting, inverses
 
 
 def _cleared(weight):

@@ -16,7 +16,8 @@ def frobenius(target):
 
     def objective(points):
         error = target - sum(manifold.to_ambient(point) for point in points)
-        return jnp.sum(error**2) / 2, tuple(-error for _ in points)
+        gradient = tuple(manifold.project(point, -error) for point in points)
+        return jnp.sum(error**2) / 2, gradient
 
     return objective
 
@@ -85,7 +86,7 @@ def test_a_gradient_that_lies_ends_the_line_search():
 
     def objective(points):
         value, (gradient,) = frobenius(target)(points)
-        return value, (-gradient,)
+        return value, (jax.tree.map(jnp.negative, gradient),)
 
     state = descent.restart(objective, descent.init(points), 1.0)
     state = descent.minimize(objective, state, Limits(1e-14, 100))

@@ -20,6 +20,7 @@ ORDER = [
     "kronecker",
     "spectral",
     "manifold",
+    "factored",
     "weighted",
     "schatten",
     "descent",

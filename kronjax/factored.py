@@ -1,0 +1,86 @@
+"""Sums of Kronecker products as plain pairs of factors: a flat space for `descent`.
+
+The sums are those of `manifold`, `R(K) = aᵀ b`, without orthonormal bases. Moving is
+addition, and curvature pairs need no transport. On the manifold that transport costs
+`r² (d1 + d2)` for every pair, which is little beside a gradient for large p, but most
+of the work at p = 2 and high rank. The price, that `(X a, X⁻ᵀ b)` is the same sum, a
+quasi-Newton method does not notice: it never moves along those directions.
+
+Reference: Boumal and Absil (2015), for the comparison of both spaces.
+
+>>> import jax.numpy as jnp
+>>> from kronjax import manifold
+>>> pair = split(manifold.nearest(jnp.diag(jnp.array([4.0, 1.0])), 2))
+>>> jnp.round(jnp.abs(pair.a), 3).tolist()
+[[2.0, 0.0], [0.0, 1.0]]
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kronjax.lanes import after
+from kronjax.manifold import Point
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A point, or a tangent vector, which is a difference of points.
+
+    Attributes:
+        a: `[r, d1]`, the vectorised left factors.
+        b: `[r, d2]`, the vectorised right factors.
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
+def split(point: Point) -> Pair:
+    """Share the core of a point, diagonal and not negative, between both factors.
+
+    Where it vanishes the left factor is zero and the right one is not, so that the term
+    can grow again.
+    """
+    s = jnp.diagonal(point.core)
+    right = jnp.sqrt(jnp.where(s[0] > 0, jnp.maximum(s, 1e-4 * s[0]), 1))
+    return Pair((s / right)[:, None] * point.a, right[:, None] * point.b)
+
+
+def join(pair: Pair) -> Point:
+    """Return the point of the manifold that stands for the same sum."""
+    a = jnp.linalg.qr(pair.a.T)[0].T
+    b = jnp.linalg.qr(after(pair.b, a).T)[0].T
+    # Not by the R of those QR, which is there before Q is: see `lanes`.
+    return Point(a, _mm(_mm(a, pair.a.T), _mm(pair.b, b.T)), b)
+
+
+def zero(point: Pair) -> Pair:
+    """Return the zero vector."""
+    return jax.tree.map(jnp.zeros_like, point)
+
+
+def retract(point: Pair, tangent: Pair) -> Pair:
+    """Add a vector."""
+    return jax.tree.map(jnp.add, point, tangent)
+
+
+def transport(source: Pair, target: Pair, tangents: Pair) -> Pair:
+    """Return the vectors as they are: the space is flat."""
+    del source, target
+    return tangents
+
+
+def inner(x: Pair, y: Pair) -> jax.Array:
+    """Return the inner product of two vectors."""
+    return _dot(x.a, y.a) + _dot(x.b, y.b)
+
+
+def _dot(x, y):
+    return jnp.vdot(x, y, precision="highest")
+
+
+def _mm(x, y):
+    return jnp.matmul(x, y, precision="highest")
