@@ -19,17 +19,24 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kronjax import descent, factored, manifold, schatten, spectral, weighted
+from kronjax import (
+    descent,
+    factored,
+    leastsquares,
+    manifold,
+    schatten,
+    spectral,
+)
 from kronjax.descent import Status
 from kronjax.kronecker import (
     Configuration,
     KroneckerTerms,
     rearrange,
 )
-from kronjax.lanes import after, in_turn
+from kronjax.lanes import in_turn
 from kronjax.manifold import Point
 from kronjax.problem import Problem, Stage
-from kronjax.setting import Setting, check_weights, factors, matrices, prepare
+from kronjax.setting import Setting, check_weights, matrices, prepare, to_terms
 
 
 @jax.tree_util.register_dataclass
@@ -180,21 +187,7 @@ def start(
     there are weights, with their nearest Kronecker-factored ones in their stead.
     """
     setting, inverses = prepare(problem, matrix, left_weight, right_weight)
-    plain, points = setting.plain, []
-    # Decompositions in turn: those of the frames come first.
-    last = sum(map(jnp.sum, jax.tree.leaves(inverses)), jnp.zeros_like(plain[0, 0]))
-    for configuration, frame, backs in zip(
-        problem.configurations, setting.frames, inverses, strict=True
-    ):
-        ambient = weighted.to_start(after(plain, last), *backs)
-        point = manifold.nearest(
-            rearrange(ambient, configuration.a_shape), configuration.rank
-        )
-        points.append(point)
-        right = jnp.matmul(point.core, point.b, precision="highest")
-        terms = factors(problem, configuration, point.a, right)
-        plain, last = plain - frame.to_terms(terms).to_matrix(), point.a
-    points = tuple(points)
+    points = leastsquares.begin(problem, setting, inverses)
     zero = jnp.array(0)
     error = setting.target - sum(matrices(problem, setting, points))
     spectral_error = spectral.estimate_norm(error)
@@ -236,7 +229,7 @@ def advance(
     )
     products = schatten.num_products(stage.squarings)
     if problem.is_flat:
-        geometry, objective = factored, _least_squares(problem, setting)
+        geometry, objective = factored, leastsquares.objective(problem, setting)
     else:
         geometry, objective = manifold, _schatten(problem, setting, stage.squarings)
     previous = state.points
@@ -309,7 +302,7 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
         better = _spectral_error(problem, setting, limit) < path.best_error
         points = _select(better, limit, path.best)
     error = _spectral_error(problem, setting, points)
-    terms = _to_terms(problem, setting, points, error)
+    terms = to_terms(problem, setting, points, error)
     lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
     status = jnp.where(setting.finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
@@ -317,7 +310,7 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     return Solution(
         terms=terms,
         spectral_error=error * setting.unit * lost,
-        frobenius=_to_terms(problem, setting, path.frobenius, terms[-1].a),
+        frobenius=to_terms(problem, setting, path.frobenius, terms[-1].a),
         trace=dataclasses.replace(
             trace,
             value=trace.value * lost,
@@ -351,27 +344,6 @@ def _schatten(problem, setting, squarings):
                 points, problem.configurations, setting.frames, strict=True
             )
         )
-
-    return objective
-
-
-def _least_squares(problem, setting):
-    """Return half the squared weighted error of pairs of factors, and its gradient."""
-
-    def error(pairs):
-        parts = zip(problem.configurations, setting.frames, pairs, strict=True)
-        found = [
-            frame.to_terms(factors(problem, c, pair.a, pair.b)).to_matrix()
-            for c, frame, pair in parts
-        ]
-        # Not by tr(E R Eᵀ), whose rounding is that of the largest eigenvalue of R.
-        return (
-            weighted.whiten(sum(found[1:], found[0]), *setting.roots) - setting.target
-        )
-
-    def objective(pairs):
-        residual, pull = jax.vjp(error, pairs)
-        return jnp.sum(residual**2) / 2, pull(residual)[0]
 
     return objective
 
@@ -412,18 +384,3 @@ def _extrapolate(previous, points, weight):
 
 def _select(condition, x, y):
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
-
-
-def _to_terms(problem, setting, points, last):
-    """Return the factors of the Kronecker product SVD, sharing its values equally."""
-    cores = tuple(after(point.core, last) for point in points)
-    decomposed = in_turn(jnp.linalg.svd, cores)
-    terms = []
-    for configuration, frame, point, (u, s, vt) in zip(
-        problem.configurations, setting.frames, points, decomposed, strict=True
-    ):
-        root = (jnp.sqrt(s) * jnp.sqrt(setting.scale))[:, None]
-        a = root * jnp.matmul(u.T, point.a, precision="highest")
-        b = root * jnp.matmul(vt, point.b, precision="highest")
-        terms.append(frame.to_terms(factors(problem, configuration, a, b)))
-    return tuple(terms)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from kronjax import manifold, weighted
 from kronjax.kronecker import KroneckerTerms, unrearrange
-from kronjax.lanes import after
+from kronjax.lanes import after, in_turn
 from kronjax.problem import Problem
 from kronjax.weighted import Frame, Root
 
@@ -156,3 +156,25 @@ def factors(problem, configuration, a, b):
     return KroneckerTerms(
         a.reshape(-1, *configuration.a_shape), b.reshape(-1, *b_shape)
     )
+
+
+def to_terms(problem, setting, points, last):
+    """Return the factors of the Kronecker product SVD, sharing its values equally.
+
+    Args:
+        problem: What is looked for.
+        setting: Knows the coordinates and the scale.
+        points: Of the manifold, one for each configuration.
+        last: What has to be there before anything is decomposed: see `lanes`.
+    """
+    cores = tuple(after(point.core, last) for point in points)
+    decomposed = in_turn(jnp.linalg.svd, cores)
+    terms = []
+    for configuration, frame, point, (u, s, vt) in zip(
+        problem.configurations, setting.frames, points, decomposed, strict=True
+    ):
+        root = (jnp.sqrt(s) * jnp.sqrt(setting.scale))[:, None]
+        a = root * jnp.matmul(u.T, point.a, precision="highest")
+        b = root * jnp.matmul(vt, point.b, precision="highest")
+        terms.append(frame.to_terms(factors(problem, configuration, a, b)))
+    return tuple(terms)

@@ -26,6 +26,7 @@ ORDER = [
     "descent",
     "problem",
     "setting",
+    "leastsquares",
     "continuation",
     "newton",
     "certificate",
