@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import kronjax
-from kronjax.lm import commands
+from kronjax.lm import commands, compress_commands
 from kronjax.options import Flag, Json, Seed, Slice, option
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             {
                 "approximate": approximate,
+                "plan": compress_commands.plan,
+                "compress": compress_commands.compress,
+                "report": compress_commands.report,
                 "evaluate": commands.evaluate,
                 "generate": commands.generate,
                 "export": commands.export,

@@ -1,8 +1,8 @@
 """Language models in JAX: in from Hugging Face folders, and out to them.
 
 `load` reads a model, `save` writes it with whatever layers it has, `export` multiplies
-them out; `evaluate` holds the perplexity protocols. Names are loaded when they are
-first used.
+them out; `compress` makes a smaller one; `evaluate` holds the perplexity protocols.
+Names are loaded when they are first used.
 """
 
 import importlib
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from kronjax.lm import evaluate
     from kronjax.lm.checkpoint import export, load, save
+    from kronjax.lm.compression import compress
     from kronjax.lm.generation import generate
 
-__all__ = ["evaluate", "export", "generate", "load", "save"]
+__all__ = ["compress", "evaluate", "export", "generate", "load", "save"]
 
 _HOMES = {
+    "compress": "kronjax.lm.compression",
     "export": "kronjax.lm.checkpoint",
     "load": "kronjax.lm.checkpoint",
     "save": "kronjax.lm.checkpoint",

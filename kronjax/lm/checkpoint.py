@@ -84,6 +84,32 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
     return model
 
 
+def outline(source: str | Path) -> LanguageModel:
+    """Return a dense model with abstract arrays, from its `config.json` alone.
+
+    Args:
+        source: A folder, whose weights are not read, the file itself, or what `load`
+            takes.
+
+    Raises:
+        ValueError: If the architecture is unknown, or layers are compressed already.
+        OSError: If there is nothing to read.
+    """
+    path = sources.expanded(source)
+    if path.is_file() and path.suffix == ".json":
+        values = storage.read_json(path)
+    elif path.is_dir():
+        values = storage.read_json(_config_of(path))
+    else:
+        graph, state = nnx.split(load(source))
+        return nnx.merge(graph, jax.eval_shape(lambda: state))
+    if values.get("model_type") == MODEL_TYPE:
+        raise ValueError(f"{path} is compressed already; outline the dense model")
+    port = _port(values)
+    config = port.Config.from_hugging_face(values)
+    return nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
+
+
 def save(model: LanguageModel, folder: str | Path) -> None:
     """Write a model so that `load` returns exactly the same one.
 

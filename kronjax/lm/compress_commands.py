@@ -1,0 +1,204 @@
+"""The commands that make models smaller: plan, compress, report.
+
+What they need is imported inside them, so that `kronjax --help` loads no jax.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from kronjax.lm.commands import Dtype, Model
+from kronjax.options import Flag, Json, option
+
+Weighting = Annotated[
+    Literal["none", "input", "input+gradient"] | None,
+    option("none|input|input+gradient"),
+]
+
+HELD_OUT = 60_000
+"""Characters of the text after those that calibration reads, to measure on."""
+
+WORK = ".kronjax-work"
+"""The folder with what is finished, inside the one that is being made."""
+
+
+def plan(
+    model: Model,
+    *,
+    budget: Annotated[str | None, option("B")] = None,
+    recipe: Annotated[str | None, option("NAME|FILE")] = None,
+    calibrate: Annotated[str | None, option("FILE")] = None,
+    tokens: Annotated[int, option("N")] = 32_768,
+    weighting: Weighting = None,
+    out: Annotated[Path | None, option("FILE.yaml")] = None,
+    as_json: Json = False,
+) -> int:
+    """Say what every layer of a model would get, and why; nothing is changed.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub. For a recipe the
+            config.json of the model is enough.
+        budget: 0.8 of the linear layers, or 81M parameters, 160MB, 170MFLOP in all.
+        recipe: Rules instead of a budget: the name of a recipe or a .yaml file.
+        calibrate: A text to weight errors by.
+        tokens: Of the text to read.
+        weighting: What to weight by; all that the text allows by default.
+        out: Write the plan as a recipe.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax import output
+    from kronjax import recipe as recipes
+    from kronjax.lm import calibrate as calibration
+    from kronjax.lm import checkpoint, compression, report, sizes
+    from kronjax.lm import plan as planning
+
+    _one_of(budget, recipe)
+    if out is not None:
+        output.check_output(out, ".yaml")
+    made = None
+    if recipe is not None:
+        rules = recipes.load(recipe)
+        dense = checkpoint.outline(model)
+    else:
+        assert budget is not None
+        dense = checkpoint.load(model, dtype="float32")
+        moments = None
+        if calibrate is not None:
+            text = _read(calibrate)
+            read = compression.tokens_of(dense, text)[: tokens + 1]
+            gradients = weighting in (None, "input+gradient")
+            moments = calibration.measure(dense, read, gradients=gradients)
+        made = planning.make(dense, budget, moments, weighting=weighting)
+        rules = made.recipe()
+    smaller = planning.outline(dense, rules)
+    before, after = sizes.count(dense), sizes.count(smaller)
+    if out is not None:
+        output.write(out, recipes.dumps(rules).encode())
+    if as_json:
+        print(json.dumps(report.planned(before, after, made), allow_nan=False))
+        return 0
+    _show(report.plan(before, after, made), report.totals(before, after))
+    return 0
+
+
+def compress(
+    model: Model,
+    *,
+    out: Annotated[Path, option("FOLDER")],
+    budget: Annotated[str | None, option("B")] = None,
+    recipe: Annotated[str | None, option("NAME|FILE")] = None,
+    calibrate: Annotated[str | None, option("FILE")] = None,
+    tokens: Annotated[int, option("N")] = 32_768,
+    weighting: Weighting = None,
+    evaluate: Annotated[str | None, option("FILE")] = None,
+    protocol: Annotated[str, option("NAME")] = "krony-pt",
+    dtype: Dtype = "float32",
+    force: Flag = False,
+    as_json: Json = False,
+) -> int:
+    """Make a smaller model, and a report with the reason for every choice.
+
+    The same line goes on where an interrupted one stopped.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        out: The folder to write: the model, report.json and report.html.
+        budget: 0.8 of the linear layers, or 81M parameters, 160MB, 170MFLOP in all.
+        recipe: Rules instead of a budget: the name of a recipe or a .yaml file.
+        calibrate: A text to weight errors by; what it holds beyond the tokens read is
+            what perplexities are measured on, if no other text is given.
+        tokens: Of the text to read.
+        weighting: What to weight by; all that the text allows by default.
+        evaluate: A text to measure perplexities on.
+        protocol: krony-pt, gptq-2048 or hf-strided.
+        dtype: Precision of parameters and products.
+        force: Replace the model that is in FOLDER.
+        as_json: Print the record as one JSON object.
+    """
+    from kronjax.lm import checkpoint, compression, page, record
+    from kronjax.lm import protocol as protocols
+
+    _one_of(budget, recipe)
+    protocols.find(protocol)
+    if (out / "config.json").exists() and not force:
+        raise ValueError(f"{out} already holds a model; --force replaces it")
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    given = None if calibrate is None else _read(calibrate)
+    measured = None if evaluate is None else _read(evaluate)
+    dense = checkpoint.load(model, dtype=dtype)
+    asked: Any = budget if recipe is None else recipe
+    result = compression.run(
+        dense, asked, given, weighting=weighting, tokens=tokens, work=work
+    )
+    if measured is None and given is not None:
+        measured = compression.rest(dense, given, tokens, HELD_OUT)
+    checkpoint.save(result.model, out)
+    found = record.of(result, dense, source=model, text=measured, protocol=protocol)
+    record.write(found, out)
+    page.write(found, out)
+    compression.clear(work)
+    if as_json:
+        print(json.dumps(record.read(out), allow_nan=False))
+        return 0
+    _tell(found, out)
+    return 0
+
+
+def report(
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    *,
+    open_it: Annotated[bool, option(name="open")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show what came of a compression, and write its page once more.
+
+    Args:
+        folder: That kronjax compress wrote.
+        open_it: Open the page in a browser.
+        as_json: Print the record as one JSON object.
+    """
+    from kronjax.lm import page, record
+
+    found = record.read(folder)
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+        return 0
+    path = page.write(found, folder)
+    _tell(found, folder)
+    if open_it:
+        import webbrowser
+
+        if not webbrowser.open(path.resolve().as_uri()):
+            print(f"No browser could be opened; the page is {path}.", file=sys.stderr)
+    return 0
+
+
+def _one_of(budget: str | None, recipe: str | None) -> None:
+    if (budget is None) == (recipe is None):
+        raise ValueError("give either --budget or --recipe")
+
+
+def _read(name: str) -> Any:
+    from kronjax.lm import text
+
+    return text.read(name)
+
+
+def _tell(found: dict[str, Any], folder: Path) -> None:
+    from kronjax.lm import page
+    from kronjax.lm import report as tables
+
+    _show(tables.compressed(found), page.summary(found))
+    print(f"{folder / page.NAME} shows every layer.")
+
+
+def _show(table: Any, verdict: str) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(verdict, soft_wrap=True)

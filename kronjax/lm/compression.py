@@ -1,0 +1,444 @@
+"""A model, a recipe or a budget, and some text: a smaller model, and the reasons.
+
+    moments of the text → plan → one fit for every layer → layers swapped
+
+`compress` returns the smaller model; `run` what happened beside it. With a folder for
+its work every layer is stored as it is finished, under the hash of everything that it
+depends on: the same call then goes on after an interruption.
+"""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from kronjax import nn, output
+from kronjax import recipe as recipes
+from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.lm import calibrate, fit, plan, sizes
+from kronjax.lm import text as texts
+from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
+from kronjax.lm.budget import Budget
+from kronjax.lm.calibrate import Moments
+from kronjax.lm.plan import Plan
+from kronjax.lm.progress import bar
+from kronjax.lm.text import Text
+from kronjax.recipe import Assignment, Recipe, Term
+
+TOKENS = 32_768
+"""Tokens of the text that calibration reads, at most."""
+
+_WEIGHTINGS: tuple[recipes.Weighting, ...] = ("none", "input", "input+gradient")
+
+Calibration = str | Path | Text | np.ndarray | Moments
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What became of one layer.
+
+    Attributes:
+        name: Of the layer.
+        configurations: Of its sum.
+        parameters: Numbers in its factors.
+        dense_parameters: Of the dense kernel.
+        relative: Weighted Frobenius error over the norm of the kernel.
+        damage: Half the squared weighted error; NaN without moments.
+        predicted: By the plan; None without one.
+        low_rank: Relative weighted error of low rank of the same size.
+        status: Of the solve, in lower case.
+        seconds: Spent.
+        reason: Why it is so.
+    """
+
+    name: str
+    configurations: tuple[Configuration, ...]
+    parameters: int
+    dense_parameters: int
+    relative: float
+    damage: float
+    predicted: float | None
+    low_rank: float
+    status: str
+    seconds: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A smaller model, and how it came about.
+
+    Attributes:
+        model: The smaller one.
+        recipe: What was done, in rules.
+        plan: Why, if there was a budget.
+        layers: What became of those that changed.
+        moments: What they were weighted by, or None.
+        before: Sizes of the model given.
+        after: Sizes of the smaller one.
+        seconds: By stage.
+    """
+
+    model: LanguageModel
+    recipe: Recipe
+    plan: Plan | None
+    layers: tuple[Layer, ...]
+    moments: Moments | None
+    before: sizes.Sizes
+    after: sizes.Sizes
+    seconds: Mapping[str, float]
+
+
+def compress(
+    model: LanguageModel,
+    recipe: Recipe | Budget | str | Path | float,
+    calibration: Calibration | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """Return a smaller model.
+
+    Args:
+        model: Dense in all layers; left as it is.
+        recipe: Rules, the path of their YAML, the name of a built-in recipe, or a
+            budget: `0.8` of the linear layers, `"81M"` parameters, `"160MB"`.
+        calibration: A text, a path, tokens `[n]`, or moments; needed for weights.
+        options: Those of `run`.
+
+    Returns:
+        A model with `KroneckerLinear` layers, and the recipe as its `recipe`.
+
+    Raises:
+        ValueError: If the budget is impossible, the recipe does not fit the model, or
+            there is no text where one is needed.
+    """
+    return run(model, recipe, calibration, **options).model
+
+
+def run(
+    model: LanguageModel,
+    recipe: Recipe | Budget | str | Path | float,
+    calibration: Calibration | None = None,
+    *,
+    weighting: recipes.Weighting | None = None,
+    tokens: int = TOKENS,
+    evaluations: int = 120,
+    work: Path | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Compress a model, and return what happened.
+
+    Args:
+        model: As for `compress`, and so are `recipe` and `calibration`.
+        recipe: Rules or a budget.
+        calibration: Text or moments.
+        weighting: What a budget is planned by: by default `input+gradient` where there
+            is a text, `none` where there is not.
+        tokens: Of the text that are read, from its beginning.
+        evaluations: That a fit of a mixture may spend.
+        work: A folder in which moments and finished layers are kept, and from which
+            they are taken if they are there.
+        progress: Whether to draw bars; by default on a terminal, after two seconds.
+    """
+    seconds: dict[str, float] = {}
+    layers = plan.compressible(model)
+    shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
+    budget, rules = _understood(recipe)
+    assignments = None
+    needed: recipes.Weighting
+    if rules is not None:
+        # A mistake in the rules shows before anything takes time.
+        assignments = recipes.resolve(rules, shapes, model_type=model.config.model_type)
+        order = (_WEIGHTINGS.index(x.rule.weighting) for x in assignments)
+        needed = _WEIGHTINGS[max(order, default=0)]
+    else:
+        needed = weighting or ("none" if calibration is None else "input+gradient")
+    with _timed(seconds, "calibrate"):
+        moments = _moments(model, calibration, needed, tokens, work, progress)
+    made = None
+    if budget is not None:
+        with _timed(seconds, "plan"):
+            made = plan.make(
+                model, budget, moments, weighting=needed, progress=progress
+            )
+        rules = made.recipe()
+        assignments = recipes.resolve(rules, shapes)
+    assert rules is not None and assignments is not None
+    smaller = nnx.merge(*nnx.split(model))
+    smaller.tokenizer = model.tokenizer
+    with _timed(seconds, "fit"):
+        done = _fit_all(
+            smaller, assignments, moments, made, evaluations, work, progress
+        )
+    if made is not None:
+        rules = _as_fitted(rules, done)
+    smaller.recipe = recipes.dumps(rules)
+    return Result(
+        model=smaller,
+        recipe=rules,
+        plan=made,
+        layers=tuple(done),
+        moments=moments,
+        before=sizes.count(model),
+        after=sizes.count(smaller),
+        seconds=seconds,
+    )
+
+
+def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.ndarray:
+    """Return the tokens `[n]` of a text, as the tokenizer of the model cuts it."""
+    if isinstance(text, np.ndarray):
+        return text
+    if isinstance(text, Path):
+        text = texts.read(text)
+    given = text.text if isinstance(text, Text) else text
+    return np.asarray(tokenizer_of(model).encode(given), np.int32)
+
+
+def rest(model: LanguageModel, text: Text, tokens: int, most: int) -> Text | None:
+    """Return what follows the tokens that calibration reads, or None if it is little.
+
+    Args:
+        model: Whose tokenizer counts.
+        text: That calibration reads the beginning of.
+        tokens: That it reads.
+        most: Characters to return.
+    """
+    whole = tokens_of(model, text)
+    # A margin, as characters are not spread evenly over tokens.
+    first = int(1.1 * tokens / max(len(whole), 1) * len(text.text))
+    left = text.text[first : first + most]
+    if len(left) < 4000:
+        return None
+    return Text((left,), left, text.join, f"{text.source}, from character {first}")
+
+
+def _understood(recipe):
+    """Return a budget or rules, and None for the other one."""
+    if isinstance(recipe, Recipe):
+        return None, recipe
+    if isinstance(recipe, Budget):
+        return recipe, None
+    try:
+        return Budget.parse(recipe), None
+    except ValueError:
+        if isinstance(recipe, (int, float)):
+            raise
+    return None, recipes.load(recipe)
+
+
+def _moments(model, calibration, needed, tokens, work, progress):
+    """Return the moments that are needed: as given, as kept, or measured."""
+    if needed == "none":
+        return None
+    if isinstance(calibration, Moments):
+        return calibration
+    if calibration is None:
+        raise ValueError(
+            f"layers are weighted by {needed}: give a text to calibrate with "
+            "(--calibrate FILE), or write `weighting: none` into the rules"
+        )
+    read = tokens_of(model, calibration)[: tokens + 1]
+    gradients = needed == "input+gradient"
+    kept = None if work is None else work / f"moments-{_hash(read, needed)}.safetensors"
+    if kept is not None and kept.is_file():
+        try:
+            return calibrate.load(kept)
+        except ValueError:  # cut off; measured once more
+            kept.unlink()
+    moments = calibrate.measure(model, read, gradients=gradients, progress=progress)
+    if kept is not None:
+        calibrate.save(moments, kept)
+    return moments
+
+
+def _fit_all(model, assignments, moments, made, evaluations, work, progress):
+    """Put sums where the assignments want them; return what became of each layer."""
+    layers = nn.linear_layers(model)
+    choices = {one.name: one for one in made.choices} if made else {}
+    dtype = parameter_dtype(model)
+    done = []
+    with bar(len(assignments), "fitting", unit="layers", wanted=progress) as advance:
+        for one in assignments:
+            layer = layers[one.name]
+            weighting = one.rule.weighting
+            target = plan.target(layer, one.name, moments, weighting)
+            begun = time.perf_counter()
+            path = None
+            if work is not None:
+                path = work / f"layer-{_hash(target, one, evaluations)}.safetensors"
+            found = _stored(path)
+            if found is None:
+                found = _fit(target, one, evaluations, free=made is not None)
+                if path is not None:
+                    _store(path, found)
+            terms, facts = found
+            bias = None if layer.bias is None else layer.bias[...]
+            cast = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), terms)
+            nn.replace(model, one.name, nn.KroneckerLinear(cast, bias))
+            choice = choices.get(one.name)
+            done.append(
+                Layer(
+                    name=one.name,
+                    configurations=tuple(map(_configuration, cast)),
+                    parameters=sum(x.num_parameters for x in cast),
+                    dense_parameters=int(np.prod(one.shape)),
+                    predicted=choice and choice.damage,
+                    seconds=time.perf_counter() - begun,
+                    reason=choice.reason if choice else f"rule for {one.rule.match}",
+                    **facts,
+                )
+            )
+            advance(1)
+    return done
+
+
+def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
+    """Return the factors of one layer, and what there is to say about them.
+
+    Where a plan was free to choose, low rank of the same size takes the place of a sum
+    that turns out to be worse.
+    """
+    from kronjax.descent import Status
+
+    prepared = fit.Prepared(target)
+    norm = one.rule.norm
+    ranks = fit.ranks_of(one.shape, one.configurations)
+    if (
+        ranks is None
+        or norm not in ("auto", "frobenius")
+        or (norm == "auto" and target.left is None)
+    ):
+        found = prepared.solve(one.configurations, norm)
+    else:
+        found = prepared.mixture(ranks, evaluations=evaluations)
+    m, n = one.shape
+    rank = min(one.num_parameters // (m + n), len(prepared.tails) - 1)
+    if free and found.relative**2 > prepared.tails[rank]:
+        found = prepared.low_rank(rank)
+    terms = _started(target, found.terms, one.rule.start)
+    facts = {
+        "relative": found.relative,
+        "damage": found.damage,
+        "low_rank": float(np.sqrt(prepared.tails[rank])),
+        "status": Status(found.status).name.lower(),
+    }
+    return jax.tree.map(np.asarray, terms), facts
+
+
+def _configuration(terms: KroneckerTerms) -> Configuration:
+    rank, m1, n1 = terms.a.shape
+    return Configuration((m1, n1), rank)
+
+
+def _as_fitted(rules: Recipe, done) -> Recipe:
+    """Return the rules of a plan with the terms that were taken in the end."""
+    taken = {layer.name: layer.configurations for layer in done}
+
+    def rule(old):
+        if old.match not in taken:
+            return old
+        terms = tuple(Term(a_shape=c.a_shape, rank=c.rank) for c in taken[old.match])
+        return old.model_copy(update={"terms": terms})
+
+    return rules.model_copy(update={"rules": tuple(map(rule, rules.rules))})
+
+
+def _started(target, terms, start):
+    """Return terms as a scheme of the literature begins its training with them."""
+    if start == "rescaled":
+        total = sum(np.asarray(one.to_matrix()) for one in terms)
+        size = np.linalg.norm(total)
+        scale = np.sqrt(np.linalg.norm(target.kernel) / (size if size > 0 else 1))
+        return jax.tree.map(lambda x: x * scale, terms)
+    if start == "pruning":
+        return tuple(_pruned(target.kernel, one) for one in terms)
+    return terms
+
+
+def _pruned(kernel, terms: KroneckerTerms) -> KroneckerTerms:
+    """Return `A ⊗ B` with `A` a sub-grid of the kernel and `B` nearly a unit vector.
+
+    Of a factor `B` `[1, 2]`, say, `A` is every second column; what is left out begins
+    with small weights, so that training can use it.
+    """
+    (_, m1, n1), (rank, m2, n2) = terms.a.shape, terms.b.shape
+    blocks = kernel.reshape(m1, m2, n1, n2)
+    energy = np.sum(blocks**2, axis=(0, 2)).ravel()
+    a, b = [], []
+    for place in np.argsort(-energy)[:rank]:
+        unit = np.full(m2 * n2, 1e-2, np.float32)
+        unit[place] = 1
+        i, j = divmod(int(place), n2)
+        a.append(blocks[:, i, :, j])
+        b.append(unit.reshape(m2, n2))
+    return KroneckerTerms(jnp.asarray(np.stack(a)), jnp.asarray(np.stack(b)))
+
+
+def _store(path: Path, found) -> None:
+    terms, facts = found
+    tensors = {}
+    for i, one in enumerate(terms):
+        tensors |= {f"{i}.a": np.ascontiguousarray(one.a)}
+        tensors |= {f"{i}.b": np.ascontiguousarray(one.b)}
+    output.write(path, safetensors.numpy.save(tensors, {"facts": json.dumps(facts)}))
+
+
+def _stored(path: Path | None):
+    """Return what `_store` wrote, or None if there is nothing that can be read."""
+    if path is None or not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            facts = json.loads((file.metadata() or {})["facts"])
+            count = len(file.keys()) // 2
+            terms = tuple(
+                KroneckerTerms(file.get_tensor(f"{i}.a"), file.get_tensor(f"{i}.b"))
+                for i in range(count)
+            )
+    except (safetensors.SafetensorError, KeyError, ValueError):
+        path.unlink()
+        return None
+    return terms, facts
+
+
+def _hash(*parts) -> str:
+    """Return a short digest of arrays, and of anything whose `repr` says it all."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, fit.Target):
+            for array in (part.kernel, part.left, part.right):
+                digest.update(b"-" if array is None else array.tobytes())
+        elif isinstance(part, np.ndarray):
+            digest.update(part.tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
+
+
+def clear(work: Path) -> None:
+    """Remove a folder of finished work."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+class _timed:
+    """Adds the seconds spent inside to a dictionary."""
+
+    def __init__(self, seconds, name):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self):
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds[self.name] = time.perf_counter() - self.begun

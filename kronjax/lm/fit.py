@@ -1,0 +1,258 @@
+"""Sums for the kernels of layers, weighted by what calibration saw.
+
+    damage = ½ ‖C^{1/2} (W − K) L^{1/2}‖_F²        W: [n_in, n_out],  y = x W
+
+with the moments `C` of the input and `L` of the gradient at the output, as far as they
+are there. With both, the damage estimates by how much the loss per token grows.
+
+A `Target` is prepared once: its weights are decomposed, and the singular values of the
+whitened kernel give the damage of low rank at every size. Mixtures of low rank and of
+one near-square configuration are fitted by one program for all layers of a shape.
+
+>>> near_square((12, 12))
+(3, 4)
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kronjax import leastsquares
+from kronjax.kronecker import Configuration, KroneckerTerms, divisors
+from kronjax.problem import Problem, parse_norm
+from kronjax.setting import prepare
+
+TIERS = (0.35, 0.65, 1.0)
+"""Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
+compile, and costs in every step as much as the largest mixture that it can fit."""
+
+SMALL = 300_000
+"""Entries of a kernel up to which compiling costs more than such steps."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kernel with its weights.
+
+    Attributes:
+        name: Of the layer.
+        kernel: `[n_in, n_out]`, float32.
+        left: Moment of the input, `[n_in, n_in]`, or None.
+        right: Moment of the gradient at the output, `[n_out, n_out]`, or None.
+    """
+
+    name: str
+    kernel: np.ndarray = dataclasses.field(repr=False)
+    left: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    right: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(n_in, n_out)`."""
+        return self.kernel.shape[0], self.kernel.shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A sum that stands for a kernel.
+
+    Attributes:
+        terms: The factors, float32.
+        relative: Weighted Frobenius error over the norm of the kernel.
+        damage: Half the squared weighted error.
+        status: `Status`, as an integer.
+    """
+
+    terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
+    relative: float
+    damage: float
+    status: int
+
+
+class Prepared:
+    """A target with its weights decomposed.
+
+    Attributes:
+        target: What was prepared.
+        total: Damage of leaving the layer out, `½ ‖C^{1/2} W L^{1/2}‖_F²`.
+        tails: `[min(n_in, n_out) + 1]`, the relative squared error of every low rank
+            from 0 on.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """Decompose the weights and the whitened kernel."""
+        self.target = target
+        arrays = (target.kernel, target.left, target.right)
+        given = [x if x is None else jnp.asarray(x, jnp.float32) for x in arrays]
+        # The coordinates are the same for all ranks.
+        self._setting, self._inverses = _preparer(_tier(target.shape, (1, 1)))(*given)
+        whitened = np.asarray(self._setting.target)
+        self._u, self._s, self._vt = np.linalg.svd(whitened, full_matrices=False)
+        self.total = float(self._setting.unit) ** 2 / 2
+        squares = self._s.astype(np.float64) ** 2
+        self.tails = np.append(np.cumsum(squares[::-1])[::-1], 0) / squares.sum()
+
+    def low_rank(self, rank: int) -> Fit:
+        """Return the best sum of `rank` columns times rows: the closed form."""
+        setting: Any = self._setting
+        root = np.sqrt(self._s[:rank] * float(setting.scale))
+        a, b = self._u[:, :rank] * root, root[:, None] * self._vt[:rank]
+        left, right = setting.roots
+        if left is not None:
+            a = np.asarray(left.inverse).T @ a
+        if right is not None:
+            b = b @ np.asarray(right.inverse)
+        terms = KroneckerTerms(jnp.asarray(a.T[:, :, None]), jnp.asarray(b[:, None]))
+        tail = self.tails[min(rank, len(self.tails) - 1)]
+        return Fit((terms,), math.sqrt(tail), self.total * tail, 0)
+
+    def mixture(
+        self, ranks: tuple[int, int], *, evaluations: int = 120, tolerance: float = 1e-5
+    ) -> Fit:
+        """Return a sum of low rank and near-square terms, fitted jointly.
+
+        Args:
+            ranks: Of both; 0 leaves one of them out.
+            evaluations: Values and gradients to spend.
+            tolerance: As for `leastsquares.fit`.
+        """
+        if ranks[1] == 0:
+            return self.low_rank(ranks[0])
+        problem = _tier(self.target.shape, ranks)
+        found = _fitter(problem)(
+            self._setting, self._inverses, jnp.array(ranks), evaluations, tolerance
+        )
+        terms = tuple(
+            jax.tree.map(lambda x, rank=rank: x[:rank], one)
+            for one, rank in zip(found.terms, ranks, strict=True)
+            if rank
+        )
+        relative = float(found.relative)
+        return Fit(terms, relative, self.total * relative**2, int(found.status))
+
+    def solve(self, configurations: tuple[Configuration, ...], norm: str) -> Fit:
+        """Return a sum for any configurations and any norm, by `kronjax.approximate`.
+
+        Args:
+            configurations: What to look for.
+            norm: As in recipes; `auto` is Frobenius with weights, spectral without.
+        """
+        from kronjax.approximation import approximate
+
+        target = self.target
+        weighted = target.left is not None or target.right is not None
+        if norm == "auto":
+            norm = "frobenius" if weighted else "spectral"
+        flat = parse_norm(norm) == 2
+        found = approximate(
+            target.kernel,
+            configurations,
+            norm=norm,
+            left_weight=target.left,
+            right_weight=target.right,
+            starts=1 if flat else 4,
+            progress=False,
+        )
+        ratio = found.weighted_relative if weighted else found.relative
+        assert ratio is not None
+        relative = float(ratio.frobenius)
+        terms = jax.tree.map(jnp.asarray, found.terms)
+        damage = self.total * relative**2
+        return Fit(terms, relative, damage, int(found.status))
+
+
+def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the shape of left factors of which a term has the fewest parameters.
+
+    Of several the one whose factors are most alike in rows and in columns. None where
+    all there is is low rank: sizes that are prime.
+    """
+    m, n = shape
+    trivial = {(m, 1), (1, n), (m, n), (1, 1)}
+
+    def size(pair):
+        m1, n1 = pair
+        d1, d2 = m1 * n1, m * n // (m1 * n1)
+        uneven = abs(math.log(m1 * m1 / m)) + abs(math.log(n1 * n1 / n))
+        return d1 + d2, uneven, pair
+
+    pairs = {(m1, n1) for m1 in divisors(m) for n1 in divisors(n)}
+    return min(pairs - trivial, key=size, default=None)
+
+
+def mix(shape: tuple[int, int], fraction: float, share: float) -> tuple[int, int]:
+    """Return the ranks of a mixture of a size.
+
+    Args:
+        shape: `(n_in, n_out)`.
+        fraction: Parameters over those of the dense kernel.
+        share: Of the parameters, what goes to low rank.
+
+    Returns:
+        Low rank, and number of near-square terms.
+    """
+    m, n = shape
+    low, *square = _largest(shape, 1.0)
+    budget = fraction * m * n
+    first = min(round(share * budget / (m + n)), low.rank)
+    left = budget - first * (m + n)
+    if not square:
+        return first, 0
+    one = Configuration(square[0].a_shape, 1).num_parameters(shape)
+    return first, max(0, min(int(left / one), square[0].rank))
+
+
+def configurations(
+    shape: tuple[int, int], ranks: tuple[int, int]
+) -> tuple[Configuration, ...]:
+    """Return the configurations of a mixture, without those of rank 0."""
+    pairs = zip(((shape[0], 1), near_square(shape)), ranks, strict=True)
+    return tuple(Configuration(a, rank) for a, rank in pairs if a and rank)
+
+
+def ranks_of(
+    shape: tuple[int, int], wanted: tuple[Configuration, ...]
+) -> tuple[int, int] | None:
+    """Return the ranks if `wanted` is such a mixture, or None."""
+    held = {one.a_shape: one.rank for one in wanted}
+    low = held.pop((shape[0], 1), 0)
+    square = near_square(shape)
+    ranks = low, held.pop(square, 0) if square else 0
+    return None if held else ranks
+
+
+def _largest(shape, fraction):
+    """Return low rank and near-square terms, if there are such, each at a size."""
+    m, n = shape
+    budget = fraction * m * n
+    found = []
+    for a_shape in ((m, 1), near_square(shape)):
+        if a_shape is not None:
+            one = Configuration(a_shape, 1)
+            most = max(int(budget / one.num_parameters(shape)), 1)
+            found.append(Configuration(a_shape, min(most, one.max_rank(shape))))
+    return tuple(found)
+
+
+def _tier(shape, ranks):
+    """Return the smallest problem in which a mixture of these ranks fits."""
+    for fraction in TIERS[-1:] if math.prod(shape) <= SMALL else TIERS:
+        largest = _largest(shape, fraction)
+        if all(rank <= one.rank for rank, one in zip(ranks, largest, strict=False)):
+            break
+    return Problem.of(shape, largest, 2, starts=1)
+
+
+@functools.lru_cache(maxsize=64)
+def _preparer(problem):
+    return jax.jit(functools.partial(prepare, problem))
+
+
+@functools.lru_cache(maxsize=64)
+def _fitter(problem):
+    return jax.jit(functools.partial(leastsquares.fit, problem))

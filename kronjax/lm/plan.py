@@ -1,0 +1,393 @@
+"""Plans: what every layer gets for a budget, and why.
+
+Every layer offers to be dense, and at a number of sizes to be low rank, a sum of
+near-square Kronecker products, or a mixture of both. The damage of low rank is known at
+every size from the singular values of the whitened kernel. What the others leave of it
+is measured: joint fits at two sizes for a few blocks, for every kind of layer, between
+which the ratio is interpolated. `budget.share` then spreads the budget so that the sum
+of all damages is least.
+
+With moments of inputs and gradients a damage is an estimate of the loss it costs, and
+fragile layers, often those of the first block, stay dense because their estimates say
+so. With those of inputs alone it is the relative error of the outputs, and without any
+that of the kernel: layers are then compared by guess.
+
+The estimate ranks damages well and is too small for large ones: errors of several
+layers meet, and the loss is not quadratic. A plan says by how much after compression.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kronjax import nn
+from kronjax import recipe as recipes
+from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.lm import fit
+from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.budget import Budget, share
+from kronjax.lm.calibrate import Moments
+from kronjax.lm.progress import bar
+from kronjax.recipe import Recipe, Rule, Term, Weighting
+
+FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
+"""Sizes that are offered, as parts of the dense kernel."""
+
+PROBES = (0.3, 0.6)
+"""Sizes at which mixtures are fitted to learn what they leave of low rank's damage."""
+
+SHARES = {"kronecker": 0.0, "mixture": 0.5}
+"""Kinds of sums that are probed, and the part of them that is low rank."""
+
+BLOCKS = 3
+"""Blocks in which every kind of layer is probed, from the first third to the last."""
+
+Probe = tuple[str, str, float, float]
+"""A layer, a kind of sum, a fraction, and its damage over that of low rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a layer gets.
+
+    Attributes:
+        name: Of the layer.
+        shape: `(n_in, n_out)`.
+        kind: `dense`, `low rank`, `kronecker` or `mixture`.
+        configurations: Of its sum; none where it is dense.
+        fraction: Parameters of the kernel over those of the dense one.
+        damage: Predicted, in nats per token if there are gradients.
+        low_rank: Damage of low rank at the same size, from its closed form.
+        reason: In words.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kind: str
+    configurations: tuple[Configuration, ...]
+    fraction: float
+    damage: float
+    low_rank: float
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all layers get.
+
+    Attributes:
+        budget: What was asked for.
+        weighting: What damages are weighted by.
+        choices: One for every layer, in the order of the model.
+        damage: Sum of all.
+        ratios: Of all probes.
+    """
+
+    budget: Budget
+    weighting: Weighting
+    choices: tuple[Choice, ...]
+    damage: float
+    ratios: tuple[Probe, ...]
+
+    def recipe(self, name: str = "plan") -> Recipe:
+        """Return the plan as rules, one for every layer that changes."""
+        rules = [
+            Rule(
+                match=one.name,
+                method="kronecker",
+                terms=tuple(Term(a_shape=c.a_shape, rank=c.rank) for c in held),
+                norm="frobenius",
+                weighting=self.weighting,
+            )
+            for one in self.choices
+            if (held := one.configurations)
+        ]
+        rules.append(Rule(match="*", method="keep"))
+        if len(rules) > len(self.choices):  # nothing is left for the last one
+            rules.pop()
+        return Recipe(
+            rules=tuple(rules), name=name, source=f"planned for {self.budget}"
+        )
+
+
+def make(
+    model: LanguageModel,
+    budget: Budget | str | float,
+    moments: Moments | None = None,
+    *,
+    weighting: Weighting | None = None,
+    progress: bool | None = None,
+) -> Plan:
+    """Plan a model for a budget.
+
+    Args:
+        model: Dense in all layers; left as it is.
+        budget: See `budget.Budget`.
+        moments: From calibration.
+        weighting: What to weight by; by default all that the moments hold.
+        progress: Whether to draw bars; by default on a terminal, after two seconds.
+
+    Raises:
+        ValueError: If the budget is below the smallest possible or a layer is
+            compressed already.
+    """
+    if not isinstance(budget, Budget):
+        budget = Budget.parse(budget)
+    weighting = weighting or best_weighting(moments)
+    layers = compressible(model)
+    smallest = _room(model, layers, budget)  # before anything takes time
+    names = list(layers)
+    ratios: list[Probe] = []
+    tails: dict[str, tuple[float, np.ndarray]] = {}
+    probed = _probed(names)
+    with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
+        for name in names:
+            prepared = fit.Prepared(target(layers[name], name, moments, weighting))
+            total = prepared.total if weighting == "input+gradient" else 1.0
+            tails[name] = total, prepared.tails
+            if name in probed:
+                ratios += _probe(prepared)
+            advance(1)
+    offers = {name: _offers(name, layers[name], *tails[name], ratios) for name in names}
+    measure = _cost_of(budget)
+    costs = [[(measure(one), one.damage) for one in offers[name]] for name in names]
+    picked = share(costs, smallest)
+    choices = tuple(offers[name][i] for name, i in zip(names, picked, strict=True))
+    return Plan(
+        budget, weighting, choices, sum(x.damage for x in choices), tuple(ratios)
+    )
+
+
+def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
+    """Return a model as a recipe makes it, with abstract arrays: for its sizes.
+
+    Args:
+        model: Dense; its arrays may be abstract. Left as it is.
+        recipe: Rules.
+
+    Raises:
+        ValueError: If the rules do not fit the model.
+    """
+    layers = compressible(model)
+    shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
+    graph, state = nnx.split(model)
+    made = nnx.merge(graph, jax.eval_shape(lambda: state))
+    kind = model.config.model_type
+    for one in recipes.resolve(recipe, shapes, model_type=kind):
+        terms = [
+            {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
+            for c in one.configurations
+        ]
+        bias = layers[one.name].bias is not None
+        described = {"kind": "kronecker", "terms": terms, "bias": bias}
+        nn.replace(made, one.name, nn.from_description(described))
+    return made
+
+
+def best_weighting(moments: Moments | None) -> Weighting:
+    """Return what moments allow."""
+    if moments is None:
+        return "none"
+    return "input+gradient" if moments.outputs else "input"
+
+
+def compressible(model: LanguageModel) -> dict[str, Any]:
+    """Return the layers that a plan decides on: all linear ones but the head.
+
+    Raises:
+        ValueError: If one is compressed already.
+    """
+    layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+    done = [k for k, v in layers.items() if nn.describe(v)["kind"] != "dense"]
+    if done:
+        raise ValueError(
+            f"the model is compressed already ({len(done)} layers, {done[0]} is one); "
+            "begin with the dense one, or multiply it out with kronjax export"
+        )
+    return layers
+
+
+def target(
+    layer: Any, name: str, moments: Moments | None, weighting: Weighting
+) -> fit.Target:
+    """Return the kernel of a layer with its weights.
+
+    Raises:
+        ValueError: If the moments lack what the weighting asks for.
+    """
+    kernel = np.asarray(layer.kernel[...], np.float32)
+    if weighting == "none":
+        return fit.Target(name, kernel)
+    if moments is None or name not in moments.sources:
+        raise ValueError(
+            f"{name} is to be weighted by its {weighting}, and there are no moments of "
+            "it; give a text to calibrate with"
+        )
+    left, right = moments.input(name), None
+    if weighting == "input+gradient":
+        if name not in moments.outputs:
+            raise ValueError("the moments were measured without gradients")
+        right = moments.outputs[name]
+    for moment, size in zip((left, right), kernel.shape, strict=True):
+        if moment is not None and moment.shape != (size, size):
+            raise ValueError(f"the moments of {name} are those of another model")
+    return fit.Target(name, kernel, left, right)
+
+
+def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:
+    """Return what the kernels of the layers may cost together."""
+    from kronjax.lm import sizes
+
+    counted = sizes.count(model)
+    dense = [x for x in counted.layers if x.name in layers]
+    kernels = sum(math.prod(one.shape) for one in dense)
+    if budget.measure == "fraction":
+        return budget.amount * kernels
+    if budget.measure == "flops":
+        return budget.amount - (counted.flops - 2 * kernels)
+    per = 1.0
+    if budget.measure == "bytes":
+        # All layers in the dtype of the first: mixed ones are rounded to it.
+        per = next(iter(layers.values())).kernel[...].dtype.itemsize
+    whole = counted.parameters if budget.measure == "parameters" else counted.bytes
+    room = budget.amount - (whole - per * kernels)
+    if room <= 0:
+        raise ValueError(
+            f"a budget of {budget} leaves nothing for the linear layers: the rest of "
+            f"the model takes {whole - per * kernels:,.0f}"
+        )
+    return room / per
+
+
+def _cost_of(budget: Budget) -> Callable[[Choice], float]:
+    """Return what a choice costs, in the measure of `_room`."""
+
+    def flops(choice):
+        if not choice.configurations:
+            return 2 * math.prod(choice.shape)
+        return sum(
+            2 * _multiply_adds(choice.shape, one) for one in choice.configurations
+        )
+
+    def parameters(choice):
+        held = choice.configurations
+        if not held:
+            return math.prod(choice.shape)
+        return sum(one.num_parameters(choice.shape) for one in held)
+
+    return flops if budget.measure == "flops" else parameters
+
+
+def _multiply_adds(shape, configuration):
+    from kronjax.kronecker import matmul_cost
+
+    a, b = configuration.a_shape, configuration.b_shape(shape)
+    sides = (jax.ShapeDtypeStruct((configuration.rank, *x), np.float32) for x in (a, b))
+    stand_ins: Any = tuple(sides)
+    return matmul_cost(KroneckerTerms(*stand_ins))
+
+
+def kind_of_layer(name: str) -> tuple[str, int]:
+    """Return the name without the number of its block, and that number."""
+    found = re.search(r"\.(\d+)\.", name)
+    if found is None:
+        return name, 0
+    return name[: found.start()] + ".*." + name[found.end() :], int(found[1])
+
+
+def _probed(names: Iterable[str]) -> set[str]:
+    """Return the layers of every kind in a few blocks, spread evenly."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of_layer(name)[0], []).append(name)
+    found = set()
+    for members in kinds.values():
+        places = (np.arange(BLOCKS) + 0.5) * len(members) / BLOCKS
+        found |= {members[int(place)] for place in places}
+    return found
+
+
+def _probe(prepared: fit.Prepared) -> list[Probe]:
+    """Fit the kinds of sums at a few sizes; return their damages over low rank's."""
+    shape, name = prepared.target.shape, prepared.target.name
+    found = []
+    for fraction in PROBES:
+        tail = prepared.tails[_rank(shape, fraction)]
+        for kind, part in SHARES.items():
+            ranks = fit.mix(shape, fraction, part)
+            if all(ranks[part == 0 :]) and tail > 0:
+                relative = prepared.mixture(ranks).relative
+                found.append((name, kind, fraction, relative**2 / tail))
+    return found
+
+
+def _ratio(
+    name: str,
+    kind: str,
+    fraction: float,
+    ratios: Sequence[Probe],
+) -> float:
+    """Return the damage over low rank's: the mean of probes, nearest ones most."""
+    same, block = kind_of_layer(name)
+    logs, weights = [], []
+    for probe, probed_kind, size, ratio in ratios:
+        other, place = kind_of_layer(probe)
+        if (other, probed_kind) == (same, kind):
+            far = abs(place - block) + 30 * abs(size - fraction)
+            logs.append(math.log(ratio))
+            weights.append(1 / (1 + far) ** 2)
+    if not logs:
+        return math.inf
+    return math.exp(float(np.average(logs, weights=weights)))
+
+
+def _rank(shape: tuple[int, int], fraction: float) -> int:
+    m, n = shape
+    return max(int(fraction * m * n / (m + n)), 1)
+
+
+def _offers(
+    name: str,
+    layer: Any,
+    total: float,
+    tails: np.ndarray,
+    ratios: Sequence[Probe],
+) -> list[Choice]:
+    """Return what a layer offers: dense, and the best kind of every size."""
+    shape = layer.in_features, layer.out_features
+    whole = math.prod(shape)
+    offers = [Choice(name, shape, "dense", (), 1.0, 0.0, 0.0, "what it holds pays")]
+    for fraction in FRACTIONS:
+        rank = _rank(shape, fraction)
+        tail = float(tails[min(rank, len(tails) - 1)])
+        ranks = {"low rank": (rank, 0)}
+        ranks |= {k: fit.mix(shape, fraction, part) for k, part in SHARES.items()}
+        factors = {"low rank": 1.0}
+        factors |= {k: _ratio(name, k, fraction, ratios) for k in SHARES}
+        kind = min(factors, key=lambda k: factors[k])
+        held = fit.configurations(shape, ranks[kind])
+        parameters = sum(one.num_parameters(shape) for one in held)
+        if not held or parameters >= whole:
+            continue
+        reason = "low rank is best here"
+        if kind != "low rank":
+            reason = f"{1 - factors[kind]:.0%} less damage than low rank, by probes"
+        offers.append(
+            Choice(
+                name,
+                shape,
+                kind,
+                held,
+                parameters / whole,
+                total * tail * factors[kind],
+                total * tail,
+                reason,
+            )
+        )
+    return offers

@@ -1,0 +1,210 @@
+"""What there is to say about a compressed model, as values that JSON holds.
+
+Beside what compression knows: the errors of every layer in three norms, in float64;
+perplexities before and after, by a named protocol; how well the plan predicted them;
+size on disk; how fast both models are. Reports are made of these records, and of
+nothing else: `kronjax report` needs no model.
+
+>>> NAME
+'report.json'
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import kronjax
+from kronjax import nn, output
+from kronjax.errors import measure
+from kronjax.lm import evaluate, latency
+from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.compression import Result
+from kronjax.lm.sizes import Sizes
+from kronjax.lm.text import Text
+
+NAME = "report.json"
+"""The file beside the weights."""
+
+FORMAT = 1
+"""Version of the record; a reader refuses later ones."""
+
+EXPONENTS = (2, 4, 6, 10, 18, 34, 66, 130, 258)
+"""Of the Schatten norms in which errors are shown."""
+
+
+def of(
+    result: Result,
+    model: LanguageModel,
+    *,
+    source: str,
+    text: Text | None = None,
+    protocol: str = "krony-pt",
+    timed: bool = True,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Return the record of a compression.
+
+    Args:
+        result: What came of it.
+        model: What was compressed.
+        source: Where it came from.
+        text: To measure perplexities on, or None for none.
+        protocol: Of the perplexities.
+        timed: Whether to measure speeds, which takes some seconds.
+        progress: Whether to draw bars.
+    """
+    moments, plan = result.moments, result.plan
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "kronjax": kronjax.__version__,
+        "jax": jax.__version__,
+        "source": source,
+        "recipe": result.model.recipe,
+        "budget": None if plan is None else str(plan.budget),
+        "weighting": None if plan is None else plan.weighting,
+        "calibration": moments
+        and {
+            "tokens": moments.tokens,
+            "tokens_sha256": moments.tokens_sha256,
+            "gradients": bool(moments.outputs),
+        },
+        "before": _size(result.before),
+        "after": _size(result.after),
+        "layers": _layers(result, model),
+        "probes": [] if plan is None else [list(one) for one in plan.ratios],
+        "predicted_nats": _predicted(result),
+        "perplexity": None,
+        "latency": None,
+        "seconds": dict(result.seconds),
+    }
+    if text is not None:
+        pair = [
+            evaluate.perplexity(one, text, protocol, progress=progress)
+            for one in (model, result.model)
+        ]
+        dense, ours = map(evaluate.summary, pair)
+        record["perplexity"] = {"dense": dense, "compressed": ours}
+        record["measured_nats"] = pair[1].nll - pair[0].nll
+    if timed:
+        context = min(128, model.config.context // 2)
+        found = latency.measure(
+            result.model, context=context, new_tokens=8, repeats=3, progress=progress
+        )
+        record["latency"] = latency.summary(found)
+    return record
+
+
+def write(record: dict[str, Any], folder: Path) -> Path:
+    """Write a record into the folder of a model; return its path."""
+    path = folder / NAME
+    text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    output.write(path, text.encode() + b"\n")
+    return path
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the record in a folder.
+
+    Raises:
+        ValueError: If it is damaged or of a later version.
+        OSError: If there is none; says what writes one.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {NAME}: kronjax compress writes one beside the weights"
+        )
+    try:
+        record = json.loads(path.read_bytes())
+        version = record["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} is of format {version}: update kronjax")
+    return record
+
+
+def _size(sizes: Sizes) -> dict[str, Any]:
+    linear = [one for one in sizes.layers if one.name != "lm_head"]
+    return {
+        "parameters": sizes.parameters,
+        "linear_parameters": sum(one.parameters for one in linear),
+        "bytes": sizes.bytes,
+        "flops": sizes.flops,
+    }
+
+
+def _predicted(result):
+    if result.plan is None or result.plan.weighting != "input+gradient":
+        return None
+    return sum(one.damage for one in result.layers)
+
+
+def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
+    """Return what each layer is, the dense ones included."""
+    after: dict[str, Any] = dict(nn.linear_layers(result.model))
+    done = {one.name: one for one in result.layers}
+    choices = {one.name: one for one in result.plan.choices} if result.plan else {}
+    sizes = {one.name: one for one in result.after.layers}
+    rows = []
+    for name, layer in nn.linear_layers(model).items():
+        size = sizes[name]
+        row: dict[str, Any] = {
+            "name": name,
+            "shape": list(size.shape),
+            "kind": size.kind,
+            "parameters": size.parameters,
+            "fraction": size.parameters / max(nn.cost(layer).parameters, 1),
+            "flops": size.flops,
+        }
+        if name in done:
+            one = done[name]
+            kernel = np.asarray(nn.dense(layer).kernel[...], np.float64)
+            terms = jax.tree.map(np.asarray, after[name].terms)
+            error, whole = measure(kernel, terms), measure(kernel, ())
+            row |= {
+                **{
+                    k: v
+                    for k, v in dataclasses.asdict(one).items()
+                    if k not in ("name", "configurations", "parameters")
+                },
+                "spectral": float(error.spectral),
+                "relative_spectral": float(error.over(whole).spectral),
+                "relative_frobenius": float(error.over(whole).frobenius),
+                "schatten": _schatten(kernel, after[name]),
+            }
+        elif name in choices:
+            row["reason"] = choices[name].reason
+        rows.append(row)
+    return rows
+
+
+def _schatten(kernel: np.ndarray, layer: Any) -> list[float]:
+    """Return relative errors in the Schatten norms of `EXPONENTS`."""
+    values = [
+        np.linalg.svd(x, compute_uv=False)
+        for x in (kernel - np.asarray(layer.materialize(), np.float64), kernel)
+    ]
+
+    def norm(x, p):
+        top = max(float(x[0]), 1e-300)
+        return top * float(np.sum((x / top) ** p)) ** (1 / p)
+
+    error, whole = values
+    return [norm(error, p) / norm(whole, p) for p in EXPONENTS]
+
+
+def _plain(value):
+    """Return values that JSON holds: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.floating, float)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,197 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from kronjax import nn, recipe
+from kronjax.kronecker import Configuration
+from kronjax.lm import calibrate, compression, fit, gpt2, plan
+from kronjax.lm.budget import Budget
+
+CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gpt2.Model(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 40, 1500).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def moments(model, tokens):
+    return calibrate.measure(model, tokens, gradients=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def result(model, moments, tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    done = compression.run(model, 0.7, moments, evaluations=30, work=work)
+    return done, work
+
+
+def kernels(model):
+    return {k: np.asarray(nn.dense(v).kernel[...]) for k, v in layers(model).items()}
+
+
+def layers(model):
+    return {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+
+
+def test_a_budget_is_kept_and_every_layer_accounted_for(model, result):
+    done, _ = result
+    dense = sum(w.size for w in kernels(model).values())
+    held = sum(
+        sum(one.num_parameters for one in layer.terms)
+        if isinstance(layer, nn.KroneckerLinear)
+        else layer.kernel[...].size
+        for layer in layers(done.model).values()
+    )
+    assert 0.6 * dense < held <= 0.7 * dense
+    assert done.before.parameters - done.after.parameters == dense - held
+    assert [one.name for one in done.plan.choices] == list(layers(model))
+    changed = {one.name for one in done.layers}
+    assert changed == {
+        name
+        for name, layer in layers(done.model).items()
+        if isinstance(layer, nn.KroneckerLinear)
+    }
+
+
+def test_damages_are_those_of_the_weights_multiplied_out(model, result, moments):
+    done, _ = result
+    before, after = kernels(model), kernels(done.model)
+    for layer in done.layers:
+        error = before[layer.name] - after[layer.name]
+        left, right = moments.input(layer.name), moments.outputs[layer.name]
+        damage = np.trace(error.T @ left @ error @ right) / 2
+        np.testing.assert_allclose(layer.damage, damage, rtol=2e-2)
+        assert layer.relative <= layer.low_rank * (1 + 1e-4)  # never worse than that
+
+
+def test_the_model_given_is_left_as_it_is(model, result, tokens):
+    done, _ = result
+    assert not any(
+        isinstance(x, nn.KroneckerLinear) for x in nn.linear_layers(model).values()
+    )
+    logits = done.model(tokens[None, :16])
+    assert logits.shape == (1, 16, 40)
+    assert np.isfinite(logits).all()
+
+
+def test_the_recipe_of_a_result_makes_the_same_layers(model, result):
+    done, _ = result
+    rules = recipe.loads(done.model.recipe)
+    assert rules == done.recipe
+    shapes = {k: (v.in_features, v.out_features) for k, v in layers(model).items()}
+    assigned = recipe.resolve(rules, shapes)
+    assert [(x.name, x.configurations) for x in assigned] == [
+        (x.name, x.configurations) for x in done.layers
+    ]
+
+
+def test_finished_layers_are_taken_from_the_folder_of_the_work(
+    model, moments, result, monkeypatch
+):
+    done, work = result
+    files = sorted(work.glob("layer-*.safetensors"))
+    assert len(files) == len(done.layers)
+    damaged = files[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    calls = []
+    original = compression._fit
+
+    def counted(target, *rest, **options):
+        calls.append(target.name)
+        return original(target, *rest, **options)
+
+    monkeypatch.setattr(compression, "_fit", counted)
+    monkeypatch.setattr(plan, "make", lambda *_, **__: done.plan)
+    again = compression.run(model, 0.7, moments, evaluations=30, work=work)
+    assert len(calls) == 1  # the damaged one
+    for name, kernel in kernels(again.model).items():
+        np.testing.assert_allclose(kernel, kernels(done.model)[name], atol=1e-6)
+
+
+def test_a_larger_budget_predicts_less_damage(model, moments, monkeypatch):
+    monkeypatch.setattr(plan, "_probe", lambda _: [])
+    damages = [plan.make(model, x, moments).damage for x in (0.3, 0.6, 0.9, 1.0)]
+    assert damages == sorted(damages, reverse=True)
+    assert damages[-1] == 0
+
+
+@pytest.mark.parametrize("text", ["13k", "52kB", "25kFLOP"])
+def test_budgets_for_the_whole_model(model, moments, monkeypatch, text):
+    monkeypatch.setattr(plan, "_probe", lambda _: [])
+    budget = Budget.parse(text)
+    made = plan.make(model, budget, moments)
+    done = compression.run(model, made.recipe(), moments, evaluations=2)
+    size = dataclasses.asdict(done.after)[budget.measure]
+    assert 0.85 * budget.amount < size <= budget.amount
+
+
+def test_budgets_that_are_impossible_say_so(model, moments, monkeypatch):
+    monkeypatch.setattr(plan, "_probe", lambda _: [])
+    with pytest.raises(ValueError, match="leaves nothing for the linear layers"):
+        plan.make(model, "1000", moments)
+    with pytest.raises(ValueError, match="smallest possible"):
+        plan.make(model, 0.01, moments)
+
+
+def test_rules_and_what_they_need(model, moments, tokens):
+    rules = recipe.loads(
+        "rules: [{match: 'h.0.attn.c_proj', method: low-rank, rank: 4},"
+        " {match: '*', method: keep}]"
+    )
+    with pytest.raises(ValueError, match="--calibrate FILE"):
+        compression.compress(model, rules)
+    done = compression.run(model, rules, moments)
+    (layer,) = done.layers
+    assert layer.configurations == (Configuration((24, 1), 4),)
+    assert layer.status == "converged"
+    bare = dataclasses.replace(moments, outputs={})
+    with pytest.raises(ValueError, match="without gradients"):
+        compression.run(model, 0.7, bare, weighting="input+gradient")
+    with pytest.raises(ValueError, match="compressed already"):
+        compression.run(done.model, rules, moments)
+
+
+@pytest.mark.parametrize("start", ["rescaled", "pruning"])
+def test_starts_of_the_literature(model, start):
+    rules = recipe.Recipe(
+        rules=(
+            recipe.Rule(
+                match="h.*.mlp.c_fc",
+                method="kronecker",
+                terms=(recipe.Term(a_shape=(12, 96)),),
+                norm="frobenius",
+                weighting="none",
+                start=start,
+            ),
+            recipe.Rule(match="*", method="keep"),
+        )
+    )
+    done = compression.run(model, rules)
+    before, after = kernels(model), kernels(done.model)
+    for layer in done.layers:
+        w, k = before[layer.name], after[layer.name]
+        if start == "rescaled":
+            np.testing.assert_allclose(np.linalg.norm(k), np.linalg.norm(w), rtol=1e-4)
+        else:  # every second row is there as it was
+            kept = [np.allclose(k[i::2], w[i::2], atol=1e-6) for i in (0, 1)]
+            assert sum(kept) == 1
+
+
+@pytest.mark.parametrize("shape", [(24, 72), (72, 24), (24, 24), (7, 5), (1, 6)])
+def test_mixtures_have_the_size_that_was_asked_for(shape):
+    for fraction in (0.3, 0.6):
+        for part in (0.0, 0.5, 1.0):
+            held = fit.configurations(shape, fit.mix(shape, fraction, part))
+            size = sum(one.num_parameters(shape) for one in held)
+            assert size <= fraction * shape[0] * shape[1] + sum(shape)
+            if held and shape not in [(1, 6)]:
+                assert fit.ranks_of(shape, held) == fit.mix(shape, fraction, part)
