@@ -18,8 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-import kronjax
-from kronjax import nn, output
+from kronjax import __version__, nn, output
 from kronjax.errors import measure
 from kronjax.lm import evaluate, latency
 from kronjax.lm.architecture import LanguageModel
@@ -61,7 +60,7 @@ def of(
     moments, plan = result.moments, result.plan
     record: dict[str, Any] = {
         "format": FORMAT,
-        "kronjax": kronjax.__version__,
+        "kronjax": __version__,
         "jax": jax.__version__,
         "source": source,
         "recipe": result.model.recipe,
