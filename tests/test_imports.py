@@ -70,6 +70,7 @@ ORDER = [
     "lm.budget",
     "lm.fit",
     "lm.plan",
+    "lm.refine",
     "lm.compression",
     "lm.prune",
     "lm.train",

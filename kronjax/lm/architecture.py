@@ -130,11 +130,35 @@ class LanguageModel(nnx.Module):
     tokenizer: Tokenizer | None = None
     recipe: str | None = None
 
+    @property
+    def blocks(self) -> nnx.List:
+        """The blocks, in order."""
+        raise NotImplementedError
+
+    def embed(self, tokens: jax.Array, places: Places) -> jax.Array:
+        """Return the states before the first block: `[b, t]` to `[b, t, width]`."""
+        raise NotImplementedError
+
+    def apply_block(
+        self, block: Any, x: jax.Array, places: Places, past: Any = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Return the states after a block `[b, t, width]`, and keys and values."""
+        return block(x, places, past)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Return the states before the head from those after all blocks."""
+        raise NotImplementedError
+
     def hidden(
         self, tokens: jax.Array, places: Places, cache: Cache | None = None
     ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-        """Return the states before the head `[b, t, width]`, and keys and values."""
-        raise NotImplementedError
+        """Return the states before the head `[b, t, ·]`, and keys and values."""
+        x = self.embed(tokens, places)
+        layers = []
+        for i, block in enumerate(self.blocks):
+            x, present = self.apply_block(block, x, places, cache and cache.layers[i])
+            layers.append(present)
+        return self.finish(x), layers
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Return logits: `[..., width]` to `[..., vocab_size]`."""

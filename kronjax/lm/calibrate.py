@@ -103,7 +103,9 @@ def measure(
     count = (len(tokens) - 1) // context
     rows = [tokens[i * context : (i + 1) * context + 1] for i in range(count)]
     windows = np.stack(rows).astype(np.int32)
-    batch = min(batch or max(2048 // context, 1), count)
+    # A backward pass keeps what it needs of every token.
+    busy = 1024 if gradients else 2048
+    batch = min(batch or max(busy // context, 1), count)
     graph, state = nnx.split(model)
     sources = _sources(model, windows[:batch])
     program = _program(graph, tuple(sorted(sources.items())), gradients)

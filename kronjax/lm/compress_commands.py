@@ -93,6 +93,7 @@ def compress(
     calibrate: Annotated[str | None, option("FILE")] = None,
     tokens: Annotated[int, option("N")] = 32_768,
     weighting: Weighting = None,
+    refine: Annotated[int, option("STEPS")] = 0,
     evaluate: Annotated[str | None, option("FILE")] = None,
     protocol: Annotated[str, option("NAME")] = "krony-pt",
     dtype: Dtype = "float32",
@@ -112,6 +113,8 @@ def compress(
             what perplexities are measured on, if no other text is given.
         tokens: Of the text to read.
         weighting: What to weight by; all that the text allows by default.
+        refine: Train the factors of every block for so many steps to reproduce the
+            dense block on the text; 100 is a good number.
         evaluate: A text to measure perplexities on.
         protocol: krony-pt, gptq-2048 or hf-strided.
         dtype: Precision of parameters and products.
@@ -132,7 +135,13 @@ def compress(
     dense = checkpoint.load(model, dtype=dtype)
     asked: Any = budget if recipe is None else recipe
     result = compression.run(
-        dense, asked, given, weighting=weighting, tokens=tokens, work=work
+        dense,
+        asked,
+        given,
+        weighting=weighting,
+        tokens=tokens,
+        refine=refine,
+        work=work,
     )
     if measured is None and given is not None:
         measured = compression.rest(dense, given, tokens, HELD_OUT)

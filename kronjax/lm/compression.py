@@ -27,6 +27,7 @@ from kronjax import nn, output
 from kronjax import recipe as recipes
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.lm import calibrate, fit, plan, sizes
+from kronjax.lm import refine as refinement
 from kronjax.lm import text as texts
 from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
 from kronjax.lm.budget import Budget
@@ -83,7 +84,8 @@ class Result:
         model: The smaller one.
         recipe: What was done, in rules.
         plan: Why, if there was a budget.
-        layers: What became of those that changed.
+        layers: What became of those that changed, before any refinement.
+        blocks: What refinement did, or None without it.
         moments: What they were weighted by, or None.
         before: Sizes of the model given.
         after: Sizes of the smaller one.
@@ -94,6 +96,7 @@ class Result:
     recipe: Recipe
     plan: Plan | None
     layers: tuple[Layer, ...]
+    blocks: tuple[refinement.Block | None, ...] | None
     moments: Moments | None
     before: sizes.Sizes
     after: sizes.Sizes
@@ -133,6 +136,7 @@ def run(
     weighting: recipes.Weighting | None = None,
     tokens: int = TOKENS,
     evaluations: int = 120,
+    refine: int = 0,
     work: Path | None = None,
     progress: bool | None = None,
 ) -> Result:
@@ -146,10 +150,13 @@ def run(
             is a text, `none` where there is not.
         tokens: Of the text that are read, from its beginning.
         evaluations: That a fit of a mixture may spend.
+        refine: Steps of `refine.refine` for every block; 0 for none.
         work: A folder in which moments and finished layers are kept, and from which
             they are taken if they are there.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
     """
+    if refine and (calibration is None or isinstance(calibration, Moments)):
+        raise ValueError("refinement needs the text: give one to calibrate with")
     seconds: dict[str, float] = {}
     layers = plan.compressible(model)
     shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
@@ -182,12 +189,20 @@ def run(
         )
     if made is not None:
         rules = _as_fitted(rules, done)
+    blocks = None
+    if refine and calibration is not None and not isinstance(calibration, Moments):
+        with _timed(seconds, "refine"):
+            read = tokens_of(model, calibration)[:tokens]
+            blocks = refinement.refine(
+                smaller, model, read, steps=refine, progress=progress
+            )
     smaller.recipe = recipes.dumps(rules)
     return Result(
         model=smaller,
         recipe=rules,
         plan=made,
         layers=tuple(done),
+        blocks=blocks,
         moments=moments,
         before=sizes.count(model),
         after=sizes.count(smaller),

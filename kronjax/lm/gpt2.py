@@ -28,7 +28,7 @@ from kronjax.lm.architecture import (
     embedding,
     split_heads,
 )
-from kronjax.lm.attention import Cache, Places
+from kronjax.lm.attention import Places
 
 ARCHITECTURE = "GPT2LMHeadModel"
 """The class of transformers that opens an export."""
@@ -155,14 +155,18 @@ class Model(LanguageModel):
                 config.n_embd, config.vocab_size, use_bias=False, rngs=rngs
             )
 
-    def hidden(self, tokens: jax.Array, places: Places, cache: Cache | None = None):
-        """Return the states before the head `[b, t, width]`, and keys and values."""
-        x = self.wte(tokens) + self.wpe(places.positions)
-        layers = []
-        for i, block in enumerate(self.h):
-            x, present = block(x, places, cache and cache.layers[i])
-            layers.append(present)
-        return self.ln_f(x), layers
+    @property
+    def blocks(self) -> nnx.List:
+        """The blocks, in order."""
+        return self.h
+
+    def embed(self, tokens: jax.Array, places: Places) -> jax.Array:
+        """Return the states before the first block: `[b, t]` to `[b, t, width]`."""
+        return self.wte(tokens) + self.wpe(places.positions)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Return the states before the head `[b, t, width]`."""
+        return self.ln_f(x)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Return logits: `[..., width]` to `[..., vocab_size]`."""

@@ -32,7 +32,7 @@ from kronjax.lm.architecture import (
     embedding,
     split_heads,
 )
-from kronjax.lm.attention import Cache, Places
+from kronjax.lm.attention import Places
 
 ARCHITECTURE = "LlamaForCausalLM"
 """The class of transformers that opens an export."""
@@ -271,15 +271,23 @@ class Model(LanguageModel):
                 config.hidden_size, config.vocab_size, use_bias=False, rngs=rngs
             )
 
-    def hidden(self, tokens: jax.Array, places: Places, cache: Cache | None = None):
-        """Return the states before the head `[b, t, width]`, and keys and values."""
-        x = self.embed_tokens(tokens)
+    @property
+    def blocks(self) -> nnx.List:
+        """The blocks, in order."""
+        return self.layers
+
+    def embed(self, tokens: jax.Array, places: Places) -> jax.Array:
+        """Return the states before the first block: `[b, t]` to `[b, t, width]`."""
+        return self.embed_tokens(tokens)
+
+    def apply_block(self, block, x: jax.Array, places: Places, past=None):
+        """Return the states after a block `[b, t, width]`, and keys and values."""
         frequencies = jax.numpy.asarray(self.config.frequencies())
-        layers = []
-        for i, block in enumerate(self.layers):
-            x, present = block(x, places, frequencies, cache and cache.layers[i])
-            layers.append(present)
-        return self.norm(x), layers
+        return block(x, places, frequencies, past)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Return the states before the head `[b, t, width]`."""
+        return self.norm(x)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Return logits: `[..., width]` to `[..., vocab_size]`."""

@@ -29,7 +29,7 @@ from kronjax.lm.architecture import (
     embedding,
     split_heads,
 )
-from kronjax.lm.attention import Cache, Places
+from kronjax.lm.attention import Places
 
 ARCHITECTURE = "OPTForCausalLM"
 """The class of transformers that opens an export."""
@@ -169,19 +169,26 @@ class Model(LanguageModel):
                 narrow, config.vocab_size, use_bias=False, rngs=rngs
             )
 
-    def hidden(self, tokens: jax.Array, places: Places, cache: Cache | None = None):
-        """Return the states before the head `[b, t, width]`, and keys and values."""
-        narrow = self.config.embedding_size != self.config.hidden_size
+    @property
+    def blocks(self) -> nnx.List:
+        """The blocks, in order."""
+        return self.layers
+
+    def embed(self, tokens: jax.Array, places: Places) -> jax.Array:
+        """Return the states before the first block: `[b, t]` to `[b, t, width]`."""
         x = self.embed_tokens(tokens)
-        x = self.project_in(x) if narrow else x
-        x = x + self.embed_positions(places.positions + OFFSET)
-        layers = []
-        for i, block in enumerate(self.layers):
-            x, present = block(x, places, cache and cache.layers[i])
-            layers.append(present)
+        x = self.project_in(x) if self._is_narrow else x
+        return x + self.embed_positions(places.positions + OFFSET)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """Return the states before the head, `[b, t, embedding_size]`."""
         if self.config.do_layer_norm_before:
             x = self.final_layer_norm(x)
-        return self.project_out(x) if narrow else x, layers
+        return self.project_out(x) if self._is_narrow else x
+
+    @property
+    def _is_narrow(self) -> bool:
+        return self.config.embedding_size != self.config.hidden_size
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Return logits: `[..., width]` to `[..., vocab_size]`."""

@@ -94,6 +94,10 @@ def summary(record: dict[str, Any]) -> str:
                 f"; the layers' estimates add up to {record['predicted_nats']:+.3f}"
             )
         words += "."
+    blocks = [one for one in record.get("blocks") or () if one]
+    if blocks:
+        kept = sum(one["kept"] for one in blocks)
+        words += f" Refinement kept {kept} of {len(blocks)} blocks."
     return words
 
 

@@ -77,6 +77,8 @@ def of(
         "layers": _layers(result, model),
         "probes": [] if plan is None else [list(one) for one in plan.ratios],
         "predicted_nats": _predicted(result),
+        "blocks": result.blocks
+        and [one and dataclasses.asdict(one) for one in result.blocks],
         "perplexity": None,
         "latency": None,
         "seconds": dict(result.seconds),

@@ -1,0 +1,185 @@
+"""Block refinement: factors adjusted so that blocks do what the dense ones did.
+
+    min over the factors of a block   mean over tokens of ‖y' − y‖² / ‖y‖²
+
+with `y` the output of the dense block on its own input, and `y'` that of the compressed
+block on the output of the compressed blocks before it: errors that came before are made
+good where that is possible. No labels are used, and one block is trained at a time, so
+that memory holds two arrays of states and the optimiser of one block. Each block keeps
+its new factors only if windows that it was not trained on agree.
+
+References: Hubara et al. (2021) and Li et al. (2021), for the reconstruction of blocks.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from kronjax import nn
+from kronjax.lm import attention
+from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.progress import bar
+
+RATE = 1e-3
+"""The largest rate of Adam; it rises over a tenth of the steps and falls to zero."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What became of one block.
+
+    Attributes:
+        before: Relative squared error on held-out windows as the block was fitted.
+        after: The same after the steps.
+        kept: Whether the new factors were.
+    """
+
+    before: float
+    after: float
+    kept: bool
+
+
+def refine(
+    model: LanguageModel,
+    dense: LanguageModel,
+    tokens: np.ndarray,
+    *,
+    steps: int = 100,
+    context: int = 512,
+    batch: int = 2,
+    rate: float = RATE,
+    progress: bool | None = None,
+) -> tuple[Block | None, ...]:
+    """Train the factors of every block to reproduce the dense block.
+
+    Args:
+        model: Compressed; changed in place.
+        dense: What it was made from.
+        tokens: `[n]`, those of calibration; every eighth window is held out.
+        steps: For each block.
+        context: Tokens in a window.
+        batch: Windows in a step.
+        rate: The largest learning rate.
+        progress: Whether to draw a bar; by default on a terminal, after two seconds.
+
+    Returns:
+        For every block what became of it, or None where it has no factors.
+
+    Raises:
+        ValueError: If there are fewer than 9 windows.
+    """
+    context = min(context, model.config.context)
+    count = len(tokens) // context
+    if count < 9:
+        raise ValueError(
+            f"refinement needs 9 windows of {context} tokens, the text has "
+            f"{len(tokens)} tokens"
+        )
+    windows = jnp.asarray(tokens[: count * context].reshape(count, context))
+    held_out = np.flatnonzero(np.arange(count) % 8 == 7)
+    training = np.flatnonzero(np.arange(count) % 8 != 7)
+    embed, run, step, error = _programs(model, batch, context, steps, rate)
+    theirs = _mapped(functools.partial(embed, *nnx.split(dense)), windows, batch)
+    ours = theirs  # embeddings are not compressed
+    found: list[Block | None] = []
+    with bar(len(model.blocks), "refining", unit="blocks", wanted=progress) as advance:
+        for i, (block, whole) in enumerate(
+            zip(model.blocks, dense.blocks, strict=True)
+        ):
+            graph, state = nnx.split(whole)
+            theirs = _mapped(functools.partial(run, graph, state), theirs, batch)
+            done = None
+            if _is_factored(block):
+                draws = np.random.default_rng(i).permutation(
+                    np.resize(training, steps * batch)
+                )
+                order = draws.reshape(steps, batch)
+                done = _train(block, ours, theirs, order, held_out, step, error)
+            found.append(done)
+            graph, state = nnx.split(block)
+            ours = _mapped(functools.partial(run, graph, state), ours, batch)
+            advance(1)
+    return tuple(found)
+
+
+def _is_factored(block: nnx.Module) -> bool:
+    layers = nn.linear_layers(block).values()
+    return any(isinstance(layer, nn.KroneckerLinear) for layer in layers)
+
+
+def _is_factor(path: Any, value: Any) -> bool:
+    """Say whether a variable is in the `a` or the `b` of a sum."""
+    return isinstance(value, nnx.Param) and path[-2] in ("a", "b")
+
+
+def _train(block, ours, theirs, order, held_out, step, error) -> Block:
+    """Train the factors of a block, and keep them if held-out windows agree."""
+    batch = order.shape[1]
+    graph, factors, rest = nnx.split(block, _is_factor, ...)
+    test = [held_out[k : k + batch] for k in range(0, len(held_out), batch)]
+
+    def measured(factors):
+        # The last batch is filled up by repeating its windows.
+        filled = [np.resize(pick, batch) for pick in test]
+        return float(
+            np.mean([error(graph, factors, rest, ours[x], theirs[x]) for x in filled])
+        )
+
+    before = measured(factors)
+    trained, memory = factors, None
+    for pick in order:
+        trained, memory = step(graph, trained, memory, rest, ours[pick], theirs[pick])
+    after = measured(trained)
+    kept = after < before
+    if kept:
+        nnx.update(block, trained)
+    return Block(before, after, kept)
+
+
+def _programs(model, batch, context, steps, rate):
+    """Return what embeds, runs a block, makes a step, and measures: compiled."""
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, max(steps // 10, 1), steps)
+    optimiser = optax.adam(schedule)
+    places = attention.locate((batch, context))
+
+    def apply(block, x):
+        return model.apply_block(block, x, places)[0]
+
+    def loss(factors, graph, rest, x, y):
+        found = apply(nnx.merge(graph, factors, rest), x)
+        difference = jnp.sum((found - y).astype(jnp.float32) ** 2, axis=-1)
+        return jnp.mean(difference / jnp.sum(y.astype(jnp.float32) ** 2, axis=-1))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def embed(graph, state, tokens):
+        return nnx.merge(graph, state).embed(tokens, places)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(graph, state, x):
+        return apply(nnx.merge(graph, state), x)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(graph, factors, memory, rest, x, y):
+        memory = optimiser.init(factors) if memory is None else memory
+        gradient = jax.grad(loss)(factors, graph, rest, x, y)
+        updates, memory = optimiser.update(gradient, memory)
+        return optax.apply_updates(factors, updates), memory
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def error(graph, factors, rest, x, y):
+        return loss(factors, graph, rest, x, y)
+
+    return embed, run, step, error
+
+
+def _mapped(function, arrays: jax.Array, batch: int) -> jax.Array:
+    """Apply a function to batches of one size along the first axis."""
+    count = len(arrays)
+    places = [np.arange(k, k + batch) % count for k in range(0, count, batch)]
+    return jnp.concatenate([function(arrays[place]) for place in places])[:count]
