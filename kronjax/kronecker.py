@@ -127,6 +127,17 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
+def interpolative_rank(shape: tuple[int, int], parameters: float) -> int:
+    """Return the largest rank `r` with `r (m + n − r)` at most `parameters`.
+
+    So many numbers has a matrix of rank r in its interpolative decomposition.
+    """
+    m, n = shape
+    half = (m + n) / 2
+    rank = half - math.sqrt(max(half * half - parameters, 0))
+    return min(int(rank + 1e-9), m, n)
+
+
 def rearrange(matrix: jax.Array, a_shape: tuple[int, int]) -> jax.Array:
     """Permute the entries of `T` into `R(T)`, whose rank is the Kronecker rank of `T`.
 

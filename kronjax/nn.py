@@ -1,4 +1,4 @@
-"""Layers that take the place of `nnx.Linear`: Kronecker sums and masked matrices.
+"""Layers that take the place of `nnx.Linear`: Kronecker sums, low rank, masks.
 
     y = x (Σ_c Σ_k A_ck ⊗ B_ck) + bias        x: [..., n_in],  y: [..., n_out]
 
@@ -124,6 +124,104 @@ class KroneckerLinear(nnx.Module):
         return y if self.bias is None else y + _as_row(self.bias[...], y)
 
 
+class InterpolativeLinear(nnx.Module):
+    """A linear layer of low rank, some of whose outputs are made of the others.
+
+        kernel = (C [1, Z])[:, outputs]        C: [n_in, r],  Z: [r, n_out − r]
+
+    A matrix of rank r has r² numbers less than `r (n_in + n_out)` to choose: all of its
+    columns are combinations of r of them. The interpolative decomposition stores those
+    and the combinations, which is exact, and costs as many operations less.
+
+    Attributes:
+        columns: `nnx.Param` `[n_in, r]`, the columns `C`.
+        rest: `nnx.Param` `[r, n_out − r]`, the combinations `Z`.
+        outputs: `Order` `[n_out]`, which of `C [1, Z]` each output is.
+        bias: `nnx.Param` `[n_out]`, or None.
+
+    Args:
+        columns: `[n_in, r]`.
+        rest: `[r, n_out − r]`.
+        outputs: `[n_out]`, integers, a permutation.
+        bias: `[n_out]`, or None for none.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+
+    References: Cheng, Gimbutas, Martinsson and Rokhlin (2005); Zhao et al. (2025), for
+    language models.
+    """
+
+    def __init__(
+        self,
+        columns: jax.Array,
+        rest: jax.Array,
+        outputs: jax.Array | np.ndarray,
+        bias: jax.Array | None = None,
+    ) -> None:
+        """Hold the columns and the combinations."""
+        if columns.ndim != 2 or rest.ndim != 2 or columns.shape[1] != rest.shape[0]:
+            raise ValueError(
+                f"columns {columns.shape} and rest {rest.shape} must be matrices "
+                "[n_in, r] and [r, n_out - r]"
+            )
+        self.in_features = columns.shape[0]
+        self.out_features = sum(rest.shape)
+        order = _permutation(outputs, self.out_features, "outputs")
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(
+                f"bias has shape {bias.shape}, the layer {self.out_features} outputs"
+            )
+        self.columns = nnx.Param(columns)
+        self.rest = nnx.Param(rest)
+        self.outputs = Order(jnp.asarray(order, jnp.int32))
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    @classmethod
+    def of(
+        cls, left: jax.Array, right: jax.Array, bias: jax.Array | None = None
+    ) -> "InterpolativeLinear":
+        """Return the layer of the kernel `left @ right`.
+
+        Args:
+            left: `[n_in, r]`.
+            right: `[r, n_out]`; columns are picked by a pivoted QR decomposition of
+                it, in float64.
+            bias: `[n_out]`, or None for none.
+        """
+        import scipy.linalg
+
+        a, b = (np.asarray(x, np.float64) for x in (left, right))
+        r = a.shape[1]
+        # Orthonormal rows first: the pivots then look at the product, not at a factor.
+        q, triangle = np.linalg.qr(a)
+        b = triangle @ b
+        decomposed: Any = scipy.linalg.qr(b, mode="economic", pivoting=True)
+        _, upper, pivots = decomposed
+        rest = np.linalg.lstsq(upper[:, :r], upper[:, r:], rcond=1e-12)[0]
+        dtype = jnp.asarray(left).dtype
+        columns = jnp.asarray(q @ b[:, pivots[:r]], dtype)
+        return cls(columns, jnp.asarray(rest, dtype), np.argsort(pivots), bias)
+
+    @classmethod
+    def _outline(cls, columns, rest, bias):
+        return cls(columns, rest, np.arange(sum(rest.shape)), bias)
+
+    def materialize(self) -> jax.Array:
+        """Multiply out, in the order of the outputs: `[n_in, n_out]`."""
+        columns = self.columns[...]
+        more = jnp.matmul(columns, self.rest[...], precision="highest")
+        both = jnp.concatenate([columns, more], axis=1)
+        return both[:, self.outputs[...]]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return `x @ kernel + bias`: `[..., n_in]` to `[..., n_out]`."""
+        y = x @ self.columns[...]
+        y = jnp.concatenate([y, y @ self.rest[...]], axis=-1)
+        y = jnp.take(y, self.outputs[...], axis=-1)
+        return y if self.bias is None else y + _as_row(self.bias[...], y)
+
+
 class MaskedLinear(nnx.Module):
     """A linear layer of whose kernel only some entries are kept.
 
@@ -172,7 +270,7 @@ class MaskedLinear(nnx.Module):
 
 Model = TypeVar("Model", bound=nnx.Module)
 
-Layer = nnx.Linear | KroneckerLinear | MaskedLinear
+Layer = nnx.Linear | KroneckerLinear | InterpolativeLinear | MaskedLinear
 """What stands where a model multiplies by a matrix."""
 
 
@@ -205,6 +303,9 @@ def cost(layer: Layer) -> Cost:
         flops = sum(2 * matmul_cost(one) for one in layer.terms)
         flops += (len(layer.a) - 1) * layer.out_features
         return Cost(held + bias, bytes_held, flops + bias)
+    if isinstance(layer, InterpolativeLinear):
+        held = math.prod(layer.columns.shape) + math.prod(layer.rest.shape)
+        return Cost(held + bias, bytes_held, 2 * held + bias)
     dense = layer.in_features * layer.out_features
     held = int(layer.mask[...].sum()) if isinstance(layer, MaskedLinear) else dense
     return Cost(held + bias, bytes_held, 2 * dense + bias)
@@ -295,6 +396,10 @@ def describe(layer: Layer) -> dict[str, Any]:
             order is not None for order in (layer.inputs, layer.outputs)
         )
         return {"kind": "kronecker", "terms": shapes, **facts}
+    if isinstance(layer, InterpolativeLinear):
+        shape = [layer.in_features, layer.out_features]
+        rank = layer.rest.shape[0]
+        return {"kind": "interpolative", "shape": shape, "rank": rank, **facts}
     kind = "masked" if isinstance(layer, MaskedLinear) else "dense"
     shape = [layer.in_features, layer.out_features]
     return {"kind": kind, "shape": shape, **facts}
@@ -319,6 +424,14 @@ def from_description(description: Mapping[str, Any]) -> Layer:
                 made.outputs = nnx.data(Order(_abstract((n_out,), jnp.int32)))
             return made
         n_in, n_out = _sizes(description["shape"])
+        if kind == "interpolative":
+            (rank,) = _sizes([description["rank"]])
+            return nnx.eval_shape(
+                InterpolativeLinear._outline,
+                _abstract((n_in, rank)),
+                _abstract((rank, n_out - rank)),
+                _abstract((n_out,)) if with_bias else None,
+            )
         if kind == "masked":
             mask = jax.ShapeDtypeStruct((n_in, n_out), bool)
             bias = _abstract((n_out,)) if with_bias else None

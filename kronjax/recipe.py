@@ -32,10 +32,10 @@ from typing import Annotated, Literal
 import pydantic
 import yaml
 
-from kronjax.kronecker import Configuration
+from kronjax.kronecker import Configuration, interpolative_rank
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
-Method = Literal["kronecker", "low-rank", "keep"]
+Method = Literal["kronecker", "low-rank", "interpolative", "keep"]
 Weighting = Literal["none", "input", "input+gradient"]
 Start = Literal["van-loan", "rescaled", "pruning"]
 
@@ -61,11 +61,12 @@ class Rule(_Strict):
 
     Attributes:
         match: A pattern, or several.
-        method: `kronecker`, `low-rank` or `keep`.
+        method: `kronecker`, `low-rank`, `interpolative` (low rank with fewer numbers,
+            `nn.InterpolativeLinear`) or `keep`.
         terms: The configurations of a Kronecker sum; with low rank, `(n_in, 1)`.
-        rank: Of `low-rank`.
-        fraction: Of `low-rank`, in the place of the rank: parameters over those of the
-            dense kernel.
+        rank: Of `low-rank` and `interpolative`.
+        fraction: Of those, in the place of the rank: parameters over those of the dense
+            kernel.
         norm: `spectral`, `frobenius`, `schatten:P`, or `auto`: Frobenius where there
             are weights, and spectral where there are none.
         weighting: What the error is weighted by, from calibration.
@@ -85,16 +86,18 @@ class Rule(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _belongs_together(self) -> "Rule":
+        has_rank = not self.terms and (self.rank is None) != (self.fraction is None)
         wanted = {
             "kronecker": bool(self.terms) and self.rank is None is self.fraction,
-            "low-rank": not self.terms
-            and (self.rank is None) != (self.fraction is None),
+            "low-rank": has_rank,
+            "interpolative": has_rank,
             "keep": not self.terms and self.rank is None is self.fraction,
         }
         if not wanted[self.method]:
             needs = {
                 "kronecker": "terms, and neither rank nor fraction",
                 "low-rank": "either rank or fraction, and no terms",
+                "interpolative": "either rank or fraction, and no terms",
                 "keep": "neither terms nor rank nor fraction",
             }
             raise ValueError(f"method {self.method} takes {needs[self.method]}")
@@ -135,7 +138,10 @@ class Assignment:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all factors."""
+        """Numbers that are stored."""
+        if self.rule.method == "interpolative":
+            (one,) = self.configurations
+            return one.rank * (sum(self.shape) - one.rank)
         return sum(one.num_parameters(self.shape) for one in self.configurations)
 
 
@@ -248,12 +254,16 @@ def resolve(
 
 def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
     m, n = shape
-    if rule.method == "low-rank":
+    if rule.method in ("low-rank", "interpolative"):
         if rule.rank is not None:
             rank = rule.rank
         else:
             assert rule.fraction is not None
-            rank = max(int(rule.fraction * m * n) // (m + n), 1)
+            budget = int(rule.fraction * m * n)
+            rank = budget // (m + n)
+            if rule.method == "interpolative":
+                rank = interpolative_rank(shape, budget)
+            rank = max(rank, 1)
         configurations = (Configuration((m, 1), rank),)
     else:
         configurations = tuple(Configuration(x.a_shape, x.rank) for x in rule.terms)

@@ -10,6 +10,7 @@ from kronjax.kronecker import (
     Configuration,
     KroneckerTerms,
     divisors,
+    interpolative_rank,
     matmul,
     matmul_cost,
     rearrange,
@@ -120,3 +121,14 @@ def test_configuration_counts():
 @given(st.integers(1, 3000))
 def test_divisors(number):
     assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (12, 5), (1, 6)])
+def test_interpolative_ranks_fill_what_is_there(shape):
+    m, n = shape
+    for parameters in range(1, m * n + 1):
+        rank = interpolative_rank(shape, parameters)
+        assert rank * (m + n - rank) <= parameters
+        if rank < min(shape):
+            assert (rank + 1) * (m + n - rank - 1) > parameters
+    assert interpolative_rank(shape, m * n) == min(shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import kronecker_sum_reference
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kronjax
@@ -208,3 +208,45 @@ def test_a_replacement_must_fit():
         nn.replace(model, "h.0.mlp.c_prj", layer)
     with pytest.raises(ValueError, match="3072 to 768, the new layer 768 to 3072"):
         nn.replace(model, "h.0.mlp.c_proj", layer)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([(7, 9), (9, 6)]))
+def test_interpolative_layers_are_low_rank_with_fewer_numbers(seed, rank, shape):
+    rng = np.random.default_rng(seed)
+    left = rng.standard_normal((shape[0], rank))
+    right = rng.standard_normal((rank, shape[1])) * rng.choice([1e-3, 1.0, 1e3])
+    bias = jnp.asarray(rng.standard_normal(shape[1]))
+    layer = nn.InterpolativeLinear.of(jnp.asarray(left), jnp.asarray(right), bias)
+    scale = np.linalg.norm(left @ right)
+    np.testing.assert_allclose(layer.materialize(), left @ right, atol=1e-10 * scale)
+    x = jnp.asarray(rng.standard_normal((2, 3, shape[0])))
+    np.testing.assert_allclose(
+        layer(x), x @ layer.materialize() + bias[None, None], atol=1e-10 * (1 + scale)
+    )
+    numbers = rank * (sum(shape) - rank)
+    found = nn.cost(layer)
+    assert found.parameters == numbers + shape[1]
+    assert found.flops == 2 * numbers + shape[1]
+    # Every picked column is there as it was.
+    assert np.abs(layer.rest[...]).max(initial=0) < 1e3
+
+
+def test_interpolative_layers_of_lower_rank_than_they_could_have():
+    left, right = jnp.ones((4, 3)), jnp.ones((3, 5))
+    layer = nn.InterpolativeLinear.of(left, right)
+    np.testing.assert_allclose(layer.materialize(), 3 * np.ones((4, 5)), atol=1e-12)
+    nothing = nn.InterpolativeLinear.of(jnp.zeros((4, 2)), right[:2])
+    assert not nothing.materialize().any()
+
+
+def test_interpolative_layers_are_described():
+    layer = nn.InterpolativeLinear.of(jnp.ones((4, 2)), jnp.eye(5)[:2], jnp.ones(5))
+    again = nn.from_description(nn.describe(layer))
+    assert nn.describe(again) == nn.describe(layer)
+    shapes = [jax.tree.map(jnp.shape, nnx.state(x)) for x in (layer, again)]
+    assert str(shapes[0]) == str(shapes[1])
+    with pytest.raises(ValueError, match="must be matrices"):
+        nn.InterpolativeLinear(jnp.ones((4, 2)), jnp.ones((3, 5)), np.arange(8))
+    with pytest.raises(ValueError, match="permutation"):
+        nn.InterpolativeLinear(jnp.ones((4, 2)), jnp.ones((2, 3)), np.zeros(5, int))

@@ -25,7 +25,7 @@ from flax import nnx
 
 from kronjax import nn, output
 from kronjax import recipe as recipes
-from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
 from kronjax.lm import calibrate, fit, plan, sizes
 from kronjax.lm import refine as refinement
 from kronjax.lm import text as texts
@@ -35,7 +35,7 @@ from kronjax.lm.calibrate import Moments
 from kronjax.lm.plan import Plan
 from kronjax.lm.progress import bar
 from kronjax.lm.text import Text
-from kronjax.recipe import Assignment, Recipe, Term
+from kronjax.recipe import Assignment, Recipe
 
 TOKENS = 32_768
 """Tokens of the text that calibration reads, at most."""
@@ -52,7 +52,8 @@ class Layer:
     Attributes:
         name: Of the layer.
         configurations: Of its sum.
-        parameters: Numbers in its factors.
+        kind: The method of the rule, or `interpolative` where that was better.
+        parameters: Numbers that are stored for its kernel.
         dense_parameters: Of the dense kernel.
         relative: Weighted Frobenius error over the norm of the kernel.
         damage: Half the squared weighted error; NaN without moments.
@@ -65,6 +66,7 @@ class Layer:
 
     name: str
     configurations: tuple[Configuration, ...]
+    kind: str
     parameters: int
     dense_parameters: int
     relative: float
@@ -119,7 +121,8 @@ def compress(
         options: Those of `run`.
 
     Returns:
-        A model with `KroneckerLinear` layers, and the recipe as its `recipe`.
+        A model with `KroneckerLinear` and `InterpolativeLinear` layers, and the recipe
+        as its `recipe`.
 
     Raises:
         ValueError: If the budget is impossible, the recipe does not fit the model, or
@@ -300,13 +303,22 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
             terms, facts = found
             bias = None if layer.bias is None else layer.bias[...]
             cast = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), terms)
-            nn.replace(model, one.name, nn.KroneckerLinear(cast, bias))
+            made_of: nn.Layer = nn.KroneckerLinear(cast, bias)
+            if facts["kind"] == "interpolative":
+                (low,) = terms
+                columns, rows = (
+                    jnp.asarray(x) for x in (low.a[:, :, 0].T, low.b[:, 0])
+                )
+                made_of = nn.InterpolativeLinear.of(columns, rows, bias)
+                made_of = _cast(made_of, dtype)
+            nn.replace(model, one.name, made_of)
             choice = choices.get(one.name)
             done.append(
                 Layer(
                     name=one.name,
                     configurations=tuple(map(_configuration, cast)),
-                    parameters=sum(x.num_parameters for x in cast),
+                    parameters=nn.cost(made_of).parameters
+                    - (0 if bias is None else one.shape[1]),
                     dense_parameters=int(np.prod(one.shape)),
                     predicted=choice and choice.damage,
                     seconds=time.perf_counter() - begun,
@@ -337,12 +349,13 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
         found = prepared.solve(one.configurations, norm)
     else:
         found = prepared.mixture(ranks, evaluations=evaluations)
-    m, n = one.shape
-    rank = min(one.num_parameters // (m + n), len(prepared.tails) - 1)
-    if free and found.relative**2 > prepared.tails[rank]:
-        found = prepared.low_rank(rank)
+    kind = one.rule.method
+    rank = interpolative_rank(one.shape, one.num_parameters)
+    if free and kind == "kronecker" and found.relative**2 > prepared.tails[rank]:
+        found, kind = prepared.low_rank(rank), "interpolative"
     terms = _started(target, found.terms, one.rule.start)
     facts = {
+        "kind": kind,
         "relative": found.relative,
         "damage": found.damage,
         "low_rank": float(np.sqrt(prepared.tails[rank])),
@@ -358,15 +371,20 @@ def _configuration(terms: KroneckerTerms) -> Configuration:
 
 def _as_fitted(rules: Recipe, done) -> Recipe:
     """Return the rules of a plan with the terms that were taken in the end."""
-    taken = {layer.name: layer.configurations for layer in done}
+    taken = {layer.name: layer for layer in done}
 
     def rule(old):
-        if old.match not in taken:
+        if not isinstance(old.match, str) or old.match not in taken:
             return old
-        terms = tuple(Term(a_shape=c.a_shape, rank=c.rank) for c in taken[old.match])
-        return old.model_copy(update={"terms": terms})
+        layer = taken[old.match]
+        return plan.rule(layer.name, layer.kind, layer.configurations, old.weighting)
 
     return rules.model_copy(update={"rules": tuple(map(rule, rules.rules))})
+
+
+def _cast(layer: nn.Layer, dtype: Any) -> nn.Layer:
+    graph, parameters, others = nnx.split(layer, nnx.Param, ...)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), others)
 
 
 def _started(target, terms, start):

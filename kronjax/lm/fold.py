@@ -55,6 +55,9 @@ def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
         return nn.MaskedLinear(kernel, mask, bias)
     if isinstance(layer, nnx.Linear):
         return nn.linear(layer.kernel[...][:, order], bias)
+    if isinstance(layer, nn.InterpolativeLinear):
+        order = np.asarray(layer.outputs[...])[order]
+        return nn.InterpolativeLinear(layer.columns[...], layer.rest[...], order, bias)
     outputs = np.arange(layer.out_features)
     outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
     rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
@@ -74,6 +77,9 @@ def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
         return nn.MaskedLinear(layer.kernel[...][order], layer.mask[...][order], bias)
     if isinstance(layer, nnx.Linear):
         return nn.linear(layer.kernel[...][order], bias)
+    if isinstance(layer, nn.InterpolativeLinear):
+        columns, outputs = layer.columns[...][order], layer.outputs[...]
+        return nn.InterpolativeLinear(columns, layer.rest[...], outputs, bias)
     inputs = np.arange(layer.in_features)
     inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
     columns = None if layer.outputs is None else np.argsort(layer.outputs[...])

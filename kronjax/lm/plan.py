@@ -1,11 +1,11 @@
 """Plans: what every layer gets for a budget, and why.
 
-Every layer offers to be dense, and at a number of sizes to be low rank, a sum of
-near-square Kronecker products, or a mixture of both. The damage of low rank is known at
-every size from the singular values of the whitened kernel. What the others leave of it
-is measured: joint fits at two sizes for a few blocks, for every kind of layer, between
-which the ratio is interpolated. `budget.share` then spreads the budget so that the sum
-of all damages is least.
+Every layer offers to be dense, and at a number of sizes to be low rank (interpolative,
+which takes the fewest numbers), a sum of near-square Kronecker products, or a mixture
+of both. The damage of low rank is known at every size from the singular values of the
+whitened kernel. What the others leave of it is measured: joint fits in a few blocks,
+for every kind of layer. `budget.share` then spreads the budget so that the sum of all
+damages is least.
 
 With moments of inputs and gradients a damage is an estimate of the loss it costs, and
 fragile layers, often those of the first block, stay dense because their estimates say
@@ -28,7 +28,7 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax import recipe as recipes
-from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
 from kronjax.lm import fit
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.budget import Budget, share
@@ -39,14 +39,14 @@ from kronjax.recipe import Recipe, Rule, Term, Weighting
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
 """Sizes that are offered, as parts of the dense kernel."""
 
-PROBES = (0.3, 0.6)
+PROBES = (0.5,)
 """Sizes at which mixtures are fitted to learn what they leave of low rank's damage."""
 
 SHARES = {"kronecker": 0.0, "mixture": 0.5}
 """Kinds of sums that are probed, and the part of them that is low rank."""
 
-BLOCKS = 3
-"""Blocks in which every kind of layer is probed, from the first third to the last."""
+BLOCKS = 2
+"""Blocks in which every kind of layer is probed, spread evenly."""
 
 Probe = tuple[str, str, float, float]
 """A layer, a kind of sum, a fraction, and its damage over that of low rank."""
@@ -59,7 +59,7 @@ class Choice:
     Attributes:
         name: Of the layer.
         shape: `(n_in, n_out)`.
-        kind: `dense`, `low rank`, `kronecker` or `mixture`.
+        kind: `dense`, `interpolative`, `kronecker` or `mixture`.
         configurations: Of its sum; none where it is dense.
         fraction: Parameters of the kernel over those of the dense one.
         damage: Predicted, in nats per token if there are gradients.
@@ -98,15 +98,9 @@ class Plan:
     def recipe(self, name: str = "plan") -> Recipe:
         """Return the plan as rules, one for every layer that changes."""
         rules = [
-            Rule(
-                match=one.name,
-                method="kronecker",
-                terms=tuple(Term(a_shape=c.a_shape, rank=c.rank) for c in held),
-                norm="frobenius",
-                weighting=self.weighting,
-            )
+            rule(one.name, one.kind, one.configurations, self.weighting)
             for one in self.choices
-            if (held := one.configurations)
+            if one.configurations
         ]
         rules.append(Rule(match="*", method="keep"))
         if len(rules) > len(self.choices):  # nothing is left for the last one
@@ -114,6 +108,27 @@ class Plan:
         return Recipe(
             rules=tuple(rules), name=name, source=f"planned for {self.budget}"
         )
+
+
+def rule(
+    name: str,
+    kind: str,
+    configurations: Sequence[Configuration],
+    weighting: Weighting,
+) -> Rule:
+    """Return the rule for one layer.
+
+    Args:
+        name: Of the layer.
+        kind: `interpolative`, or anything else for a sum.
+        configurations: What it consists of.
+        weighting: Of its error.
+    """
+    what: dict[str, Any] = {"method": "interpolative", "rank": configurations[0].rank}
+    if kind != "interpolative":
+        terms = tuple(Term(a_shape=c.a_shape, rank=c.rank) for c in configurations)
+        what = {"method": "kronecker", "terms": terms}
+    return Rule(match=name, norm="frobenius", weighting=weighting, **what)
 
 
 def make(
@@ -155,7 +170,8 @@ def make(
                 ratios += _probe(prepared)
             advance(1)
     offers = {name: _offers(name, layers[name], *tails[name], ratios) for name in names}
-    measure = _cost_of(budget)
+    width = layers[names[0]].kernel[...].dtype.itemsize
+    measure = _cost_of(budget, width)
     costs = [[(measure(one), one.damage) for one in offers[name]] for name in names]
     picked = share(costs, smallest)
     choices = tuple(offers[name][i] for name, i in zip(names, picked, strict=True))
@@ -180,12 +196,18 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
     made = nnx.merge(graph, jax.eval_shape(lambda: state))
     kind = model.config.model_type
     for one in recipes.resolve(recipe, shapes, model_type=kind):
+        bias = layers[one.name].bias is not None
+        described: dict[str, Any] = {"bias": bias}
+        if one.rule.method == "interpolative":
+            rank = one.configurations[0].rank
+            described |= {"kind": "interpolative", "shape": one.shape, "rank": rank}
+            nn.replace(made, one.name, nn.from_description(described))
+            continue
         terms = [
             {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
             for c in one.configurations
         ]
-        bias = layers[one.name].bias is not None
-        described = {"kind": "kronecker", "terms": terms, "bias": bias}
+        described |= {"kind": "kronecker", "terms": terms}
         nn.replace(made, one.name, nn.from_description(described))
     return made
 
@@ -265,8 +287,13 @@ def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> fl
     return room / per
 
 
-def _cost_of(budget: Budget) -> Callable[[Choice], float]:
-    """Return what a choice costs, in the measure of `_room`."""
+def _cost_of(budget: Budget, width: int) -> Callable[[Choice], float]:
+    """Return what a choice costs, in the measure of `_room`.
+
+    Args:
+        budget: What is measured.
+        width: Bytes of a parameter; an order is held in integers of four.
+    """
 
     def flops(choice):
         if not choice.configurations:
@@ -276,12 +303,14 @@ def _cost_of(budget: Budget) -> Callable[[Choice], float]:
         )
 
     def parameters(choice):
-        held = choice.configurations
-        if not held:
-            return math.prod(choice.shape)
-        return sum(one.num_parameters(choice.shape) for one in held)
+        return choice.fraction * math.prod(choice.shape)
 
-    return flops if budget.measure == "flops" else parameters
+    def with_orders(choice):
+        order = 4 / width * choice.shape[1]
+        return parameters(choice) + order * (choice.kind == "interpolative")
+
+    costs = {"flops": flops, "bytes": with_orders}
+    return costs.get(budget.measure, parameters)
 
 
 def _multiply_adds(shape, configuration):
@@ -318,7 +347,7 @@ def _probe(prepared: fit.Prepared) -> list[Probe]:
     shape, name = prepared.target.shape, prepared.target.name
     found = []
     for fraction in PROBES:
-        tail = prepared.tails[_rank(shape, fraction)]
+        tail = prepared.tails[interpolative_rank(shape, fraction * math.prod(shape))]
         for kind, part in SHARES.items():
             ranks = fit.mix(shape, fraction, part)
             if all(ranks[part == 0 :]) and tail > 0:
@@ -347,11 +376,6 @@ def _ratio(
     return math.exp(float(np.average(logs, weights=weights)))
 
 
-def _rank(shape: tuple[int, int], fraction: float) -> int:
-    m, n = shape
-    return max(int(fraction * m * n / (m + n)), 1)
-
-
 def _offers(
     name: str,
     layer: Any,
@@ -364,30 +388,32 @@ def _offers(
     whole = math.prod(shape)
     offers = [Choice(name, shape, "dense", (), 1.0, 0.0, 0.0, "what it holds pays")]
     for fraction in FRACTIONS:
-        rank = _rank(shape, fraction)
+        rank = max(interpolative_rank(shape, fraction * whole), 1)
         tail = float(tails[min(rank, len(tails) - 1)])
-        ranks = {"low rank": (rank, 0)}
-        ranks |= {k: fit.mix(shape, fraction, part) for k, part in SHARES.items()}
-        factors = {"low rank": 1.0}
+        factors = {"interpolative": 1.0}
         factors |= {k: _ratio(name, k, fraction, ratios) for k in SHARES}
         kind = min(factors, key=lambda k: factors[k])
-        held = fit.configurations(shape, ranks[kind])
-        parameters = sum(one.num_parameters(shape) for one in held)
-        if not held or parameters >= whole:
-            continue
-        reason = "low rank is best here"
-        if kind != "low rank":
+        if kind == "interpolative":
+            held: tuple[Configuration, ...] = (Configuration((shape[0], 1), rank),)
+            parameters = rank * (sum(shape) - rank)
+            reason = "low rank is best here"
+        else:
+            held = fit.configurations(shape, fit.mix(shape, fraction, SHARES[kind]))
+            parameters = sum(one.num_parameters(shape) for one in held)
             reason = f"{1 - factors[kind]:.0%} less damage than low rank, by probes"
-        offers.append(
-            Choice(
-                name,
-                shape,
-                kind,
-                held,
-                parameters / whole,
-                total * tail * factors[kind],
-                total * tail,
-                reason,
+        if held and parameters < whole:
+            damage = total * tail
+            share = parameters / whole
+            offers.append(
+                Choice(
+                    name,
+                    shape,
+                    kind,
+                    held,
+                    share,
+                    damage * factors[kind],
+                    damage,
+                    reason,
+                )
             )
-        )
     return offers

@@ -166,18 +166,18 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
         if name in done:
             one = done[name]
             kernel = np.asarray(nn.dense(layer).kernel[...], np.float64)
-            terms = jax.tree.map(np.asarray, after[name].terms)
-            error, whole = measure(kernel, terms), measure(kernel, ())
+            left = kernel - np.asarray(after[name].materialize(), np.float64)
+            error, whole = measure(left, ()), measure(kernel, ())
             row |= {
                 **{
                     k: v
                     for k, v in dataclasses.asdict(one).items()
-                    if k not in ("name", "configurations", "parameters")
+                    if k not in ("name", "configurations", "kind", "parameters")
                 },
                 "spectral": float(error.spectral),
                 "relative_spectral": float(error.over(whole).spectral),
                 "relative_frobenius": float(error.over(whole).frobenius),
-                "schatten": _schatten(kernel, after[name]),
+                "schatten": _schatten(left, kernel),
             }
         elif name in choices:
             row["reason"] = choices[name].reason
@@ -185,12 +185,9 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
     return rows
 
 
-def _schatten(kernel: np.ndarray, layer: Any) -> list[float]:
+def _schatten(left: np.ndarray, kernel: np.ndarray) -> list[float]:
     """Return relative errors in the Schatten norms of `EXPONENTS`."""
-    values = [
-        np.linalg.svd(x, compute_uv=False)
-        for x in (kernel - np.asarray(layer.materialize(), np.float64), kernel)
-    ]
+    values = [np.linalg.svd(x, compute_uv=False) for x in (left, kernel)]
 
     def norm(x, p):
         top = max(float(x[0]), 1e-300)

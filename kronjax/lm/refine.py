@@ -110,12 +110,14 @@ def refine(
 
 def _is_factored(block: nnx.Module) -> bool:
     layers = nn.linear_layers(block).values()
-    return any(isinstance(layer, nn.KroneckerLinear) for layer in layers)
+    kinds = nn.KroneckerLinear, nn.InterpolativeLinear
+    return any(isinstance(layer, kinds) for layer in layers)
 
 
 def _is_factor(path: Any, value: Any) -> bool:
-    """Say whether a variable is in the `a` or the `b` of a sum."""
-    return isinstance(value, nnx.Param) and path[-2] in ("a", "b")
+    """Say whether a variable is in the `a` or the `b` of a sum, or interpolative."""
+    low_rank = path[-1] in ("columns", "rest")
+    return isinstance(value, nnx.Param) and (low_rank or path[-2] in ("a", "b"))
 
 
 def _train(block, ours, theirs, order, held_out, step, error) -> Block:

@@ -26,7 +26,8 @@ class LayerSize:
 
     Attributes:
         name: As `kronjax.nn.linear_layers` gives it.
-        kind: `dense`, `masked`, or the configurations of its Kronecker sum.
+        kind: `dense`, `masked`, the rank of an interpolative layer, or the
+            configurations of a Kronecker sum.
         shape: `(n_in, n_out)`.
         parameters: Numbers that are stored, bias included; of a mask the kept ones.
         bytes: Bytes that hold them.
@@ -119,6 +120,8 @@ def kind(layer: nn.Layer) -> str:
             "{} × {}x{} ⊗ {}x{}".format(*one.a.shape, *one.b.shape[1:])
             for one in layer.terms
         )
+    if isinstance(layer, nn.InterpolativeLinear):
+        return f"rank {layer.rest.shape[0]}, interpolative"
     return "masked" if isinstance(layer, nn.MaskedLinear) else "dense"
 
 
