@@ -2,18 +2,23 @@
 
 Planted sums of two configurations and planted permutations: how many are found again.
 Random 36 x 36 matrices and a structured suite: mixtures against the best homogeneous
-sum of equal size, in the spectral norm. With `--weights FILE.safetensors`, real
-matrices of a language model: Frobenius error against parameters for the SVD, one
-Kronecker configuration and a mixture, plain and under input moments. Those are read
-from `--moments FILE.safetensors`, [n, n] under the names of the matrices.
+sum of equal size, in the spectral norm. Frobenius error against parameters for the SVD,
+one Kronecker configuration and a mixture, the last two with rows and columns permuted
+as well: on random matrices and, with `--weights FILE.safetensors ...`, on those of
+language models, plain and under input moments. Those are read from `--moments
+FILE.safetensors`, [n, n] under the names of the matrices. `--partial FILE` keeps what
+is done, and goes on from there.
 """
 
+import fnmatch
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
+from matplotlib.ticker import ScalarFormatter
 
 import kronjax
 from bench import script
@@ -32,13 +37,29 @@ class Experiment:
     cases: int = 40
     samples: int = 4
     structured: int = 3
+    random_shares: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5)
     shares: tuple[float, ...] = (0.25, 0.5)
+    orders: int = 10
     large: int = 768
     budget: int = 30_000
 
 
+ORDER_TERMS = 8
+"""The order is that for so many terms, at most: more take long."""
+
+EVALUATIONS = 300
+"""Of each fit without a closed form: not converged, so that mixtures come out worse."""
+
+STYLES = {
+    "SVD": ("tab:orange", "o-"),
+    "Kronecker": ("tab:gray", "o-"),
+    "Kronecker, permuted": ("tab:gray", "s--"),
+    "mixture": ("tab:blue", "o-"),
+    "mixture, permuted": ("tab:blue", "s--"),
+}
+
 # One shape and one budget: compiling is what takes the time.
-QUICK = Experiment(12, 3, 1, 1, (0.5,), 12, 72)
+QUICK = Experiment(12, 3, 1, 1, (0.5,), (0.5,), 2, 12, 72)
 
 
 def planted(rng, shape, configurations, noise, decay=1.0):
@@ -125,76 +146,105 @@ def spectral_gains(matrices, parameters, square):
 
 
 def search_time(matrix, parameters):
-    """Seconds of a search over those of its balanced homogeneous solve."""
+    """Seconds of a search over those of a balanced homogeneous solve."""
     found = kronjax.search(matrix, parameters, dtype="float32", progress=False)
     m, n = matrix.shape
     balanced = _near_square(m), n // _near_square(n)
-    [one] = [
-        t.seconds
-        for t in found.trials
-        if len(t.configurations) == 1 and t.configurations[0].a_shape == balanced
+    price = Configuration(balanced, 1).num_parameters(matrix.shape)
+    alone = Configuration(balanced, parameters // price)
+    one = approximate(matrix, alone, dtype="float32", progress=False).seconds
+    trials = [
+        [t.kind, plain(t.configurations), t.seconds, t.is_full] for t in found.trials
     ]
-    trials = [[t.kind, plain(t.configurations), t.seconds] for t in found.trials]
-    return {"ratio": found.seconds / one, "trials": trials}
+    return {
+        "ratio": found.seconds / one,
+        "seconds": found.seconds,
+        "one_solve": one,
+        "compile_seconds": found.compile_seconds,
+        "trials": trials,
+    }
 
 
 def _near_square(size):
     return min(divisors(size), key=lambda d: abs(np.log(d * d / size)))
 
 
-def real_weights(path, moments, experiment):
-    """Relative errors of three kinds of sums at several shares of the parameters."""
-    names = sorted(safetensor_names(path))
-    stored = set(safetensor_names(moments)) if moments else set()
-    rows = []
-    for name in names:
-        matrix = files.read(path, tensor=name).matrix.astype(np.float32)
-        weight = None
-        if moments:
-            if name not in stored:
+def curves(suites, experiment, kept):
+    """Relative Frobenius errors against parameters; what is in `kept` is done."""
+    for suite, name, matrix, weight, shares in suites:
+        for share in shares:
+            key = f"{suite}, {name}, {share}"
+            if key not in kept:
+                row = _fits(matrix, share, weight, experiment.orders)
+                kept[key] = {"suite": suite, "name": name, "share": share, **row}
+                script.say(f"{key}: {row['errors']}")
+                yield
+    return
+
+
+def suites_of(experiment, weights, moments, match):
+    """Yield suites, names, matrices, weights and shares."""
+    n = experiment.size
+    for seed in range(experiment.samples):
+        matrix = np.random.default_rng(seed).standard_normal((n, n))
+        suite = f"random {n} x {n}"
+        yield suite, str(seed), matrix, None, experiment.random_shares
+    for path in weights:
+        for name in sorted(_names(path)):
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in match):
                 continue
-            weight = files.read(moments, tensor=name).matrix
-        for share in experiment.shares:
-            rows.append({"name": name, "share": share, **_fits(matrix, share, weight)})
-            script.say(f"{name}, {share}: {rows[-1]['errors']}")
-    return rows
+            matrix = files.read(path, tensor=name).matrix.astype(np.float32)
+            kind = "MLP" if "mlp" in name else "attention"
+            yield f"{kind}, plain", name, matrix, None, experiment.shares
+            if moments and name in _names(moments):
+                weight = files.read(moments, tensor=name).matrix.astype(np.float32)
+                suite = f"{kind}, data-aware"
+                yield suite, name, matrix, weight, experiment.shares
 
 
-def safetensor_names(path):
+def _names(path):
     with safetensors.safe_open(path, framework="np") as file:
         names = file.keys()
         return [n for n in names if len(file.get_slice(n).get_shape()) == 2]
 
 
-def _fits(matrix, share, weight):
+def _fits(matrix, share, weight, starts):
     """SVD, one near-square configuration, and half of each, at equal parameters."""
     m, n = shape = matrix.shape
     total = int(share * m * n)
     square = Configuration((_near_square(m), n // _near_square(n)), 1)
     columns = Configuration((m, 1), 1)
     price, price_columns = (c.num_parameters(shape) for c in (square, columns))
+    alone = Configuration(square.a_shape, total // price)
+    mixture = [Configuration((m, 1), total // 2 // price_columns)]
+    rest = total - mixture[0].rank * price_columns
+    mixture.append(Configuration(square.a_shape, rest // price))
+    few = Configuration(square.a_shape, min(alone.rank, ORDER_TERMS))
+    order = permute(matrix, few, right_weight=weight, starts=starts)
+    permuted, turned = order.apply(matrix), order.apply_to_weights(None, weight)[1]
     wanted = {
-        "SVD": [Configuration((m, 1), total // price_columns)],
-        "Kronecker": [Configuration(square.a_shape, total // price)],
-        "mixture": [
-            Configuration((m, 1), total // 2 // price_columns),
-            Configuration(square.a_shape, total // 2 // price),
-        ],
+        "SVD": (Configuration((m, 1), total // price_columns), matrix, weight),
+        "Kronecker": (alone, matrix, weight),
+        "mixture": (mixture, matrix, weight),
+        "Kronecker, permuted": (alone, permuted, turned),
+        "mixture, permuted": (mixture, permuted, turned),
     }
-    errors = {}
-    for name, configurations in wanted.items():
+    errors, seconds = {}, {}
+    for name, (configuration, target, right) in wanted.items():
         found = approximate(
-            matrix,
-            configurations,
+            target,
+            configuration,
             norm="frobenius",
-            right_weight=weight,
+            right_weight=right,
             starts=1,
+            budget=EVALUATIONS,
             progress=False,
         )
         relative = found.weighted_relative or found.relative
         errors[name] = float(relative.frobenius)
+        seconds[name] = found.seconds
     best = min(errors["SVD"], errors["Kronecker"])
-    return {"errors": errors, "gain": 1 - errors["mixture"] / best}
+    return {"errors": errors, "seconds": seconds, "gain": 1 - errors["mixture"] / best}
 
 
 def plain(configurations):
@@ -209,34 +259,52 @@ def structured(rng, n):
     return matrix, sum(c.num_parameters((n, n)) for c in pair)
 
 
-def run(experiment, weights, moments):
-    """Everything, as a dictionary."""
+def run(experiment, suites, partial=None):
+    """Everything, as a dictionary; part by part kept in the file `partial`."""
     n = experiment.size
-    script.say("planted sums")
-    results: dict[str, Any] = {"planted_sums": recover_sums(experiment)}
-    script.say("planted orders")
-    results["planted_orders"] = {
-        "one term": recover_orders(experiment, 1, 1.0),
-        "two terms, 1 : 0.3": recover_orders(experiment, 2, 0.3),
-        "two equal terms": recover_orders(experiment, 2, 1.0),
-    }
     square = (6, 6) if n == 36 else (3, 4)
     draws = [
         np.random.default_rng(seed).standard_normal((n, n))
         for seed in range(experiment.samples)
     ]
-    results["spectral_random"] = spectral_gains(draws, 6 * n, square)
-    rows = []
-    for seed in range(experiment.structured):
-        matrix, budget = structured(np.random.default_rng(seed), n)
-        rows += spectral_gains([matrix], budget, square)
-    results["spectral_structured"] = rows
     large = experiment.large
     matrix = np.random.default_rng(0).standard_normal((large, large))
-    script.say("search time")
-    results["search_time"] = search_time(matrix, experiment.budget)
-    results["real"] = real_weights(weights, moments, experiment) if weights else []
-    return results
+
+    def spectral_structured():
+        rows = []
+        for seed in range(experiment.structured):
+            one, budget = structured(np.random.default_rng(seed), n)
+            rows += spectral_gains([one], budget, square)
+        return rows
+
+    parts = {
+        "planted_sums": lambda: recover_sums(experiment),
+        "planted_orders": lambda: {
+            "one term": recover_orders(experiment, 1, 1.0),
+            "two terms, 1 : 0.3": recover_orders(experiment, 2, 0.3),
+            "two equal terms": recover_orders(experiment, 2, 1.0),
+        },
+        "search_time": lambda: search_time(matrix, experiment.budget),
+        "spectral_random": lambda: spectral_gains(draws, 6 * n, square),
+        "spectral_structured": spectral_structured,
+    }
+    results: dict[str, Any] = {}
+    if partial and partial.exists():
+        results = json.loads(partial.read_text())
+    for name, part in parts.items():
+        if name not in results:
+            script.say(name.replace("_", " "))
+            results[name] = part()
+            _keep(results, partial)
+    kept = results.setdefault("curves", {})
+    for _ in curves(suites, experiment, kept):
+        _keep(results, partial)
+    return {**results, "curves": list(kept.values())}
+
+
+def _keep(results, partial):
+    if partial:
+        partial.write_text(json.dumps(results))
 
 
 def targets_of(results):
@@ -255,8 +323,13 @@ def targets_of(results):
         result.append(script.Target(name, median, limit, True))
     ratio = results["search_time"]["ratio"]
     result.append(script.Target("search time over one solve", ratio, 10))
-    if half := [row["gain"] for row in results["real"] if row["share"] == 0.5]:
-        name = "real weights, half the parameters: median gain of mixtures"
+    half = [
+        row["gain"]
+        for row in results["curves"]
+        if row["share"] == 0.5 and row["suite"].endswith("data-aware")
+    ]
+    if half:
+        name = "data-aware, half the parameters: median gain of mixtures"
         result.append(script.Target(name, float(np.median(half)), 0.05, True))
     return result
 
@@ -266,35 +339,64 @@ def _share(rows, how):
 
 
 def draw(results):
-    """Gains in the spectral norm; errors of real matrices against parameters."""
-    chart, axes = script.figure(10, 4, columns=2)
-    left, right = axes[0]
+    """Gains in the spectral norm; for each suite, errors against parameters."""
+    suites = list(dict.fromkeys(row["suite"] for row in results["curves"]))
+    columns = min(3, 1 + len(suites))
+    rows = -(-(1 + len(suites)) // columns)
+    chart, axes = script.figure(4.6 * columns, 3.9 * rows, rows, columns)
+    first, *others = axes.flat
     for i, name in enumerate(("random", "structured")):
         gains = [100 * row["below_square"] for row in results[f"spectral_{name}"]]
-        left.plot(np.full(len(gains), i), gains, "o", alpha=0.6)
-    left.set_xticks([0, 1], ["random", "structured"])
-    left.set_ylabel("% below the square sum, spectral norm")
-    colors = {"SVD": "tab:orange", "Kronecker": "tab:gray", "mixture": "tab:blue"}
-    shares = sorted({row["share"] for row in results["real"]})
-    for name, color in colors.items():
-        medians = [
-            np.median([r["errors"][name] for r in results["real"] if r["share"] == s])
-            for s in shares
-        ]
-        right.plot(shares, medians, "o-", color=color, label=name)
-    right.set_xlabel("share of the parameters")
-    right.set_ylabel("relative error, median over matrices")
-    right.legend()
+        first.plot(np.full(len(gains), i), gains, "o", alpha=0.6)
+    first.axhline(0, color="black", linewidth=0.8)
+    first.set_xlim(-0.5, 1.5)
+    first.set_xticks([0, 1], ["random", "structured"])
+    first.set_ylabel("gain over the square sum, %")
+    first.set_title("spectral norm, equal parameters")
+    for axis, suite in zip(others, suites, strict=False):
+        _draw_suite(axis, suite, [r for r in results["curves"] if r["suite"] == suite])
+    for axis in others[len(suites) :]:
+        axis.remove()
+    handles = others[0].get_legend_handles_labels()
+    chart.legend(*handles, loc="outside lower center", ncols=len(handles[0]))
     return chart
+
+
+def _draw_suite(axis, suite, rows):
+    shares = sorted({row["share"] for row in rows})
+    for name, (color, style) in STYLES.items():
+        medians = [
+            np.median([row["errors"][name] for row in rows if row["share"] == share])
+            for share in shares
+        ]
+        axis.plot(shares, medians, style, color=color, label=name)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(ScalarFormatter())
+    axis.tick_params(axis="y", which="minor", labelsize=7)
+    axis.set_xticks(shares, [f"{share:g}" for share in shares])
+    axis.set_xlabel("parameters over those of the matrix")
+    axis.set_ylabel("relative Frobenius error")
+    count = len({row["name"] for row in rows})
+    axis.set_title(f"{suite} ({count} matri{'x' if count == 1 else 'ces, median'})")
 
 
 def main():
     parser = script.parser(__doc__)
-    parser.add_argument("--weights", type=Path, help="matrices [m, n], y = W x")
+    parser.add_argument(
+        "--weights", type=Path, nargs="+", default=[], help="matrices [m, n], y = W x"
+    )
     parser.add_argument("--moments", type=Path, help="second moments [n, n] of x")
+    parser.add_argument(
+        "--match", nargs="+", default=["*"], help="which of them, as in *.mlp.*"
+    )
+    parser.add_argument("--partial", type=Path, help="keep here what is done")
     arguments = parser.parse_args()
     experiment = QUICK if arguments.quick else Experiment()
-    results = run(experiment, arguments.weights, arguments.moments)
+    suites = suites_of(
+        experiment, arguments.weights, arguments.moments, arguments.match
+    )
+    results = run(experiment, suites, arguments.partial)
     targets = targets_of(results)
     script.print_targets(targets)
     results = {

@@ -207,19 +207,36 @@ def _note_caps(configuration, problem, notes):
 
 @functools.lru_cache(maxsize=64)
 def _programs(problem: Problem, shapes):
-    """Compile the three parts of a solve for arrays of `shapes`; return them."""
+    """Compile the parts of a solve for arrays of `shapes`; return them."""
+    # A search tries with one start what it then solves with all: compiled once.
+    alike = dataclasses.replace(problem, starts=1, budget=1)
+    programs, (_, paths, first, line), _ = _stages(alike, shapes)
+    count = len(problem.schedule())
+    lines = jax.eval_shape(lambda x: _stack([x] * count), line) if count else line
+
+    def gather(*lanes):
+        return jax.vmap(lambda *lane: continuation.gather(problem, *lane))(*lanes)
+
+    given = paths, first, lines
+    length = jax.eval_shape(gather, *given).p.shape[1]
+    last = _last(alike, shapes, length)
+    return [*programs, jax.jit(gather).lower(*given).compile(), last]
+
+
+@functools.lru_cache(maxsize=64)
+def _stages(problem, shapes):
+    """Return start and advance, compiled, what they return, and the settings' axes."""
     arrays = tuple(shape and jax.ShapeDtypeStruct(*shape) for shape in shapes)
     scalar = jax.ShapeDtypeStruct((), jnp.result_type(float))
     seed = jax.ShapeDtypeStruct((), jnp.result_type(int))
     # Weights that all matrices share are decomposed, and kept, once.
     axes = tuple(None if x is None or len(x.shape) == 2 else 0 for x in arrays)
-    frames_axis = None if axes[1:] == (None, None) else 0
     axes_of: Any = Setting
     setting_axes = axes_of(
         target=0,
         plain=0,
         roots=axes[1:],
-        frames=frames_axis,
+        frames=None if axes[1:] == (None, None) else 0,
         scale=0,
         unit=0,
         finite=0,
@@ -241,28 +258,29 @@ def _programs(problem: Problem, shapes):
             in_axes=(setting_axes, 0),
         )(settings, paths)
 
-    def finish(settings, paths, first, lines):
-        def one(setting, path, first, lines):
-            trace = continuation.gather(problem, path, first, lines)
-            return continuation.finish(problem, setting, path, trace)
-
-        return jax.vmap(one, in_axes=(setting_axes, 0, 0, 0))(
-            settings, paths, first, lines
-        )
-
     settings, paths, first = jax.eval_shape(start, *arrays)
-    schedule = problem.schedule()
+    line, schedule = first, problem.schedule()
     programs = [jax.jit(start).lower(*arrays).compile()]
-    lines = first
     if schedule:
         stage = jax.eval_shape(_as_arrays, schedule[0])
         given = settings, paths, stage, scalar, seed
         _, line = jax.eval_shape(advance, *given)
         programs.append(jax.jit(advance, donate_argnums=1).lower(*given).compile())
-        lines = jax.eval_shape(lambda x: _stack([x] * len(schedule)), line)
-    outputs = settings, paths, first, lines
-    programs.append(jax.jit(finish).lower(*outputs).compile())
-    return programs
+    return programs, (settings, paths, first, line), setting_axes
+
+
+@functools.lru_cache(maxsize=64)
+def _last(problem, shapes, length):
+    """Compile `finish` for a trace of so many lines."""
+    _, (settings, paths, _, line), axes = _stages(problem, shapes)
+
+    def finish(settings, paths, trace):
+        return jax.vmap(
+            lambda *lane: continuation.finish(problem, *lane), in_axes=(axes, 0, 0)
+        )(settings, paths, trace)
+
+    trace = jax.eval_shape(lambda x: _stack([x] * length), line)
+    return jax.jit(finish).lower(settings, paths, trace).compile()
 
 
 def _compile(problem, arrays):
@@ -277,7 +295,7 @@ def _compile(problem, arrays):
 def _run(problem, programs, arrays, tolerance, seed, tick):
     """Walk through the schedule; return the solution as NumPy arrays."""
     schedule = problem.schedule()
-    first_program, *advance, last_program = programs
+    first_program, *advance, gather, finish = programs
     tolerance, seed = jnp.asarray(float(tolerance)), jnp.asarray(int(seed) % 2**31)
     settings, paths, first = jax.block_until_ready(first_program(*arrays))
     lines = []
@@ -286,8 +304,8 @@ def _run(problem, programs, arrays, tolerance, seed, tick):
         paths, line = advance[0](settings, paths, stage, tolerance, seed)
         lines.append(jax.block_until_ready(line))
         tick(f"p = {line.p[0]:.0f}")
-    lines = _stack(lines) if lines else first
-    return jax.device_get(last_program(settings, paths, first, lines))
+    trace = gather(paths, first, _stack(lines) if lines else first)
+    return jax.device_get(finish(settings, paths, trace))
 
 
 def _as_arrays(stage: Stage) -> Stage:

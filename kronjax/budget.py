@@ -4,7 +4,10 @@
 ones at equal parameters, in the norm that was asked for, and returns the best with the
 table of all: never worse than low rank, nor than the homogeneous sums that were tried.
 Those are the two that leave least in the Frobenius norm, of all that the budget allows,
-and the one with the smallest terms; in another norm a third may be the best.
+and the one with the smallest terms; in another norm a third may be the best. Of a large
+matrix all are tried with one start and a part of the budget, and the most promising
+are then solved in full: the best two and the best homogeneous one. (Low rank needs no
+more than a singular value decomposition, and is always solved.)
 
 >>> import numpy as np
 >>> matrix = np.kron(np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(3, 2))
@@ -22,7 +25,13 @@ from typing import Any
 from kronjax import greedy, inputs
 from kronjax.approximation import Approximation, approximate
 from kronjax.kronecker import Configuration, matmul_cost
-from kronjax.problem import parse_norm
+from kronjax.problem import Problem, parse_norm
+
+HASTE = 4
+"""A trial of a large matrix may spend so many times less than a solve."""
+
+FINALISTS = 2
+"""Of them so many are solved in full, and the best homogeneous one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Trial:
         error: In the norm asked for, weighted if there are weights.
         relative: The same over that of the matrix.
         seconds: Spent on solving, compilation apart.
+        compile_seconds: Spent on tracing and compiling.
+        is_full: Whether it was solved as `approximate` would, not in haste.
         is_efficient: Whether no other trial has less error for no more parameters and
             no more multiply-adds (the Pareto front).
     """
@@ -48,6 +59,8 @@ class Trial:
     error: float
     relative: float
     seconds: float
+    compile_seconds: float
+    is_full: bool = True
     is_efficient: bool = False
 
 
@@ -61,6 +74,7 @@ class Search:
         trials: All that was solved, by falling error.
         notes: What was decided on the user's behalf.
         seconds: Spent on choosing, solving and measuring, compilation apart.
+        compile_seconds: Spent on tracing and compiling.
     """
 
     approximation: Approximation
@@ -68,6 +82,7 @@ class Search:
     trials: tuple[Trial, ...]
     notes: tuple[str, ...]
     seconds: float
+    compile_seconds: float
 
 
 def search(
@@ -85,7 +100,8 @@ def search(
     Args:
         matrix: `[m, n]`, NumPy or jax, real.
         parameters: Numbers that may be stored; None leaves the number of terms to the
-            information criterion of `greedy`, for a sum hidden in white noise.
+            information criterion of `greedy`, for a sum hidden in white noise
+            (weights mislead it).
         norm: As for `approximate`.
         left_weight: `[m, m]`, as for `approximate`.
         right_weight: `[n, n]`, likewise.
@@ -126,17 +142,45 @@ def search(
     else:
         _note_primes(shape, notes)
         wanted = _proposals(target, parameters, weights, parse_norm(norm))
-    solved = [_solve(matrix, kind, tuple_, options) for kind, tuple_ in wanted]
-    solved.sort(key=lambda pair: pair[0].error)
+    solved = _compete(matrix, wanted, options, target.size > greedy.THOROUGH)
     trials = [trial for trial, _ in solved]
     approximation = solved[0][1]
+    compile_seconds = sum(trial.compile_seconds for trial in trials)
     return Search(
         approximation=approximation,
         configurations=trials[0].configurations,
         trials=tuple(_with_front(trial, trials) for trial in trials),
         notes=(*notes, *(x for x in approximation.notes if x not in notes)),
-        seconds=time.perf_counter() - begun - sum(x.compile_seconds for _, x in solved),
+        seconds=time.perf_counter() - begun - compile_seconds,
+        compile_seconds=compile_seconds,
     )
+
+
+def _compete(matrix, wanted, options, is_large):
+    """Return trials and their approximations, by rising error; the first is full."""
+    solved = [_solve(matrix, kind, one, options, is_large) for kind, one in wanted]
+    solved.sort(key=_error)
+    alone = [pair for pair in solved if pair[0].kind == "homogeneous"]
+    promising = [pair[0].configurations for pair in solved[:FINALISTS] + alone[:1]]
+    for i, (trial, hasty) in enumerate(solved):
+        if trial.configurations in promising and not trial.is_full:
+            full, found = _solve(matrix, trial.kind, trial.configurations, options)
+            full = dataclasses.replace(
+                full,
+                seconds=full.seconds + trial.seconds,
+                compile_seconds=full.compile_seconds + trial.compile_seconds,
+            )
+            if full.error > trial.error:  # more starts may end elsewhere
+                found = hasty
+                full = dataclasses.replace(
+                    full, error=trial.error, relative=trial.relative
+                )
+            solved[i] = full, found
+    return sorted(solved, key=_error)
+
+
+def _error(pair):
+    return pair[0].error
 
 
 def _checked_budget(parameters: Any, shape) -> int | None:
@@ -200,7 +244,10 @@ def _proposals(target, parameters, weights, p):
         order = sorted(range(len(wholes)), key=lambda i: left[i])
         balanced = sorted(products, key=lambda c: _imbalance(c, shape))
         first = full[balanced[0].a_shape]
-        wanted += [(wholes[i],) for i in order[:2]] + [(first,)]
+        if p == 2 and all(x is None for x in weights):  # then the tails are the errors
+            wanted.append((wholes[order[0]],))
+        else:
+            wanted += [(wholes[i],) for i in order[:2]] + [(first,)]
         if low_rank.a_shape in full:
             wanted.append(_split((low_rank, products[order[0]]), parameters, shape))
         if p > 2:  # distinct products have more freedom than alike ones
@@ -243,12 +290,22 @@ def _kind(configurations, low_rank):
     return "low rank" if configurations[0].a_shape == low_rank else "homogeneous"
 
 
-def _solve(matrix, kind, configurations, options):
+def _solve(matrix, kind, configurations, options, in_haste=False):
     """Return the trial and its approximation."""
     p = parse_norm(options["norm"])
     if kind in ("low rank", "dense") and math.isinf(p):
         # The (whitened) singular value decomposition solves every norm.
         options = {**options, "norm": "frobenius"}
+    weighted = tuple(
+        options[f"{side}_weight"] is not None for side in ("left", "right")
+    )
+    problem = Problem.of(
+        matrix.shape, configurations, options["norm"], weighted=weighted
+    )
+    in_haste = in_haste and bool(problem.squarings)
+    if in_haste:
+        budget = options.get("budget") or problem.budget
+        options = {**options, "starts": 1, "budget": max(1, budget // HASTE)}
     found = approximate(matrix, configurations, **options)
     errors, relative = found.error, found.relative
     if found.weighted is not None and found.weighted_relative is not None:
@@ -267,6 +324,8 @@ def _solve(matrix, kind, configurations, options):
         error=float(error),
         relative=float(ratio),
         seconds=found.seconds,
+        compile_seconds=found.compile_seconds,
+        is_full=not in_haste,
     )
     return trial, found
 

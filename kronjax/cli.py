@@ -112,7 +112,8 @@ def approximate(
             A file written by --out stands for the matrix that its factors multiply
             out to.
         tensor: Tensor of the file; needed where it holds several matrices.
-        rows: Rows to take, as in Python: 0:768, :100 or -100:.
+        rows: Rows to take, as in Python: 0:768, :100 or -100:. Like --columns and
+            --transpose it does not apply to the files of weights.
         columns: Columns to take.
         transpose: Transpose, after taking rows and columns.
         a_shape: Shape of the left factors: M1 divides the rows, N1 the columns.

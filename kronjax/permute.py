@@ -11,8 +11,12 @@ a linear assignment, and the columns likewise. Every step lowers the error, and 
 start ends in a local minimum. The first start is the order as given; others come from
 singular vectors: those of `A ⊗ B` are `u ⊗ v`, so that the ratio of two that share `v`
 takes one value for each row of `A`, in whatever order the rows are. Powers of the
-entries have the same order. The rest are random. A sum of one term is found again in
-this way; of several that are equally strong, hardly ever.
+entries have the same order. The rest are random. Of 40 planted 36×36 sums all are found
+again if they have one term, half if they have two in the ratio 1 : 0.3, and one in
+twenty if both are equally strong.
+
+A start takes about one second of one core for a 768×768 matrix and four terms; give
+`starts` to have fewer.
 
 Weights enter through their diagonals. The solver proper, in any norm, then takes the
 permuted matrix, and the permuted weights.
@@ -33,11 +37,14 @@ import itertools
 import numpy as np
 
 from kronjax import inputs
-from kronjax.greedy import rearrange, unrearrange
+from kronjax.greedy import leading, rearrange, unrearrange
 from kronjax.kronecker import Configuration
 
 ROUNDS = 60
 """Alternations from one start, at most."""
+
+VECTORS = 8
+"""Singular vectors whose ratios are looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +141,14 @@ def permute(
     for order in itertools.islice(orders, starts):
         # The strongest term first: its order is that of all.
         for terms in dict.fromkeys((1, rank)):
-            error, *order = _alternate(target, a_shape, terms, order, rows, columns)
+            order = _alternate(target, a_shape, terms, order, rows, columns)[1:]
+        error = _fit(target[order[0]][:, order[1]], a_shape, rank)[1]
         if error < best[0] * (1 - 1e-9):
             best = error, *order
         if best[0] <= 1e-7:  # exact
             break
-    return Permutation(best[1], best[2], float(best[0]), float(given))
+    error, p, q = best
+    return Permutation(p, q, error, given)
 
 
 def _alternate(matrix, a_shape, rank, order, rows, columns):
@@ -169,9 +178,10 @@ def _assign(scores):
 
 def _fit(matrix, a_shape, rank):
     """Return the nearest sum, `[m, n]`, and its distance."""
-    u, s, vt = np.linalg.svd(rearrange(matrix, a_shape), full_matrices=False)
-    nearest = (u[:, :rank] * s[:rank]) @ vt[:rank]
-    error = np.sqrt(np.sum(s[rank:] ** 2))
+    x = rearrange(matrix, a_shape)
+    u, s, vt = leading(x, rank)
+    nearest = (u * s) @ vt
+    error = float(np.linalg.norm(x - nearest))
     return unrearrange(nearest, a_shape, matrix.shape), error
 
 
@@ -181,7 +191,7 @@ def _starts(matrix, a_shape, may, rng):
     same = np.arange(m), np.arange(n)
     yield same
     for entries in (matrix, np.abs(matrix), matrix**3):
-        u, _, vt = np.linalg.svd(entries)
+        u, _, vt = leading(entries, VECTORS)
         ps = _orders(u, m1)[:4] if may[0] else same[:1]
         qs = _orders(vt.T, n1)[:4] if may[1] else same[1:]
         yield from itertools.product(ps, qs)
@@ -199,7 +209,7 @@ def _orders(vectors, k1):
     found = []
     leading = vectors[:, 0]
     safe = np.where(np.abs(leading) > 1e-12, leading, 1e-12)
-    ratios = [vectors[:, j] / safe for j in range(1, min(k, 8))]
+    ratios = [vectors[:, j] / safe for j in range(1, vectors.shape[1])]
     firsts, seconds = (
         sorted((_grouped(x, groups) for x in ratios), key=lambda pair: pair[0])[:4]
         for groups in (k1, k2)

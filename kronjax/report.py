@@ -231,12 +231,14 @@ def verdict(approximation: "Approximation", baseline: Baseline) -> str:
 def trials(found: "Search") -> Table:
     """Return the table of what a search tried, by rising error.
 
-    A star marks what nothing else beats in error, parameters and multiply-adds at once.
+    A star marks what nothing else beats in error, parameters and multiply-adds at once,
+    a tilde the error of what was tried in haste.
     """
     table = Table()
     table.add_column("kind", no_wrap=True)
     table.add_column("left factors, terms")
-    for name in ("parameters", "multiply-adds", "error", ""):
+    names = "parameters", "multiply-adds", "error", "seconds", "to compile", ""
+    for name in names:
         table.add_column(name, justify="right")
     for trial in found.trials:
         terms = (
@@ -247,7 +249,9 @@ def trials(found: "Search") -> Table:
             "; ".join(terms),
             f"{trial.num_parameters:,}",
             f"{trial.multiply_adds:,}",
-            f"{trial.error:.5g}",
+            f"{trial.error:.5g}" + "~" * (not trial.is_full),
+            f"{trial.seconds:.2f}",
+            f"{trial.compile_seconds:.2f}",
             "*" if trial.is_efficient else "",
         )
     return table

@@ -8,7 +8,8 @@ import pytest
 from helpers import kronecker_sum_reference
 
 import kronjax
-from kronjax import Configuration, Status, approximate
+from kronjax import Configuration, Status, approximate, approximation
+from kronjax.problem import Problem
 
 SMALL = Configuration((3, 4), rank=2)
 
@@ -217,3 +218,16 @@ def test_parity_of_names():
     assert set(kronjax.__all__) <= set(dir(kronjax))
     with pytest.raises(AttributeError, match="no attribute 'aproximate'"):
         kronjax.aproximate  # noqa: B018
+
+
+def test_more_starts_share_what_was_compiled():
+    """All but the assembly of the trace, which is small."""
+    shapes = (((1, 12, 12), np.dtype("float32")), None, None)
+    problems = [Problem.of((12, 12), SMALL, "schatten:6", n, 30) for n in (1, 3)]
+    one, three = (approximation._programs(problem, shapes) for problem in problems)
+    assert [x is y for x, y in zip(one, three, strict=True)] == [
+        True,
+        True,
+        False,
+        True,
+    ]

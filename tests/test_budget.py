@@ -107,3 +107,30 @@ def test_one_product_of_expensive_terms_is_proposed():
     matrix = np.kron(rng.normal(size=(2, 2)), rng.normal(size=(36, 36)))
     proposed = budget._proposals(matrix, 1300, (None, None), 2.0)
     assert ("homogeneous", (Configuration((2, 2), 1),)) in proposed
+
+
+def test_large_matrices_are_tried_in_haste_and_the_best_solved_in_full(monkeypatch):
+    monkeypatch.setattr(budget.greedy, "THOROUGH", 100)
+    options = {"norm": "schatten:4", "starts": 2, "budget": 40, "dtype": "float32"}
+    found = search(draw(7, 12, 12), 72, progress=False, **options)
+    best, *others = found.trials
+    assert best.is_full
+    assert not all(trial.is_full for trial in others)
+    alone = [trial for trial in found.trials if trial.kind == "homogeneous"]
+    assert alone[0].is_full
+    assert best.error <= min(trial.error for trial in others)
+    assert best.error == pytest.approx(float(found.approximation.trace.value[-1]))
+    seconds = sum(trial.compile_seconds for trial in found.trials)
+    assert found.compile_seconds == pytest.approx(seconds)
+
+
+def test_the_closed_form_is_solved_once_where_the_tails_are_the_errors():
+    found = search(draw(8, 12, 12), 72, **FAST)
+    alone = [trial for trial in found.trials if trial.kind == "homogeneous"]
+    assert len(alone) == 1
+    for c in budget.greedy.candidates((12, 12)):
+        count = 72 // c.num_parameters((12, 12))
+        if count:
+            one = Configuration(c.a_shape, min(count, c.max_rank((12, 12))))
+            [tail] = budget.greedy.tails(draw(8, 12, 12), [one])
+            assert found.trials[0].relative ** 2 <= tail * (1 + 1e-9)

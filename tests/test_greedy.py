@@ -109,3 +109,20 @@ def test_large_matrices_are_sketched():
     s = np.linalg.svd(matrix, compute_uv=False)
     [tail] = greedy.tails(matrix, [Configuration((96, 1), 2)])
     assert tail == pytest.approx(np.sum(s[2:] ** 2) / np.sum(s**2), rel=1e-3)
+
+
+def test_planted_sums_are_recovered_under_weights():
+    """Noise that is white only after whitening, by weights that are no products."""
+    pair = (Configuration((4, 6), 2), Configuration((24, 1), 1))
+    matrix, weights, roots = planted(1, pair, noise=0), [], []
+    for seed in (7, 8):
+        mixing = draw(seed, 24, 24)
+        weights.append(mixing @ mixing.T + np.eye(24))
+        roots.append(np.linalg.cholesky(weights[-1]))
+    noise = draw(9, 24, 24)
+    noise *= 1e-3 * np.linalg.norm(roots[0].T @ matrix @ roots[1])
+    noise /= np.linalg.norm(noise)
+    noisy = matrix + np.linalg.solve(roots[0].T, noise) @ np.linalg.inv(roots[1])
+    budget = sum(c.num_parameters((24, 24)) for c in pair)
+    found = greedy.choose(noisy, budget, greedy.candidates((24, 24)), *weights)
+    assert set(found) == set(pair)
