@@ -82,6 +82,7 @@ ORDER = [
     "lm.compress_commands",
     "lm",
     "report",
+    "demo.corpus",
     "demo",
     "cli",
     "__main__",
