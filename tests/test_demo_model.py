@@ -1,6 +1,17 @@
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+from helpers import as_users_run_it
 
-from kronjax.demo import corpus
+from kronjax.demo import build, corpus
+from kronjax.lm import gpt2, losses
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    with as_users_run_it():
+        yield
 
 
 @pytest.fixture
@@ -59,3 +70,45 @@ def test_the_two_parts_of_the_library_are_disjoint():
     long = {passage for passage in held_out.split("\n\n\n") if len(passage) > 300}
     assert len(long) > 50
     assert not long & set(training.split("\n\n\n"))
+
+
+TINY = gpt2.Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+TOKENS = np.tile(np.arange(48, dtype=np.int32), 8)
+
+
+@nnx.jit
+def loss(model):
+    windows = TOKENS[: 4 * 16].reshape(4, 16)
+    return losses.token_losses(model, windows).mean()
+
+
+def test_a_step_of_training_lowers_the_loss():
+    model = build.initialize(TINY, seed=0)
+    before = loss(model)
+    assert float(before) == pytest.approx(np.log(64), rel=0.05)
+    trained = build.train(model, TOKENS, build.Plan(steps=1, batch=4))
+    assert loss(trained) < before - 0.01
+    assert loss(model) == before
+
+
+def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    plan, model = build.Plan(steps=4, warmup=1, batch=2), build.initialize(TINY, seed=0)
+    whole = build.train(model, TOKENS, plan)
+    kept, windows = tmp_path / "model.training", build._windows
+
+    def interrupted(tokens, context, plan, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return windows(tokens, context, plan, step)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "_windows", interrupted)
+        build.train(model, TOKENS, plan, kept=kept, every=2)
+    capsys.readouterr()
+    rest = build.train(model, TOKENS, plan, kept=kept, every=2)
+    assert "going on from step 2" in capsys.readouterr().out
+    same = jax.tree.map(np.array_equal, *(nnx.state(x) for x in (whole, rest)))
+    assert all(jax.tree.leaves(same))
+    mark = build._fingerprint([], TOKENS, plan)
+    assert build._resume(kept, mark, "nothing") == (0, "nothing")
+    assert "another training" in capsys.readouterr().out

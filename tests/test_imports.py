@@ -83,6 +83,7 @@ ORDER = [
     "lm",
     "report",
     "demo.corpus",
+    "demo.build",
     "demo",
     "cli",
     "__main__",
