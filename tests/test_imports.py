@@ -82,6 +82,8 @@ ORDER = [
     "lm.compress_commands",
     "lm",
     "report",
+    "demo.corpus",
+    "demo.build",
     "demo",
     "cli",
     "__main__",

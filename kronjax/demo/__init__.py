@@ -4,11 +4,15 @@ Matrices of shape 36×36 with independent N(0, 1) entries are approximated by su
 3, 6 and 12 products of 6×6 factors. Truncated SVD of the same rank and Van Loan's sum
 have the same number of parameters. All errors are spectral norms. All matrices of one
 rank are solved as one batch.
+
+Beside this there is a small language model, `model`, for whatever needs one without a
+network; `held_out` is text to judge it by. Its data sheet is `model/README.md`.
 """
 
 import dataclasses
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
@@ -17,6 +21,13 @@ from rich.table import Table
 
 import kronjax
 from kronjax import output, report
+from kronjax.demo import corpus
+
+if TYPE_CHECKING:
+    from kronjax.lm.architecture import LanguageModel
+
+MODEL = Path(__file__).parent / "model"
+"""The folder of the bundled model."""
 
 SIZE = 36
 FACTOR = 6
@@ -69,6 +80,29 @@ def run(out: Path, matrices: int = 50, seed: int = 0) -> list[Errors]:
         soft_wrap=True,
     )
     return results
+
+
+def model(dtype: str = "float32") -> "LanguageModel":
+    """Return the bundled language model, a GPT-2 of two million parameters.
+
+    Args:
+        dtype: Of the parameters, which are stored as float16.
+
+    Returns:
+        The model with its tokenizer.
+    """
+    from kronjax import lm
+
+    return lm.load(MODEL, dtype=dtype)
+
+
+def held_out() -> str:
+    """Return text that the bundled model was not trained on.
+
+    Raises:
+        FileNotFoundError: If this Python came without the sources of its library.
+    """
+    return corpus.held_out()
 
 
 def solve(samples: np.ndarray, rank: int) -> Errors:

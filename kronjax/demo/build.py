@@ -1,0 +1,297 @@
+"""Train the bundled language model: `python -m kronjax.demo.build --out FOLDER`.
+
+A GPT-2 of 2.2 million parameters learns the documentation of the standard library
+(`kronjax.demo.corpus`): AdamW with warm-up and a cosine, in float32, on random windows
+of the text. All is drawn from one seed. What was reached is kept in `FOLDER.training`
+every hundred steps, from which the next run goes on; it is removed at the end. With
+`--start` another run begins with the weights of an earlier one, warm-up and all; the
+bundled model had two.
+
+References: Loshchilov and Hutter (2019) for AdamW, and (2017) for warm restarts;
+Radford et al. (2019) for the model.
+
+>>> CONFIG.n_embd // CONFIG.n_head
+32
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+from flax import nnx
+
+from kronjax import lm, output
+from kronjax.demo import corpus
+from kronjax.lm import checkpoint, evaluate, gpt2, losses
+from kronjax.lm.architecture import LanguageModel, tokenizer_of
+from kronjax.lm.tokenizer import Tokenizer
+
+END = "<|endoftext|>"
+"""The token between the texts of modules."""
+
+# Widths with many divisors: 192 = 2⁶ 3, 576, 768 and 2048.
+CONFIG = gpt2.Config(
+    vocab_size=2048,
+    n_positions=256,
+    n_embd=192,
+    n_layer=4,
+    n_head=6,
+    # Without these, other programs take the settings of the published GPT-2.
+    origin=json.dumps(
+        {
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }
+    ),
+)
+"""The model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a model is trained.
+
+    Attributes:
+        steps: Number of updates.
+        batch: Windows in each, as long as the context of the model.
+        rate: The largest learning rate.
+        warmup: Updates until it is reached, at most half of all; from there a cosine
+            leads to a hundredth.
+        decay: Of weights, for matrices alone.
+        seed: Of the weights and the windows.
+    """
+
+    steps: int = 5000
+    batch: int = 2
+    rate: float = 2e-3
+    warmup: int = 200
+    decay: float = 0.1
+    seed: int = 0
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """Return AdamW for this plan, behind a clip of the norm of the gradient."""
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0,
+            self.rate,
+            min(self.warmup, self.steps // 2),
+            self.steps,
+            self.rate / 100,
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(
+                rate,
+                b2=0.98,
+                weight_decay=self.decay,
+                mask=lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree),
+            ),
+        )
+
+
+def build(
+    folder: Path, plan: Plan, *, start: Path | None = None, every: int = 100
+) -> evaluate.Perplexity:
+    """Train, write and judge the model.
+
+    Args:
+        folder: For the model in float16.
+        plan: How to train.
+        start: The folder of an earlier result to go on from, with its tokenizer.
+        every: Steps between two lines of progress.
+
+    Returns:
+        The perplexity on the held-out part, of the model as it was written.
+    """
+    folder = folder.expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)  # or fail now, not after the training
+    texts = list(corpus.documents())
+    if start is None:
+        model = initialize(CONFIG, plan.seed)
+        tokenizer = train_tokenizer(texts, CONFIG.vocab_size)
+    else:
+        model = lm.load(start, dtype="float32")
+        tokenizer = tokenizer_of(model)
+    end = tokenizer.encode(END)
+    tokens = np.concatenate(
+        [x for text in texts for x in (tokenizer.encode(text), end)]
+    )
+    print(f"{len(texts)} modules, {len(tokens)} tokens", flush=True)
+    kept = folder.with_name(folder.name + ".training")
+    model = train(model, tokens, plan, kept=kept, every=every)
+    model.tokenizer = tokenizer
+    lm.save(checkpoint.cast(model, "float16"), folder)
+    kept.unlink(missing_ok=True)
+    result = evaluate.perplexity(
+        lm.load(folder, dtype="float32"), corpus.held_out(), "krony-pt", progress=False
+    )
+    print(f"held-out perplexity {result.perplexity:.3f}", flush=True)
+    return result
+
+
+def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
+    """Return a byte-level BPE of `size` tokens, as GPT-2's is one of 50257."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "model_max_length": CONFIG.n_positions,
+    }
+    return Tokenizer(
+        {
+            "tokenizer.json": backend.to_str().encode(),
+            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        }
+    )
+
+
+def train(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    plan: Plan,
+    *,
+    kept: Path | None = None,
+    every: int = 100,
+) -> LanguageModel:
+    """Return a model that has been trained.
+
+    Args:
+        model: To begin with; left as it is.
+        tokens: `[n]`, more than its context.
+        plan: How.
+        kept: A file for what was reached, to go on from if it is there.
+        every: Steps between two lines of progress, when what was reached is kept.
+    """
+    context = model.config.context
+    graph, parameters = nnx.split(model)
+    optimizer = plan.optimizer()
+    state = parameters, optimizer.init(parameters)
+
+    @jax.jit
+    def update(state, windows):
+        def loss(parameters):
+            return jnp.mean(losses.token_losses(nnx.merge(graph, parameters), windows))
+
+        parameters, moments = state
+        value, gradient = jax.value_and_grad(loss)(parameters)
+        changes, moments = optimizer.update(gradient, moments, parameters)
+        return (optax.apply_updates(parameters, changes), moments), value
+
+    mark = _fingerprint(parameters, tokens, plan)
+    begun, state = _resume(kept, mark, state)
+    clock, values = time.perf_counter(), []
+    for step in range(begun, plan.steps):
+        state, value = update(state, _windows(tokens, context, plan, step))
+        values.append(value)
+        if (step + 1) % every == 0 or step + 1 == plan.steps:
+            mean = float(np.mean(jax.device_get(values)))
+            seconds = time.perf_counter() - clock
+            speed = plan.batch * context * len(values) / seconds
+            print(
+                f"step {step + 1} of {plan.steps}: loss {mean:.4f}, "
+                f"{speed:.0f} tokens/s",
+                flush=True,
+            )
+            if kept is not None:
+                _keep(kept, mark, step + 1, state)
+            clock, values = time.perf_counter(), []
+    return nnx.merge(graph, state[0])
+
+
+def initialize(config: gpt2.Config, seed: int) -> gpt2.Model:
+    """Return a model with weights drawn for training.
+
+    Embeddings are small, that all tokens be about equally likely, and so are the maps
+    into the residual stream, to which every block adds.
+    """
+    model = gpt2.Model(config, rngs=nnx.Rngs(seed))
+    for table in (model.wte, model.wpe):
+        table.embedding[...] *= 0.02 * math.sqrt(config.n_embd)
+    for block in model.h:
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            layer.kernel[...] /= math.sqrt(2 * config.n_layer)
+    return model
+
+
+def _windows(tokens, context, plan, step):
+    """Return random windows of a text, `[batch, context + 1]`."""
+    generator = np.random.default_rng((plan.seed, step))
+    begins = generator.integers(0, len(tokens) - context, plan.batch)
+    return np.stack([tokens[i : i + context + 1] for i in begins])
+
+
+def _fingerprint(parameters, tokens, plan) -> np.ndarray:
+    """Return a digest of all that decides what comes out."""
+    hashed = hashlib.sha256(repr(plan).encode() + tokens.tobytes())
+    for leaf in jax.device_get(jax.tree.leaves(parameters)):
+        hashed.update(np.asarray(leaf).tobytes())
+    return np.frombuffer(hashed.digest(), np.uint8)
+
+
+def _keep(kept: Path, mark: np.ndarray, step: int, state: Any) -> None:
+    leaves = jax.device_get(jax.tree.leaves(state))
+    arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    arrays |= {"mark": mark, "step": np.array(step)}
+    output.write(kept, safetensors.numpy.save(arrays))
+
+
+def _resume(kept: Path | None, mark: np.ndarray, state: Any) -> tuple[int, Any]:
+    """Return the step that was reached, and the state there."""
+    if kept is None or not kept.is_file():
+        return 0, state
+    arrays = safetensors.numpy.load(kept.read_bytes())
+    if not np.array_equal(arrays["mark"], mark):
+        print(f"{kept} belongs to another training and is not used", flush=True)
+        return 0, state
+    step = int(arrays["step"])
+    print(f"going on from step {step}", flush=True)
+    leaves, tree = jax.tree.flatten(state)
+    return step, tree.unflatten(
+        [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
+    )
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kronjax.demo.build", description="Train the bundled model."
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--start", type=Path, metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--rate", type=float, default=Plan.rate)
+    parser.add_argument("--seed", type=int, default=Plan.seed)
+    arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1; got {arguments.steps}")
+    plan = Plan(steps=arguments.steps, rate=arguments.rate, seed=arguments.seed)
+    build(arguments.out, plan, start=arguments.start)
+
+
+if __name__ == "__main__":
+    main()
