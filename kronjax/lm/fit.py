@@ -22,8 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax import leastsquares
-from kronjax.kronecker import Configuration, KroneckerTerms, divisors
+from kronjax import leastsquares, weighted
+from kronjax.kronecker import (
+    Configuration,
+    KroneckerTerms,
+    divisors,
+    interpolative_rank,
+    rearrange,
+)
 from kronjax.problem import Problem, parse_norm
 from kronjax.setting import prepare
 
@@ -97,6 +103,25 @@ class Prepared:
         squares = self._s.astype(np.float64) ** 2
         self.tails = np.append(np.cumsum(squares[::-1])[::-1], 0) / squares.sum()
 
+    def promise(self, fraction: float) -> float:
+        """Return roughly the damage of near-square terms over that of low rank.
+
+        As if the weights were Kronecker products, and without any fit.
+
+        Args:
+            fraction: Parameters over those of the dense kernel.
+        """
+        shape, setting = self.target.shape, self._setting
+        square = near_square(shape)
+        if square is None:
+            return math.inf
+        start = weighted.to_start(setting.plain, *self._inverses[1])
+        s = np.linalg.svd(np.asarray(rearrange(start, square)), compute_uv=False)
+        rank = mix(shape, fraction, 0.0)[1]
+        tail = np.sum(s[rank:].astype(np.float64) ** 2) / np.sum(s**2)
+        own = self.tails[interpolative_rank(shape, fraction * math.prod(shape))]
+        return float(tail / max(own, 1e-12))
+
     def low_rank(self, rank: int) -> Fit:
         """Return the best sum of `rank` columns times rows: the closed form."""
         setting: Any = self._setting
@@ -145,9 +170,9 @@ class Prepared:
         from kronjax.approximation import approximate
 
         target = self.target
-        weighted = target.left is not None or target.right is not None
+        has_weights = target.left is not None or target.right is not None
         if norm == "auto":
-            norm = "frobenius" if weighted else "spectral"
+            norm = "frobenius" if has_weights else "spectral"
         flat = parse_norm(norm) == 2
         found = approximate(
             target.kernel,
@@ -158,7 +183,7 @@ class Prepared:
             starts=1 if flat else 4,
             progress=False,
         )
-        ratio = found.weighted_relative if weighted else found.relative
+        ratio = found.weighted_relative if has_weights else found.relative
         assert ratio is not None
         relative = float(ratio.frobenius)
         terms = jax.tree.map(jnp.asarray, found.terms)

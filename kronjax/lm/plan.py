@@ -45,6 +45,10 @@ PROBES = (0.5,)
 SHARES = {"kronecker": 0.0, "mixture": 0.5}
 """Kinds of sums that are probed, and the part of them that is low rank."""
 
+HOPELESS = 4.0
+"""Estimated damage over that of low rank beyond which near-square terms are not fitted;
+a mixture then needs more of them than it gains by."""
+
 BLOCKS = 2
 """Blocks in which every kind of layer is probed, spread evenly."""
 
@@ -343,10 +347,15 @@ def _probed(names: Iterable[str]) -> set[str]:
 
 
 def _probe(prepared: fit.Prepared) -> list[Probe]:
-    """Fit the kinds of sums at a few sizes; return their damages over low rank's."""
+    """Fit the kinds of sums at a few sizes; return their damages over low rank's.
+
+    Nothing is fitted where near-square terms are far from any chance.
+    """
     shape, name = prepared.target.shape, prepared.target.name
     found = []
     for fraction in PROBES:
+        if prepared.promise(fraction) > HOPELESS:
+            continue
         tail = prepared.tails[interpolative_rank(shape, fraction * math.prod(shape))]
         for kind, part in SHARES.items():
             ranks = fit.mix(shape, fraction, part)
