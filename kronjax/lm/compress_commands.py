@@ -123,6 +123,7 @@ def compress(
     """
     from kronjax.lm import checkpoint, compression, page, record
     from kronjax.lm import protocol as protocols
+    from kronjax.lm import work as work_folder
 
     _one_of(budget, recipe)
     protocols.find(protocol)
@@ -149,7 +150,7 @@ def compress(
     found = record.of(result, dense, source=model, text=measured, protocol=protocol)
     record.write(found, out)
     page.write(found, out)
-    compression.clear(work)
+    work_folder.clear(work)
     if as_json:
         print(json.dumps(record.read(out), allow_nan=False))
         return 0

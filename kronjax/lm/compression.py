@@ -8,9 +8,6 @@ depends on: the same call then goes on after an interruption.
 """
 
 import dataclasses
-import hashlib
-import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,16 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
-from kronjax import nn, output
+from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
-from kronjax.lm import calibrate, fit, plan, sizes
+from kronjax.lm import calibrate, fit, plan, sizes, starts
 from kronjax.lm import refine as refinement
 from kronjax.lm import text as texts
+from kronjax.lm import work as work_folder
 from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
 from kronjax.lm.budget import Budget
 from kronjax.lm.calibrate import Moments
@@ -268,7 +264,11 @@ def _moments(model, calibration, needed, tokens, work, progress):
         )
     read = tokens_of(model, calibration)[: tokens + 1]
     gradients = needed == "input+gradient"
-    kept = None if work is None else work / f"moments-{_hash(read, needed)}.safetensors"
+    kept = (
+        None
+        if work is None
+        else work / f"moments-{work_folder.digest(read, needed)}.safetensors"
+    )
     if kept is not None and kept.is_file():
         try:
             return calibrate.load(kept)
@@ -292,14 +292,12 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
             weighting = one.rule.weighting
             target = plan.target(layer, one.name, moments, weighting)
             begun = time.perf_counter()
-            path = None
-            if work is not None:
-                path = work / f"layer-{_hash(target, one, evaluations)}.safetensors"
-            found = _stored(path)
+            path = work_folder.place(work, "layer", target, one, evaluations)
+            found = work_folder.stored(path)
             if found is None:
                 found = _fit(target, one, evaluations, free=made is not None)
                 if path is not None:
-                    _store(path, found)
+                    work_folder.store(path, found)
             terms, facts = found
             bias = None if layer.bias is None else layer.bias[...]
             cast = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), terms)
@@ -341,19 +339,18 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
     prepared = fit.Prepared(target)
     norm = one.rule.norm
     ranks = fit.ranks_of(one.shape, one.configurations)
-    if (
-        ranks is None
-        or norm not in ("auto", "frobenius")
-        or (norm == "auto" and target.left is None)
-    ):
-        found = prepared.solve(one.configurations, norm)
-    else:
+    has_weights = target.left is not None or target.right is not None
+    is_joint = norm == "frobenius" or (norm == "auto" and has_weights)
+    is_closed = len(one.configurations) == 1 and not has_weights
+    if ranks is not None and is_joint and not (is_closed and ranks[1]):
         found = prepared.mixture(ranks, evaluations=evaluations)
+    else:
+        found = prepared.solve(one.configurations, norm)
     kind = one.rule.method
     rank = interpolative_rank(one.shape, one.num_parameters)
     if free and kind == "kronecker" and found.relative**2 > prepared.tails[rank]:
         found, kind = prepared.low_rank(rank), "interpolative"
-    terms = _started(target, found.terms, one.rule.start)
+    terms = starts.by_name(target.kernel, found.terms, one.rule.start)
     facts = {
         "kind": kind,
         "relative": found.relative,
@@ -385,83 +382,6 @@ def _as_fitted(rules: Recipe, done) -> Recipe:
 def _cast(layer: nn.Layer, dtype: Any) -> nn.Layer:
     graph, parameters, others = nnx.split(layer, nnx.Param, ...)
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), others)
-
-
-def _started(target, terms, start):
-    """Return terms as a scheme of the literature begins its training with them."""
-    if start == "rescaled":
-        total = sum(np.asarray(one.to_matrix()) for one in terms)
-        size = np.linalg.norm(total)
-        scale = np.sqrt(np.linalg.norm(target.kernel) / (size if size > 0 else 1))
-        return jax.tree.map(lambda x: x * scale, terms)
-    if start == "pruning":
-        return tuple(_pruned(target.kernel, one) for one in terms)
-    return terms
-
-
-def _pruned(kernel, terms: KroneckerTerms) -> KroneckerTerms:
-    """Return `A ⊗ B` with `A` a sub-grid of the kernel and `B` nearly a unit vector.
-
-    Of a factor `B` `[1, 2]`, say, `A` is every second column; what is left out begins
-    with small weights, so that training can use it.
-    """
-    (_, m1, n1), (rank, m2, n2) = terms.a.shape, terms.b.shape
-    blocks = kernel.reshape(m1, m2, n1, n2)
-    energy = np.sum(blocks**2, axis=(0, 2)).ravel()
-    a, b = [], []
-    for place in np.argsort(-energy)[:rank]:
-        unit = np.full(m2 * n2, 1e-2, np.float32)
-        unit[place] = 1
-        i, j = divmod(int(place), n2)
-        a.append(blocks[:, i, :, j])
-        b.append(unit.reshape(m2, n2))
-    return KroneckerTerms(jnp.asarray(np.stack(a)), jnp.asarray(np.stack(b)))
-
-
-def _store(path: Path, found) -> None:
-    terms, facts = found
-    tensors = {}
-    for i, one in enumerate(terms):
-        tensors |= {f"{i}.a": np.ascontiguousarray(one.a)}
-        tensors |= {f"{i}.b": np.ascontiguousarray(one.b)}
-    output.write(path, safetensors.numpy.save(tensors, {"facts": json.dumps(facts)}))
-
-
-def _stored(path: Path | None):
-    """Return what `_store` wrote, or None if there is nothing that can be read."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            count = len(file.keys()) // 2
-            terms = tuple(
-                KroneckerTerms(file.get_tensor(f"{i}.a"), file.get_tensor(f"{i}.b"))
-                for i in range(count)
-            )
-    except (safetensors.SafetensorError, KeyError, ValueError):
-        path.unlink()
-        return None
-    return terms, facts
-
-
-def _hash(*parts) -> str:
-    """Return a short digest of arrays, and of anything whose `repr` says it all."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, fit.Target):
-            for array in (part.kernel, part.left, part.right):
-                digest.update(b"-" if array is None else array.tobytes())
-        elif isinstance(part, np.ndarray):
-            digest.update(part.tobytes())
-        else:
-            digest.update(repr(part).encode())
-    return digest.hexdigest()[:16]
-
-
-def clear(work: Path) -> None:
-    """Remove a folder of finished work."""
-    shutil.rmtree(work, ignore_errors=True)
 
 
 class _timed:

@@ -30,7 +30,7 @@ from kronjax.kronecker import (
     interpolative_rank,
     rearrange,
 )
-from kronjax.problem import Problem, parse_norm
+from kronjax.problem import Problem
 from kronjax.setting import prepare
 
 TIERS = (0.35, 0.65, 1.0)
@@ -173,14 +173,13 @@ class Prepared:
         has_weights = target.left is not None or target.right is not None
         if norm == "auto":
             norm = "frobenius" if has_weights else "spectral"
-        flat = parse_norm(norm) == 2
         found = approximate(
             target.kernel,
             configurations,
             norm=norm,
             left_weight=target.left,
             right_weight=target.right,
-            starts=1 if flat else 4,
+            starts=1,
             progress=False,
         )
         ratio = found.weighted_relative if has_weights else found.relative

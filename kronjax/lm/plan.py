@@ -1,11 +1,7 @@
 """Plans: what every layer gets for a budget, and why.
 
-Every layer offers to be dense, and at a number of sizes to be low rank (interpolative,
-which takes the fewest numbers), a sum of near-square Kronecker products, or a mixture
-of both. The damage of low rank is known at every size from the singular values of the
-whitened kernel. What the others leave of it is measured: joint fits in a few blocks,
-for every kind of layer. `budget.share` then spreads the budget so that the sum of all
-damages is least.
+Every layer has something to offer (`offers`), and `budget.share` spreads the budget so
+that the sum of all damages is least.
 
 With moments of inputs and gradients a damage is an estimate of the loss it costs, and
 fragile layers, often those of the first block, stay dense because their estimates say
@@ -18,8 +14,7 @@ layers meet, and the loss is not quadratic. A plan says by how much after compre
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,57 +23,14 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax import recipe as recipes
-from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
-from kronjax.lm import fit
+from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.lm import fit, offers
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.budget import Budget, share
 from kronjax.lm.calibrate import Moments
+from kronjax.lm.offers import Choice, Probe
 from kronjax.lm.progress import bar
 from kronjax.recipe import Recipe, Rule, Term, Weighting
-
-FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
-"""Sizes that are offered, as parts of the dense kernel."""
-
-PROBES = (0.5,)
-"""Sizes at which mixtures are fitted to learn what they leave of low rank's damage."""
-
-SHARES = {"kronecker": 0.0, "mixture": 0.5}
-"""Kinds of sums that are probed, and the part of them that is low rank."""
-
-HOPELESS = 4.0
-"""Estimated damage over that of low rank beyond which near-square terms are not fitted;
-a mixture then needs more of them than it gains by."""
-
-BLOCKS = 2
-"""Blocks in which every kind of layer is probed, spread evenly."""
-
-Probe = tuple[str, str, float, float]
-"""A layer, a kind of sum, a fraction, and its damage over that of low rank."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What a layer gets.
-
-    Attributes:
-        name: Of the layer.
-        shape: `(n_in, n_out)`.
-        kind: `dense`, `interpolative`, `kronecker` or `mixture`.
-        configurations: Of its sum; none where it is dense.
-        fraction: Parameters of the kernel over those of the dense one.
-        damage: Predicted, in nats per token if there are gradients.
-        low_rank: Damage of low rank at the same size, from its closed form.
-        reason: In words.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    kind: str
-    configurations: tuple[Configuration, ...]
-    fraction: float
-    damage: float
-    low_rank: float
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,21 +116,24 @@ def make(
     names = list(layers)
     ratios: list[Probe] = []
     tails: dict[str, tuple[float, np.ndarray]] = {}
-    probed = _probed(names)
+    probed = offers.probed(names)
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
             prepared = fit.Prepared(target(layers[name], name, moments, weighting))
             total = prepared.total if weighting == "input+gradient" else 1.0
             tails[name] = total, prepared.tails
             if name in probed:
-                ratios += _probe(prepared)
+                ratios += offers.probe(prepared)
             advance(1)
-    offers = {name: _offers(name, layers[name], *tails[name], ratios) for name in names}
+    offered = {
+        name: offers.of_layer(name, layers[name], *tails[name], ratios)
+        for name in names
+    }
     width = layers[names[0]].kernel[...].dtype.itemsize
     measure = _cost_of(budget, width)
-    costs = [[(measure(one), one.damage) for one in offers[name]] for name in names]
+    costs = [[(measure(one), one.damage) for one in offered[name]] for name in names]
     picked = share(costs, smallest)
-    choices = tuple(offers[name][i] for name, i in zip(names, picked, strict=True))
+    choices = tuple(offered[name][i] for name, i in zip(names, picked, strict=True))
     return Plan(
         budget, weighting, choices, sum(x.damage for x in choices), tuple(ratios)
     )
@@ -324,105 +279,3 @@ def _multiply_adds(shape, configuration):
     sides = (jax.ShapeDtypeStruct((configuration.rank, *x), np.float32) for x in (a, b))
     stand_ins: Any = tuple(sides)
     return matmul_cost(KroneckerTerms(*stand_ins))
-
-
-def kind_of_layer(name: str) -> tuple[str, int]:
-    """Return the name without the number of its block, and that number."""
-    found = re.search(r"\.(\d+)\.", name)
-    if found is None:
-        return name, 0
-    return name[: found.start()] + ".*." + name[found.end() :], int(found[1])
-
-
-def _probed(names: Iterable[str]) -> set[str]:
-    """Return the layers of every kind in a few blocks, spread evenly."""
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        kinds.setdefault(kind_of_layer(name)[0], []).append(name)
-    found = set()
-    for members in kinds.values():
-        places = (np.arange(BLOCKS) + 0.5) * len(members) / BLOCKS
-        found |= {members[int(place)] for place in places}
-    return found
-
-
-def _probe(prepared: fit.Prepared) -> list[Probe]:
-    """Fit the kinds of sums at a few sizes; return their damages over low rank's.
-
-    Nothing is fitted where near-square terms are far from any chance.
-    """
-    shape, name = prepared.target.shape, prepared.target.name
-    found = []
-    for fraction in PROBES:
-        if prepared.promise(fraction) > HOPELESS:
-            continue
-        tail = prepared.tails[interpolative_rank(shape, fraction * math.prod(shape))]
-        for kind, part in SHARES.items():
-            ranks = fit.mix(shape, fraction, part)
-            if all(ranks[part == 0 :]) and tail > 0:
-                relative = prepared.mixture(ranks).relative
-                found.append((name, kind, fraction, relative**2 / tail))
-    return found
-
-
-def _ratio(
-    name: str,
-    kind: str,
-    fraction: float,
-    ratios: Sequence[Probe],
-) -> float:
-    """Return the damage over low rank's: the mean of probes, nearest ones most."""
-    same, block = kind_of_layer(name)
-    logs, weights = [], []
-    for probe, probed_kind, size, ratio in ratios:
-        other, place = kind_of_layer(probe)
-        if (other, probed_kind) == (same, kind):
-            far = abs(place - block) + 30 * abs(size - fraction)
-            logs.append(math.log(ratio))
-            weights.append(1 / (1 + far) ** 2)
-    if not logs:
-        return math.inf
-    return math.exp(float(np.average(logs, weights=weights)))
-
-
-def _offers(
-    name: str,
-    layer: Any,
-    total: float,
-    tails: np.ndarray,
-    ratios: Sequence[Probe],
-) -> list[Choice]:
-    """Return what a layer offers: dense, and the best kind of every size."""
-    shape = layer.in_features, layer.out_features
-    whole = math.prod(shape)
-    offers = [Choice(name, shape, "dense", (), 1.0, 0.0, 0.0, "what it holds pays")]
-    for fraction in FRACTIONS:
-        rank = max(interpolative_rank(shape, fraction * whole), 1)
-        tail = float(tails[min(rank, len(tails) - 1)])
-        factors = {"interpolative": 1.0}
-        factors |= {k: _ratio(name, k, fraction, ratios) for k in SHARES}
-        kind = min(factors, key=lambda k: factors[k])
-        if kind == "interpolative":
-            held: tuple[Configuration, ...] = (Configuration((shape[0], 1), rank),)
-            parameters = rank * (sum(shape) - rank)
-            reason = "low rank is best here"
-        else:
-            held = fit.configurations(shape, fit.mix(shape, fraction, SHARES[kind]))
-            parameters = sum(one.num_parameters(shape) for one in held)
-            reason = f"{1 - factors[kind]:.0%} less damage than low rank, by probes"
-        if held and parameters < whole:
-            damage = total * tail
-            share = parameters / whole
-            offers.append(
-                Choice(
-                    name,
-                    shape,
-                    kind,
-                    held,
-                    share,
-                    damage * factors[kind],
-                    damage,
-                    reason,
-                )
-            )
-    return offers

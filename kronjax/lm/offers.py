@@ -1,0 +1,168 @@
+"""What layers offer to a plan: how large they could be, and at what damage.
+
+Dense; and at a number of sizes low rank (interpolative, which takes the fewest
+numbers), a sum of near-square Kronecker products, or a mixture of both, whichever does
+the least damage. That of low rank is known at every size from the singular values of
+the whitened kernel. What the others leave of it is measured: joint fits in a few
+blocks, for every kind of layer.
+
+>>> kind_of_layer("h.3.mlp.c_fc")
+('h.*.mlp.c_fc', 3)
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kronjax.kronecker import Configuration, interpolative_rank
+from kronjax.lm import fit
+
+FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
+"""Sizes that are offered, as parts of the dense kernel."""
+
+PROBES = (0.5,)
+"""Sizes at which mixtures are fitted to learn what they leave of low rank's damage."""
+
+SHARES = {"kronecker": 0.0, "mixture": 0.5}
+"""Kinds of sums that are probed, and the part of them that is low rank."""
+
+HOPELESS = 4.0
+"""Estimated damage over that of low rank beyond which near-square terms are not fitted;
+a mixture then needs more of them than it gains by."""
+
+BLOCKS = 2
+"""Blocks in which every kind of layer is probed, spread evenly."""
+
+Probe = tuple[str, str, float, float]
+"""A layer, a kind of sum, a fraction, and its damage over that of low rank."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a layer gets.
+
+    Attributes:
+        name: Of the layer.
+        shape: `(n_in, n_out)`.
+        kind: `dense`, `interpolative`, `kronecker` or `mixture`.
+        configurations: Of its sum; none where it is dense.
+        fraction: Parameters of the kernel over those of the dense one.
+        damage: Predicted, in nats per token if there are gradients.
+        low_rank: Damage of low rank at the same size, from its closed form.
+        reason: In words.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kind: str
+    configurations: tuple[Configuration, ...]
+    fraction: float
+    damage: float
+    low_rank: float
+    reason: str
+
+
+def kind_of_layer(name: str) -> tuple[str, int]:
+    """Return the name without the number of its block, and that number."""
+    found = re.search(r"\.(\d+)\.", name)
+    if found is None:
+        return name, 0
+    return name[: found.start()] + ".*." + name[found.end() :], int(found[1])
+
+
+def probed(names: Iterable[str]) -> set[str]:
+    """Return the layers of every kind in a few blocks, spread evenly."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of_layer(name)[0], []).append(name)
+    found = set()
+    for members in kinds.values():
+        places = (np.arange(BLOCKS) + 0.5) * len(members) / BLOCKS
+        found |= {members[int(place)] for place in places}
+    return found
+
+
+def probe(prepared: fit.Prepared) -> list[Probe]:
+    """Fit the kinds of sums at a few sizes; return their damages over low rank's.
+
+    Nothing is fitted where near-square terms are far from any chance.
+    """
+    shape, name = prepared.target.shape, prepared.target.name
+    found = []
+    for fraction in PROBES:
+        if prepared.promise(fraction) > HOPELESS:
+            continue
+        tail = prepared.tails[interpolative_rank(shape, fraction * math.prod(shape))]
+        for kind, part in SHARES.items():
+            ranks = fit.mix(shape, fraction, part)
+            if all(ranks[part == 0 :]) and tail > 0:
+                relative = prepared.mixture(ranks).relative
+                found.append((name, kind, fraction, relative**2 / tail))
+    return found
+
+
+def of_layer(
+    name: str,
+    layer: Any,
+    total: float,
+    tails: np.ndarray,
+    ratios: Sequence[Probe],
+) -> list[Choice]:
+    """Return what a layer offers: dense, and the best kind of every size."""
+    shape = layer.in_features, layer.out_features
+    whole = math.prod(shape)
+    offers = [Choice(name, shape, "dense", (), 1.0, 0.0, 0.0, "what it holds pays")]
+    for fraction in FRACTIONS:
+        rank = max(interpolative_rank(shape, fraction * whole), 1)
+        tail = float(tails[min(rank, len(tails) - 1)])
+        factors = {"interpolative": 1.0}
+        factors |= {k: _ratio(name, k, fraction, ratios) for k in SHARES}
+        kind = min(factors, key=lambda k: factors[k])
+        if kind == "interpolative":
+            held: tuple[Configuration, ...] = (Configuration((shape[0], 1), rank),)
+            parameters = rank * (sum(shape) - rank)
+            reason = "low rank is best here"
+        else:
+            held = fit.configurations(shape, fit.mix(shape, fraction, SHARES[kind]))
+            parameters = sum(one.num_parameters(shape) for one in held)
+            reason = f"{1 - factors[kind]:.0%} less damage than low rank, by probes"
+        if held and parameters < whole:
+            damage = total * tail
+            share = parameters / whole
+            offers.append(
+                Choice(
+                    name,
+                    shape,
+                    kind,
+                    held,
+                    share,
+                    damage * factors[kind],
+                    damage,
+                    reason,
+                )
+            )
+    return offers
+
+
+def _ratio(
+    name: str,
+    kind: str,
+    fraction: float,
+    ratios: Sequence[Probe],
+) -> float:
+    """Return the damage over low rank's: the mean of probes, nearest ones most."""
+    same, block = kind_of_layer(name)
+    logs, weights = [], []
+    for probe, probed_kind, size, ratio in ratios:
+        other, place = kind_of_layer(probe)
+        if (other, probed_kind) == (same, kind):
+            far = abs(place - block) + 30 * abs(size - fraction)
+            logs.append(math.log(ratio))
+            weights.append(1 / (1 + far) ** 2)
+    if not logs:
+        return math.inf
+    return math.exp(float(np.average(logs, weights=weights)))

@@ -1,0 +1,44 @@
+"""Starts of schemes in the literature, which train what they begin with.
+
+>>> by_name(np.ones((2, 2), np.float32), (), "van-loan")
+()
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kronjax.kronecker import KroneckerTerms
+
+
+def by_name(
+    kernel: np.ndarray, terms: tuple[KroneckerTerms, ...], start: str
+) -> tuple[KroneckerTerms, ...]:
+    """Return terms as a scheme of the literature begins its training with them."""
+    if start == "rescaled":
+        total = sum(np.asarray(one.to_matrix()) for one in terms)
+        size = np.linalg.norm(total)
+        scale = np.sqrt(np.linalg.norm(kernel) / (size if size > 0 else 1))
+        return jax.tree.map(lambda x: x * scale, terms)
+    if start == "pruning":
+        return tuple(_pruned(kernel, one) for one in terms)
+    return terms
+
+
+def _pruned(kernel, terms: KroneckerTerms) -> KroneckerTerms:
+    """Return `A ⊗ B` with `A` a sub-grid of the kernel and `B` nearly a unit vector.
+
+    Of a factor `B` `[1, 2]`, say, `A` is every second column; what is left out begins
+    with small weights, so that training can use it.
+    """
+    (_, m1, n1), (rank, m2, n2) = terms.a.shape, terms.b.shape
+    blocks = kernel.reshape(m1, m2, n1, n2)
+    energy = np.sum(blocks**2, axis=(0, 2)).ravel()
+    a, b = [], []
+    for place in np.argsort(-energy)[:rank]:
+        unit = np.full(m2 * n2, 1e-2, np.float32)
+        unit[place] = 1
+        i, j = divmod(int(place), n2)
+        a.append(blocks[:, i, :, j])
+        b.append(unit.reshape(m2, n2))
+    return KroneckerTerms(jnp.asarray(np.stack(a)), jnp.asarray(np.stack(b)))
