@@ -206,6 +206,8 @@ def from_description(description: Mapping[str, Any]) -> Layer:
         n_in, n_out = _sizes(description["shape"])
         if kind == "interpolative":
             (rank,) = _sizes([description["rank"]])
+            if rank > n_out:
+                raise TypeError(f"rank {rank} of {n_out} outputs")
             return nnx.eval_shape(
                 InterpolativeLinear._outline,
                 _abstract((n_in, rank)),

@@ -22,7 +22,7 @@ from typing import Literal
 Measure = Literal["fraction", "parameters", "bytes", "flops"]
 
 _SCALES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_BYTES = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -46,7 +46,9 @@ class Budget:
         Raises:
             ValueError: If it is none; says how to write one.
         """
-        found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+        found = re.fullmatch(
+            r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text)
+        )
         try:
             amount = float(found[1]) if found else math.nan
         except ValueError:

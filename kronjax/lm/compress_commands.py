@@ -56,6 +56,8 @@ def plan(
     from kronjax.lm import plan as planning
 
     _one_of(budget, recipe)
+    if recipe is not None and (calibrate or weighting):
+        raise ValueError("a recipe says itself how layers are weighted")
     if out is not None:
         output.check_output(out, ".yaml")
     made = None
@@ -121,20 +123,26 @@ def compress(
         force: Replace the model that is in FOLDER.
         as_json: Print the record as one JSON object.
     """
-    from kronjax.lm import checkpoint, compression, page, record
+    from kronjax import recipe as recipes
+    from kronjax.lm import checkpoint, compression, page, record, sources
+    from kronjax.lm import plan as planning
     from kronjax.lm import protocol as protocols
     from kronjax.lm import work as work_folder
+    from kronjax.lm.budget import Budget
 
     _one_of(budget, recipe)
+    if recipe is not None and weighting:
+        raise ValueError("a recipe says itself how layers are weighted")
+    asked: Any = recipes.load(recipe) if recipe else Budget.parse(budget or "")
     protocols.find(protocol)
+    out = sources.expanded(out)
     if (out / "config.json").exists() and not force:
         raise ValueError(f"{out} already holds a model; --force replaces it")
-    work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
     given = None if calibrate is None else _read(calibrate)
     measured = None if evaluate is None else _read(evaluate)
     dense = checkpoint.load(model, dtype=dtype)
-    asked: Any = budget if recipe is None else recipe
+    planning.compressible(dense)
+    work = out / WORK
     result = compression.run(
         dense,
         asked,
@@ -146,8 +154,11 @@ def compress(
     )
     if measured is None and given is not None:
         measured = compression.rest(dense, given, tokens, HELD_OUT)
-    checkpoint.save(result.model, out)
+    # All that takes time before anything is replaced.
     found = record.of(result, dense, source=model, text=measured, protocol=protocol)
+    for old in (record.NAME, page.NAME):
+        (out / old).unlink(missing_ok=True)
+    checkpoint.save(result.model, out)
     record.write(found, out)
     page.write(found, out)
     work_folder.clear(work)
@@ -171,8 +182,9 @@ def report(
         open_it: Open the page in a browser.
         as_json: Print the record as one JSON object.
     """
-    from kronjax.lm import page, record
+    from kronjax.lm import page, record, sources
 
+    folder = sources.expanded(folder)
     found = record.read(folder)
     if as_json:
         print(json.dumps(found, allow_nan=False))

@@ -52,7 +52,7 @@ class Layer:
         parameters: Numbers that are stored for its kernel.
         dense_parameters: Of the dense kernel.
         relative: Weighted Frobenius error over the norm of the kernel.
-        damage: Half the squared weighted error; NaN without moments.
+        damage: As `fit.Fit` has it.
         predicted: By the plan; None without one.
         low_rank: Relative weighted error of low rank of the same size.
         status: Of the solve, in lower case.
@@ -154,8 +154,11 @@ def run(
             they are taken if they are there.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
     """
-    if refine and (calibration is None or isinstance(calibration, Moments)):
-        raise ValueError("refinement needs the text: give one to calibrate with")
+    if refine:
+        if calibration is None or isinstance(calibration, Moments):
+            raise ValueError("refinement needs the text: give one to calibrate with")
+        read = tokens_of(model, calibration)[:tokens]
+        refinement.check(model, read, refine)
     seconds: dict[str, float] = {}
     layers = plan.compressible(model)
     shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
@@ -169,6 +172,8 @@ def run(
         needed = _WEIGHTINGS[max(order, default=0)]
     else:
         needed = weighting or ("none" if calibration is None else "input+gradient")
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     with _timed(seconds, "calibrate"):
         moments = _moments(model, calibration, needed, tokens, work, progress)
     made = None
@@ -229,8 +234,7 @@ def rest(model: LanguageModel, text: Text, tokens: int, most: int) -> Text | Non
         most: Characters to return.
     """
     whole = tokens_of(model, text)
-    # A margin, as characters are not spread evenly over tokens.
-    first = int(1.1 * tokens / max(len(whole), 1) * len(text.text))
+    first = len(tokenizer_of(model).decode(whole[: tokens + 1].tolist()))
     left = text.text[first : first + most]
     if len(left) < 4000:
         return None
@@ -264,11 +268,7 @@ def _moments(model, calibration, needed, tokens, work, progress):
         )
     read = tokens_of(model, calibration)[: tokens + 1]
     gradients = needed == "input+gradient"
-    kept = (
-        None
-        if work is None
-        else work / f"moments-{work_folder.digest(read, needed)}.safetensors"
-    )
+    kept = work_folder.place(work, "moments", _numbers(model), read, needed)
     if kept is not None and kept.is_file():
         try:
             return calibrate.load(kept)
@@ -278,6 +278,12 @@ def _moments(model, calibration, needed, tokens, work, progress):
     if kept is not None:
         calibrate.save(moments, kept)
     return moments
+
+
+def _numbers(model: LanguageModel) -> str:
+    """Return a digest of everything that a model consists of."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    return work_folder.digest(model.config, *map(np.asarray, leaves))
 
 
 def _fit_all(model, assignments, moments, made, evaluations, work, progress):
@@ -292,7 +298,9 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
             weighting = one.rule.weighting
             target = plan.target(layer, one.name, moments, weighting)
             begun = time.perf_counter()
-            path = work_folder.place(work, "layer", target, one, evaluations)
+            path = work_folder.place(
+                work, "layer", target, one, evaluations, made is not None
+            )
             found = work_folder.stored(path)
             if found is None:
                 found = _fit(target, one, evaluations, free=made is not None)

@@ -2,8 +2,9 @@
 
     damage = ½ ‖C^{1/2} (W − K) L^{1/2}‖_F²        W: [n_in, n_out],  y = x W
 
-with the moments `C` of the input and `L` of the gradient at the output, as far as they
-are there. With both, the damage estimates by how much the loss per token grows.
+with the moments `C` of the input and `L` of the gradient at the output: an estimate of
+by how much the loss per token grows. Without gradients the damage is the squared error,
+weighted by what there is, over the squared norm of the kernel.
 
 A `Target` is prepared once: its weights are decomposed, and the singular values of the
 whitened kernel give the damage of low rank at every size. Mixtures of low rank and of
@@ -70,7 +71,7 @@ class Fit:
     Attributes:
         terms: The factors, float32.
         relative: Weighted Frobenius error over the norm of the kernel.
-        damage: Half the squared weighted error.
+        damage: Half the squared weighted error; without gradients, `relative**2`.
         status: `Status`, as an integer.
     """
 
@@ -85,7 +86,8 @@ class Prepared:
 
     Attributes:
         target: What was prepared.
-        total: Damage of leaving the layer out, `½ ‖C^{1/2} W L^{1/2}‖_F²`.
+        total: Damage of leaving the layer out, `½ ‖C^{1/2} W L^{1/2}‖_F²`; 1 without
+            gradients, so that damages are relative.
         tails: `[min(n_in, n_out) + 1]`, the relative squared error of every low rank
             from 0 on.
     """
@@ -99,9 +101,12 @@ class Prepared:
         self._setting, self._inverses = _preparer(_tier(target.shape, (1, 1)))(*given)
         whitened = np.asarray(self._setting.target)
         self._u, self._s, self._vt = np.linalg.svd(whitened, full_matrices=False)
-        self.total = float(self._setting.unit) ** 2 / 2
+        # Without gradients damages of layers compare only as parts of a whole.
+        unit = float(self._setting.unit)
+        self.total = 1.0 if target.right is None else unit**2 / 2
         squares = self._s.astype(np.float64) ** 2
-        self.tails = np.append(np.cumsum(squares[::-1])[::-1], 0) / squares.sum()
+        self.tails = np.append(np.cumsum(squares[::-1])[::-1], 0)
+        self.tails /= max(squares.sum(), np.finfo(np.float64).tiny)
 
     def promise(self, fraction: float) -> float:
         """Return roughly the damage of near-square terms over that of low rank.
@@ -118,7 +123,10 @@ class Prepared:
         start = weighted.to_start(setting.plain, *self._inverses[1])
         s = np.linalg.svd(np.asarray(rearrange(start, square)), compute_uv=False)
         rank = mix(shape, fraction, 0.0)[1]
-        tail = np.sum(s[rank:].astype(np.float64) ** 2) / np.sum(s**2)
+        squares = s.astype(np.float64) ** 2
+        if not squares.sum() > 0:
+            return math.inf
+        tail = squares[rank:].sum() / squares.sum()
         own = self.tails[interpolative_rank(shape, fraction * math.prod(shape))]
         return float(tail / max(own, 1e-12))
 
@@ -244,6 +252,8 @@ def ranks_of(
 ) -> tuple[int, int] | None:
     """Return the ranks if `wanted` is such a mixture, or None."""
     held = {one.a_shape: one.rank for one in wanted}
+    if len(held) < len(wanted):
+        return None
     low = held.pop((shape[0], 1), 0)
     square = near_square(shape)
     ranks = low, held.pop(square, 0) if square else 0

@@ -161,7 +161,7 @@ def _ratio(
         other, place = kind_of_layer(probe)
         if (other, probed_kind) == (same, kind):
             far = abs(place - block) + 30 * abs(size - fraction)
-            logs.append(math.log(ratio))
+            logs.append(math.log(max(ratio, 1e-12)))
             weights.append(1 / (1 + far) ** 2)
     if not logs:
         return math.inf

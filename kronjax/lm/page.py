@@ -59,7 +59,7 @@ def page(record: dict[str, Any]) -> str:
             f"<pre>{html.escape(record['recipe'])}</pre></details>"
         )
     parts.append(
-        f"<p class=quiet>kronjax {record['kronjax']}, jax {record['jax']}. "
+        f"<p class=quiet>{html.escape(_versions(record))} "
         f"{html.escape(_spent(record))}</p>"
     )
     body = "\n".join(parts)
@@ -84,11 +84,9 @@ def summary(record: dict[str, Any]) -> str:
         words += f" Planned for {record['budget']}, weighted by {record['weighting']}."
     found = record["perplexity"]
     if found:
-        words += (
-            f" Perplexity {found['dense']['perplexity']:.2f} became "
-            f"{found['compressed']['perplexity']:.2f}, "
-            f"{record['measured_nats']:+.3f} nats per token"
-        )
+        dense, ours = (found[k]["perplexity"] for k in ("dense", "compressed"))
+        words += f" Perplexity {_number(dense)} became {_number(ours)}, "
+        words += f"{_number(record['measured_nats'], '+.3f')} nats per token"
         if record["predicted_nats"] is not None:
             words += (
                 f"; the layers' estimates add up to {record['predicted_nats']:+.3f}"
@@ -116,9 +114,9 @@ def _comparison(record) -> Iterable[Sequence[str]]:
         dense, ours = found["dense"], found["compressed"]
         yield (
             f"perplexity ({dense['protocol']})",
-            f"{dense['perplexity']:.2f}",
-            f"{ours['perplexity']:.2f}",
-            f"{record['measured_nats']:+.4f} nats",
+            _number(dense["perplexity"]),
+            _number(ours["perplexity"]),
+            f"{_number(record['measured_nats'], '+.4f')} nats",
         )
     times = record["latency"]
     if times:
@@ -226,6 +224,17 @@ def _spent(record) -> str:
     spent = record["seconds"]
     parts = [f"{name} {seconds:,.0f} s" for name, seconds in spent.items()]
     return "Spent: " + ", ".join(parts) + "." if parts else ""
+
+
+def _versions(record) -> str:
+    return f"kronjax {record['kronjax']}, jax {record['jax']}."
+
+
+def _number(value: float | None, form: str = ",.2f") -> str:
+    """Write a number; what is none came from a model that diverged."""
+    return (
+        "not finite" if value is None or not np.isfinite(value) else f"{value:{form}}"
+    )
 
 
 def _percent(part: float, whole: float = 1.0) -> str:

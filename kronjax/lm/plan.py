@@ -25,7 +25,7 @@ from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.lm import fit, offers
-from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.budget import Budget, share
 from kronjax.lm.calibrate import Moments
 from kronjax.lm.offers import Choice, Probe
@@ -120,8 +120,7 @@ def make(
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
             prepared = fit.Prepared(target(layers[name], name, moments, weighting))
-            total = prepared.total if weighting == "input+gradient" else 1.0
-            tails[name] = total, prepared.tails
+            tails[name] = prepared.total, prepared.tails
             if name in probed:
                 ratios += offers.probe(prepared)
             advance(1)
@@ -168,7 +167,10 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
         ]
         described |= {"kind": "kronecker", "terms": terms}
         nn.replace(made, one.name, nn.from_description(described))
-    return made
+    dtype = parameter_dtype(model)
+    graph, state, rest = nnx.split(made, nnx.Param, ...)
+    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
+    return nnx.merge(graph, cast, rest)
 
 
 def best_weighting(moments: Moments | None) -> Weighting:
@@ -254,19 +256,20 @@ def _cost_of(budget: Budget, width: int) -> Callable[[Choice], float]:
         width: Bytes of a parameter; an order is held in integers of four.
     """
 
-    def flops(choice):
-        if not choice.configurations:
-            return 2 * math.prod(choice.shape)
-        return sum(
-            2 * _multiply_adds(choice.shape, one) for one in choice.configurations
-        )
-
     def parameters(choice):
         return choice.fraction * math.prod(choice.shape)
 
+    def flops(choice):
+        if choice.kind in ("dense", "interpolative"):
+            return 2 * parameters(choice)
+        held = choice.configurations
+        products = sum(2 * _multiply_adds(choice.shape, one) for one in held)
+        return products + (len(held) - 1) * choice.shape[1]
+
     def with_orders(choice):
+        # Of sums, too: an interpolative layer takes the place of a fit that fails.
         order = 4 / width * choice.shape[1]
-        return parameters(choice) + order * (choice.kind == "interpolative")
+        return parameters(choice) + order * (choice.kind != "dense")
 
     costs = {"flops": flops, "bytes": with_orders}
     return costs.get(budget.measure, parameters)

@@ -123,6 +123,8 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
         version = record["format"]
+        if version == FORMAT:
+            _ = [record[key] for key in ("source", "before", "after", "layers")]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if version != FORMAT:
@@ -194,7 +196,7 @@ def _schatten(left: np.ndarray, kernel: np.ndarray) -> list[float]:
         return top * float(np.sum((x / top) ** p)) ** (1 / p)
 
     error, whole = values
-    return [norm(error, p) / norm(whole, p) for p in EXPONENTS]
+    return [norm(error, p) / max(norm(whole, p), 1e-300) for p in EXPONENTS]
 
 
 def _plain(value):

@@ -5,8 +5,8 @@
 with `y` the output of the dense block on its own input, and `y'` that of the compressed
 block on the output of the compressed blocks before it: errors that came before are made
 good where that is possible. No labels are used, and one block is trained at a time, so
-that memory holds two arrays of states and the optimiser of one block. Each block keeps
-its new factors only if windows that it was not trained on agree.
+that memory holds a few arrays of states and the optimiser of one block. Each block
+keeps its new factors only if windows that it was not trained on agree.
 
 References: Hubara et al. (2021) and Li et al. (2021), for the reconstruction of blocks.
 """
@@ -72,15 +72,11 @@ def refine(
         For every block what became of it, or None where it has no factors.
 
     Raises:
-        ValueError: If there are fewer than 9 windows.
+        ValueError: If there are fewer than 9 windows, or no steps.
     """
+    check(model, tokens, steps, context)
     context = min(context, model.config.context)
     count = len(tokens) // context
-    if count < 9:
-        raise ValueError(
-            f"refinement needs 9 windows of {context} tokens, the text has "
-            f"{len(tokens)} tokens"
-        )
     windows = jnp.asarray(tokens[: count * context].reshape(count, context))
     held_out = np.flatnonzero(np.arange(count) % 8 == 7)
     training = np.flatnonzero(np.arange(count) % 8 != 7)
@@ -108,6 +104,24 @@ def refine(
     return tuple(found)
 
 
+def check(
+    model: LanguageModel, tokens: np.ndarray, steps: int, context: int = 512
+) -> None:
+    """Refuse what `refine` could not work with.
+
+    Raises:
+        ValueError: If there are fewer than 9 windows, or no steps.
+    """
+    context = min(context, model.config.context)
+    if len(tokens) // context < 9:
+        raise ValueError(
+            f"refinement needs 9 windows of {context} tokens, the text has "
+            f"{len(tokens)} tokens"
+        )
+    if steps < 1:
+        raise ValueError(f"refinement needs at least one step; got {steps}")
+
+
 def _is_factored(block: nnx.Module) -> bool:
     layers = nn.linear_layers(block).values()
     kinds = nn.KroneckerLinear, nn.InterpolativeLinear
@@ -123,7 +137,9 @@ def _is_factor(path: Any, value: Any) -> bool:
 def _train(block, ours, theirs, order, held_out, step, error) -> Block:
     """Train the factors of a block, and keep them if held-out windows agree."""
     batch = order.shape[1]
-    graph, factors, rest = nnx.split(block, _is_factor, ...)
+    graph, stored, rest = nnx.split(block, _is_factor, ...)
+    # Steps are smaller than the spacing of short floats.
+    factors = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     test = [held_out[k : k + batch] for k in range(0, len(held_out), batch)]
 
     def measured(factors):
@@ -140,13 +156,16 @@ def _train(block, ours, theirs, order, held_out, step, error) -> Block:
     after = measured(trained)
     kept = after < before
     if kept:
-        nnx.update(block, trained)
+        nnx.update(block, jax.tree.map(lambda x, y: x.astype(y.dtype), trained, stored))
     return Block(before, after, kept)
 
 
 def _programs(model, batch, context, steps, rate):
     """Return what embeds, runs a block, makes a step, and measures: compiled."""
-    schedule = optax.warmup_cosine_decay_schedule(0, rate, max(steps // 10, 1), steps)
+    warmup = max(steps // 10, 1)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, rate, warmup, max(steps, warmup + 1)
+    )
     optimiser = optax.adam(schedule)
     places = attention.locate((batch, context))
 
@@ -155,8 +174,9 @@ def _programs(model, batch, context, steps, rate):
 
     def loss(factors, graph, rest, x, y):
         found = apply(nnx.merge(graph, factors, rest), x)
-        difference = jnp.sum((found - y).astype(jnp.float32) ** 2, axis=-1)
-        return jnp.mean(difference / jnp.sum(y.astype(jnp.float32) ** 2, axis=-1))
+        found, y = found.astype(jnp.float32), y.astype(jnp.float32)
+        difference = jnp.sum((found - y) ** 2, axis=-1)
+        return jnp.mean(difference / jnp.maximum(jnp.sum(y**2, axis=-1), 1e-30))
 
     @functools.partial(jax.jit, static_argnums=0)
     def embed(graph, state, tokens):

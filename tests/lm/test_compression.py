@@ -6,10 +6,17 @@ from flax import nnx
 
 from kronjax import nn, recipe
 from kronjax.kronecker import Configuration
-from kronjax.lm import calibrate, compression, fit, gpt2, offers, plan
+from kronjax.lm import calibrate, compression, fit, gpt2, offers, page, plan, record
 from kronjax.lm.budget import Budget
 
 CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
+
+
+RULES = recipe.loads("""
+rules:
+  - {match: "h.0.attn.c_proj", method: interpolative, fraction: 0.5}
+  - {match: "*", method: keep}
+""")
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +198,60 @@ def test_mixtures_have_the_size_that_was_asked_for(shape):
             assert size <= fraction * shape[0] * shape[1] + sum(shape)
             if held and shape not in [(1, 6)]:
                 assert fit.ranks_of(shape, held) == fit.mix(shape, fraction, part)
+
+
+def test_a_layer_of_zeros_costs_nothing_and_breaks_nothing(model, moments, tmp_path):
+    hollow = nnx.merge(*nnx.split(model))
+    zeros = np.zeros((24, 24), np.float32)
+    nn.replace(hollow, "h.0.attn.c_proj", nn.linear(zeros, None))
+    hollow.h[0].attn.c_proj.bias = model.h[0].attn.c_proj.bias
+    done = compression.run(hollow, 0.6, moments, evaluations=2)
+    found = record.of(done, hollow, source="hollow", timed=False)
+    (tmp_path / "out").mkdir()
+    record.write(found, tmp_path / "out")
+    again = record.read(tmp_path / "out")
+    text = page.page(again)
+    assert "h.0.attn.c_proj" in text
+    assert all(np.isfinite(one.damage) for one in done.plan.choices)
+
+
+def test_a_page_escapes_what_it_shows_and_survives_a_model_that_diverged(result, model):
+    done, _ = result
+    found = record.of(done, model, source="<script>alert(1)</script>", timed=False)
+    found["jax"] = "<script>"
+    nothing = {"protocol": "krony-pt", "perplexity": None}
+    found["perplexity"] = {"dense": nothing, "compressed": nothing}
+    found["measured_nats"] = None
+    text = page.page(found)
+    assert "<script>" not in text
+    assert "not finite" in text
+
+
+def test_damaged_records_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="kronjax compress"):
+        record.read(tmp_path)
+    for content in ("{", "[]", '{"format": 1}', '{"format": 99}'):
+        (tmp_path / record.NAME).write_text(content)
+        with pytest.raises(ValueError, match="damaged|update kronjax"):
+            record.read(tmp_path)
+
+
+def test_moments_of_one_model_are_not_taken_for_another(model, tokens, tmp_path):
+    other = gpt2.Model(CONFIG, rngs=nnx.Rngs(1))
+    for one in (model, other, model):
+        compression.compress(
+            one, RULES, tokens, weighting=None, work=tmp_path, progress=False
+        )
+    assert len(list(tmp_path.glob("moments-*"))) == 2
+
+
+def test_terms_that_repeat_a_shape_are_not_taken_for_one():
+    twice = (Configuration((24, 1), 2), Configuration((24, 1), 3))
+    assert fit.ranks_of((24, 72), twice) is None
+
+
+def test_refinement_is_refused_before_anything_takes_time(model, tokens):
+    with pytest.raises(ValueError, match="9 windows"):
+        compression.run(model, RULES, tokens[:200], refine=10)
+    with pytest.raises(ValueError, match="needs the text"):
+        compression.run(model, RULES, refine=10)
