@@ -11,6 +11,10 @@ import tempfile
 
 import hypothesis
 import jax
+import pytest
+
+from kronjax import approximation
+from kronjax.lm import fit
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,3 +52,16 @@ def pytest_configure(config):
         "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
     )
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Drop what a file compiled, once it is done.
+
+    Every compiled program takes memory mappings, of which a process may have some
+    65,000 on Linux. A worker that keeps all of this run's ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    for cached in (approximation._programs, fit._fitter, fit._preparer):
+        cached.cache_clear()

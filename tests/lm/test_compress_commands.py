@@ -1,0 +1,94 @@
+"""Plan, compress and report, as a user types them."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kronjax import cli, lm, nn, recipe
+from kronjax.lm import offers
+
+TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n" * 90
+
+
+@pytest.fixture
+def folder(tiny, tmp_path, monkeypatch):
+    """A saved model and a text; mixtures, which take long to compile, are left out."""
+    monkeypatch.setattr(offers, "probe", lambda _: [])
+    lm.save(tiny, tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def run(capsys, *args):
+    code = cli.main([str(x) for x in args])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_budget_and_a_text_make_a_smaller_model_with_a_report(folder, capsys):
+    given = ("compress", folder / "dense", "--budget", "0.6")
+    given += ("--calibrate", folder / "text.txt", "--tokens", "600")
+    code, out, err = run(capsys, *given, "--out", folder / "small")
+    assert code == 0, err
+    assert "report.html shows every layer" in out
+    found = json.loads((folder / "small" / "report.json").read_text())
+    assert found["after"]["linear_parameters"] < found["before"]["linear_parameters"]
+    assert found["perplexity"]["compressed"]["tokens_scored"] > 0
+    names = {path.name for path in (folder / "small").iterdir()}
+    assert {"config.json", "model.safetensors", "recipe.yaml", "report.html"} <= names
+    assert not [name for name in names if name.startswith(".kronjax")]
+    small = lm.load(folder / "small")
+    kinds = {nn.describe(x)["kind"] for x in nn.linear_layers(small).values()}
+    assert "interpolative" in kinds
+    assert recipe.loads(small.recipe).rules
+    # Twice the same line would replace it.
+    code, _, err = run(capsys, *given, "--out", folder / "small")
+    assert code == 2 and "--force" in err
+    code, out, err = run(capsys, "report", folder / "small", "--json")
+    assert code == 0 and json.loads(out) == found
+    lm.export(small, folder / "export")
+    again = lm.load(folder / "export")
+    tokens = np.arange(12)[None]
+    np.testing.assert_allclose(again(tokens), small(tokens), atol=1e-4)
+
+
+def test_plans_are_printed_written_and_carried_out(folder, capsys):
+    plan = folder / "plan.yaml"
+    given = ("plan", folder / "dense", "--budget", "0.5", "--out", plan, "--json")
+    code, out, err = run(capsys, *given)
+    assert code == 0, err
+    values = json.loads(out)
+    assert values["weighting"] == "none"
+    assert all("reason" in one for one in values["layers"])
+    given = ("compress", folder / "dense", "--recipe", plan, "--out", folder / "small")
+    code, out, err = run(capsys, *given, "--json")
+    assert code == 0, err
+    after = json.loads(out)["after"]
+    assert after["parameters"] == values["after"]["parameters"]
+    # For rules the config.json is enough.
+    (folder / "bare").mkdir()
+    (folder / "bare" / "config.json").write_bytes(
+        (folder / "dense" / "config.json").read_bytes()
+    )
+    code, out, err = run(capsys, "plan", folder / "bare", "--recipe", plan)
+    assert code == 0, err
+    assert f"{values['after']['parameters']:,} of" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((), "either --budget or --recipe"),
+        (("--budget", "80%"), "write a fraction"),
+        (("--budget", "100"), "leaves nothing for the linear layers"),
+        (("--recipe", "kronypt-81"), "did you mean kronypt-81m"),
+        (("--recipe", "svd-half", "--weighting", "none"), "says itself"),
+    ],
+)
+def test_mistakes_leave_nothing_behind(folder, capsys, given, message):
+    out = folder / "small"
+    code, _, err = run(capsys, "compress", folder / "dense", *given, "--out", out)
+    assert code == 2
+    assert message in err
+    assert not (out / "config.json").exists()
