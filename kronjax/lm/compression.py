@@ -29,7 +29,7 @@ from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
 from kronjax.lm.budget import Budget
 from kronjax.lm.calibrate import Moments
 from kronjax.lm.plan import Plan
-from kronjax.lm.progress import bar
+from kronjax.lm.progress import bar, timed
 from kronjax.lm.text import Text
 from kronjax.recipe import Assignment, Recipe
 
@@ -174,11 +174,11 @@ def run(
         needed = weighting or ("none" if calibration is None else "input+gradient")
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    with _timed(seconds, "calibrate"):
+    with timed(seconds, "calibrate"):
         moments = _moments(model, calibration, needed, tokens, work, progress)
     made = None
     if budget is not None:
-        with _timed(seconds, "plan"):
+        with timed(seconds, "plan"):
             made = plan.make(
                 model, budget, moments, weighting=needed, progress=progress
             )
@@ -187,7 +187,7 @@ def run(
     assert rules is not None and assignments is not None
     smaller = nnx.merge(*nnx.split(model))
     smaller.tokenizer = model.tokenizer
-    with _timed(seconds, "fit"):
+    with timed(seconds, "fit"):
         done = _fit_all(
             smaller, assignments, moments, made, evaluations, work, progress
         )
@@ -195,7 +195,7 @@ def run(
         rules = _as_fitted(rules, done)
     blocks = None
     if refine and calibration is not None and not isinstance(calibration, Moments):
-        with _timed(seconds, "refine"):
+        with timed(seconds, "refine"):
             read = tokens_of(model, calibration)[:tokens]
             blocks = refinement.refine(
                 smaller, model, read, steps=refine, progress=progress
@@ -390,16 +390,3 @@ def _as_fitted(rules: Recipe, done) -> Recipe:
 def _cast(layer: nn.Layer, dtype: Any) -> nn.Layer:
     graph, parameters, others = nnx.split(layer, nnx.Param, ...)
     return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), others)
-
-
-class _timed:
-    """Adds the seconds spent inside to a dictionary."""
-
-    def __init__(self, seconds, name):
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self):
-        self.begun = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.seconds[self.name] = time.perf_counter() - self.begun

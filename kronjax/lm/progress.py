@@ -1,4 +1,4 @@
-"""A progress bar on standard error for what may take long.
+"""A progress bar on standard error for what may take long, and a clock.
 
 >>> with bar(10, "scoring", wanted=False) as advance:
 ...     advance(4)
@@ -7,6 +7,7 @@
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -61,3 +62,11 @@ def bar(
         timer.cancel()
         timer.join()
         drawn.stop()
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Note under `name` how many seconds were spent inside."""
+    begun = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - begun
