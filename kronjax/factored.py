@@ -6,8 +6,6 @@ addition, and curvature pairs need no transport. On the manifold that transport 
 of the work at p = 2 and high rank. The price, that `(X a, X⁻ᵀ b)` is the same sum, a
 quasi-Newton method does not notice: it never moves along those directions.
 
-Reference: Boumal and Absil (2015), for the comparison of both spaces.
-
 >>> import jax.numpy as jnp
 >>> from kronjax import manifold
 >>> pair = split(manifold.nearest(jnp.diag(jnp.array([4.0, 1.0])), 2))

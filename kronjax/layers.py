@@ -173,7 +173,11 @@ class InterpolativeLinear(nnx.Module):
 
     @classmethod
     def of(
-        cls, left: jax.Array, right: jax.Array, bias: jax.Array | None = None
+        cls,
+        left: jax.Array | np.ndarray,
+        right: jax.Array | np.ndarray,
+        bias: jax.Array | None = None,
+        dtype: Any = None,
     ) -> "InterpolativeLinear":
         """Return the layer of the kernel `left @ right`.
 
@@ -182,6 +186,7 @@ class InterpolativeLinear(nnx.Module):
             right: `[r, n_out]`; columns are picked by a pivoted QR decomposition of
                 it, in float64.
             bias: `[n_out]`, or None for none.
+            dtype: Of the parameters; that of `left` by default.
         """
         import scipy.linalg
 
@@ -193,7 +198,7 @@ class InterpolativeLinear(nnx.Module):
         decomposed: Any = scipy.linalg.qr(b, mode="economic", pivoting=True)
         _, upper, pivots = decomposed
         rest = np.linalg.lstsq(upper[:, :r], upper[:, r:], rcond=1e-12)[0]
-        dtype = jnp.asarray(left).dtype
+        dtype = left.dtype if dtype is None else dtype
         columns = jnp.asarray(q @ b[:, pivots[:r]], dtype)
         return cls(columns, jnp.asarray(rest, dtype), np.argsort(pivots), bias)
 

@@ -15,8 +15,7 @@ entries have the same order. The rest are random. Of 40 planted 36×36 sums all 
 again if they have one term, half if they have two in the ratio 1 : 0.3, and one in
 twenty if both are equally strong.
 
-A start takes about one second of one core for a 768×768 matrix and four terms; give
-`starts` to have fewer.
+Where matrices are large, give `starts`: every one of them takes as long as the first.
 
 Weights enter through their diagonals. The solver proper, in any norm, then takes the
 permuted matrix, and the permuted weights.
@@ -106,8 +105,8 @@ def permute(
 
     Returns:
         `Permutation`, never worse than the order as given. Costs, for each start, up
-        to `4 ROUNDS` singular value decompositions of `R(W)` in float64 and assignments
-        of cost `m³`: seconds for 36×36, far too much for the matrices of large models.
+        to `4 ROUNDS` times the leading singular triplets of `R(W)` in float64, and as
+        many assignments of cost `m³`.
 
     Raises:
         ValueError: If the matrix is no matrix, the configuration does not fit, or a

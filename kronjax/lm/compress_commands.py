@@ -116,7 +116,7 @@ def compress(
         tokens: Of the text to read.
         weighting: What to weight by; all that the text allows by default.
         refine: Train the factors of every block for so many steps to reproduce the
-            dense block on the text; 100 is a good number.
+            dense block on the text, for example 100.
         evaluate: A text to measure perplexities on.
         protocol: krony-pt, gptq-2048 or hf-strided.
         dtype: Precision of parameters and products.

@@ -154,6 +154,7 @@ def run(
             they are taken if they are there.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
     """
+    read = None
     if refine:
         if calibration is None or isinstance(calibration, Moments):
             raise ValueError("refinement needs the text: give one to calibrate with")
@@ -194,9 +195,8 @@ def run(
     if made is not None:
         rules = _as_fitted(rules, done)
     blocks = None
-    if refine and calibration is not None and not isinstance(calibration, Moments):
+    if read is not None:
         with timed(seconds, "refine"):
-            read = tokens_of(model, calibration)[:tokens]
             blocks = refinement.refine(
                 smaller, model, read, steps=refine, progress=progress
             )
@@ -308,21 +308,13 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
                     work_folder.store(path, found)
             terms, facts = found
             bias = None if layer.bias is None else layer.bias[...]
-            cast = jax.tree.map(lambda x: jnp.asarray(x).astype(dtype), terms)
-            made_of: nn.Layer = nn.KroneckerLinear(cast, bias)
-            if facts["kind"] == "interpolative":
-                (low,) = terms
-                columns, rows = (
-                    jnp.asarray(x) for x in (low.a[:, :, 0].T, low.b[:, 0])
-                )
-                made_of = nn.InterpolativeLinear.of(columns, rows, bias)
-                made_of = _cast(made_of, dtype)
+            made_of = _layer(facts["kind"], terms, bias, dtype)
             nn.replace(model, one.name, made_of)
             choice = choices.get(one.name)
             done.append(
                 Layer(
                     name=one.name,
-                    configurations=tuple(map(_configuration, cast)),
+                    configurations=tuple(map(_configuration, terms)),
                     parameters=nn.cost(made_of).parameters
                     - (0 if bias is None else one.shape[1]),
                     dense_parameters=int(np.prod(one.shape)),
@@ -369,6 +361,16 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
     return jax.tree.map(np.asarray, terms), facts
 
 
+def _layer(kind: str, terms, bias, dtype) -> nn.Layer:
+    """Return the layer of a kind that holds `terms` as numbers of `dtype`."""
+    if kind == "interpolative":
+        (low,) = terms
+        return nn.InterpolativeLinear.of(low.a[:, :, 0].T, low.b[:, 0], bias, dtype)
+    return nn.KroneckerLinear(
+        jax.tree.map(lambda x: jnp.asarray(x, dtype), terms), bias
+    )
+
+
 def _configuration(terms: KroneckerTerms) -> Configuration:
     rank, m1, n1 = terms.a.shape
     return Configuration((m1, n1), rank)
@@ -385,8 +387,3 @@ def _as_fitted(rules: Recipe, done) -> Recipe:
         return plan.rule(layer.name, layer.kind, layer.configurations, old.weighting)
 
     return rules.model_copy(update={"rules": tuple(map(rule, rules.rules))})
-
-
-def _cast(layer: nn.Layer, dtype: Any) -> nn.Layer:
-    graph, parameters, others = nnx.split(layer, nnx.Param, ...)
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), parameters), others)

@@ -32,7 +32,7 @@ SHARES = {"kronecker": 0.0, "mixture": 0.5}
 
 HOPELESS = 4.0
 """Estimated damage over that of low rank beyond which near-square terms are not fitted;
-a mixture then needs more of them than it gains by."""
+a guess from a few layers of two models."""
 
 BLOCKS = 2
 """Blocks in which every kind of layer is probed, spread evenly."""

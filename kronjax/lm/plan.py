@@ -9,7 +9,7 @@ so. With those of inputs alone it is the relative error of the outputs, and with
 that of the kernel: layers are then compared by guess.
 
 The estimate ranks damages well and is too small for large ones: errors of several
-layers meet, and the loss is not quadratic. A plan says by how much after compression.
+layers meet, and the loss is not quadratic. Reports show both beside each other.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax import recipe as recipes
-from kronjax.kronecker import Configuration, KroneckerTerms
-from kronjax.lm import fit, offers
+from kronjax.kronecker import Configuration, KroneckerTerms, matmul_cost
+from kronjax.lm import fit, offers, sizes
 from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.budget import Budget, share
 from kronjax.lm.calibrate import Moments
@@ -112,7 +112,7 @@ def make(
         budget = Budget.parse(budget)
     weighting = weighting or best_weighting(moments)
     layers = compressible(model)
-    smallest = _room(model, layers, budget)  # before anything takes time
+    room = _room(model, layers, budget)  # before anything takes time
     names = list(layers)
     ratios: list[Probe] = []
     tails: dict[str, tuple[float, np.ndarray]] = {}
@@ -131,7 +131,7 @@ def make(
     width = layers[names[0]].kernel[...].dtype.itemsize
     measure = _cost_of(budget, width)
     costs = [[(measure(one), one.damage) for one in offered[name]] for name in names]
-    picked = share(costs, smallest)
+    picked = share(costs, room)
     choices = tuple(offered[name][i] for name, i in zip(names, picked, strict=True))
     return Plan(
         budget, weighting, choices, sum(x.damage for x in choices), tuple(ratios)
@@ -154,18 +154,16 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
     made = nnx.merge(graph, jax.eval_shape(lambda: state))
     kind = model.config.model_type
     for one in recipes.resolve(recipe, shapes, model_type=kind):
-        bias = layers[one.name].bias is not None
-        described: dict[str, Any] = {"bias": bias}
+        described: dict[str, Any] = {"bias": layers[one.name].bias is not None}
         if one.rule.method == "interpolative":
             rank = one.configurations[0].rank
             described |= {"kind": "interpolative", "shape": one.shape, "rank": rank}
-            nn.replace(made, one.name, nn.from_description(described))
-            continue
-        terms = [
-            {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
-            for c in one.configurations
-        ]
-        described |= {"kind": "kronecker", "terms": terms}
+        else:
+            terms = [
+                {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
+                for c in one.configurations
+            ]
+            described |= {"kind": "kronecker", "terms": terms}
         nn.replace(made, one.name, nn.from_description(described))
     dtype = parameter_dtype(model)
     graph, state, rest = nnx.split(made, nnx.Param, ...)
@@ -225,8 +223,6 @@ def target(
 
 def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:
     """Return what the kernels of the layers may cost together."""
-    from kronjax.lm import sizes
-
     counted = sizes.count(model)
     dense = [x for x in counted.layers if x.name in layers]
     kernels = sum(math.prod(one.shape) for one in dense)
@@ -276,8 +272,6 @@ def _cost_of(budget: Budget, width: int) -> Callable[[Choice], float]:
 
 
 def _multiply_adds(shape, configuration):
-    from kronjax.kronecker import matmul_cost
-
     a, b = configuration.a_shape, configuration.b_shape(shape)
     sides = (jax.ShapeDtypeStruct((configuration.rank, *x), np.float32) for x in (a, b))
     stand_ins: Any = tuple(sides)
