@@ -9,6 +9,10 @@ import os
 import shutil
 import tempfile
 
+# Threads of OpenBLAS wait actively: those of one worker slow those of the other by
+# factors of ten and more. It reads this when it is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import jax
 import pytest

@@ -143,13 +143,7 @@ def memory(model: LanguageModel, *, gradients: bool = False) -> int:
 
 def save(moments: Moments, path: str | Path) -> None:
     """Write moments as safetensors, as a whole or not at all."""
-    tensors = {f"inputs.{name}": x for name, x in moments.inputs.items()}
-    tensors |= {f"outputs.{name}": x for name, x in moments.outputs.items()}
-    facts = {
-        "sources": dict(moments.sources),
-        "tokens": moments.tokens,
-        "tokens_sha256": moments.tokens_sha256,
-    }
+    tensors, facts = pack(moments)
     metadata = {"format": FORMAT, "facts": json.dumps(facts)}
     output.write(Path(path), safetensors.numpy.save(tensors, metadata))
 
@@ -166,11 +160,29 @@ def load(path: str | Path) -> Moments:
         metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no moments")
+    copies = {name: np.array(tensor) for name, tensor in tensors.items()}
+    return unpack(copies, json.loads(metadata["facts"]))
+
+
+def pack(moments: Moments) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return moments as arrays by name, and facts that JSON can hold."""
+    tensors = {f"inputs.{name}": x for name, x in moments.inputs.items()}
+    tensors |= {f"outputs.{name}": x for name, x in moments.outputs.items()}
+    facts = {
+        "sources": dict(moments.sources),
+        "tokens": moments.tokens,
+        "tokens_sha256": moments.tokens_sha256,
+    }
+    return tensors, facts
+
+
+def unpack(tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Moments:
+    """Return the moments that `pack` took apart."""
     kinds: dict[str, dict[str, np.ndarray]] = {"inputs": {}, "outputs": {}}
     for name, tensor in tensors.items():
         kind, _, layer = name.partition(".")
-        kinds[kind][layer] = np.array(tensor)
-    return Moments(**kinds, **json.loads(metadata["facts"]))
+        kinds[kind][layer] = tensor
+    return Moments(**kinds, **facts)
 
 
 class _Recorder:

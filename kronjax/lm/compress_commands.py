@@ -127,8 +127,8 @@ def compress(
     from kronjax.lm import checkpoint, compression, page, record, sources
     from kronjax.lm import plan as planning
     from kronjax.lm import protocol as protocols
-    from kronjax.lm import work as work_folder
     from kronjax.lm.budget import Budget
+    from kronjax.lm.work import Work
 
     _one_of(budget, recipe)
     if recipe is not None and weighting:
@@ -161,7 +161,7 @@ def compress(
     checkpoint.save(result.model, out)
     record.write(found, out)
     page.write(found, out)
-    work_folder.clear(work)
+    Work(work).clear()
     if as_json:
         print(json.dumps(record.read(out), allow_nan=False))
         return 0

@@ -8,6 +8,7 @@ depends on: the same call then goes on after an interruption.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,13 +25,13 @@ from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
 from kronjax.lm import calibrate, fit, plan, sizes, starts
 from kronjax.lm import refine as refinement
 from kronjax.lm import text as texts
-from kronjax.lm import work as work_folder
 from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
 from kronjax.lm.budget import Budget
 from kronjax.lm.calibrate import Moments
 from kronjax.lm.plan import Plan
 from kronjax.lm.progress import bar, timed
 from kronjax.lm.text import Text
+from kronjax.lm.work import Work, fingerprint
 from kronjax.recipe import Assignment, Recipe
 
 TOKENS = 32_768
@@ -173,15 +174,14 @@ def run(
         needed = _WEIGHTINGS[max(order, default=0)]
     else:
         needed = weighting or ("none" if calibration is None else "input+gradient")
-    if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
+    kept = Work(work)
     with timed(seconds, "calibrate"):
-        moments = _moments(model, calibration, needed, tokens, work, progress)
+        moments = _moments(model, calibration, needed, tokens, kept, progress)
     made = None
     if budget is not None:
         with timed(seconds, "plan"):
             made = plan.make(
-                model, budget, moments, weighting=needed, progress=progress
+                model, budget, moments, weighting=needed, work=kept, progress=progress
             )
         rules = made.recipe()
         assignments = recipes.resolve(rules, shapes)
@@ -190,7 +190,7 @@ def run(
     smaller.tokenizer = model.tokenizer
     with timed(seconds, "fit"):
         done = _fit_all(
-            smaller, assignments, moments, made, evaluations, work, progress
+            smaller, assignments, moments, made, evaluations, kept, progress
         )
     if made is not None:
         rules = _as_fitted(rules, done)
@@ -198,7 +198,7 @@ def run(
     if read is not None:
         with timed(seconds, "refine"):
             blocks = refinement.refine(
-                smaller, model, read, steps=refine, progress=progress
+                smaller, model, read, steps=refine, work=kept, progress=progress
             )
     smaller.recipe = recipes.dumps(rules)
     return Result(
@@ -268,22 +268,15 @@ def _moments(model, calibration, needed, tokens, work, progress):
         )
     read = tokens_of(model, calibration)[: tokens + 1]
     gradients = needed == "input+gradient"
-    kept = work_folder.place(work, "moments", _numbers(model), read, needed)
-    if kept is not None and kept.is_file():
-        try:
-            return calibrate.load(kept)
-        except ValueError:  # cut off; measured once more
-            kept.unlink()
-    moments = calibrate.measure(model, read, gradients=gradients, progress=progress)
-    if kept is not None:
-        calibrate.save(moments, kept)
-    return moments
 
+    def measured():
+        return calibrate.pack(
+            calibrate.measure(model, read, gradients=gradients, progress=progress)
+        )
 
-def _numbers(model: LanguageModel) -> str:
-    """Return a digest of everything that a model consists of."""
-    leaves = jax.tree.leaves(nnx.state(model))
-    return work_folder.digest(model.config, *map(np.asarray, leaves))
+    return calibrate.unpack(
+        *work.once("moments", measured, fingerprint(model), read, needed)
+    )
 
 
 def _fit_all(model, assignments, moments, made, evaluations, work, progress):
@@ -298,15 +291,16 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
             weighting = one.rule.weighting
             target = plan.target(layer, one.name, moments, weighting)
             begun = time.perf_counter()
-            path = work_folder.place(
-                work, "layer", target, one, evaluations, made is not None
+            free = made is not None
+            arrays, facts = work.once(
+                "layer",
+                functools.partial(_fit, target, one, evaluations, free, work),
+                *target.parts,
+                one,
+                evaluations,
+                free,
             )
-            found = work_folder.stored(path)
-            if found is None:
-                found = _fit(target, one, evaluations, free=made is not None)
-                if path is not None:
-                    work_folder.store(path, found)
-            terms, facts = found
+            terms = _terms(arrays)
             bias = None if layer.bias is None else layer.bias[...]
             made_of = _layer(facts["kind"], terms, bias, dtype)
             nn.replace(model, one.name, made_of)
@@ -328,7 +322,7 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
     return done
 
 
-def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
+def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool, work: Work):
     """Return the factors of one layer, and what there is to say about them.
 
     Where a plan was free to choose, low rank of the same size takes the place of a sum
@@ -336,7 +330,8 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
     """
     from kronjax.descent import Status
 
-    prepared = fit.Prepared(target)
+    low_rank = fit.LowRank.kept(target, work)
+    prepared = fit.Prepared(target, low_rank)
     norm = one.rule.norm
     ranks = fit.ranks_of(one.shape, one.configurations)
     has_weights = target.left is not None or target.right is not None
@@ -348,17 +343,28 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool):
         found = prepared.solve(one.configurations, norm)
     kind = one.rule.method
     rank = interpolative_rank(one.shape, one.num_parameters)
-    if free and kind == "kronecker" and found.relative**2 > prepared.tails[rank]:
-        found, kind = prepared.low_rank(rank), "interpolative"
+    if free and kind == "kronecker" and found.relative**2 > low_rank.tails[rank]:
+        found, kind = low_rank.fit(rank), "interpolative"
     terms = starts.by_name(target.kernel, found.terms, one.rule.start)
     facts = {
         "kind": kind,
         "relative": found.relative,
         "damage": found.damage,
-        "low_rank": float(np.sqrt(prepared.tails[rank])),
+        "low_rank": float(np.sqrt(low_rank.tails[rank])),
         "status": Status(found.status).name.lower(),
     }
-    return jax.tree.map(np.asarray, terms), facts
+    arrays = {}
+    for i, factors in enumerate(terms):
+        arrays |= {f"{i}.a": np.asarray(factors.a), f"{i}.b": np.asarray(factors.b)}
+    return arrays, facts
+
+
+def _terms(arrays) -> tuple[KroneckerTerms, ...]:
+    """Return the factors of a layer from what `_fit` named."""
+    return tuple(
+        KroneckerTerms(arrays[f"{i}.a"], arrays[f"{i}.b"])
+        for i in range(len(arrays) // 2)
+    )
 
 
 def _layer(kind: str, terms, bias, dtype) -> nn.Layer:

@@ -6,9 +6,9 @@ with the moments `C` of the input and `L` of the gradient at the output: an esti
 by how much the loss per token grows. Without gradients the damage is the squared error,
 weighted by what there is, over the squared norm of the kernel.
 
-A `Target` is prepared once: its weights are decomposed, and the singular values of the
-whitened kernel give the damage of low rank at every size. Mixtures of low rank and of
-one near-square configuration are fitted by one program for all layers of a shape.
+`LowRank` is the closed form, of every rank at once: one decomposition of the whitened
+kernel serves plans and fits alike. Mixtures of low rank and of one near-square
+configuration are fitted by one program for all layers of a shape.
 
 >>> near_square((12, 12))
 (3, 4)
@@ -17,7 +17,6 @@ one near-square configuration are fitted by one program for all layers of a shap
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,9 @@ from kronjax.kronecker import (
     interpolative_rank,
     rearrange,
 )
+from kronjax.lm.work import Work
 from kronjax.problem import Problem
-from kronjax.setting import prepare
+from kronjax.setting import factors, prepare
 
 TIERS = (0.35, 0.65, 1.0)
 """Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
@@ -63,6 +63,18 @@ class Target:
         """`(n_in, n_out)`."""
         return self.kernel.shape[0], self.kernel.shape[1]
 
+    @property
+    def parts(self) -> tuple[np.ndarray | None, ...]:
+        """All that fits depend on."""
+        return self.kernel, self.left, self.right
+
+    @property
+    def arrays(self) -> tuple[jax.Array | None, ...]:
+        """The kernel and both moments, float32."""
+        return tuple(
+            x if x is None else jnp.asarray(x, jnp.float32) for x in self.parts
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -81,32 +93,86 @@ class Fit:
     status: int
 
 
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """The best low-rank sums for a kernel, of every rank.
+
+    Attributes:
+        a: `[n_in, k]`, with `k = min(n_in, n_out)`.
+        b: `[k, n_out]`: the first `r` columns of `a` times the first `r` rows of `b`
+            are what rank `r` can do.
+        tails: `[k + 1]`, the relative squared error of every rank from 0 on.
+        total: Damage of leaving the layer out, `½ ‖C^{1/2} W L^{1/2}‖_F²`; 1 without
+            gradients, so that damages are relative.
+    """
+
+    a: np.ndarray = dataclasses.field(repr=False)
+    b: np.ndarray = dataclasses.field(repr=False)
+    tails: np.ndarray = dataclasses.field(repr=False)
+    total: float
+
+    @classmethod
+    def kept(cls, target: Target, work: Work) -> "LowRank":
+        """Return what `of` does, decomposed once for all stages of some work."""
+
+        def make():
+            found = vars(cls.of(target))
+            return found, {"total": found.pop("total")}
+
+        arrays, facts = work.once("low-rank", make, *target.parts)
+        return cls(**arrays, **facts)
+
+    @classmethod
+    def of(cls, target: Target) -> "LowRank":
+        """Decompose a kernel with its weights."""
+        terms, s, unit = _decompose(*target.arrays)
+        squares = np.asarray(s, np.float64) ** 2
+        tails = np.append(np.cumsum(squares[::-1])[::-1], 0)
+        tails /= max(squares.sum(), np.finfo(np.float64).tiny)
+        # Without gradients damages of layers compare only as parts of a whole.
+        total = 1.0 if target.right is None else float(unit) ** 2 / 2
+        a, b = np.asarray(terms.a)[:, :, 0].T, np.asarray(terms.b)[:, 0]
+        return cls(a, b, tails, total)
+
+    def tail(self, fraction: float) -> float:
+        """Return the relative squared error of interpolative layers of a size.
+
+        Args:
+            fraction: Parameters over those of the dense kernel.
+        """
+        shape = len(self.a), self.b.shape[1]
+        return float(self.tails[interpolative_rank(shape, fraction * math.prod(shape))])
+
+    def fit(self, rank: int) -> Fit:
+        """Return the sum of `rank` columns times rows."""
+        a, b = self.a.T[:rank, :, None], self.b[:rank, None]
+        tail = float(self.tails[min(rank, len(self.tails) - 1)])
+        terms = KroneckerTerms(jnp.asarray(a), jnp.asarray(b))
+        return Fit((terms,), math.sqrt(tail), self.total * tail, 0)
+
+
 class Prepared:
-    """A target with its weights decomposed.
+    """A target with its weights decomposed, for sums of other terms.
 
     Attributes:
         target: What was prepared.
-        total: Damage of leaving the layer out, `½ ‖C^{1/2} W L^{1/2}‖_F²`; 1 without
-            gradients, so that damages are relative.
-        tails: `[min(n_in, n_out) + 1]`, the relative squared error of every low rank
-            from 0 on.
+        low_rank: What they compete with.
     """
 
-    def __init__(self, target: Target) -> None:
-        """Decompose the weights and the whitened kernel."""
+    def __init__(self, target: Target, low_rank: LowRank | None = None) -> None:
+        """Decompose the weights.
+
+        Args:
+            target: A kernel.
+            low_rank: If it is known already.
+        """
         self.target = target
-        arrays = (target.kernel, target.left, target.right)
-        given = [x if x is None else jnp.asarray(x, jnp.float32) for x in arrays]
+        self.low_rank = low_rank or LowRank.of(target)
+
+    @functools.cached_property
+    def _prepared(self):
         # The coordinates are the same for all ranks.
-        self._setting, self._inverses = _preparer(_tier(target.shape, (1, 1)))(*given)
-        whitened = np.asarray(self._setting.target)
-        self._u, self._s, self._vt = np.linalg.svd(whitened, full_matrices=False)
-        # Without gradients damages of layers compare only as parts of a whole.
-        unit = float(self._setting.unit)
-        self.total = 1.0 if target.right is None else unit**2 / 2
-        squares = self._s.astype(np.float64) ** 2
-        self.tails = np.append(np.cumsum(squares[::-1])[::-1], 0)
-        self.tails /= max(squares.sum(), np.finfo(np.float64).tiny)
+        return _preparer(_tier(self.target.shape, (1, 1)))(*self.target.arrays)
 
     def promise(self, fraction: float) -> float:
         """Return roughly the damage of near-square terms over that of low rank.
@@ -116,33 +182,19 @@ class Prepared:
         Args:
             fraction: Parameters over those of the dense kernel.
         """
-        shape, setting = self.target.shape, self._setting
+        shape = self.target.shape
         square = near_square(shape)
         if square is None:
             return math.inf
-        start = weighted.to_start(setting.plain, *self._inverses[1])
+        setting, inverses = self._prepared
+        start = weighted.to_start(setting.plain, *inverses[1])
         s = np.linalg.svd(np.asarray(rearrange(start, square)), compute_uv=False)
         rank = mix(shape, fraction, 0.0)[1]
         squares = s.astype(np.float64) ** 2
         if not squares.sum() > 0:
             return math.inf
         tail = squares[rank:].sum() / squares.sum()
-        own = self.tails[interpolative_rank(shape, fraction * math.prod(shape))]
-        return float(tail / max(own, 1e-12))
-
-    def low_rank(self, rank: int) -> Fit:
-        """Return the best sum of `rank` columns times rows: the closed form."""
-        setting: Any = self._setting
-        root = np.sqrt(self._s[:rank] * float(setting.scale))
-        a, b = self._u[:, :rank] * root, root[:, None] * self._vt[:rank]
-        left, right = setting.roots
-        if left is not None:
-            a = np.asarray(left.inverse).T @ a
-        if right is not None:
-            b = b @ np.asarray(right.inverse)
-        terms = KroneckerTerms(jnp.asarray(a.T[:, :, None]), jnp.asarray(b[:, None]))
-        tail = self.tails[min(rank, len(self.tails) - 1)]
-        return Fit((terms,), math.sqrt(tail), self.total * tail, 0)
+        return float(tail / max(self.low_rank.tail(fraction), 1e-12))
 
     def mixture(
         self, ranks: tuple[int, int], *, evaluations: int = 120, tolerance: float = 1e-5
@@ -155,10 +207,10 @@ class Prepared:
             tolerance: As for `leastsquares.fit`.
         """
         if ranks[1] == 0:
-            return self.low_rank(ranks[0])
+            return self.low_rank.fit(ranks[0])
         problem = _tier(self.target.shape, ranks)
         found = _fitter(problem)(
-            self._setting, self._inverses, jnp.array(ranks), evaluations, tolerance
+            *self._prepared, jnp.array(ranks), evaluations, tolerance
         )
         terms = tuple(
             jax.tree.map(lambda x, rank=rank: x[:rank], one)
@@ -166,7 +218,9 @@ class Prepared:
             if rank
         )
         relative = float(found.relative)
-        return Fit(terms, relative, self.total * relative**2, int(found.status))
+        return Fit(
+            terms, relative, self.low_rank.total * relative**2, int(found.status)
+        )
 
     def solve(self, configurations: tuple[Configuration, ...], norm: str) -> Fit:
         """Return a sum for any configurations and any norm, by `kronjax.approximate`.
@@ -194,7 +248,7 @@ class Prepared:
         assert ratio is not None
         relative = float(ratio.frobenius)
         terms = jax.tree.map(jnp.asarray, found.terms)
-        damage = self.total * relative**2
+        damage = self.low_rank.total * relative**2
         return Fit(terms, relative, damage, int(found.status))
 
 
@@ -280,6 +334,18 @@ def _tier(shape, ranks):
         if all(rank <= one.rank for rank, one in zip(ranks, largest, strict=False)):
             break
     return Problem.of(shape, largest, 2, starts=1)
+
+
+@jax.jit
+def _decompose(kernel, left, right):
+    """Return all low-rank terms, the singular values, and the unit of errors."""
+    one = Configuration((len(kernel), 1), min(kernel.shape))
+    problem = Problem.of(kernel.shape, one, 2, starts=1)
+    setting, _ = prepare(problem, kernel, left, right)
+    u, s, vt = jnp.linalg.svd(setting.target, full_matrices=False)
+    root = jnp.sqrt(s) * jnp.sqrt(setting.scale)
+    terms = factors(problem, one, (u * root[None]).T, root[:, None] * vt)
+    return setting.frames[0].to_terms(terms), s, setting.unit
 
 
 @functools.lru_cache(maxsize=64)

@@ -96,7 +96,7 @@ def probe(prepared: fit.Prepared) -> list[Probe]:
     for fraction in PROBES:
         if prepared.promise(fraction) > HOPELESS:
             continue
-        tail = prepared.tails[interpolative_rank(shape, fraction * math.prod(shape))]
+        tail = prepared.low_rank.tail(fraction)
         for kind, part in SHARES.items():
             ranks = fit.mix(shape, fraction, part)
             if all(ranks[part == 0 :]) and tail > 0:

@@ -30,6 +30,7 @@ from kronjax.lm.budget import Budget, share
 from kronjax.lm.calibrate import Moments
 from kronjax.lm.offers import Choice, Probe
 from kronjax.lm.progress import bar
+from kronjax.lm.work import Work
 from kronjax.recipe import Recipe, Rule, Term, Weighting
 
 
@@ -93,6 +94,7 @@ def make(
     moments: Moments | None = None,
     *,
     weighting: Weighting | None = None,
+    work: Work | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Plan a model for a budget.
@@ -102,6 +104,7 @@ def make(
         budget: See `budget.Budget`.
         moments: From calibration.
         weighting: What to weight by; by default all that the moments hold.
+        work: Keeps what the fits to come need again; by default nothing is kept.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
 
     Raises:
@@ -119,10 +122,13 @@ def make(
     probed = offers.probed(names)
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
-            prepared = fit.Prepared(target(layers[name], name, moments, weighting))
-            tails[name] = prepared.total, prepared.tails
+            wanted = target(layers[name], name, moments, weighting)
+            low_rank = (
+                fit.LowRank.kept(wanted, work) if work else fit.LowRank.of(wanted)
+            )
+            tails[name] = low_rank.total, low_rank.tails
             if name in probed:
-                ratios += offers.probe(prepared)
+                ratios += offers.probe(fit.Prepared(wanted, low_rank))
             advance(1)
     offered = {
         name: offers.of_layer(name, layers[name], *tails[name], ratios)

@@ -25,6 +25,7 @@ from kronjax import nn
 from kronjax.lm import attention
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.progress import bar
+from kronjax.lm.work import Work, digest, fingerprint
 
 RATE = 1e-3
 """The largest rate of Adam; it rises over a tenth of the steps and falls to zero."""
@@ -54,6 +55,7 @@ def refine(
     context: int = 512,
     batch: int = 2,
     rate: float = RATE,
+    work: Work | None = None,
     progress: bool | None = None,
 ) -> tuple[Block | None, ...]:
     """Train the factors of every block to reproduce the dense block.
@@ -66,6 +68,7 @@ def refine(
         context: Tokens in a window.
         batch: Windows in a step.
         rate: The largest learning rate.
+        work: Keeps the blocks that are finished.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
@@ -80,6 +83,10 @@ def refine(
     windows = jnp.asarray(tokens[: count * context].reshape(count, context))
     held_out = np.flatnonzero(np.arange(count) % 8 == 7)
     training = np.flatnonzero(np.arange(count) % 8 != 7)
+    work = work or Work()
+    key = digest(
+        fingerprint(model), fingerprint(dense), tokens, steps, context, batch, rate
+    )
     embed, run, step, error = _programs(model, batch, context, steps, rate)
     theirs = _mapped(functools.partial(embed, *nnx.split(dense)), windows, batch)
     ours = theirs  # embeddings are not compressed
@@ -96,7 +103,12 @@ def refine(
                     np.resize(training, steps * batch)
                 )
                 order = draws.reshape(steps, batch)
-                done = _train(block, ours, theirs, order, held_out, step, error)
+                train = functools.partial(
+                    _train, block, ours, theirs, order, held_out, step, error
+                )
+                arrays, facts = work.once("block", train, key, i)
+                _put(block, arrays)
+                done = Block(**facts)
             found.append(done)
             graph, state = nnx.split(block)
             ours = _mapped(functools.partial(run, graph, state), ours, batch)
@@ -134,8 +146,8 @@ def _is_factor(path: Any, value: Any) -> bool:
     return isinstance(value, nnx.Param) and (low_rank or path[-2] in ("a", "b"))
 
 
-def _train(block, ours, theirs, order, held_out, step, error) -> Block:
-    """Train the factors of a block, and keep them if held-out windows agree."""
+def _train(block, ours, theirs, order, held_out, step, error):
+    """Return the trained factors of a block, if held-out windows agree, and facts."""
     batch = order.shape[1]
     graph, stored, rest = nnx.split(block, _is_factor, ...)
     # Steps are smaller than the spacing of short floats.
@@ -155,9 +167,18 @@ def _train(block, ours, theirs, order, held_out, step, error) -> Block:
         trained, memory = step(graph, trained, memory, rest, ours[pick], theirs[pick])
     after = measured(trained)
     kept = after < before
-    if kept:
-        nnx.update(block, jax.tree.map(lambda x, y: x.astype(y.dtype), trained, stored))
-    return Block(before, after, kept)
+    leaves = jax.tree.leaves(trained) if kept else []
+    arrays = {str(i): np.asarray(x) for i, x in enumerate(leaves)}
+    return arrays, dataclasses.asdict(Block(before, after, kept))
+
+
+def _put(block, arrays) -> None:
+    """Give a block the factors that `_train` named; leave it as it is without any."""
+    if arrays:
+        _, stored, _ = nnx.split(block, _is_factor, ...)
+        leaves, structure = jax.tree.flatten(stored)
+        cast = [jnp.asarray(arrays[str(i)], x.dtype) for i, x in enumerate(leaves)]
+        nnx.update(block, jax.tree.unflatten(structure, cast))
 
 
 def _programs(model, batch, context, steps, rate):

@@ -1,85 +1,119 @@
-"""Finished layers, kept until the whole model is: what makes a run resumable.
+"""Finished work, kept until all is done: what makes a run resumable.
 
-A layer lies under a digest of everything that it depends on, so that what is found
-there is what would have been computed. Files that were cut off count as absent.
+Every piece lies under a digest of everything that it depends on, so that what is found
+there is what would have been computed. Files that were cut off count as absent. Without
+a folder pieces are kept in memory: what one stage decomposed, the next one needs again.
 
->>> digest("one") != digest("two")
-True
+>>> work = Work()
+>>> arrays, facts = work.once("sum", lambda: ({"x": np.ones(2)}, {"n": 2}), "a key")
+>>> work.once("sum", None, "a key")[1]
+{'n': 2}
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import nnx
 
 from kronjax import output
-from kronjax.kronecker import KroneckerTerms
-from kronjax.lm import fit
+from kronjax.lm.architecture import LanguageModel
 
-VERSION = b"1"
+VERSION = b"2"
 """Of what is kept; to be raised when the same parts would give something else."""
 
+Piece = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
+"""Arrays by name, and facts that JSON can hold."""
 
-def place(work: Path | None, kind: str, *parts: Any) -> Path | None:
-    """Return where something of a kind is kept that depends on `parts` alone.
 
-    Args:
-        work: The folder, or None if nothing is kept: then so is the result.
-        kind: What it is called.
-        parts: As for `digest`.
+class Work:
+    """Pieces by their kind and a digest.
+
+    Attributes:
+        folder: Where they lie, or None if they are kept in memory.
     """
-    if work is None:
-        return None
-    return work / f"{kind}-{digest(*parts)}.safetensors"
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Make the folder if it is missing.
+
+        Raises:
+            OSError: If nothing can be written there.
+        """
+        self.folder = folder
+        self._held: dict[str, Piece] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            output.check_output(folder / "any.safetensors", ".safetensors")
+
+    def once(self, kind: str, make: Callable[[], Piece] | None, *parts: Any) -> Piece:
+        """Return a piece: as it was kept, or made now and kept.
+
+        Args:
+            kind: What it is called.
+            make: Makes it.
+            parts: What it depends on; as for `digest`.
+        """
+        name = f"{kind}-{digest(*parts)}"
+        found = self._held.get(name) if self.folder is None else self._read(name)
+        if found is None:
+            assert make is not None
+            found = make()
+            self._keep(name, found)
+        return found
+
+    def clear(self) -> None:
+        """Forget everything, and remove the folder."""
+        self._held.clear()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _keep(self, name, piece):
+        if self.folder is None:
+            self._held[name] = piece
+            return
+        arrays, facts = piece
+        tensors = {key: np.ascontiguousarray(x) for key, x in arrays.items()}
+        content = safetensors.numpy.save(tensors, {"facts": json.dumps(facts)})
+        output.write(self._path(name), content)
+
+    def _read(self, name) -> Piece | None:
+        path = self._path(name)
+        if not path.is_file():
+            return None
+        try:
+            with safetensors.safe_open(path, framework="np") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+                names = list(file.keys())
+                return {name: file.get_tensor(name) for name in names}, facts
+        except (safetensors.SafetensorError, KeyError, ValueError):
+            path.unlink()
+            return None
+
+    def _path(self, name):
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
 
 
-def digest(*parts) -> str:
+def digest(*parts: Any) -> str:
     """Return a short digest of arrays, and of anything whose `repr` says it all."""
     found = hashlib.sha256(VERSION)
     for part in parts:
-        if isinstance(part, fit.Target):
-            for array in (part.kernel, part.left, part.right):
-                found.update(b"-" if array is None else array.tobytes())
-        elif isinstance(part, np.ndarray):
-            found.update(part.tobytes())
+        if isinstance(part, np.ndarray):
+            found.update(repr((part.shape, part.dtype)).encode())
+            found.update(np.ascontiguousarray(part).data)
         else:
             found.update(repr(part).encode())
     return found.hexdigest()[:16]
 
 
-def store(path: Path, found: tuple[Any, dict[str, Any]]) -> None:
-    """Write the factors of a layer, and what there is to say about them."""
-    terms, facts = found
-    tensors = {}
-    for i, one in enumerate(terms):
-        tensors |= {f"{i}.a": np.ascontiguousarray(one.a)}
-        tensors |= {f"{i}.b": np.ascontiguousarray(one.b)}
-    output.write(path, safetensors.numpy.save(tensors, {"facts": json.dumps(facts)}))
-
-
-def stored(path: Path | None):
-    """Return what `store` wrote, or None if there is nothing that can be read."""
-    if path is None or not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            count = len(file.keys()) // 2
-            terms = tuple(
-                KroneckerTerms(file.get_tensor(f"{i}.a"), file.get_tensor(f"{i}.b"))
-                for i in range(count)
-            )
-    except (safetensors.SafetensorError, KeyError, ValueError):
-        path.unlink()
-        return None
-    return terms, facts
-
-
-def clear(work: Path) -> None:
-    """Remove a folder of finished work."""
-    shutil.rmtree(work, ignore_errors=True)
+def fingerprint(model: LanguageModel) -> str:
+    """Return a digest of everything that a model computes with."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    return digest(model.config, *map(np.asarray, leaves))

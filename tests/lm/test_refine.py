@@ -4,6 +4,7 @@ from flax import nnx
 
 from kronjax import nn, recipe
 from kronjax.lm import compression, llama, refine
+from kronjax.lm.work import Work
 
 CONFIG = llama.Config(
     hidden_size=16,
@@ -67,3 +68,26 @@ def test_short_texts_are_refused(dense):
     model = compression.compress(dense, RULES)
     with pytest.raises(ValueError, match="9 windows"):
         refine.refine(model, dense, np.zeros(100, np.int32), context=16)
+
+
+def test_finished_blocks_are_not_trained_again(dense, tokens, tmp_path, monkeypatch):
+    def run():
+        model = compression.compress(dense, RULES)
+        done = refine.refine(
+            model,
+            dense,
+            tokens,
+            steps=60,
+            context=16,
+            rate=1e-2,
+            work=Work(tmp_path),
+            progress=False,
+        )
+        return done, kernels(model)
+
+    done, first = run()
+    monkeypatch.setattr(refine, "_train", None)
+    again, second = run()
+    assert done == again
+    for name, kernel in first.items():
+        np.testing.assert_array_equal(kernel, second[name])
