@@ -171,21 +171,24 @@ def approximate(
 
 def demo(
     *,
-    out: Annotated[Path, option("FILE")] = Path("demo.png"),
+    out: Annotated[Path, option("FOLDER")] = Path("kronjax-demo"),
     matrices: Annotated[int, option("N")] = 50,
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> int:
-    """Approximate fifty random matrices, print a table and draw a figure.
+    """Approximate random matrices, and compress the language model that comes along.
+
+    Prints two tables, and writes two figures and an HTML report. Takes a minute or two.
 
     Args:
-        out: The figure, a .png file.
+        out: The folder for figures and report.
         matrices: Number of matrices.
         seed: Seed of the matrices.
+        as_json: Print one JSON object instead of the tables.
     """
-    from kronjax import demo, output
+    from kronjax import demo
 
-    output.check_output(out, ".png")
-    demo.run(out, matrices, seed)
+    demo.run(out, matrices, seed, as_json=as_json)
     return 0
 
 

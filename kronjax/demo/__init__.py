@@ -1,26 +1,17 @@
-"""Fifty random matrices: how near do short sums of Kronecker products come?
+"""What kronjax does, on random matrices and on a small language model.
 
-Matrices of shape 36×36 with independent N(0, 1) entries are approximated by sums of 1,
-3, 6 and 12 products of 6×6 factors. Truncated SVD of the same rank and Van Loan's sum
-have the same number of parameters. All errors are spectral norms. All matrices of one
-rank are solved as one batch.
-
-Beside this there is a small language model, `model`, for whatever needs one without a
-network; `held_out` is text to judge it by. Its data sheet is `model/README.md`.
+The model, `model`, comes with the package, for whatever needs one without a network;
+`held_out` is text to judge it by. Its data sheet is `model/README.md`.
 """
 
+import contextlib
 import dataclasses
-import io
+import json
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-import kronjax
-from kronjax import output, report
 from kronjax.demo import corpus
 
 if TYPE_CHECKING:
@@ -28,58 +19,6 @@ if TYPE_CHECKING:
 
 MODEL = Path(__file__).parent / "model"
 """The folder of the bundled model."""
-
-SIZE = 36
-FACTOR = 6
-RANKS = (1, 3, 6, 12)
-
-
-@dataclasses.dataclass(frozen=True)
-class Errors:
-    """Spectral errors of all matrices at one rank, `[matrices]` each."""
-
-    rank: int
-    kronjax: np.ndarray
-    van_loan: np.ndarray
-    svd: np.ndarray
-    seconds: float
-    compile_seconds: float
-
-    @property
-    def wins(self) -> int:
-        """On how many matrices kronjax is nearer than both of the others."""
-        return int(np.sum(self.kronjax < np.minimum(self.van_loan, self.svd)))
-
-
-def run(out: Path, matrices: int = 50, seed: int = 0) -> list[Errors]:
-    """Solve, print the table and draw the figure.
-
-    Args:
-        out: The figure, a `.png` file.
-        matrices: Number of matrices.
-        seed: Seed of the matrices.
-    """
-    if matrices < 1:
-        raise ValueError(f"--matrices must be at least 1; got {matrices}")
-    shape = (matrices, SIZE, SIZE)
-    samples = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    results = []
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for rank in RANKS:
-            task = progress.add_task(f"rank {rank}: {matrices} matrices", total=1)
-            results.append(solve(samples, rank))
-            progress.update(task, completed=1)
-    console = Console(highlight=False, markup=False)
-    console.print(table(results))
-    output.write(out, figure(results))
-    seconds = sum(errors.seconds for errors in results)
-    compiling = sum(errors.compile_seconds for errors in results)
-    console.print(
-        f"{seconds:.1f} s and {compiling:.1f} s to compile. Figure written to {out}.",
-        soft_wrap=True,
-    )
-    return results
 
 
 def model(dtype: str = "float32") -> "LanguageModel":
@@ -105,82 +44,72 @@ def held_out() -> str:
     return corpus.held_out()
 
 
-def solve(samples: np.ndarray, rank: int) -> Errors:
-    """Approximate all `samples`, `[matrices, 36, 36]`, by sums of `rank` products."""
-    configuration = kronjax.Configuration((FACTOR, FACTOR), rank)
-    found = kronjax.approximate(samples, configuration, progress=False)
-    baseline = report.svd_baseline(samples, found.num_parameters)
-    return Errors(
-        rank=rank,
-        kronjax=np.asarray(found.error.spectral),
-        van_loan=np.asarray(found.van_loan.spectral),
-        svd=baseline.spectral,
-        seconds=found.seconds,
-        compile_seconds=found.compile_seconds,
+def run(
+    out: Path, matrices: int = 50, seed: int = 0, *, as_json: bool = False
+) -> dict[str, Any]:
+    """Solve random matrices, compress the model; print tables, and draw figures.
+
+    Args:
+        out: The folder for `matrices.png`, `language.png`, `report.html` and
+            `report.json`; made if it is missing.
+        matrices: Number of matrices.
+        seed: Of the matrices.
+        as_json: Print one JSON object instead of the tables.
+
+    Returns:
+        The numbers of both tables, as values that JSON holds.
+    """
+    from rich.console import Console
+
+    from kronjax import output
+    from kronjax.demo import language
+    from kronjax.demo import matrices as random
+
+    if matrices < 1:
+        raise ValueError(f"--matrices must be at least 1; got {matrices}")
+    out.mkdir(parents=True, exist_ok=True)
+    output.check_output(out / "matrices.png", ".png")
+    console = Console(highlight=False, markup=False, quiet=as_json)
+    begun = time.perf_counter()
+    with _spinner() as say:
+        errors = random.run(say, matrices, seed)
+    output.write(out / "matrices.png", random.figure(errors))
+    console.print(random.table(errors))
+    with _spinner() as say:
+        rows = language.run(out, say)
+    output.write(out / "language.png", language.figure(rows))
+    console.print(language.table(rows))
+    seconds = time.perf_counter() - begun
+    console.print(
+        f"{seconds:.0f} s. The figures are {out / 'matrices.png'} and "
+        f"{out / 'language.png'}; {out / 'report.html'} says what each layer of the "
+        "planned model got, and why.",
+        soft_wrap=True,
     )
+    found = {
+        "matrices": [random.plain(one) for one in errors],
+        "language": [dataclasses.asdict(row) for row in rows],
+        "seconds": seconds,
+    }
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    return found
 
 
-def table(results: list[Errors]) -> Table:
-    """Return the mean errors of every rank as a table."""
-    count = results[0].kronjax.size
-    result = Table(
-        title=f"Mean spectral error, {count} matrices {SIZE}×{SIZE}, entries N(0, 1)",
-        caption="of equal parameter count; wins: kronjax below both others",
-    )
-    for name in ("rank", "kronjax", "Van Loan", "SVD", "SVD / kronjax", "wins"):
-        result.add_column(name, justify="right")
-    for errors in results:
-        ours, van_loan, svd = (
-            float(np.mean(x)) for x in (errors.kronjax, errors.van_loan, errors.svd)
-        )
-        result.add_row(
-            str(errors.rank),
-            *(f"{mean:.3f}" for mean in (ours, van_loan, svd, svd / ours)),
-            f"{errors.wins}/{count}",
-        )
-    return result
+@contextlib.contextmanager
+def _spinner() -> Iterator[Callable[[str], None]]:
+    """Yield a function that says what happens from now on, with its seconds."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True)) as progress:
 
-def figure(results: list[Errors]) -> bytes:
-    """Return a PNG: spectral error against rank, medians in bands of 10 to 90 %."""
-    # Not pyplot: it would choose a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+        def say(what: str) -> None:
+            for task in progress.tasks:
+                progress.update(task.id, completed=1)
+            progress.add_task(what, total=1)
 
-    chart = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
-    axes = chart.add_subplot()
-    ranks = [errors.rank for errors in results]
-    series = (
-        ("Van Loan", "van_loan", "tab:gray", "^"),
-        ("truncated SVD", "svd", "tab:orange", "s"),
-        ("kronjax", "kronjax", "tab:blue", "o"),
-    )
-    for label, name, color, marker in series:
-        values = np.stack([getattr(errors, name) for errors in results])
-        low, median, high = np.quantile(values, (0.1, 0.5, 0.9), axis=1)
-        axes.fill_between(ranks, low, high, color=color, alpha=0.2, linewidth=0)
-        axes.plot(ranks, median, color=color, marker=marker, label=label)
-    axes.set_xticks(ranks)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"Kronecker rank ({2 * FACTOR**2} parameters per unit)")
-    axes.set_ylabel("spectral error ‖T − K‖₂")
-    axes.set_title(_title(results), fontsize=11)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(chart).print_png(buffer)
-    return buffer.getvalue()
-
-
-def _title(results: list[Errors]) -> str:
-    """Say what the figure shows, whoever wins."""
-    count = results[0].kronjax.size
-    wins = sum(errors.wins for errors in results)
-    total = count * len(results)
-    seen = "every" if wins == total else f"{wins} of {total}"
-    return (
-        f"{count} random {SIZE}×{SIZE} matrices, median and 10–90 % band:\n"
-        f"kronjax is nearest in {seen} case{'s' if wins != total else ''} "
-        "at equal parameter count"
-    )
+        yield say
+        for task in progress.tasks:
+            progress.update(task.id, completed=1)

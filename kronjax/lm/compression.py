@@ -336,8 +336,9 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool, work
     ranks = fit.ranks_of(one.shape, one.configurations)
     has_weights = target.left is not None or target.right is not None
     is_joint = norm == "frobenius" or (norm == "auto" and has_weights)
-    is_closed = len(one.configurations) == 1 and not has_weights
-    if ranks is not None and is_joint and not (is_closed and ranks[1]):
+    if norm == "frobenius" and len(one.configurations) == 1 and not has_weights:
+        found = prepared.van_loan(one.configurations[0])
+    elif ranks is not None and is_joint:
         found = prepared.mixture(ranks, evaluations=evaluations)
     else:
         found = prepared.solve(one.configurations, norm)

@@ -38,8 +38,8 @@ TIERS = (0.35, 0.65, 1.0)
 """Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
 compile, and costs in every step as much as the largest mixture that it can fit."""
 
-SMALL = 300_000
-"""Entries of a kernel up to which compiling costs more than such steps."""
+SOLVE_TOLERANCE = 1e-3
+"""Of solves in other norms: within about a percent of what they end at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,11 +168,17 @@ class Prepared:
         """
         self.target = target
         self.low_rank = low_rank or LowRank.of(target)
+        # Tall kernels are solved as wide ones: both kinds share their programs.
+        self._is_tall = target.shape[0] > target.shape[1]
+        self._wide = target
+        if self._is_tall:
+            turned = np.ascontiguousarray(target.kernel.T)
+            self._wide = Target(target.name, turned, target.right, target.left)
 
     @functools.cached_property
     def _prepared(self):
         # The coordinates are the same for all ranks.
-        return _preparer(_tier(self.target.shape, (1, 1)))(*self.target.arrays)
+        return _preparer(_tier(self._wide.shape, (1, 1)))(*self._wide.arrays)
 
     def promise(self, fraction: float) -> float:
         """Return roughly the damage of near-square terms over that of low rank.
@@ -182,7 +188,7 @@ class Prepared:
         Args:
             fraction: Parameters over those of the dense kernel.
         """
-        shape = self.target.shape
+        shape = self._wide.shape
         square = near_square(shape)
         if square is None:
             return math.inf
@@ -208,7 +214,7 @@ class Prepared:
         """
         if ranks[1] == 0:
             return self.low_rank.fit(ranks[0])
-        problem = _tier(self.target.shape, ranks)
+        problem = _tier(self._wide.shape, ranks)
         found = _fitter(problem)(
             *self._prepared, jnp.array(ranks), evaluations, tolerance
         )
@@ -217,10 +223,21 @@ class Prepared:
             for one, rank in zip(found.terms, ranks, strict=True)
             if rank
         )
-        relative = float(found.relative)
-        return Fit(
-            terms, relative, self.low_rank.total * relative**2, int(found.status)
+        return self._as_asked(terms, found.relative, found.status)
+
+    def van_loan(self, configuration: Configuration) -> Fit:
+        """Return the closed form of one configuration without weights."""
+        kernel, rank = jnp.asarray(self.target.kernel, jnp.float32), configuration.rank
+        shapes = configuration.a_shape, configuration.b_shape(self.target.shape)
+        u, s, vt = jnp.linalg.svd(rearrange(kernel, shapes[0]), full_matrices=False)
+        root = jnp.sqrt(s[:rank])
+        terms = KroneckerTerms(
+            (u[:, :rank] * root[None]).T.reshape(rank, *shapes[0]),
+            (root[:, None] * vt[:rank]).reshape(rank, *shapes[1]),
         )
+        squares = np.asarray(s, np.float64) ** 2
+        tail = squares[rank:].sum() / max(squares.sum(), np.finfo(np.float64).tiny)
+        return Fit((terms,), math.sqrt(tail), self.low_rank.total * tail, 0)
 
     def solve(self, configurations: tuple[Configuration, ...], norm: str) -> Fit:
         """Return a sum for any configurations and any norm, by `kronjax.approximate`.
@@ -231,25 +248,36 @@ class Prepared:
         """
         from kronjax.approximation import approximate
 
-        target = self.target
-        has_weights = target.left is not None or target.right is not None
+        wide = self._wide
+        has_weights = wide.left is not None or wide.right is not None
         if norm == "auto":
             norm = "frobenius" if has_weights else "spectral"
+        if self._is_tall:
+            configurations = tuple(
+                Configuration(one.a_shape[::-1], one.rank) for one in configurations
+            )
         found = approximate(
-            target.kernel,
+            wide.kernel,
             configurations,
             norm=norm,
-            left_weight=target.left,
-            right_weight=target.right,
+            left_weight=wide.left,
+            right_weight=wide.right,
             starts=1,
+            tolerance=SOLVE_TOLERANCE,
             progress=False,
         )
         ratio = found.weighted_relative if has_weights else found.relative
         assert ratio is not None
-        relative = float(ratio.frobenius)
         terms = jax.tree.map(jnp.asarray, found.terms)
+        return self._as_asked(terms, ratio.frobenius, found.status)
+
+    def _as_asked(self, terms, relative, status) -> Fit:
+        """Return a sum for the wide kernel as one for the target."""
+        if self._is_tall:
+            terms = tuple(map(_transposed, terms))
+        relative = float(relative)
         damage = self.low_rank.total * relative**2
-        return Fit(terms, relative, damage, int(found.status))
+        return Fit(terms, relative, damage, int(status))
 
 
 def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
@@ -259,6 +287,9 @@ def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
     all there is is low rank: sizes that are prime.
     """
     m, n = shape
+    if m > n:
+        turned = near_square((n, m))
+        return None if turned is None else (turned[1], turned[0])
     trivial = {(m, 1), (1, n), (m, n), (1, 1)}
 
     def size(pair):
@@ -329,11 +360,18 @@ def _largest(shape, fraction):
 
 def _tier(shape, ranks):
     """Return the smallest problem in which a mixture of these ranks fits."""
-    for fraction in TIERS[-1:] if math.prod(shape) <= SMALL else TIERS:
+    for fraction in TIERS:
         largest = _largest(shape, fraction)
         if all(rank <= one.rank for rank, one in zip(ranks, largest, strict=False)):
             break
     return Problem.of(shape, largest, 2, starts=1)
+
+
+def _transposed(terms: KroneckerTerms) -> KroneckerTerms:
+    """Return the transpose of a sum; low rank stays columns times rows."""
+    a, b = (jnp.swapaxes(x, 1, 2) for x in (terms.a, terms.b))
+    is_rows = a.shape[1] == 1 and b.shape[2] == 1
+    return KroneckerTerms(b, a) if is_rows else KroneckerTerms(a, b)
 
 
 @jax.jit

@@ -20,6 +20,7 @@ import numpy as np
 
 from kronjax.kronecker import Configuration, interpolative_rank
 from kronjax.lm import fit
+from kronjax.lm.work import Work
 
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
 """Sizes that are offered, as parts of the dense kernel."""
@@ -86,23 +87,35 @@ def probed(names: Iterable[str]) -> set[str]:
     return found
 
 
-def probe(prepared: fit.Prepared) -> list[Probe]:
+def probe(prepared: fit.Prepared, work: Work) -> list[Probe]:
     """Fit the kinds of sums at a few sizes; return their damages over low rank's.
 
     Nothing is fitted where near-square terms are far from any chance.
     """
-    shape, name = prepared.target.shape, prepared.target.name
-    found = []
-    for fraction in PROBES:
-        if prepared.promise(fraction) > HOPELESS:
-            continue
-        tail = prepared.low_rank.tail(fraction)
-        for kind, part in SHARES.items():
-            ranks = fit.mix(shape, fraction, part)
-            if all(ranks[part == 0 :]) and tail > 0:
-                relative = prepared.mixture(ranks).relative
-                found.append((name, kind, fraction, relative**2 / tail))
-    return found
+    target = prepared.target
+
+    def make():
+        return {}, {"ratios": [_ratios(prepared, fraction) for fraction in PROBES]}
+
+    _, facts = work.once("probe", make, *target.parts, PROBES, SHARES, HOPELESS)
+    return [
+        (target.name, kind, fraction, ratio)
+        for fraction, ratios in zip(PROBES, facts["ratios"], strict=True)
+        for kind, ratio in ratios.items()
+    ]
+
+
+def _ratios(prepared, fraction):
+    """Return for each kind of sum of a size its damage over that of low rank."""
+    shape, tail = prepared.target.shape, prepared.low_rank.tail(fraction)
+    ratios = {}
+    if tail == 0 or prepared.promise(fraction) > HOPELESS:
+        return ratios
+    for kind, part in SHARES.items():
+        ranks = fit.mix(shape, fraction, part)
+        if all(ranks[part == 0 :]):
+            ratios[kind] = prepared.mixture(ranks).relative ** 2 / tail
+    return ratios
 
 
 def of_layer(

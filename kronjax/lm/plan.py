@@ -104,7 +104,7 @@ def make(
         budget: See `budget.Budget`.
         moments: From calibration.
         weighting: What to weight by; by default all that the moments hold.
-        work: Keeps what the fits to come need again; by default nothing is kept.
+        work: Keeps what the fits to come need again.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
 
     Raises:
@@ -114,6 +114,7 @@ def make(
     if not isinstance(budget, Budget):
         budget = Budget.parse(budget)
     weighting = weighting or best_weighting(moments)
+    work = work or Work()
     layers = compressible(model)
     room = _room(model, layers, budget)  # before anything takes time
     names = list(layers)
@@ -123,12 +124,10 @@ def make(
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
             wanted = target(layers[name], name, moments, weighting)
-            low_rank = (
-                fit.LowRank.kept(wanted, work) if work else fit.LowRank.of(wanted)
-            )
+            low_rank = fit.LowRank.kept(wanted, work)
             tails[name] = low_rank.total, low_rank.tails
             if name in probed:
-                ratios += offers.probe(fit.Prepared(wanted, low_rank))
+                ratios += offers.probe(fit.Prepared(wanted, low_rank), work)
             advance(1)
     offered = {
         name: offers.of_layer(name, layers[name], *tails[name], ratios)

@@ -14,7 +14,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n
 @pytest.fixture
 def folder(tiny, tmp_path, monkeypatch):
     """A saved model and a text; mixtures, which take long to compile, are left out."""
-    monkeypatch.setattr(offers, "probe", lambda _: [])
+    monkeypatch.setattr(offers, "probe", lambda *_: [])
     lm.save(tiny, tmp_path / "dense")
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path

@@ -122,7 +122,7 @@ def test_finished_layers_are_taken_from_the_folder_of_the_work(
 
 
 def test_a_larger_budget_predicts_less_damage(model, moments, monkeypatch):
-    monkeypatch.setattr(offers, "probe", lambda _: [])
+    monkeypatch.setattr(offers, "probe", lambda *_: [])
     damages = [plan.make(model, x, moments).damage for x in (0.3, 0.6, 0.9, 1.0)]
     assert damages == sorted(damages, reverse=True)
     assert damages[-1] == 0
@@ -130,7 +130,7 @@ def test_a_larger_budget_predicts_less_damage(model, moments, monkeypatch):
 
 @pytest.mark.parametrize("text", ["13k", "52kB", "25kFLOP"])
 def test_budgets_for_the_whole_model(model, moments, monkeypatch, text):
-    monkeypatch.setattr(offers, "probe", lambda _: [])
+    monkeypatch.setattr(offers, "probe", lambda *_: [])
     budget = Budget.parse(text)
     made = plan.make(model, budget, moments)
     done = compression.run(model, made.recipe(), moments, evaluations=2)
@@ -139,7 +139,7 @@ def test_budgets_for_the_whole_model(model, moments, monkeypatch, text):
 
 
 def test_budgets_that_are_impossible_say_so(model, moments, monkeypatch):
-    monkeypatch.setattr(offers, "probe", lambda _: [])
+    monkeypatch.setattr(offers, "probe", lambda *_: [])
     with pytest.raises(ValueError, match="leaves nothing for the linear layers"):
         plan.make(model, "1000", moments)
     with pytest.raises(ValueError, match="smallest possible"):

@@ -86,7 +86,7 @@ def test_finished_blocks_are_not_trained_again(dense, tokens, tmp_path, monkeypa
         return done, kernels(model)
 
     done, first = run()
-    monkeypatch.setattr(refine, "_train", None)
+    monkeypatch.setattr(refine, "_train", lambda *_: pytest.fail("trained again"))
     again, second = run()
     assert done == again
     for name, kernel in first.items():

@@ -1,0 +1,382 @@
+"""A language model at 0.8 and 0.9 of its linear layers: what does each choice save?
+
+Losses are nats per token above the dense model, on eight windows spread over a text
+that calibration has not seen. Calibrated on books, and on the first half of the text
+itself (then the windows are those of its second half):
+
+- planned budgets; the same method spread uniformly; with block refinement;
+- the MLP's last layer in all blocks but the first at half its parameters, each in the
+  same weights: weighted SVD against a mixture fitted jointly;
+- predicted against measured loss of single layers.
+
+Resumable: `--work FOLDER` keeps moments, fits and every finished part.
+"""
+
+import dataclasses
+import json
+import math
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from bench import script
+from kronjax import lm
+from kronjax.lm import calibrate, compression, evaluate, fit, plan
+from kronjax.lm.work import Work
+from kronjax.recipe import Recipe, Rule, Term
+
+FRACTIONS = (0.8, 0.9)
+SIZES = (0.2, 0.4, 0.6)
+"""Of the single layers."""
+
+LIMITS = {
+    "books 0.8": 0.75,
+    "books 0.9": 0.30,
+    "books 0.8 refined": 0.55,
+    "books 0.9 refined": 0.22,
+    "domain 0.8": 0.30,
+    "domain 0.9": 0.09,
+}
+SECONDS, BYTES = 45 * 60, 8 * 2**30
+
+
+@dataclasses.dataclass
+class Experiment:
+    """A model, its texts, and how much is measured.
+
+    Attributes:
+        model: Dense.
+        books: Tokens to calibrate on.
+        text: Tokens to test on; its first half is the calibration of the domain.
+        work: Folder in which everything is kept.
+        window: Tokens in a window.
+        windows: How many are scored.
+        tokens: That calibration reads.
+        refine: Steps for every block.
+        evaluations: Of a fit of a mixture.
+    """
+
+    model: Any
+    books: np.ndarray
+    text: np.ndarray
+    work: Path
+    window: int = 1024
+    windows: int = 8
+    tokens: int = 32_768
+    refine: int = 60
+    evaluations: int = 120
+
+    def __post_init__(self):
+        self.halves = np.array_split(self.text, 2)
+        self._dense: dict[str, float] = {}
+
+    def calibration(self, name):
+        """Tokens to calibrate on, spread over the text of that name."""
+        source = self.books if name == "books" else self.halves[0]
+        return spread(source, self.window, self.tokens // self.window)
+
+    def loss(self, model, name):
+        """Nats per token on the windows that belong to a calibration."""
+        source = self.text if name == "books" else self.halves[1]
+        text = spread(source, self.window, self.windows)[:-1]
+        windows = text.reshape(-1, self.window)
+        return float(np.mean([nll(model, one) for one in windows]))
+
+    def added(self, model, name):
+        """Nats per token above the dense model."""
+        if name not in self._dense:
+            self._dense[name] = self.loss(self.model, name)
+        return self.loss(model, name) - self._dense[name]
+
+    def moments(self, name):
+        """Measured once, and kept."""
+        path = self.work / f"{name}.safetensors"
+        if not path.exists():
+            measured = calibrate.measure(
+                self.model, self.calibration(name), gradients=True, progress=False
+            )
+            calibrate.save(measured, path)
+        return calibrate.load(path)
+
+
+def spread(tokens, window, count):
+    """Windows spread evenly over tokens `[n]`, one after the other, and one token."""
+    starts = np.linspace(0, len(tokens) - window - 1, count).astype(int)
+    parts = [tokens[start : start + window] for start in starts]
+    return np.concatenate([*parts, tokens[-1:]]).astype(np.int32)
+
+
+def nll(model, tokens):
+    """Nats per token of one window; its first token is not scored."""
+    found = evaluate.perplexity(model, tokens, "krony-pt", progress=False)
+    return found.nll
+
+
+def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0):
+    """One compression as its users run it; seconds by stage, memory of the process."""
+    begun = time.perf_counter()
+    given = experiment.moments(name)
+    calibrated = time.perf_counter() - begun
+    done = compression.run(
+        experiment.model,
+        fraction,
+        given,
+        work=experiment.work / "fits",
+        progress=False,
+    )
+    if refine:
+        from kronjax.lm import refine as refinement
+
+        refinement.refine(
+            done.model,
+            experiment.model,
+            experiment.calibration(name),
+            steps=refine,
+            work=Work(experiment.work / "fits"),
+            progress=False,
+        )
+    seconds = {"calibrate": calibrated, **done.seconds}
+    seconds["all"] = time.perf_counter() - begun
+    kinds = [choice.kind for choice in done.plan.choices] if done.plan else []
+    return {
+        "calibration": name,
+        "fraction": fraction,
+        "refine": refine,
+        "added": experiment.added(done.model, name),
+        "predicted": sum(layer.damage for layer in done.layers),
+        "parameters": done.after.parameters,
+        "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "seconds": seconds,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def uniform(experiment: Experiment, fraction: float):
+    """All layers interpolative at the same fraction."""
+    rules = Recipe(
+        rules=(
+            Rule(
+                match="*",
+                method="interpolative",
+                fraction=fraction,
+                weighting="input+gradient",
+            ),
+        )
+    )
+    done = compression.run(
+        experiment.model,
+        rules,
+        experiment.moments("books"),
+        work=experiment.work / "fits",
+        progress=False,
+    )
+    return {
+        "fraction": fraction,
+        "added": experiment.added(done.model, "books"),
+        "predicted": sum(layer.damage for layer in done.layers),
+        "parameters": done.after.parameters,
+    }
+
+
+def mixtures(experiment: Experiment, weighting: Any):
+    """The last layers of the MLPs at half their parameters: SVD and mixtures."""
+    layers = plan.compressible(experiment.model)
+    names = [n for n in layers if n.endswith("mlp.down_proj")][1:]
+    shape = layers[names[0]].kernel[...].shape
+    svd = int(math.prod(shape) / 2 / sum(shape))
+    rows = {}
+    for way, ranks in {"svd": (svd, 0), "mixture": fit.mix(shape, 0.5, 0.5)}.items():
+        terms = tuple(
+            Term(a_shape=c.a_shape, rank=c.rank)
+            for c in fit.configurations(shape, ranks)
+        )
+        held = {"norm": "frobenius", "weighting": weighting, "terms": terms}
+        rules = [Rule(match=name, method="kronecker", **held) for name in names]
+        done = compression.run(
+            experiment.model,
+            Recipe(rules=(*rules, Rule(match="*", method="keep"))),
+            experiment.moments("books"),
+            evaluations=experiment.evaluations,
+            work=experiment.work / "fits",
+            progress=False,
+        )
+        rows[way] = {
+            "added": experiment.added(done.model, "books"),
+            "relative": float(np.mean([layer.relative for layer in done.layers])),
+            "parameters": done.after.parameters,
+        }
+    return {"weighting": weighting, **rows}
+
+
+def points(experiment: Experiment):
+    """Predicted and measured loss of one layer at a time."""
+    layers = plan.compressible(experiment.model)
+    given = experiment.moments("books")
+    blocks = sorted({name.split(".")[1] for name in layers}, key=int)
+    chosen = [blocks[int(x)] for x in np.linspace(0, len(blocks) - 1, 5)[1:-1]]
+    rows = []
+    for i, name in enumerate(n for n in layers if n.split(".")[1] in chosen):
+        fraction = SIZES[(i + i // len(SIZES)) % len(SIZES)]
+        rule = Rule(
+            match=name,
+            method="interpolative",
+            fraction=fraction,
+            weighting="input+gradient",
+        )
+        done = compression.run(
+            experiment.model,
+            Recipe(rules=(rule, Rule(match="*", method="keep"))),
+            given,
+            work=experiment.work / "fits",
+            progress=False,
+        )
+        rows.append(
+            {
+                "layer": name,
+                "fraction": fraction,
+                "predicted": done.layers[0].damage,
+                "measured": experiment.added(done.model, "books"),
+            }
+        )
+    return rows
+
+
+def parts_of(experiment: Experiment) -> dict[str, Callable[[], Any]]:
+    """Everything that is measured, by name."""
+    parts: dict[str, Callable[[], Any]] = {}
+    for name in ("books", "domain"):
+        for fraction in FRACTIONS:
+            parts[f"{name} {fraction}"] = lambda n=name, f=fraction: planned(
+                experiment, n, f
+            )
+    parts["uniform 0.8"] = lambda: uniform(experiment, 0.8)
+    parts["points"] = lambda: points(experiment)
+    for weighting in ("input", "input+gradient"):
+        parts[f"mixtures {weighting}"] = lambda w=weighting: mixtures(experiment, w)
+    for fraction in FRACTIONS:
+        parts[f"books {fraction} refined"] = lambda f=fraction: planned(
+            experiment, "books", f, experiment.refine
+        )
+    return parts
+
+
+def run(experiment: Experiment, wanted: list[str]) -> dict[str, Any]:
+    """Measure what is not kept yet; all parts, or those named."""
+    kept = experiment.work / "results.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    for name, part in parts_of(experiment).items():
+        if name not in results and (not wanted or name in wanted):
+            script.say(name)
+            results[name] = part()
+            kept.write_text(json.dumps(results))
+    return results
+
+
+def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
+    """What was asked for."""
+    targets = [
+        script.Target(f"added nats, {name}", results[name]["added"], limit)
+        for name, limit in LIMITS.items()
+        if name in results
+    ]
+    first = results.get("books 0.8")
+    if first is not None:
+        seconds = first["seconds"]["all"]
+        targets.append(script.Target("seconds in all, books 0.8", seconds, SECONDS))
+        targets.append(script.Target("peak bytes", first["peak_bytes"], BYTES))
+        if "uniform 0.8" in results:
+            ratio = first["added"] / results["uniform 0.8"]["added"]
+            what = "planned over uniform, added nats"
+            targets.append(script.Target(what, ratio, 0.5))
+    if "mixtures input" in results:
+        row = results["mixtures input"]
+        ratio = row["mixture"]["added"] / row["svd"]["added"]
+        targets.append(script.Target("mixtures over SVD, added nats", ratio, 0.8))
+    if "points" in results:
+        what = "rank correlation of predictions"
+        targets.append(script.Target(what, correlation(results["points"]), 0.9, True))
+    return targets
+
+
+def correlation(rows) -> float:
+    """Spearman's, of predicted and measured loss."""
+    found = spearmanr([r["predicted"] for r in rows], [r["measured"] for r in rows])
+    return float(found.statistic)
+
+
+def draw(results):
+    """Losses of the compressions, and predicted against measured loss."""
+    chart, axes = script.figure(10, 4, columns=2)
+    bars = {k: v["added"] for k, v in results.items() if "added" in v}
+    for name, row in results.items():
+        if name.startswith("mixtures"):
+            for way in ("svd", "mixture"):
+                label = name.replace("mixtures", "half of down_proj,")
+                bars[f"{label}: {way}"] = row[way]["added"]
+    places = np.arange(len(bars))
+    axes[0, 0].barh(places, list(bars.values()), color=script.COLORS["kronjax"])
+    axes[0, 0].set_yticks(places, list(bars))
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xlabel("nats per token above dense")
+    rows = [row for row in results.get("points", []) if row["measured"] > 0]
+    if rows:
+        predicted = [row["predicted"] for row in rows]
+        axes[0, 1].loglog(predicted, [row["measured"] for row in rows], "o")
+        ends = [min(predicted), max(predicted)]
+        axes[0, 1].loglog(ends, ends, ":", color="black")
+    axes[0, 1].set_xlabel("predicted nats of one layer")
+    axes[0, 1].set_ylabel("measured")
+    return chart
+
+
+def quick(folder):
+    """An experiment of seconds with random weights and random text."""
+    from bench import gguf_files
+
+    model = gguf_files.random_model()
+    draws = np.random.default_rng(0)
+    text = draws.integers(0, model.config.vocab_size, 2048).astype(np.int32)
+    return Experiment(
+        model, text, text[::-1], folder, 32, windows=2, tokens=640, refine=2
+    )
+
+
+def main():
+    parser = script.parser(__doc__)
+    parser.add_argument("--model", help="what kronjax.lm.load opens")
+    parser.add_argument("--books", type=Path, nargs="+", help="texts to calibrate on")
+    parser.add_argument("--text", type=Path, help="to test on, and for the domain")
+    parser.add_argument("--work", type=Path, help="keep here what is done")
+    parser.add_argument("--only", nargs="+", default=[], help="names of parts")
+    given = parser.parse_args()
+    needed = given.model, given.books, given.text, given.work
+    if not given.quick and None in needed:
+        parser.error("--model, --books, --text and --work are needed, or --quick")
+    with tempfile.TemporaryDirectory() as temporary:
+        if given.quick:
+            experiment = quick(Path(temporary))
+        else:
+            given.work.mkdir(parents=True, exist_ok=True)
+            model = lm.load(given.model, dtype="float32")
+            encode = model.tokenizer.encode
+            books = [encode(p.read_text(errors="replace")) for p in given.books]
+            text = encode(given.text.read_text(encoding="utf-8"))
+            experiment = Experiment(
+                model, np.concatenate(books), np.asarray(text), given.work
+            )
+        results = run(experiment, given.only)
+    targets = targets_of(results)
+    script.print_targets(targets)
+    chart = draw(results)
+    facts = {"quick": given.quick, "targets": [target.plain() for target in targets]}
+    script.publish("compression", {**facts, **results}, chart, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The bundled language model with smaller MLPs, compressed in five ways.
+
+All five have equally many parameters: the MLP layers at 15 % of theirs, the others as
+they are; the plan may spend the same sum where it likes. Perplexities are those of text
+that neither training nor calibration has seen.
+"""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from kronjax import demo, nn
+from kronjax.demo import corpus
+from kronjax.lm import calibrate, compression, evaluate, fit, page, record
+from kronjax.lm import text as texts
+from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.budget import Budget
+from kronjax.recipe import Recipe, Rule, Term, Weighting
+
+FRACTION = 0.15
+"""Of the parameters of the MLP layers, what is left."""
+
+TOKENS = 8192
+"""Of the text of training, for calibration."""
+
+CHARACTERS = 80_000
+"""Of the held-out text, to measure on: half of it."""
+
+PROTOCOL = "krony-pt"
+
+DENSE = "dense"
+PLANNED = "planned budget"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way.
+
+    Attributes:
+        name: In words.
+        parameters: Of the whole model.
+        perplexity: On held-out text.
+    """
+
+    name: str
+    parameters: int
+    perplexity: float
+
+
+def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
+    """Compress in every way; write the report of the planned one into `folder`.
+
+    Args:
+        folder: That exists.
+        say: Told what happens next.
+    """
+    model = demo.model()
+    held_out = texts.from_rows(
+        [demo.held_out()[:CHARACTERS]], source="held-out documentation"
+    )
+
+    def measured(name: str, parameters: int, one: LanguageModel) -> Row:
+        # Dense models of one kind share a program.
+        dense = nn.multiplied_out(one)
+        found = evaluate.perplexity(dense, held_out, PROTOCOL, progress=False)
+        return Row(name, parameters, found.perplexity)
+
+    say("calibrating")
+    tokens = compression.tokens_of(model, _training(6 * TOKENS))[:TOKENS]
+    moments = calibrate.measure(model, tokens, gradients=True, progress=False)
+    rows = []
+    for name, rules in ways().items():
+        say(name)
+        done = compression.run(model, rules, moments, progress=False)
+        rows.append(measured(name, done.after.parameters, done.model))
+    say(PLANNED)
+    budget = Budget("parameters", max(row.parameters for row in rows))
+    done = compression.run(model, budget, moments, progress=False)
+    found = record.of(
+        done,
+        model,
+        source="the bundled model",
+        text=held_out,
+        protocol=PROTOCOL,
+        timed=False,
+        progress=False,
+    )
+    record.write(found, folder)
+    page.write(found, folder)
+    before, after = (
+        found["perplexity"][name]["perplexity"] for name in ("dense", "compressed")
+    )
+    return [
+        Row(DENSE, done.before.parameters, before),
+        *rows,
+        Row(PLANNED, done.after.parameters, after),
+    ]
+
+
+def ways() -> dict[str, Recipe]:
+    """Return the recipes by the names under which they are shown."""
+    return {
+        "SVD": recipe("low-rank", "frobenius", "none"),
+        "Kronecker, Van Loan": recipe("kronecker", "frobenius", "none"),
+        "Kronecker, spectral norm": recipe("kronecker", "spectral", "none"),
+        "Kronecker, data-aware": recipe("kronecker", "frobenius", "input+gradient"),
+    }
+
+
+def recipe(method: str, norm: str, weighting: Weighting) -> Recipe:
+    """Return rules for the MLP layers of the bundled model."""
+    rules = []
+    for name, shape in (("c_fc", (192, 768)), ("c_proj", (768, 192))):
+        what: dict[str, Any] = {"method": "low-rank", "fraction": FRACTION}
+        if method == "kronecker":
+            (one,) = fit.configurations(shape, fit.mix(shape, FRACTION, 0.0))
+            term = Term(a_shape=one.a_shape, rank=one.rank)
+            what = {"method": "kronecker", "terms": (term,)}
+        match = f"h.*.mlp.{name}"
+        rules.append(Rule(match=match, norm=norm, weighting=weighting, **what))
+    return Recipe(rules=(*rules, Rule(match="*", method="keep")), name=method)
+
+
+def added(row: Row, dense: Row) -> float:
+    """Return the nats per token above the dense model."""
+    return math.log(row.perplexity / dense.perplexity)
+
+
+def table(rows: list[Row]) -> Table:
+    """Return perplexities and sizes."""
+    result = Table(
+        title="Bundled language model, perplexity of held-out text",
+        caption=f"MLP layers at {FRACTION:.0%} of their parameters;\n"
+        "the plan spreads the same sum over all layers",
+    )
+    result.add_column("", justify="left")
+    for name in ("parameters", "perplexity", "nats above dense"):
+        result.add_column(name, justify="right")
+    for row in rows:
+        worse = f"{added(row, rows[0]):+.3f}" if row is not rows[0] else ""
+        result.add_row(row.name, f"{row.parameters:,}", f"{row.perplexity:,.1f}", worse)
+    return result
+
+
+def figure(rows: list[Row]) -> bytes:
+    """Return a PNG: nats per token above the dense model, by way."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    dense, *others = rows
+    worse = [max(added(row, dense), 1e-4) for row in others]
+    chart = Figure(figsize=(7, 3), dpi=150, layout="constrained")
+    axes = chart.add_subplot()
+    ours = [row.name == PLANNED or "aware" in row.name for row in others]
+    colors = ["tab:blue" if one else "tab:gray" for one in ours]
+    bars = axes.barh([row.name for row in others], worse, color=colors)
+    labels = [f"{row.perplexity:,.1f}" for row in others]
+    axes.bar_label(bars, labels, padding=4)
+    axes.set_xscale("log")
+    axes.set_xlim(min(worse) / 2, max(worse) * 4)
+    axes.invert_yaxis()
+    axes.set_xlabel("nats per token above the dense model (at the bars: perplexity)")
+    axes.set_title(
+        f"{others[0].parameters / dense.parameters:.0%} of the parameters, dense "
+        f"perplexity {dense.perplexity:.1f}",
+        fontsize=11,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(chart).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _training(characters: int) -> str:
+    """Return the beginning of the text that the model was trained on."""
+    text = ""
+    for document in corpus.documents():
+        text += document + "\n\n\n"
+        if len(text) >= characters:
+            break
+    return text[:characters]
