@@ -141,7 +141,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
             work=Work(experiment.work / "fits"),
             progress=False,
         )
-    seconds = {"calibrate": calibrated, **done.seconds}
+    seconds = {**done.seconds, "calibrate": calibrated}
     seconds["all"] = time.perf_counter() - begun
     kinds = [choice.kind for choice in done.plan.choices] if done.plan else []
     return {

@@ -18,6 +18,15 @@ GPT2 = {
     }.items()
 }
 DENSE = 124_439_808
+OPT = {
+    f"layers.{i}.{name}": shape
+    for i in range(12)
+    for name, shape in {
+        "fc1": (768, 3072),
+        "fc2": (3072, 768),
+        **{f"self_attn.{x}_proj": (768, 768) for x in ("k", "out", "q", "v")},
+    }.items()
+}
 
 
 def matched(pattern, names=GPT2):
@@ -144,12 +153,34 @@ def test_recipes_of_the_literature_count_as_published(name, total):
     assert DENSE - saved == total
 
 
+def test_half_of_every_second_block_leaves_as_much_as_published():
+    """KnGPT2 and TQCompressedGPT2 are 83M and 81M with an embedding by 2 and by 4."""
+    embedding = 50257 * 768
+    for name, factor, total in (
+        ("kngpt2", 2, 83.9e6),
+        ("tqcompressedgpt2", 4, 81.3e6),
+    ):
+        found = recipe.resolve(recipe.load(name), GPT2)
+        saved = sum(one.shape[0] * one.shape[1] - one.num_parameters for one in found)
+        assert {one.name.split(".")[1] for one in found} == set("13579") | {"11"}
+        left = DENSE - saved - embedding * (factor - 1) / factor
+        assert left == pytest.approx(total, rel=2e-3)
+
+
+def test_three_of_four_terms_leave_three_quarters():
+    found = recipe.resolve(recipe.load("procrustesgpt-opt-125m"), OPT, model_type="opt")
+    assert {one.name for one in found} == {x for x in OPT if "v_proj" not in x}
+    for one in found:
+        whole = one.shape[0] * one.shape[1]
+        assert one.num_parameters == whole * 3 // 4 + 3 * 4
+
+
 @pytest.mark.parametrize("name", sorted(recipe.builtin()))
 def test_every_recipe_that_comes_along_reads_and_writes(name):
     read = recipe.load(name)
     assert read.name == name and read.source
     assert recipe.loads(recipe.dumps(read)) == read
-    assert recipe.resolve(read, GPT2)
+    assert recipe.resolve(read, OPT if read.model_type == "opt" else GPT2)
 
 
 def test_a_misspelt_name_is_told(tmp_path):
