@@ -98,11 +98,20 @@ class Experiment:
         """Measured once, and kept."""
         path = self.work / f"{name}.safetensors"
         if not path.exists():
+            begun = time.perf_counter()
             measured = calibrate.measure(
                 self.model, self.calibration(name), gradients=True, progress=False
             )
             calibrate.save(measured, path)
+            self._clock(name).write_text(str(time.perf_counter() - begun))
         return calibrate.load(path)
+
+    def calibration_seconds(self, name):
+        """What measuring the moments took when it was done."""
+        return float(self._clock(name).read_text())
+
+    def _clock(self, name):
+        return self.work / f"{name}.seconds"
 
 
 def spread(tokens, window, count):
@@ -120,9 +129,7 @@ def nll(model, tokens):
 
 def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0):
     """One compression as its users run it; seconds by stage, memory of the process."""
-    begun = time.perf_counter()
     given = experiment.moments(name)
-    calibrated = time.perf_counter() - begun
     done = compression.run(
         experiment.model,
         fraction,
@@ -141,8 +148,8 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
             work=Work(experiment.work / "fits"),
             progress=False,
         )
-    seconds = {**done.seconds, "calibrate": calibrated}
-    seconds["all"] = time.perf_counter() - begun
+    seconds = {**done.seconds, "calibrate": experiment.calibration_seconds(name)}
+    seconds["all"] = sum(seconds.values())
     kinds = [choice.kind for choice in done.plan.choices] if done.plan else []
     return {
         "calibration": name,

@@ -14,8 +14,8 @@ times a layer is kept: `g gᵀ` is formed where the backward pass meets `g`.
 References: Martens and Grosse (2015) for the factored Fisher matrix.
 
 >>> moments = Moments({"fc": "fc"}, {"fc": np.eye(2)}, {}, 10, "")
->>> moments.input("fc").shape
-(2, 2)
+>>> moments.input("fc").tolist()
+[[1.0, 0.0], [0.0, 1.0]]
 """
 
 import dataclasses
@@ -37,6 +37,11 @@ from kronjax.lm import attention, losses
 from kronjax.lm.architecture import LanguageModel, check_vocabulary
 from kronjax.lm.progress import bar
 
+SHRINKAGE = 0.1
+"""By default. SmolLM2-135M, calibrated on 32,768 tokens of books and planned at 0.8 of
+its linear layers with low rank alone, loses 0.375 nats per token on WikiText-2 without
+any, 0.340 with 0.01, 0.299 with 0.1 and 0.321 with 0.3."""
+
 FORMAT = "kronjax-moments"
 """Value of the metadata entry `format` in the files of `save`."""
 
@@ -51,6 +56,9 @@ class Moments:
         outputs: For each layer `[n_out, n_out]`, float32; empty without gradients.
         tokens: Number of tokens seen.
         tokens_sha256: Of the tokens, as little-endian int32.
+        shrinkage: Part of every moment that `input` and `output` replace by as much of
+            the identity: what little text says of rare directions is not to be taken
+            for all there is to say of them (Ledoit and Wolf, 2004).
     """
 
     sources: Mapping[str, str]
@@ -58,10 +66,21 @@ class Moments:
     outputs: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     tokens: int
     tokens_sha256: str
+    shrinkage: float = SHRINKAGE
 
     def input(self, name: str) -> np.ndarray:
-        """Return the moment of the input of a layer, `[n_in, n_in]`."""
-        return self.inputs[self.sources[name]]
+        """Return the shrunk moment of the input of a layer, `[n_in, n_in]`."""
+        return self._shrunk(self.inputs[self.sources[name]])
+
+    def output(self, name: str) -> np.ndarray:
+        """Return the shrunk moment of the gradient at its output, `[n_out, n_out]`."""
+        return self._shrunk(self.outputs[name])
+
+    def _shrunk(self, moment):
+        mean = np.trace(moment, dtype=np.float64) / len(moment)
+        identity = np.eye(len(moment), dtype=moment.dtype)
+        share = moment.dtype.type(self.shrinkage)
+        return (1 - share) * moment + moment.dtype.type(mean) * share * identity
 
 
 def measure(

@@ -66,13 +66,15 @@ def plan(
         dense = checkpoint.outline(model)
     else:
         assert budget is not None
-        dense = checkpoint.load(model, dtype="float32")
+        dense = checkpoint.load(model)
         moments = None
         if calibrate is not None:
             text = _read(calibrate)
             read = compression.tokens_of(dense, text)[: tokens + 1]
             gradients = weighting in (None, "input+gradient")
-            moments = calibration.measure(dense, read, gradients=gradients)
+            moments = calibration.measure(
+                compression.precise(dense), read, gradients=gradients
+            )
         made = planning.make(dense, budget, moments, weighting=weighting)
         rules = made.recipe()
     smaller = planning.outline(dense, rules)
@@ -98,7 +100,7 @@ def compress(
     refine: Annotated[int, option("STEPS")] = 0,
     evaluate: Annotated[str | None, option("FILE")] = None,
     protocol: Annotated[str, option("NAME")] = "krony-pt",
-    dtype: Dtype = "float32",
+    dtype: Dtype | None = None,
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
@@ -119,7 +121,8 @@ def compress(
             dense block on the text, for example 100.
         evaluate: A text to measure perplexities on.
         protocol: krony-pt, gptq-2048 or hf-strided.
-        dtype: Precision of parameters and products.
+        dtype: Precision of what is written; by default that of the model. Everything is
+            computed in float32.
         force: Replace the model that is in FOLDER.
         as_json: Print the record as one JSON object.
     """

@@ -22,7 +22,7 @@ from flax import nnx
 from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
-from kronjax.lm import calibrate, fit, plan, sizes, starts
+from kronjax.lm import calibrate, checkpoint, fit, plan, sizes, starts
 from kronjax.lm import refine as refinement
 from kronjax.lm import text as texts
 from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
@@ -175,8 +175,9 @@ def run(
     else:
         needed = weighting or ("none" if calibration is None else "input+gradient")
     kept = Work(work)
+    working = precise(model)
     with timed(seconds, "calibrate"):
-        moments = _moments(model, calibration, needed, tokens, kept, progress)
+        moments = _moments(working, calibration, needed, tokens, kept, progress)
     made = None
     if budget is not None:
         with timed(seconds, "plan"):
@@ -186,8 +187,7 @@ def run(
         rules = made.recipe()
         assignments = recipes.resolve(rules, shapes)
     assert rules is not None and assignments is not None
-    smaller = nnx.merge(*nnx.split(model))
-    smaller.tokenizer = model.tokenizer
+    smaller = nnx.merge(*nnx.split(working))
     with timed(seconds, "fit"):
         done = _fit_all(
             smaller, assignments, moments, made, evaluations, kept, progress
@@ -198,9 +198,11 @@ def run(
     if read is not None:
         with timed(seconds, "refine"):
             blocks = refinement.refine(
-                smaller, model, read, steps=refine, work=kept, progress=progress
+                smaller, working, read, steps=refine, work=kept, progress=progress
             )
-    smaller.recipe = recipes.dumps(rules)
+    if working is not model:
+        smaller = checkpoint.cast(smaller, str(parameter_dtype(model)))
+    smaller.tokenizer, smaller.recipe = model.tokenizer, recipes.dumps(rules)
     return Result(
         model=smaller,
         recipe=rules,
@@ -212,6 +214,15 @@ def run(
         after=sizes.count(smaller),
         seconds=seconds,
     )
+
+
+def precise(model: LanguageModel) -> LanguageModel:
+    """Return a model that computes in float32: itself if it does."""
+    if parameter_dtype(model) == np.float32:
+        return model
+    copy = checkpoint.cast(model, "float32")
+    copy.tokenizer = model.tokenizer
+    return copy
 
 
 def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.ndarray:

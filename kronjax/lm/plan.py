@@ -219,7 +219,7 @@ def target(
     if weighting == "input+gradient":
         if name not in moments.outputs:
             raise ValueError("the moments were measured without gradients")
-        right = moments.outputs[name]
+        right = moments.output(name)
     for moment, size in zip((left, right), kernel.shape, strict=True):
         if moment is not None and moment.shape != (size, size):
             raise ValueError(f"the moments of {name} are those of another model")

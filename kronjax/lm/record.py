@@ -21,7 +21,7 @@ import numpy as np
 from kronjax import __version__, nn, output
 from kronjax.lm import evaluate, latency
 from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.compression import Result
+from kronjax.lm.compression import Result, precise
 from kronjax.lm.sizes import Sizes
 from kronjax.lm.text import Text
 
@@ -86,7 +86,7 @@ def of(
     }
     if text is not None:
         pair = [
-            evaluate.perplexity(one, text, protocol, progress=progress)
+            evaluate.perplexity(precise(one), text, protocol, progress=progress)
             for one in (model, result.model)
         ]
         dense, ours = map(evaluate.summary, pair)

@@ -1,5 +1,7 @@
 """Moments against those of activations and gradients that were taken one by one."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +83,8 @@ def layer_input(model, windows, name):
 )
 def test_moments_are_those_of_inputs_and_gradients(model, tokens, moments, name):
     c, g = reference(model, tokens, name)
-    np.testing.assert_allclose(moments.input(name), c, atol=1e-5 * np.abs(c).max())
+    found = moments.inputs[moments.sources[name]]
+    np.testing.assert_allclose(found, c, atol=1e-5 * np.abs(c).max())
     np.testing.assert_allclose(moments.outputs[name], g, atol=1e-5 * np.abs(g).max())
     assert moments.tokens == 20 * CONTEXT
 
@@ -92,6 +95,21 @@ def test_layers_that_read_the_same_share_it(moments):
     assert {name.split(".")[-1] for name in own} == {*shared, "o_proj"}
     assert len(moments.inputs) == 2 * 4 and len(moments.outputs) == 2 * 7
     assert "lm_head" not in moments.sources
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.25, 1.0])
+def test_shrinkage_keeps_the_trace_and_narrows_the_spectrum(moments, shrinkage):
+    shrunk = dataclasses.replace(moments, shrinkage=shrinkage)
+    for name in moments.sources:
+        for raw, found in (
+            (moments.inputs[moments.sources[name]], shrunk.input(name)),
+            (moments.outputs[name], shrunk.output(name)),
+        ):
+            assert found.dtype == np.float32
+            values = np.linalg.eigvalsh(raw.astype(np.float64))
+            expected = (1 - shrinkage) * values + shrinkage * values.mean()
+            ours = np.linalg.eigvalsh(found.astype(np.float64))
+            np.testing.assert_allclose(ours, expected, atol=1e-5 * values.max())
 
 
 def test_without_gradients_the_inputs_are_the_same(model, tokens, moments):

@@ -1,12 +1,23 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from kronjax import nn, recipe
 from kronjax.kronecker import Configuration
-from kronjax.lm import calibrate, compression, fit, gpt2, offers, page, plan, record
+from kronjax.lm import (
+    calibrate,
+    checkpoint,
+    compression,
+    fit,
+    gpt2,
+    offers,
+    page,
+    plan,
+    record,
+)
 from kronjax.lm.budget import Budget
 
 CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
@@ -72,7 +83,7 @@ def test_damages_are_those_of_the_weights_multiplied_out(model, result, moments)
     before, after = kernels(model), kernels(done.model)
     for layer in done.layers:
         error = before[layer.name] - after[layer.name]
-        left, right = moments.input(layer.name), moments.outputs[layer.name]
+        left, right = moments.input(layer.name), moments.output(layer.name)
         damage = np.trace(error.T @ left @ error @ right) / 2
         np.testing.assert_allclose(layer.damage, damage, rtol=2e-2)
         assert layer.relative <= layer.low_rank * (1 + 1e-4)  # never worse than that
@@ -256,3 +267,13 @@ def test_refinement_is_refused_before_anything_takes_time(model, tokens):
         compression.run(model, RULES, tokens[:200], refine=10)
     with pytest.raises(ValueError, match="needs the text"):
         compression.run(model, RULES, refine=10)
+
+
+def test_short_floats_stay_short_and_are_computed_in_long_ones(model, moments):
+    short = checkpoint.cast(model, "bfloat16")
+    done = compression.run(short, RULES, moments)
+    stored = {str(x.dtype) for x in jax.tree.leaves(nnx.state(done.model, nnx.Param))}
+    assert stored == {"bfloat16"}
+    whole = compression.run(checkpoint.cast(short, "float32"), RULES, moments)
+    assert done.layers[0].relative == whole.layers[0].relative
+    assert done.after.bytes * 2 == pytest.approx(whole.after.bytes, rel=0.05)
