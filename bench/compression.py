@@ -28,6 +28,7 @@ from scipy.stats import spearmanr
 from bench import script
 from kronjax import lm
 from kronjax.lm import calibrate, compression, evaluate, fit, plan
+from kronjax.lm.architecture import tokenizer_of
 from kronjax.lm.work import Work
 from kronjax.recipe import Recipe, Rule, Term
 
@@ -314,7 +315,7 @@ def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
 def correlation(rows) -> float:
     """Spearman's, of predicted and measured loss."""
     found = spearmanr([r["predicted"] for r in rows], [r["measured"] for r in rows])
-    return float(found.statistic)
+    return float(found[0])  # type: ignore[arg-type]
 
 
 def draw(results):
@@ -371,7 +372,7 @@ def main():
         else:
             given.work.mkdir(parents=True, exist_ok=True)
             model = lm.load(given.model, dtype="float32")
-            encode = model.tokenizer.encode
+            encode = tokenizer_of(model).encode
             books = [encode(p.read_text(errors="replace")) for p in given.books]
             text = encode(given.text.read_text(encoding="utf-8"))
             experiment = Experiment(

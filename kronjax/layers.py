@@ -43,6 +43,8 @@ class KroneckerLinear(nnx.Module):
         bias: `nnx.Param` `[n_out]`, or None.
         inputs: `Order` `[n_in]`, the input that comes at each row of the sum, or None.
         outputs: `Order` `[n_out]`, the column of the sum that is each output, or None.
+        scales: One `nnx.Param` `[r]` for each configuration, a factor of every term,
+            or None.
 
     Args:
         terms: One sum for each configuration, all of the same shape `[n_in, n_out]`,
@@ -50,6 +52,8 @@ class KroneckerLinear(nnx.Module):
         bias: `[n_out]`, or None for none.
         rows: `[n_in]`, integers, a permutation; None for the order as it is.
         columns: `[n_out]`, likewise.
+        scales: `[r]` for each configuration, scalars that are learned beside the
+            factors (Krony-PT, 2024); None for none.
 
     Raises:
         ValueError: If there are no terms, their shapes differ or something else does
@@ -63,6 +67,7 @@ class KroneckerLinear(nnx.Module):
         *,
         rows: jax.Array | np.ndarray | None = None,
         columns: jax.Array | np.ndarray | None = None,
+        scales: Sequence[jax.Array] | None = None,
     ) -> None:
         """Hold the factors."""
         terms = tuple(terms)
@@ -84,19 +89,37 @@ class KroneckerLinear(nnx.Module):
             raise ValueError(
                 f"bias has shape {bias.shape}, the layer {self.out_features} outputs"
             )
+        if scales is not None and [s.shape for s in scales] != [
+            one.a.shape[:1] for one in terms
+        ]:
+            raise ValueError(
+                f"scales are one [r] for each of the {len(terms)} configurations; got "
+                f"{[s.shape for s in scales]}"
+            )
         self.a = nnx.List([nnx.Param(one.a) for one in terms])
         self.b = nnx.List([nnx.Param(one.b) for one in terms])
+        self.scales = None if scales is None else nnx.List(map(nnx.Param, scales))
         self.bias = None if bias is None else nnx.Param(bias)
         self.inputs = _held(_permutation(rows, self.in_features, "rows"))
         columns = _permutation(columns, self.out_features, "columns")
         self.outputs = _held(None if columns is None else np.argsort(columns))
 
     @property
-    def terms(self) -> tuple[KroneckerTerms, ...]:
-        """The factors, one sum for each configuration."""
+    def factors(self) -> tuple[KroneckerTerms, ...]:
+        """The factors as they are held, one sum for each configuration."""
         return tuple(
             KroneckerTerms(a.get_value(), b.get_value())
             for a, b in zip(self.a, self.b, strict=True)
+        )
+
+    @property
+    def terms(self) -> tuple[KroneckerTerms, ...]:
+        """The sums that the layer stands for: the factors with their scales."""
+        if self.scales is None:
+            return self.factors
+        return tuple(
+            KroneckerTerms(one.a * scale.get_value()[:, None, None], one.b)
+            for one, scale in zip(self.factors, self.scales, strict=True)
         )
 
     def materialize(self) -> jax.Array:

@@ -79,8 +79,9 @@ def cost(layer: Layer) -> Cost:
     bytes_held = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
     bias = 0 if layer.bias is None else layer.out_features
     if isinstance(layer, KroneckerLinear):
-        held = sum(one.num_parameters for one in layer.terms)
-        flops = sum(2 * matmul_cost(one) for one in layer.terms)
+        held = sum(one.num_parameters for one in layer.factors)
+        held += sum(one.shape[0] for one in layer.scales or ())
+        flops = sum(2 * matmul_cost(one) for one in layer.factors)
         flops += (len(layer.a) - 1) * layer.out_features
         return Cost(held + bias, bytes_held, flops + bias)
     if isinstance(layer, InterpolativeLinear):
@@ -175,6 +176,8 @@ def describe(layer: Layer) -> dict[str, Any]:
         facts["rows"], facts["columns"] = (
             order is not None for order in (layer.inputs, layer.outputs)
         )
+        if layer.scales is not None:
+            facts["scales"] = True
         return {"kind": "kronecker", "terms": shapes, **facts}
     if isinstance(layer, InterpolativeLinear):
         shape = [layer.in_features, layer.out_features]
@@ -197,7 +200,11 @@ def from_description(description: Mapping[str, Any]) -> Layer:
             shapes = [(_sizes(x["a"]), _sizes(x["b"])) for x in description["terms"]]
             terms = [KroneckerTerms(_abstract(a), _abstract(b)) for a, b in shapes]
             n_in, n_out = terms[0].shape
-            made = KroneckerLinear(terms, _abstract((n_out,)) if with_bias else None)
+            scales = None
+            if description.get("scales"):
+                scales = [_abstract(one.a.shape[:1]) for one in terms]
+            bias = _abstract((n_out,)) if with_bias else None
+            made = KroneckerLinear(terms, bias, scales=scales)
             if description.get("rows"):
                 made.inputs = nnx.data(Order(_abstract((n_in,), jnp.int32)))
             if description.get("columns"):

@@ -71,6 +71,8 @@ class Rule(_Strict):
             are weights, and spectral where there are none.
         weighting: What the error is weighted by, from calibration.
         start: Where a solve starts, or all there is to it in schemes that train later.
+        scalars: Whether every term of a Kronecker sum gets a scalar of its own, to be
+            learned beside its factors.
     """
 
     match: str | tuple[str, ...]
@@ -83,6 +85,7 @@ class Rule(_Strict):
     ] = "auto"
     weighting: Weighting = "input"
     start: Start = "van-loan"
+    scalars: bool = False
 
     @pydantic.model_validator(mode="after")
     def _belongs_together(self) -> "Rule":
@@ -93,6 +96,8 @@ class Rule(_Strict):
             "interpolative": has_rank,
             "keep": not self.terms and self.rank is None is self.fraction,
         }
+        if self.scalars and self.method != "kronecker":
+            raise ValueError("scalars are those of the terms of method kronecker")
         if not wanted[self.method]:
             needs = {
                 "kronecker": "terms, and neither rank nor fraction",
@@ -142,7 +147,9 @@ class Assignment:
         if self.rule.method == "interpolative":
             (one,) = self.configurations
             return one.rank * (sum(self.shape) - one.rank)
-        return sum(one.num_parameters(self.shape) for one in self.configurations)
+        terms = sum(one.num_parameters(self.shape) for one in self.configurations)
+        scalars = sum(one.rank for one in self.configurations) * self.rule.scalars
+        return terms + scalars
 
 
 def load(source: str | Path) -> Recipe:

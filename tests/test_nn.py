@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import kronecker_sum_reference
+from helpers import KRONY_PT, kronecker_sum_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,34 +15,6 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.lm import gpt2
 
 SHAPES = [((2, 3), (4, 5)), ((8, 1), (1, 15)), ((1, 15), (8, 1)), ((4, 5), (2, 3))]
-
-# Whole models with c_fc and c_proj of all blocks of GPT-2 small as one Kronecker
-# product (m1, n1) ⊗ (3072 / m1, 768 / n1): Krony-PT (Ayoub et al., 2024).
-KRONY_PT = {
-    (64, 32): 67_893_504,
-    (64, 48): 67_908_864,
-    (96, 32): 67_908_864,
-    (64, 64): 67_928_832,
-    (128, 32): 67_928_832,
-    (96, 48): 67_939_584,
-    (96, 64): 67_973_376,
-    (128, 48): 67_973_376,
-    (128, 64): 68_020_224,
-    (96, 96): 68_044_032,
-    (192, 48): 68_044_032,
-    (128, 96): 68_116_224,
-    (192, 64): 68_116_224,
-    (128, 128): 68_213_376,
-    (256, 64): 68_213_376,
-    (1024, 256): 74_108_376,
-    (768, 384): 74_894_784,
-    (1024, 384): 77_254_032,
-    (768, 768): 81_972_576,
-    (1536, 384): 81_972_576,
-    (1024, 768): 86_691_144,
-    (1536, 768): 96_128_304,
-    (3072, 768): 124_439_832,
-}
 
 
 def terms_of(shapes, rank, seed, dtype=jnp.float64):
@@ -250,3 +222,24 @@ def test_interpolative_layers_are_described():
         nn.InterpolativeLinear(jnp.ones((4, 2)), jnp.ones((3, 5)), np.arange(8))
     with pytest.raises(ValueError, match="permutation"):
         nn.InterpolativeLinear(jnp.ones((4, 2)), jnp.ones((2, 3)), np.zeros(5, int))
+
+
+def test_scales_multiply_the_terms_and_are_parameters():
+    terms = terms_of(SHAPES[:2], 2, 0)
+    scales = [jnp.array([2.0, -1.0]), jnp.array([0.5, 3.0])]
+    layer = nn.KroneckerLinear(terms, scales=scales)
+    scaled = [
+        KroneckerTerms(one.a * scale[:, None, None], one.b)
+        for one, scale in zip(terms, scales, strict=True)
+    ]
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)))
+    plain = nn.KroneckerLinear(scaled)
+    np.testing.assert_allclose(layer(x), plain(x), atol=1e-12)
+    np.testing.assert_allclose(layer.materialize(), plain.materialize(), atol=1e-12)
+    assert nn.cost(layer).parameters == nn.cost(plain).parameters + 4
+    again = nn.from_description(nn.describe(layer))
+    assert nn.describe(again) == nn.describe(layer)
+    gradient = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+    assert [one[...].shape for one in gradient["scales"].values()] == [(2,), (2,)]
+    with pytest.raises(ValueError, match="one \\[r\\] for each of the 2"):
+        nn.KroneckerLinear(terms, scales=scales[:1])

@@ -105,6 +105,7 @@ def test_the_first_rule_that_matches_decides():
         ("rules: [{match: '*', method: low-rank}]", "either rank or fraction"),
         ("rules: [{match: '*', method: kronecker}]", "takes terms"),
         ("rules: [{match: '*', method: keep, rank: 1}]", "neither terms"),
+        ("rules: [{match: '*', method: keep, scalars: true}]", "scalars are those"),
         ("rules: [{match: '*', method: low-rank, rank: 0}]", "greater than or equal"),
         ("rules: [{match: '*', method: low-rank, fraction: 1}]", "less than 1"),
         ("rules: [{match: '*', method: low-rank, rank: 1, norm: l1}]", "norm"),
@@ -143,7 +144,7 @@ def test_what_does_not_fit_a_model_is_told(text, words):
         ("kronypt-81m", 81_972_576),
         ("kronypt-96m", 96_128_304),
         ("kronypt-80m", DENSE - 24 * (768 * 3072 - 2 * (1024 * 256 + 9))),
-        ("kronypt-92m", DENSE - 24 * (768 * 3072 - 4 * (1024 * 256 + 9))),
+        ("kronypt-92m", DENSE - 24 * (768 * 3072 - 4 * (1024 * 256 + 10))),
     ],
 )
 def test_recipes_of_the_literature_count_as_published(name, total):

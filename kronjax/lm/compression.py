@@ -313,7 +313,8 @@ def _fit_all(model, assignments, moments, made, evaluations, work, progress):
             )
             terms = _terms(arrays)
             bias = None if layer.bias is None else layer.bias[...]
-            made_of = _layer(facts["kind"], terms, bias, dtype)
+            scalars = one.rule.scalars and facts["kind"] == "kronecker"
+            made_of = _layer(facts["kind"], terms, bias, dtype, scalars)
             nn.replace(model, one.name, made_of)
             choice = choices.get(one.name)
             done.append(
@@ -379,14 +380,14 @@ def _terms(arrays) -> tuple[KroneckerTerms, ...]:
     )
 
 
-def _layer(kind: str, terms, bias, dtype) -> nn.Layer:
+def _layer(kind: str, terms, bias, dtype, scalars: bool = False) -> nn.Layer:
     """Return the layer of a kind that holds `terms` as numbers of `dtype`."""
     if kind == "interpolative":
         (low,) = terms
         return nn.InterpolativeLinear.of(low.a[:, :, 0].T, low.b[:, 0], bias, dtype)
-    return nn.KroneckerLinear(
-        jax.tree.map(lambda x: jnp.asarray(x, dtype), terms), bias
-    )
+    scales = [jnp.ones(len(one.a), dtype) for one in terms] if scalars else None
+    held = jax.tree.map(lambda x: jnp.asarray(x, dtype), terms)
+    return nn.KroneckerLinear(held, bias, scales=scales)
 
 
 def _configuration(terms: KroneckerTerms) -> Configuration:

@@ -254,7 +254,8 @@ class Prepared:
             norm = "frobenius" if has_weights else "spectral"
         if self._is_tall:
             configurations = tuple(
-                Configuration(one.a_shape[::-1], one.rank) for one in configurations
+                Configuration((one.a_shape[1], one.a_shape[0]), one.rank)
+                for one in configurations
             )
         found = approximate(
             wide.kernel,

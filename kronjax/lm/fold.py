@@ -62,7 +62,7 @@ def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
     outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
     rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
     columns = np.argsort(outputs[order])
-    return nn.KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
+    return _reordered(layer, bias, rows, columns)
 
 
 def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
@@ -84,7 +84,15 @@ def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
     inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
     columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
     rows = np.argsort(order)[inputs]
-    return nn.KroneckerLinear(layer.terms, bias, rows=rows, columns=columns)
+    return _reordered(layer, bias, rows, columns)
+
+
+def _reordered(layer, bias, rows, columns):
+    """Return a Kronecker layer with the same factors and other orders."""
+    scales = None if layer.scales is None else [one[...] for one in layer.scales]
+    return nn.KroneckerLinear(
+        layer.factors, bias, rows=rows, columns=columns, scales=scales
+    )
 
 
 def _fold(model, sources, target):

@@ -168,7 +168,8 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
                 {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
                 for c in one.configurations
             ]
-            described |= {"kind": "kronecker", "terms": terms}
+            scales = one.rule.scalars
+            described |= {"kind": "kronecker", "terms": terms, "scales": scales}
         nn.replace(made, one.name, nn.from_description(described))
     dtype = parameter_dtype(model)
     graph, state, rest = nnx.split(made, nnx.Param, ...)

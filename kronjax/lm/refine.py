@@ -143,7 +143,9 @@ def _is_factored(block: nnx.Module) -> bool:
 def _is_factor(path: Any, value: Any) -> bool:
     """Say whether a variable is in the `a` or the `b` of a sum, or interpolative."""
     low_rank = path[-1] in ("columns", "rest")
-    return isinstance(value, nnx.Param) and (low_rank or path[-2] in ("a", "b"))
+    return isinstance(value, nnx.Param) and (
+        low_rank or path[-2] in ("a", "b", "scales")
+    )
 
 
 def _train(block, ours, theirs, order, held_out, step, error):

@@ -118,7 +118,7 @@ def kind(layer: nn.Layer) -> str:
     if isinstance(layer, nn.KroneckerLinear):
         return " + ".join(
             "{} × {}x{} ⊗ {}x{}".format(*one.a.shape, *one.b.shape[1:])
-            for one in layer.terms
+            for one in layer.factors
         )
     if isinstance(layer, nn.InterpolativeLinear):
         return f"rank {layer.rest.shape[0]}, interpolative"

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import KRONY_PT
 
 from kronjax import cli, lm, nn, recipe
 from kronjax.lm import offers
@@ -74,33 +75,6 @@ def test_plans_are_printed_written_and_carried_out(folder, capsys):
     code, out, err = run(capsys, "plan", folder / "bare", "--recipe", plan)
     assert code == 0, err
     assert f"{values['after']['parameters']:,} of" in out
-
-
-KRONY_PT = {
-    (64, 32): 67_893_504,
-    (64, 48): 67_908_864,
-    (96, 32): 67_908_864,
-    (64, 64): 67_928_832,
-    (128, 32): 67_928_832,
-    (96, 48): 67_939_584,
-    (96, 64): 67_973_376,
-    (128, 48): 67_973_376,
-    (128, 64): 68_020_224,
-    (96, 96): 68_044_032,
-    (192, 48): 68_044_032,
-    (128, 96): 68_116_224,
-    (192, 64): 68_116_224,
-    (128, 128): 68_213_376,
-    (256, 64): 68_213_376,
-    (1024, 256): 74_108_376,
-    (768, 384): 74_894_784,
-    (1024, 384): 77_254_032,
-    (768, 768): 81_972_576,
-    (1536, 384): 81_972_576,
-    (1024, 768): 86_691_144,
-    (1536, 768): 96_128_304,
-}
-"""Parameters of GPT-2 small with one term in every MLP (Krony-PT, 2024)."""
 
 
 def test_plans_of_gpt2_count_what_the_literature_counts(tmp_path, capsys):

@@ -17,6 +17,7 @@ from kronjax.lm import (
     page,
     plan,
     record,
+    sizes,
 )
 from kronjax.lm.budget import Budget
 
@@ -277,3 +278,26 @@ def test_short_floats_stay_short_and_are_computed_in_long_ones(model, moments):
     whole = compression.run(checkpoint.cast(short, "float32"), RULES, moments)
     assert done.layers[0].relative == whole.layers[0].relative
     assert done.after.bytes * 2 == pytest.approx(whole.after.bytes, rel=0.05)
+
+
+def test_scalars_of_terms_are_parameters_that_folders_keep(model, tmp_path):
+    rules = recipe.loads("""
+rules:
+  - match: "h.*.mlp.c_fc"
+    method: kronecker
+    terms: [{a_shape: [4, 6], rank: 2}]
+    weighting: none
+    norm: frobenius
+    scalars: true
+  - {match: "*", method: keep}
+""")
+    done = compression.run(model, rules)
+    planned = plan.outline(model, rules)
+    assert sizes.count(planned).parameters == done.after.parameters
+    checkpoint.save(done.model, tmp_path)
+    again = checkpoint.load(tmp_path)
+    layer = nn.linear_layers(again)["h.0.mlp.c_fc"]
+    assert layer.scales[0][...].tolist() == [1, 1]
+    np.testing.assert_array_equal(
+        layer.materialize(), layers(done.model)["h.0.mlp.c_fc"].materialize()
+    )
