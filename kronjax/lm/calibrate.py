@@ -56,6 +56,7 @@ class Moments:
         outputs: For each layer `[n_out, n_out]`, float32; empty without gradients.
         tokens: Number of tokens seen.
         tokens_sha256: Of the tokens, as little-endian int32.
+        nll: Nats per token that the model needed for them; None without gradients.
         shrinkage: Part of every moment that `input` and `output` replace by as much of
             the identity: what little text says of rare directions is not to be taken
             for all there is to say of them (Ledoit and Wolf, 2004).
@@ -66,6 +67,7 @@ class Moments:
     outputs: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
     tokens: int
     tokens_sha256: str
+    nll: float | None = None
     shrinkage: float = SHRINKAGE
 
     def input(self, name: str) -> np.ndarray:
@@ -90,6 +92,7 @@ def measure(
     gradients: bool = False,
     context: int = 1024,
     batch: int | None = None,
+    limit: int | None = None,
     progress: bool | None = None,
 ) -> Moments:
     """Collect the moments of every linear layer of a model.
@@ -101,6 +104,9 @@ def measure(
             pass.
         context: Length of a window; that of the model if it is smaller.
         batch: Windows at a time; by default what keeps the device busy.
+        limit: Bytes of moments that the device holds at a time: if all take more, the
+            text is read several times, for some of the layers each. By default half
+            of its memory, where it says how much that is.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
@@ -127,25 +133,31 @@ def measure(
     batch = min(batch or max(busy // context, 1), count)
     graph, state = nnx.split(model)
     sources = _sources(model, windows[:batch])
-    program = _program(graph, tuple(sorted(sources.items())), gradients)
-    sums = _zeros(model, sources, gradients)
-    with bar(count * context, "calibrating", wanted=progress) as advance:
-        for first in range(0, count, batch):
-            part = windows[first : first + batch]
-            weight = np.zeros(batch, np.float32)
-            weight[: len(part)] = 1  # the last batch is filled up, and counts nothing
-            filled = np.concatenate([part, windows[: batch - len(part)]])
-            sums = jax.block_until_ready(program(state, filled, weight, sums))
-            advance(part.size - len(part))
+    parts = _parts(model, sources, gradients, limit or _device_limit())
     seen = count * context
-    inputs, outputs = jax.tree.map(lambda x: np.asarray(x) / np.float32(seen), sums)
+    inputs, outputs, nll = {}, {}, 0.0
+    with bar(seen * len(parts), "calibrating", wanted=progress) as advance:
+        for held in parts:
+            program = _program(graph, tuple(sorted(held.items())), gradients)
+            sums = *_zeros(model, held, gradients), jnp.zeros(())
+            for first in range(0, count, batch):
+                part = windows[first : first + batch]
+                weight = np.zeros(batch, np.float32)
+                weight[: len(part)] = 1  # the last batch is filled up, and for nothing
+                filled = np.concatenate([part, windows[: batch - len(part)]])
+                sums = jax.block_until_ready(program(state, filled, weight, sums))
+                advance(part.size - len(part))
+            means = jax.tree.map(lambda x: np.asarray(x) / np.float32(seen), sums)
+            inputs, outputs = inputs | means[0], outputs | means[1]
+            nll = float(means[2])
     for name, moment in [*inputs.items(), *outputs.items()]:
         if not np.isfinite(moment).all():
             raise ValueError(
                 f"the moments of {name} are not finite: the model diverges"
             )
     digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
-    return Moments(sources, inputs, outputs, seen, digest)
+    loss = nll if gradients else None
+    return Moments(sources, inputs, outputs, seen, digest, loss)
 
 
 def memory(model: LanguageModel, *, gradients: bool = False) -> int:
@@ -191,6 +203,7 @@ def pack(moments: Moments) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         "sources": dict(moments.sources),
         "tokens": moments.tokens,
         "tokens_sha256": moments.tokens_sha256,
+        "nll": moments.nll,
     }
     return tensors, facts
 
@@ -247,6 +260,27 @@ def _layers(model):
     return {name: layer for name, layer in layers.items() if name != "lm_head"}
 
 
+def _parts(model, sources, gradients, limit):
+    """Return the sources of groups of layers whose moments fit into a limit."""
+    layers, parts, used = nn.linear_layers(model), [{}], 0
+    for source in dict.fromkeys(sources.values()):
+        group = {name: one for name, one in sources.items() if one == source}
+        entries = layers[source].in_features ** 2
+        entries += sum(layers[n].out_features ** 2 for n in group) * gradients
+        used += 4 * entries
+        if limit is not None and used > limit and parts[-1]:
+            parts.append({})
+            used = 4 * entries
+        parts[-1] |= group
+    return parts
+
+
+def _device_limit():
+    """Return half the memory of the device, or None if it does not say."""
+    facts = jax.local_devices()[0].memory_stats() or {}
+    return facts["bytes_limit"] // 2 if "bytes_limit" in facts else None
+
+
 def _zeros(model, sources, gradients):
     """Return the sums before anything was seen: of inputs, and of gradients."""
     layers = nn.linear_layers(model)
@@ -273,7 +307,7 @@ def _program(graph, sources, gradients):
         def see(name, x, y):
             if name in owners:
                 inputs[name] = _gram(x * weight[:, None, None].astype(x.dtype))
-            return _probe(y, probes[name]) if probes else y
+            return _probe(y, probes[name]) if name in probes else y
 
         _record(model, see)
         if not gradients:
@@ -283,13 +317,14 @@ def _program(graph, sources, gradients):
         return jnp.sum(nll * weight[:, None]), inputs
 
     def step(state, tokens, weight, sums):
-        inputs, outputs = sums
+        given, grams = (state, tokens, weight), {}
         if gradients:
-            probes = jax.tree.map(jnp.zeros_like, outputs)
-            grams, seen = jax.grad(total, has_aux=True)(probes, state, tokens, weight)
+            probes = jax.tree.map(jnp.zeros_like, sums[1])
+            run = jax.value_and_grad(total, has_aux=True)
+            (nll, seen), grams = run(probes, *given)
         else:
-            grams, (_, seen) = {}, total({}, state, tokens, weight)
-        return jax.tree.map(jnp.add, (inputs, outputs), (seen, grams))
+            nll, seen = total({}, *given)
+        return jax.tree.map(jnp.add, sums, (seen, grams, nll))
 
     return jax.jit(step, donate_argnums=3)
 

@@ -9,6 +9,7 @@ depends on: the same call then goes on after an interruption.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,9 @@ from kronjax.recipe import Assignment, Recipe
 
 TOKENS = 32_768
 """Tokens of the text that calibration reads, at most."""
+
+FOREIGN = 0.7
+"""Of the entropy of the vocabulary, from which on a text is foreign to a model."""
 
 _WEIGHTINGS: tuple[recipes.Weighting, ...] = ("none", "input", "input+gradient")
 
@@ -223,6 +227,15 @@ def precise(model: LanguageModel) -> LanguageModel:
     copy = checkpoint.cast(model, "float32")
     copy.tokenizer = model.tokenizer
     return copy
+
+
+def is_foreign(model: LanguageModel, moments: Moments) -> bool:
+    """Say whether a model hardly reads its calibration text better than by chance.
+
+    That is, with more than `FOREIGN` of the entropy of the vocabulary.
+    """
+    chance = math.log(model.config.vocab_size)
+    return moments.nll is not None and moments.nll > FOREIGN * chance
 
 
 def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.ndarray:

@@ -92,6 +92,13 @@ def summary(record: dict[str, Any]) -> str:
                 f"; the layers' estimates add up to {record['predicted_nats']:+.3f}"
             )
         words += "."
+    calibration = record["calibration"] or {}
+    if calibration.get("is_foreign"):
+        words += (
+            f" WARNING: the model reads the calibration text with a perplexity of "
+            f"{_number(calibration['perplexity'])}, nearly as if by chance: it may be "
+            "in a language or an encoding that the model does not know."
+        )
     blocks = [one for one in record.get("blocks") or () if one]
     if blocks:
         kept = sum(one["kept"] for one in blocks)

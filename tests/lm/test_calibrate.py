@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import as_users_run_it
 
 from kronjax import nn
-from kronjax.lm import calibrate, llama
+from kronjax.lm import calibrate, llama, losses
 
 CONFIG = {
     "vocab_size": 50,
@@ -89,6 +89,26 @@ def test_moments_are_those_of_inputs_and_gradients(model, tokens, moments, name)
     assert moments.tokens == 20 * CONTEXT
 
 
+def test_moments_that_do_not_fit_are_measured_in_parts(model, tokens, moments):
+    # What one group of layers takes here: three passes or more.
+    again = calibrate.measure(
+        model, tokens, gradients=True, context=CONTEXT, batch=6, limit=4 * 4 * 16**2
+    )
+    assert set(again.inputs) == set(moments.inputs)
+    for name in moments.sources:
+        np.testing.assert_allclose(again.input(name), moments.input(name), rtol=1e-5)
+        np.testing.assert_allclose(again.output(name), moments.output(name), rtol=1e-5)
+    assert again.nll == pytest.approx(moments.nll)
+
+
+def test_the_loss_on_the_text_is_told(model, tokens, moments):
+    windows = tokens[: 20 * CONTEXT + 1]
+    parts = [windows[k : k + CONTEXT + 1] for k in range(0, 20 * CONTEXT, CONTEXT)]
+    with as_users_run_it():
+        expected = losses.token_losses(model, jnp.asarray(np.stack(parts))).mean()
+    assert moments.nll == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_layers_that_read_the_same_share_it(moments):
     shared = {"q_proj", "k_proj", "v_proj"}
     own = {name for name, source in moments.sources.items() if "self_attn" in source}
@@ -114,7 +134,7 @@ def test_shrinkage_keeps_the_trace_and_narrows_the_spectrum(moments, shrinkage):
 
 def test_without_gradients_the_inputs_are_the_same(model, tokens, moments):
     plain = calibrate.measure(model, tokens, context=CONTEXT, batch=7)
-    assert plain.outputs == {}
+    assert plain.outputs == {} and plain.nll is None
     for name, moment in plain.inputs.items():
         np.testing.assert_allclose(moment, moments.inputs[name], atol=1e-5)
     sizes = [x.nbytes for x in plain.inputs.values()]
@@ -125,7 +145,7 @@ def test_moments_are_written_and_read(moments, tmp_path):
     calibrate.save(moments, tmp_path / "moments.safetensors")
     back = calibrate.load(tmp_path / "moments.safetensors")
     assert back.sources == moments.sources and back.tokens == moments.tokens
-    assert back.tokens_sha256 == moments.tokens_sha256
+    assert back.tokens_sha256 == moments.tokens_sha256 and back.nll == moments.nll
     for kind in ("inputs", "outputs"):
         ours, theirs = getattr(back, kind), getattr(moments, kind)
         assert set(ours) == set(theirs)

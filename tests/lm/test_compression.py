@@ -301,3 +301,10 @@ rules:
     np.testing.assert_array_equal(
         layer.materialize(), layers(done.model)["h.0.mlp.c_fc"].materialize()
     )
+
+
+def test_a_text_that_the_model_cannot_read_is_told(model, moments):
+    # Weights at random read no text; the better a model, the lower its loss.
+    assert compression.is_foreign(model, moments)
+    assert not compression.is_foreign(model, dataclasses.replace(moments, nll=1.0))
+    assert not compression.is_foreign(model, dataclasses.replace(moments, nll=None))
