@@ -74,6 +74,7 @@ ORDER = [
     "lm.offers",
     "lm.plan",
     "lm.refine",
+    "lm.sequential",
     "lm.starts",
     "lm.compression",
     "lm.prune",

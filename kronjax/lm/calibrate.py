@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def measure(
     with bar(seen * len(parts), "calibrating", wanted=progress) as advance:
         for held in parts:
             program = _program(graph, tuple(sorted(held.items())), gradients)
-            sums = *_zeros(model, held, gradients), jnp.zeros(())
+            sums = *_zeros(model, held, gradients), jnp.zeros((), jnp.float32)
             for first in range(0, count, batch):
                 part = windows[first : first + batch]
                 weight = np.zeros(batch, np.float32)
@@ -227,8 +227,14 @@ class _Recorder:
         return self.see(x, self.layer(x))
 
 
-def _record(model: LanguageModel, see: Any) -> None:
-    """Put recorders in the place of all layers; `see(name, x, y)` returns `y`."""
+def record(model: nnx.Module, see: Callable[[str, Any, Any], Any]) -> None:
+    """Put recorders in the place of all layers of a model or of a block.
+
+    Args:
+        model: Changed in place; made to be traced, and thrown away.
+        see: Is given the name of a layer, its input and its output, and returns what
+            goes on in the place of the output.
+    """
     for name, layer in _layers(model).items():
         nn.put(model, name, _Recorder(layer, functools.partial(see, name)))
 
@@ -247,7 +253,7 @@ def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
 
     def run(state):
         merged = nnx.merge(graph, state)
-        _record(merged, see)
+        record(merged, see)
         return merged(jnp.asarray(tokens[:, :-1]))
 
     jax.eval_shape(run, state)
@@ -306,15 +312,15 @@ def _program(graph, sources, gradients):
 
         def see(name, x, y):
             if name in owners:
-                inputs[name] = _gram(x * weight[:, None, None].astype(x.dtype))
+                inputs[name] = gram(x * weight[:, None, None].astype(x.dtype))
             return _probe(y, probes[name]) if name in probes else y
 
-        _record(model, see)
+        record(model, see)
         if not gradients:
             model.hidden(tokens[:, :-1], attention.locate((b, t - 1)))
-            return jnp.zeros(()), inputs
+            return jnp.zeros((), jnp.float32), inputs
         nll = losses.token_losses(model, tokens)
-        return jnp.sum(nll * weight[:, None]), inputs
+        return jnp.sum(nll * weight[:, None]).astype(jnp.float32), inputs
 
     def step(state, tokens, weight, sums):
         given, grams = (state, tokens, weight), {}
@@ -329,7 +335,7 @@ def _program(graph, sources, gradients):
     return jax.jit(step, donate_argnums=3)
 
 
-def _gram(x):
+def gram(x: jax.Array) -> jax.Array:
     """Return the sum of `x xᵀ` over all but the last axis, float32 `[n, n]`."""
     rows = x.reshape(-1, x.shape[-1])
     return jnp.einsum(
@@ -348,7 +354,7 @@ def _probe_forward(y, probe):
 
 
 def _probe_backward(_, g):
-    return g, _gram(g)
+    return g, gram(g)
 
 
 _probe.defvjp(_probe_forward, _probe_backward)

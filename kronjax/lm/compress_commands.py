@@ -98,6 +98,7 @@ def compress(
     tokens: Annotated[int, option("N")] = 32_768,
     weighting: Weighting = None,
     refine: Annotated[int, option("STEPS")] = 0,
+    sequential: Flag = False,
     evaluate: Annotated[str | None, option("FILE")] = None,
     protocol: Annotated[str, option("NAME")] = "krony-pt",
     dtype: Dtype | None = None,
@@ -119,6 +120,7 @@ def compress(
         weighting: What to weight by; all that the text allows by default.
         refine: Train the factors of every block for so many steps to reproduce the
             dense block on the text, for example 100.
+        sequential: Weight every block by what the compressed ones before it hand on.
         evaluate: A text to measure perplexities on.
         protocol: krony-pt, gptq-2048 or hf-strided.
         dtype: Precision of what is written; by default that of the model. Everything is
@@ -153,6 +155,7 @@ def compress(
         weighting=weighting,
         tokens=tokens,
         refine=refine,
+        sequential=sequential,
         work=work,
     )
     if measured is None and given is not None:

@@ -23,8 +23,9 @@ from flax import nnx
 from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
-from kronjax.lm import calibrate, checkpoint, fit, plan, sizes, starts
+from kronjax.lm import calibrate, checkpoint, fit, offers, plan, sizes, starts
 from kronjax.lm import refine as refinement
+from kronjax.lm import sequential as in_turn
 from kronjax.lm import text as texts
 from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
 from kronjax.lm.budget import Budget
@@ -141,6 +142,7 @@ def run(
     tokens: int = TOKENS,
     evaluations: int = 120,
     refine: int = 0,
+    sequential: bool = False,
     work: Path | None = None,
     progress: bool | None = None,
 ) -> Result:
@@ -155,16 +157,20 @@ def run(
         tokens: Of the text that are read, from its beginning.
         evaluations: That a fit of a mixture may spend.
         refine: Steps of `refine.refine` for every block; 0 for none.
+        sequential: Whether every block is weighted by what the compressed blocks
+            before it hand on: see `sequential`.
         work: A folder in which moments and finished layers are kept, and from which
             they are taken if they are there.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
     """
     read = None
-    if refine:
+    if refine or sequential:
         if calibration is None or isinstance(calibration, Moments):
-            raise ValueError("refinement needs the text: give one to calibrate with")
+            what = "refinement" if refine else "fitting in sequence"
+            raise ValueError(f"{what} needs the text: give one to calibrate with")
         read = tokens_of(model, calibration)[:tokens]
-        refinement.check(model, read, refine)
+        if refine:
+            refinement.check(model, read, refine)
     seconds: dict[str, float] = {}
     layers = plan.compressible(model)
     shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
@@ -192,14 +198,16 @@ def run(
         assignments = recipes.resolve(rules, shapes)
     assert rules is not None and assignments is not None
     smaller = nnx.merge(*nnx.split(working))
-    with timed(seconds, "fit"):
-        done = _fit_all(
-            smaller, assignments, moments, made, evaluations, kept, progress
-        )
+    with (
+        timed(seconds, "fit"),
+        bar(len(assignments), "fitting", unit="layers", wanted=progress) as advance,
+    ):
+        put = functools.partial(_put, smaller, made, evaluations, kept, advance)
+        done = _fit_all(assignments, moments, put, sequential, smaller, read)
     if made is not None:
         rules = _as_fitted(rules, done)
     blocks = None
-    if read is not None:
+    if refine and read is not None:
         with timed(seconds, "refine"):
             blocks = refinement.refine(
                 smaller, working, read, steps=refine, work=kept, progress=progress
@@ -303,48 +311,50 @@ def _moments(model, calibration, needed, tokens, work, progress):
     )
 
 
-def _fit_all(model, assignments, moments, made, evaluations, work, progress):
-    """Put sums where the assignments want them; return what became of each layer."""
-    layers = nn.linear_layers(model)
-    choices = {one.name: one for one in made.choices} if made else {}
-    dtype = parameter_dtype(model)
+def _fit_all(assignments, moments, put, sequential, model, read):
+    """Fit every assignment; return what became of each layer."""
+    if not sequential or moments is None:
+        return [put(moments, one) for one in assignments]
     done = []
-    with bar(len(assignments), "fitting", unit="layers", wanted=progress) as advance:
-        for one in assignments:
-            layer = layers[one.name]
-            weighting = one.rule.weighting
-            target = plan.target(layer, one.name, moments, weighting)
-            begun = time.perf_counter()
-            free = made is not None
-            arrays, facts = work.once(
-                "layer",
-                functools.partial(_fit, target, one, evaluations, free, work),
-                *target.parts,
-                one,
-                evaluations,
-                free,
-            )
-            terms = _terms(arrays)
-            bias = None if layer.bias is None else layer.bias[...]
-            scalars = one.rule.scalars and facts["kind"] == "kronecker"
-            made_of = _layer(facts["kind"], terms, bias, dtype, scalars)
-            nn.replace(model, one.name, made_of)
-            choice = choices.get(one.name)
-            done.append(
-                Layer(
-                    name=one.name,
-                    configurations=tuple(map(_configuration, terms)),
-                    parameters=nn.cost(made_of).parameters
-                    - (0 if bias is None else one.shape[1]),
-                    dense_parameters=int(np.prod(one.shape)),
-                    predicted=choice and choice.damage,
-                    seconds=time.perf_counter() - begun,
-                    reason=choice.reason if choice else f"rule for {one.rule.match}",
-                    **facts,
-                )
-            )
-            advance(1)
+
+    def fit_block(i, moments):
+        own = (one for one in assignments if offers.kind_of_layer(one.name)[1] == i)
+        done.extend(put(moments, one) for one in own)
+
+    in_turn.fit(model, moments, read, fit_block)
     return done
+
+
+def _put(model, made, evaluations, work, advance, moments, one) -> Layer:
+    """Put the sum that is assigned to a layer into its place, and say what it is."""
+    layer, begun = nn.linear_layers(model)[one.name], time.perf_counter()
+    target = plan.target(layer, one.name, moments, one.rule.weighting)
+    free = made is not None
+    arrays, facts = work.once(
+        "layer",
+        functools.partial(_fit, target, one, evaluations, free, work),
+        *target.parts,
+        one,
+        evaluations,
+        free,
+    )
+    terms = _terms(arrays)
+    bias = None if layer.bias is None else layer.bias[...]
+    scalars = one.rule.scalars and facts["kind"] == "kronecker"
+    found = _layer(facts["kind"], terms, bias, parameter_dtype(model), scalars)
+    nn.replace(model, one.name, found)
+    chosen = [x for x in made.choices if x.name == one.name] if made else []
+    advance(1)
+    return Layer(
+        name=one.name,
+        configurations=tuple(map(_configuration, terms)),
+        parameters=nn.cost(found).parameters - (0 if bias is None else one.shape[1]),
+        dense_parameters=int(np.prod(one.shape)),
+        predicted=chosen[0].damage if chosen else None,
+        seconds=time.perf_counter() - begun,
+        reason=chosen[0].reason if chosen else f"rule for {one.rule.match}",
+        **facts,
+    )
 
 
 def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool, work: Work):

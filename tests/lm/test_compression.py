@@ -308,3 +308,29 @@ def test_a_text_that_the_model_cannot_read_is_told(model, moments):
     assert compression.is_foreign(model, moments)
     assert not compression.is_foreign(model, dataclasses.replace(moments, nll=1.0))
     assert not compression.is_foreign(model, dataclasses.replace(moments, nll=None))
+
+
+def test_in_sequence_later_blocks_see_what_earlier_ones_hand_on(model, tokens):
+    rules = recipe.loads("""
+rules:
+  - {match: "h.*.mlp.c_fc", method: low-rank, rank: 2, weighting: input}
+  - {match: "*", method: keep}
+""")
+    given = dict(tokens=1024, progress=False)
+    at_once = compression.run(model, rules, tokens, **given)
+    in_turn = compression.run(model, rules, tokens, sequential=True, **given)
+    first, second = (
+        kernels(at_once.model)[name] - kernels(in_turn.model)[name]
+        for name in ("h.0.mlp.c_fc", "h.1.mlp.c_fc")
+    )
+    # Nothing comes before the first block; the second sees other inputs.
+    assert np.abs(first).max() < 1e-4 < np.abs(second).max()
+    shrunk = calibrate.measure(in_turn.model, tokens[:1025], progress=False)
+    error = kernels(model)["h.1.mlp.c_fc"] - kernels(in_turn.model)["h.1.mlp.c_fc"]
+    other = kernels(model)["h.1.mlp.c_fc"] - kernels(at_once.model)["h.1.mlp.c_fc"]
+    ours, theirs = (
+        np.trace(x.T @ shrunk.input("h.1.mlp.c_fc") @ x) for x in (error, other)
+    )
+    assert ours < theirs  # nearer on what the compressed model hands on
+    with pytest.raises(ValueError, match="in sequence needs the text"):
+        compression.run(model, rules, shrunk, sequential=True)
