@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 KEYS = {
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
+    "compression": {"targets", "points", "books 0.8", "uniform 0.8"},
     "distributions": {"targets", "regression", "cases", "starts"},
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
@@ -103,6 +104,14 @@ def check_against_peers(results):
             assert np.all(errors <= worst[: errors.size] * (1 + 1e-6))
 
 
+def check_compression(results):
+    planned, uniform = results["books 0.8"], results["uniform 0.8"]
+    assert planned["parameters"] == pytest.approx(uniform["parameters"], rel=0.02)
+    assert planned["predicted"] < uniform["predicted"]
+    for row in results["points"]:
+        assert row["predicted"] > 0
+
+
 def check_distributions(results):
     assert all(target["met"] for target in results["targets"])
     for row in results["cases"]:
@@ -147,6 +156,7 @@ def check_smollm2(results):
 
 CHECKS = {
     "against_peers": check_against_peers,
+    "compression": check_compression,
     "distributions": check_distributions,
     "forward": check_forward,
     "gpt2_values": check_gpt2_values,
