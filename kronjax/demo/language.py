@@ -71,7 +71,7 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
         return Row(name, parameters, found.perplexity)
 
     say("calibrating")
-    tokens = compression.tokens_of(model, _training(6 * TOKENS))[:TOKENS]
+    tokens = texts.tokens_of(model, _training(6 * TOKENS))[:TOKENS]
     moments = calibrate.measure(model, tokens, gradients=True, progress=False)
     rows = []
     for name, rules in ways().items():

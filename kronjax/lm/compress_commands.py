@@ -54,6 +54,7 @@ def plan(
     from kronjax.lm import calibrate as calibration
     from kronjax.lm import checkpoint, compression, report, sizes
     from kronjax.lm import plan as planning
+    from kronjax.lm import text as texts
 
     _one_of(budget, recipe)
     if recipe is not None and (calibrate or weighting):
@@ -70,7 +71,7 @@ def plan(
         moments = None
         if calibrate is not None:
             text = _read(calibrate)
-            read = compression.tokens_of(dense, text)[: tokens + 1]
+            read = texts.tokens_of(dense, text)[: tokens + 1]
             gradients = weighting in (None, "input+gradient")
             moments = calibration.measure(
                 compression.precise(dense), read, gradients=gradients
@@ -132,6 +133,7 @@ def compress(
     from kronjax.lm import checkpoint, compression, page, record, sources
     from kronjax.lm import plan as planning
     from kronjax.lm import protocol as protocols
+    from kronjax.lm import text as texts
     from kronjax.lm.budget import Budget
     from kronjax.lm.work import Work
 
@@ -159,7 +161,7 @@ def compress(
         work=work,
     )
     if measured is None and given is not None:
-        measured = compression.rest(dense, given, tokens, HELD_OUT)
+        measured = texts.rest(dense, given, tokens, HELD_OUT)
     # All that takes time before anything is replaced.
     found = record.of(result, dense, source=model, text=measured, protocol=protocol)
     for old in (record.NAME, page.NAME):

@@ -9,7 +9,6 @@ depends on: the same call then goes on after an interruption.
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from kronjax.lm import calibrate, checkpoint, fit, offers, plan, sizes, starts
 from kronjax.lm import refine as refinement
 from kronjax.lm import sequential as in_turn
 from kronjax.lm import text as texts
-from kronjax.lm.architecture import LanguageModel, parameter_dtype, tokenizer_of
+from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.budget import Budget
 from kronjax.lm.calibrate import Moments
 from kronjax.lm.plan import Plan
@@ -38,9 +37,6 @@ from kronjax.recipe import Assignment, Recipe
 
 TOKENS = 32_768
 """Tokens of the text that calibration reads, at most."""
-
-FOREIGN = 0.7
-"""Of the entropy of the vocabulary, from which on a text is foreign to a model."""
 
 _WEIGHTINGS: tuple[recipes.Weighting, ...] = ("none", "input", "input+gradient")
 
@@ -168,7 +164,7 @@ def run(
         if calibration is None or isinstance(calibration, Moments):
             what = "refinement" if refine else "fitting in sequence"
             raise ValueError(f"{what} needs the text: give one to calibrate with")
-        read = tokens_of(model, calibration)[:tokens]
+        read = texts.tokens_of(model, calibration)[:tokens]
         if refine:
             refinement.check(model, read, refine)
     seconds: dict[str, float] = {}
@@ -237,42 +233,6 @@ def precise(model: LanguageModel) -> LanguageModel:
     return copy
 
 
-def is_foreign(model: LanguageModel, moments: Moments) -> bool:
-    """Say whether a model hardly reads its calibration text better than by chance.
-
-    That is, with more than `FOREIGN` of the entropy of the vocabulary.
-    """
-    chance = math.log(model.config.vocab_size)
-    return moments.nll is not None and moments.nll > FOREIGN * chance
-
-
-def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.ndarray:
-    """Return the tokens `[n]` of a text, as the tokenizer of the model cuts it."""
-    if isinstance(text, np.ndarray):
-        return text
-    if isinstance(text, Path):
-        text = texts.read(text)
-    given = text.text if isinstance(text, Text) else text
-    return np.asarray(tokenizer_of(model).encode(given), np.int32)
-
-
-def rest(model: LanguageModel, text: Text, tokens: int, most: int) -> Text | None:
-    """Return what follows the tokens that calibration reads, or None if it is little.
-
-    Args:
-        model: Whose tokenizer counts.
-        text: That calibration reads the beginning of.
-        tokens: That it reads.
-        most: Characters to return.
-    """
-    whole = tokens_of(model, text)
-    first = len(tokenizer_of(model).decode(whole[: tokens + 1].tolist()))
-    left = text.text[first : first + most]
-    if len(left) < 4000:
-        return None
-    return Text((left,), left, text.join, f"{text.source}, from character {first}")
-
-
 def _understood(recipe):
     """Return a budget or rules, and None for the other one."""
     if isinstance(recipe, Recipe):
@@ -298,7 +258,7 @@ def _moments(model, calibration, needed, tokens, work, progress):
             f"layers are weighted by {needed}: give a text to calibrate with "
             "(--calibrate FILE), or write `weighting: none` into the rules"
         )
-    read = tokens_of(model, calibration)[: tokens + 1]
+    read = texts.tokens_of(model, calibration)[: tokens + 1]
     gradients = needed == "input+gradient"
 
     def measured():

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from kronjax import __version__, nn, output
-from kronjax.lm import compression, evaluate, latency
+from kronjax.lm import calibrate, evaluate, latency
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.compression import Result, precise
 from kronjax.lm.sizes import Sizes
@@ -73,7 +73,7 @@ def of(
             "tokens_sha256": moments.tokens_sha256,
             "gradients": bool(moments.outputs),
             "perplexity": moments.nll and math.exp(min(moments.nll, 700)),
-            "is_foreign": compression.is_foreign(model, moments),
+            "is_foreign": calibrate.is_foreign(model, moments),
         },
         "before": _size(result.before),
         "after": _size(result.after),

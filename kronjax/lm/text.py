@@ -22,6 +22,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
+from kronjax.lm.architecture import LanguageModel, tokenizer_of
+
 SUFFIXES = (".txt", ".raw", ".jsonl", ".jsonl.gz", ".parquet")
 """What `read` understands."""
 
@@ -218,3 +222,30 @@ def _instead(names: object) -> str:
 
 def _missing(what: str, library: str) -> str:
     return f"reading {what} needs {library}: pip install 'kronjax[data]'"
+
+
+def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.ndarray:
+    """Return the tokens `[n]` of a text, as the tokenizer of the model cuts it."""
+    if isinstance(text, np.ndarray):
+        return text
+    if isinstance(text, Path):
+        text = read(text)
+    given = text.text if isinstance(text, Text) else text
+    return np.asarray(tokenizer_of(model).encode(given), np.int32)
+
+
+def rest(model: LanguageModel, text: Text, tokens: int, most: int) -> Text | None:
+    """Return what follows the tokens that calibration reads, or None if it is little.
+
+    Args:
+        model: Whose tokenizer counts.
+        text: That calibration reads the beginning of.
+        tokens: That it reads.
+        most: Characters to return.
+    """
+    whole = tokens_of(model, text)
+    first = len(tokenizer_of(model).decode(whole[: tokens + 1].tolist()))
+    left = text.text[first : first + most]
+    if len(left) < 4000:
+        return None
+    return Text((left,), left, text.join, f"{text.source}, from character {first}")

@@ -305,9 +305,9 @@ rules:
 
 def test_a_text_that_the_model_cannot_read_is_told(model, moments):
     # Weights at random read no text; the better a model, the lower its loss.
-    assert compression.is_foreign(model, moments)
-    assert not compression.is_foreign(model, dataclasses.replace(moments, nll=1.0))
-    assert not compression.is_foreign(model, dataclasses.replace(moments, nll=None))
+    assert calibrate.is_foreign(model, moments)
+    assert not calibrate.is_foreign(model, dataclasses.replace(moments, nll=1.0))
+    assert not calibrate.is_foreign(model, dataclasses.replace(moments, nll=None))
 
 
 def test_in_sequence_later_blocks_see_what_earlier_ones_hand_on(model, tokens):
