@@ -130,6 +130,7 @@ def compress(
         as_json: Print the record as one JSON object.
     """
     from kronjax import recipe as recipes
+    from kronjax.lm import calibrate as calibration
     from kronjax.lm import checkpoint, compression, page, record, sources
     from kronjax.lm import plan as planning
     from kronjax.lm import protocol as protocols
@@ -149,6 +150,12 @@ def compress(
     measured = None if evaluate is None else _read(evaluate)
     dense = checkpoint.load(model, dtype=dtype)
     planning.compressible(dense)
+    if given is not None:
+        taken = calibration.memory(dense, gradients=weighting != "input")
+        print(
+            f"Moments of inputs and gradients take up to {taken / 2**20:,.0f} MiB.",
+            file=sys.stderr,
+        )
     work = out / WORK
     result = compression.run(
         dense,

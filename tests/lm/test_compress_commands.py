@@ -32,6 +32,7 @@ def test_a_budget_and_a_text_make_a_smaller_model_with_a_report(folder, capsys):
     given += ("--calibrate", folder / "text.txt", "--tokens", "600")
     code, out, err = run(capsys, *given, "--out", folder / "small")
     assert code == 0, err
+    assert "Moments of inputs and gradients take up to" in err
     assert "report.html shows every layer" in out
     found = json.loads((folder / "small" / "report.json").read_text())
     assert found["after"]["linear_parameters"] < found["before"]["linear_parameters"]
@@ -112,3 +113,10 @@ def test_mistakes_leave_nothing_behind(folder, capsys, given, message):
     assert code == 2
     assert message in err
     assert not (out / "config.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(folder, capsys):
+    given = ("compress", folder / "dense", "--budget", "0.5")
+    code, _, err = run(capsys, *given, "--out", folder / "text.txt" / "small")
+    assert code == 2
+    assert "text.txt" in err
