@@ -159,40 +159,31 @@ def run(
             they are taken if they are there.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
     """
-    read = None
-    if refine or sequential:
-        if calibration is None or isinstance(calibration, Moments):
-            what = "refinement" if refine else "fitting in sequence"
-            raise ValueError(f"{what} needs the text: give one to calibrate with")
-        read = texts.tokens_of(model, calibration)[:tokens]
-        if refine:
-            refinement.check(model, read, refine)
+    read = _read(model, calibration, tokens, refine, sequential)
     seconds: dict[str, float] = {}
     layers = plan.compressible(model)
     shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
-    budget, rules = _understood(recipe)
-    assignments = None
-    needed: recipes.Weighting
-    if rules is not None:
+    asked = rules = _understood(recipe)
+    if isinstance(rules, Recipe):
         # A mistake in the rules shows before anything takes time.
-        assignments = recipes.resolve(rules, shapes, model_type=model.config.model_type)
+        kind = model.config.model_type
+        assignments = recipes.resolve(rules, shapes, model_type=kind)
         order = (_WEIGHTINGS.index(x.rule.weighting) for x in assignments)
-        needed = _WEIGHTINGS[max(order, default=0)]
-    else:
-        needed = weighting or ("none" if calibration is None else "input+gradient")
+        weighting = _WEIGHTINGS[max(order, default=0)]
+    elif weighting is None:
+        weighting = "none" if calibration is None else "input+gradient"
     kept = Work(work)
     working = precise(model)
     with timed(seconds, "calibrate"):
-        moments = _moments(working, calibration, needed, tokens, kept, progress)
+        moments = _moments(working, calibration, weighting, tokens, kept, progress)
     made = None
-    if budget is not None:
+    if isinstance(asked, Budget):
         with timed(seconds, "plan"):
             made = plan.make(
-                model, budget, moments, weighting=needed, work=kept, progress=progress
+                model, asked, moments, weighting=weighting, work=kept, progress=progress
             )
         rules = made.recipe()
         assignments = recipes.resolve(rules, shapes)
-    assert rules is not None and assignments is not None
     smaller = nnx.merge(*nnx.split(working))
     with (
         timed(seconds, "fit"),
@@ -200,6 +191,7 @@ def run(
     ):
         put = functools.partial(_put, smaller, made, evaluations, kept, advance)
         done = _fit_all(assignments, moments, put, sequential, smaller, read)
+    assert isinstance(rules, Recipe)
     if made is not None:
         rules = _as_fitted(rules, done)
     blocks = None
@@ -233,18 +225,29 @@ def precise(model: LanguageModel) -> LanguageModel:
     return copy
 
 
-def _understood(recipe):
-    """Return a budget or rules, and None for the other one."""
-    if isinstance(recipe, Recipe):
-        return None, recipe
-    if isinstance(recipe, Budget):
-        return recipe, None
+def _read(model, calibration, tokens, refine, sequential):
+    """Return the tokens of the text that goes through the model again, or None."""
+    if not refine and not sequential:
+        return None
+    if calibration is None or isinstance(calibration, Moments):
+        what = "refinement" if refine else "fitting in sequence"
+        raise ValueError(f"{what} needs the text: give one to calibrate with")
+    read = texts.tokens_of(model, calibration)[:tokens]
+    if refine:
+        refinement.check(model, read, refine)
+    return read
+
+
+def _understood(recipe) -> Budget | Recipe:
+    """Return the budget or the rules that are meant."""
+    if isinstance(recipe, Recipe | Budget):
+        return recipe
     try:
-        return Budget.parse(recipe), None
+        return Budget.parse(recipe)
     except ValueError:
-        if isinstance(recipe, (int, float)):
+        if isinstance(recipe, int | float):
             raise
-    return None, recipes.load(recipe)
+    return recipes.load(recipe)
 
 
 def _moments(model, calibration, needed, tokens, work, progress):
