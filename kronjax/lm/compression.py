@@ -334,9 +334,11 @@ def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool, work
     ranks = fit.ranks_of(one.shape, one.configurations)
     has_weights = target.left is not None or target.right is not None
     is_joint = norm == "frobenius" or (norm == "auto" and has_weights)
-    if norm == "frobenius" and len(one.configurations) == 1 and not has_weights:
+    if is_joint and ranks is not None and ranks[1] == 0:
+        found = low_rank.fit(ranks[0])
+    elif norm == "frobenius" and len(one.configurations) == 1 and not has_weights:
         found = prepared.van_loan(one.configurations[0])
-    elif ranks is not None and is_joint:
+    elif is_joint and ranks is not None:
         found = prepared.mixture(ranks, evaluations=evaluations)
     else:
         found = prepared.solve(one.configurations, norm)

@@ -116,8 +116,9 @@ class LowRank:
         """Return what `of` does, decomposed once for all stages of some work."""
 
         def make():
-            found = vars(cls.of(target))
-            return found, {"total": found.pop("total")}
+            found = cls.of(target)
+            arrays = {"a": found.a, "b": found.b, "tails": found.tails}
+            return arrays, {"total": found.total}
 
         arrays, facts = work.once("low-rank", make, *target.parts)
         return cls(**arrays, **facts)
