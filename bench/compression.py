@@ -58,6 +58,7 @@ class Experiment:
         work: Folder in which everything is kept.
         window: Tokens in a window.
         windows: How many are scored.
+        few: How many are, for every single layer.
         tokens: That calibration reads.
         refine: Steps for every block.
         evaluations: Of a fit of a mixture.
@@ -69,31 +70,33 @@ class Experiment:
     work: Path
     window: int = 1024
     windows: int = 8
+    few: int = 4
     tokens: int = 32_768
     refine: int = 60
     evaluations: int = 120
 
     def __post_init__(self):
         self.halves = np.array_split(self.text, 2)
-        self._dense: dict[str, float] = {}
+        self._dense: dict[tuple[str, int], float] = {}
 
     def calibration(self, name):
         """Tokens to calibrate on, spread over the text of that name."""
         source = self.books if name == "books" else self.halves[0]
         return spread(source, self.window, self.tokens // self.window)
 
-    def loss(self, model, name):
+    def loss(self, model, name, windows):
         """Nats per token on the windows that belong to a calibration."""
         source = self.text if name == "books" else self.halves[1]
-        text = spread(source, self.window, self.windows)[:-1]
-        windows = text.reshape(-1, self.window)
-        return float(np.mean([nll(model, one) for one in windows]))
+        text = spread(source, self.window, windows)[:-1]
+        rows = text.reshape(-1, self.window)
+        return float(np.mean([nll(model, one) for one in rows]))
 
-    def added(self, model, name):
-        """Nats per token above the dense model."""
-        if name not in self._dense:
-            self._dense[name] = self.loss(self.model, name)
-        return self.loss(model, name) - self._dense[name]
+    def added(self, model, name, windows=None):
+        """Nats per token above the dense model, on all windows or on so many."""
+        windows = windows or self.windows
+        if (name, windows) not in self._dense:
+            self._dense[name, windows] = self.loss(self.model, name, windows)
+        return self.loss(model, name, windows) - self._dense[name, windows]
 
     def moments(self, name):
         """Measured once, and kept."""
@@ -249,7 +252,7 @@ def points(experiment: Experiment):
                 "layer": name,
                 "fraction": fraction,
                 "predicted": done.layers[0].damage,
-                "measured": experiment.added(done.model, "books"),
+                "measured": experiment.added(done.model, "books", experiment.few),
             }
         )
     return rows
@@ -351,7 +354,7 @@ def quick(folder):
     draws = np.random.default_rng(0)
     text = draws.integers(0, model.config.vocab_size, 2048).astype(np.int32)
     return Experiment(
-        model, text, text[::-1], folder, 32, windows=2, tokens=640, refine=2
+        model, text, text[::-1], folder, 32, windows=2, few=1, tokens=640, refine=2
     )
 
 
