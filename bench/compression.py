@@ -296,15 +296,17 @@ def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
         for name, limit in LIMITS.items()
         if name in results
     ]
-    first = results.get("books 0.8")
-    if first is not None:
-        seconds = first["seconds"]["all"]
-        targets.append(script.Target("seconds in all, books 0.8", seconds, SECONDS))
-        targets.append(script.Target("peak bytes", first["peak_bytes"], BYTES))
-        if "uniform 0.8" in results:
-            ratio = first["added"] / results["uniform 0.8"]["added"]
-            what = "planned over uniform, added nats"
-            targets.append(script.Target(what, ratio, 0.5))
+    runs = [row for row in results.values() if "seconds" in row]
+    if runs:
+        # The slowest: others may have found moments and decompositions done.
+        seconds = max(row["seconds"]["all"] for row in runs)
+        peak = max(row["peak_bytes"] for row in runs)
+        targets.append(script.Target("seconds in all", seconds, SECONDS))
+        targets.append(script.Target("peak bytes", peak, BYTES))
+    if {"books 0.8", "uniform 0.8"} <= set(results):
+        ratio = results["books 0.8"]["added"] / results["uniform 0.8"]["added"]
+        what = "planned over uniform, added nats"
+        targets.append(script.Target(what, ratio, 0.5))
     if "mixtures input" in results:
         row = results["mixtures input"]
         ratio = row["mixture"]["added"] / row["svd"]["added"]
