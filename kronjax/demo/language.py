@@ -6,6 +6,7 @@ that neither training nor calibration has seen.
 """
 
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable
@@ -27,6 +28,9 @@ FRACTION = 0.15
 
 TOKENS = 8192
 """Of the text of training, for calibration."""
+
+EVALUATIONS = 60
+"""Of every fit of a mixture: half of the default, for a demo of two minutes."""
 
 CHARACTERS = 80_000
 """Of the held-out text, to measure on: half of it."""
@@ -73,14 +77,21 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
     say("calibrating")
     tokens = texts.tokens_of(model, _training(6 * TOKENS))[:TOKENS]
     moments = calibrate.measure(model, tokens, gradients=True, progress=False)
+    compressed = functools.partial(
+        compression.run,
+        model,
+        calibration=moments,
+        evaluations=EVALUATIONS,
+        progress=False,
+    )
     rows = []
     for name, rules in ways().items():
         say(name)
-        done = compression.run(model, rules, moments, progress=False)
+        done = compressed(rules)
         rows.append(measured(name, done.after.parameters, done.model))
     say(PLANNED)
     budget = Budget("parameters", max(row.parameters for row in rows))
-    done = compression.run(model, budget, moments, progress=False)
+    done = compressed(budget)
     found = record.of(
         done,
         model,

@@ -136,7 +136,7 @@ def run(
     *,
     weighting: recipes.Weighting | None = None,
     tokens: int = TOKENS,
-    evaluations: int = 120,
+    evaluations: int = fit.EVALUATIONS,
     refine: int = 0,
     sequential: bool = False,
     work: Path | None = None,
@@ -180,7 +180,13 @@ def run(
     if isinstance(asked, Budget):
         with timed(seconds, "plan"):
             made = plan.make(
-                model, asked, moments, weighting=weighting, work=kept, progress=progress
+                model,
+                asked,
+                moments,
+                weighting=weighting,
+                evaluations=evaluations,
+                work=kept,
+                progress=progress,
             )
         rules = made.recipe()
         assignments = recipes.resolve(rules, shapes)

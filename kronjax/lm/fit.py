@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax import leastsquares, weighted
+from kronjax import leastsquares
 from kronjax.kronecker import (
     Configuration,
     KroneckerTerms,
@@ -37,6 +37,9 @@ from kronjax.setting import factors, prepare
 TIERS = (0.35, 0.65, 1.0)
 """Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
 compile, and costs in every step as much as the largest mixture that it can fit."""
+
+EVALUATIONS = 120
+"""That a mixture may spend, if nobody says otherwise."""
 
 SOLVE_TOLERANCE = 1e-3
 """Of solves in other norms: within about a percent of what they end at."""
@@ -181,30 +184,12 @@ class Prepared:
         # The coordinates are the same for all ranks.
         return _preparer(_tier(self._wide.shape, (1, 1)))(*self._wide.arrays)
 
-    def promise(self, fraction: float) -> float:
-        """Return roughly the damage of near-square terms over that of low rank.
-
-        As if the weights were Kronecker products, and without any fit.
-
-        Args:
-            fraction: Parameters over those of the dense kernel.
-        """
-        shape = self._wide.shape
-        square = near_square(shape)
-        if square is None:
-            return math.inf
-        setting, inverses = self._prepared
-        start = weighted.to_start(setting.plain, *inverses[1])
-        s = np.linalg.svd(np.asarray(rearrange(start, square)), compute_uv=False)
-        rank = mix(shape, fraction, 0.0)[1]
-        squares = s.astype(np.float64) ** 2
-        if not squares.sum() > 0:
-            return math.inf
-        tail = squares[rank:].sum() / squares.sum()
-        return float(tail / max(self.low_rank.tail(fraction), 1e-12))
-
     def mixture(
-        self, ranks: tuple[int, int], *, evaluations: int = 120, tolerance: float = 1e-5
+        self,
+        ranks: tuple[int, int],
+        *,
+        evaluations: int = EVALUATIONS,
+        tolerance: float = 1e-5,
     ) -> Fit:
         """Return a sum of low rank and near-square terms, fitted jointly.
 

@@ -25,21 +25,19 @@ from kronjax.lm.work import Work
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
 """Sizes that are offered, as parts of the dense kernel."""
 
-PROBES = (0.5,)
-"""Sizes at which mixtures are fitted to learn what they leave of low rank's damage."""
+PROBES = (0.15, 0.3, 0.5)
+"""Sizes at which sums are fitted to learn what they leave of low rank's damage. From
+the smallest up, and no further than they gain: the larger a sum, the less it does."""
 
-SHARES = {"kronecker": 0.0, "mixture": 0.5}
-"""Kinds of sums that are probed, and the part of them that is low rank."""
-
-HOPELESS = 4.0
-"""Estimated damage over that of low rank beyond which near-square terms are not fitted;
-a guess from a few layers of two models."""
+SHARES = {"mixture": 0.5, "kronecker": 0.0}
+"""Kinds of sums that are probed, and the part of them that is low rank. Of the bundled
+model no layer whose mixture lost had near-square terms alone that won."""
 
 WORTH, NEAR = 0.9, 0.1
 """Other sums are offered where probes promise so much of low rank's damage at most, and
-at sizes so near to the probe's. Beyond they lose: of SmolLM2-135M at 0.8 all mixtures
-that were fitted at 0.65 to 0.85 of a kernel, more than thirty, came out behind low
-rank, though probes at 0.5 had promised 2 to 12 % less."""
+at sizes so near to a probe's. At larger ones they lose: of SmolLM2-135M at 0.8 all
+mixtures that were fitted at 0.65 to 0.85 of a kernel, more than thirty, came out behind
+low rank, though probes at 0.5 had promised 2 to 12 % less."""
 
 BLOCKS = 2
 """Blocks in which every kind of layer is probed, spread evenly."""
@@ -93,35 +91,36 @@ def probed(names: Iterable[str]) -> set[str]:
     return found
 
 
-def probe(prepared: fit.Prepared, work: Work) -> list[Probe]:
+def probe(prepared: fit.Prepared, work: Work, evaluations: int) -> list[Probe]:
     """Fit the kinds of sums at a few sizes; return their damages over low rank's.
 
-    Nothing is fitted where near-square terms are far from any chance.
+    Args:
+        prepared: A kernel.
+        work: Keeps what is found.
+        evaluations: That each fit may spend.
     """
     target = prepared.target
 
     def make():
-        return {}, {"ratios": [_ratios(prepared, fraction) for fraction in PROBES]}
+        return {}, {"ratios": list(_ratios(prepared, evaluations))}
 
-    _, facts = work.once("probe", make, *target.parts, PROBES, SHARES, HOPELESS)
-    return [
-        (target.name, kind, fraction, ratio)
-        for fraction, ratios in zip(PROBES, facts["ratios"], strict=True)
-        for kind, ratio in ratios.items()
-    ]
+    _, facts = work.once("probe", make, *target.parts, PROBES, SHARES, evaluations)
+    return [(target.name, *ratio) for ratio in facts["ratios"]]
 
 
-def _ratios(prepared, fraction):
-    """Return for each kind of sum of a size its damage over that of low rank."""
-    shape, tail = prepared.target.shape, prepared.low_rank.tail(fraction)
-    ratios = {}
-    if tail == 0 or prepared.promise(fraction) > HOPELESS:
-        return ratios
-    for kind, part in SHARES.items():
-        ranks = fit.mix(shape, fraction, part)
-        if all(ranks[part == 0 :]):
-            ratios[kind] = prepared.mixture(ranks).relative ** 2 / tail
-    return ratios
+def _ratios(prepared, evaluations):
+    """Yield kinds, sizes and damages over those of low rank, while there is gain."""
+    for fraction in PROBES:
+        tail = prepared.low_rank.tail(fraction)
+        for kind, share in SHARES.items():
+            ranks = fit.mix(prepared.target.shape, fraction, share)
+            if tail == 0 or not all(ranks[share == 0 :]):
+                continue
+            found = prepared.mixture(ranks, evaluations=evaluations)
+            ratio = found.relative**2 / tail
+            yield kind, fraction, ratio
+            if kind == "mixture" and ratio > 1:
+                return
 
 
 def of_layer(

@@ -94,6 +94,7 @@ def make(
     moments: Moments | None = None,
     *,
     weighting: Weighting | None = None,
+    evaluations: int = fit.EVALUATIONS,
     work: Work | None = None,
     progress: bool | None = None,
 ) -> Plan:
@@ -104,6 +105,8 @@ def make(
         budget: See `budget.Budget`.
         moments: From calibration.
         weighting: What to weight by; by default all that the moments hold.
+        evaluations: That fits of mixtures will spend; those that probe take half of
+            it, so that what they promise is kept.
         work: Keeps what the fits to come need again.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
 
@@ -127,7 +130,8 @@ def make(
             low_rank = fit.LowRank.kept(wanted, work)
             tails[name] = low_rank.total, low_rank.tails
             if name in probed:
-                ratios += offers.probe(fit.Prepared(wanted, low_rank), work)
+                prepared = fit.Prepared(wanted, low_rank)
+                ratios += offers.probe(prepared, work, evaluations // 2)
             advance(1)
     offered = {
         name: offers.of_layer(name, layers[name], *tails[name], ratios)
