@@ -45,7 +45,7 @@ def held_out() -> str:
 
 
 def run(
-    out: Path, matrices: int = 50, seed: int = 0, *, as_json: bool = False
+    out: Path, matrices: int = 20, seed: int = 0, *, as_json: bool = False
 ) -> dict[str, Any]:
     """Solve random matrices, compress the model; print tables, and draw figures.
 

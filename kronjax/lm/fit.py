@@ -84,7 +84,7 @@ class Fit:
     """A sum that stands for a kernel.
 
     Attributes:
-        terms: The factors, float32.
+        terms: The factors, float32, of JAX or NumPy.
         relative: Weighted Frobenius error over the norm of the kernel.
         damage: Half the squared weighted error; without gradients, `relative**2`.
         status: `Status`, as an integer.
@@ -201,9 +201,10 @@ class Prepared:
         if ranks[1] == 0:
             return self.low_rank.fit(ranks[0])
         problem = _tier(self._wide.shape, ranks)
-        found = _fitter(problem)(
-            *self._prepared, jnp.array(ranks), evaluations, tolerance
-        )
+        solve = _fitter(problem)
+        found = solve(*self._prepared, np.array(ranks), evaluations, tolerance)
+        # NumPy cuts without compiling anything.
+        found = jax.device_get(found)
         terms = tuple(
             jax.tree.map(lambda x, rank=rank: x[:rank], one)
             for one, rank in zip(found.terms, ranks, strict=True)
@@ -255,8 +256,7 @@ class Prepared:
         )
         ratio = found.weighted_relative if has_weights else found.relative
         assert ratio is not None
-        terms = jax.tree.map(jnp.asarray, found.terms)
-        return self._as_asked(terms, ratio.frobenius, found.status)
+        return self._as_asked(found.terms, ratio.frobenius, found.status)
 
     def _as_asked(self, terms, relative, status) -> Fit:
         """Return a sum for the wide kernel as one for the target."""
@@ -356,7 +356,7 @@ def _tier(shape, ranks):
 
 def _transposed(terms: KroneckerTerms) -> KroneckerTerms:
     """Return the transpose of a sum; low rank stays columns times rows."""
-    a, b = (jnp.swapaxes(x, 1, 2) for x in (terms.a, terms.b))
+    a, b = (x.swapaxes(1, 2) for x in (terms.a, terms.b))
     is_rows = a.shape[1] == 1 and b.shape[2] == 1
     return KroneckerTerms(b, a) if is_rows else KroneckerTerms(a, b)
 
