@@ -225,10 +225,10 @@ def mixtures(experiment: Experiment, weighting: Any):
     return {"weighting": weighting, **rows}
 
 
-def points(experiment: Experiment):
+def points(experiment: Experiment, calibration: str):
     """Predicted and measured loss of one layer at a time."""
     layers = plan.compressible(experiment.model)
-    given = experiment.moments("books")
+    given = experiment.moments(calibration)
     blocks = sorted({name.split(".")[1] for name in layers}, key=int)
     chosen = [blocks[int(x)] for x in np.linspace(0, len(blocks) - 1, 5)[1:-1]]
     rows = []
@@ -252,7 +252,7 @@ def points(experiment: Experiment):
                 "layer": name,
                 "fraction": fraction,
                 "predicted": done.layers[0].damage,
-                "measured": experiment.added(done.model, "books", experiment.few),
+                "measured": experiment.added(done.model, calibration, experiment.few),
             }
         )
     return rows
@@ -267,7 +267,8 @@ def parts_of(experiment: Experiment) -> dict[str, Callable[[], Any]]:
                 experiment, n, f
             )
     parts["uniform 0.8"] = lambda: uniform(experiment, 0.8)
-    parts["points"] = lambda: points(experiment)
+    for name in ("books", "domain"):
+        parts[f"points {name}"] = lambda n=name: points(experiment, n)
     for weighting in ("input", "input+gradient"):
         parts[f"mixtures {weighting}"] = lambda w=weighting: mixtures(experiment, w)
     for fraction in FRACTIONS:
@@ -311,9 +312,11 @@ def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
         row = results["mixtures input"]
         ratio = row["mixture"]["added"] / row["svd"]["added"]
         targets.append(script.Target("mixtures over SVD, added nats", ratio, 0.8))
-    if "points" in results:
-        what = "rank correlation of predictions"
-        targets.append(script.Target(what, correlation(results["points"]), 0.9, True))
+    for name in ("books", "domain"):
+        rows = results.get(f"points {name}")
+        if rows:
+            what = f"rank correlation of predictions, {name}"
+            targets.append(script.Target(what, correlation(rows), 0.9, True))
     return targets
 
 
@@ -337,12 +340,15 @@ def draw(results):
     axes[0, 0].set_yticks(places, list(bars))
     axes[0, 0].invert_yaxis()
     axes[0, 0].set_xlabel("nats per token above dense")
-    rows = [row for row in results.get("points", []) if row["measured"] > 0]
-    if rows:
-        predicted = [row["predicted"] for row in rows]
-        axes[0, 1].loglog(predicted, [row["measured"] for row in rows], "o")
-        ends = [min(predicted), max(predicted)]
-        axes[0, 1].loglog(ends, ends, ":", color="black")
+    for name in ("books", "domain"):
+        rows = [r for r in results.get(f"points {name}", []) if r["measured"] > 0]
+        if rows:
+            predicted = [row["predicted"] for row in rows]
+            measured = [row["measured"] for row in rows]
+            axes[0, 1].loglog(predicted, measured, "o", label=f"calibrated: {name}")
+            ends = [min(predicted), max(predicted)]
+            axes[0, 1].loglog(ends, ends, ":", color="black")
+            axes[0, 1].legend(frameon=False)
     axes[0, 1].set_xlabel("predicted nats of one layer")
     axes[0, 1].set_ylabel("measured")
     return chart
@@ -383,7 +389,9 @@ def main():
             experiment = Experiment(
                 model, np.concatenate(books), np.asarray(text), given.work
             )
-        only = ["books 0.8", "uniform 0.8", "points"] if given.quick else given.only
+        only = (
+            ["books 0.8", "uniform 0.8", "points books"] if given.quick else given.only
+        )
         results = run(experiment, only)
     targets = targets_of(results)
     script.print_targets(targets)

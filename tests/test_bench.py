@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 KEYS = {
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
-    "compression": {"targets", "points", "books 0.8", "uniform 0.8"},
+    "compression": {"targets", "points books", "books 0.8", "uniform 0.8"},
     "distributions": {"targets", "regression", "cases", "starts"},
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
@@ -108,7 +108,7 @@ def check_compression(results):
     planned, uniform = results["books 0.8"], results["uniform 0.8"]
     assert planned["parameters"] == pytest.approx(uniform["parameters"], rel=0.02)
     assert planned["predicted"] < uniform["predicted"]
-    for row in results["points"]:
+    for row in results["points books"]:
         assert row["predicted"] > 0
 
 
