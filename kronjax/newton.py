@@ -167,6 +167,12 @@ def _improve(here: Cluster):
         there = _search(here, first, damping, (0.0,))
         if there is not None and (best is None or there.s[0] < best[2].s[0]):
             return first.size, 1, there
+    if best is None:
+        for view in views:
+            if view.multipliers[0] < 0:
+                there = _search(here, view, 0.0, RELEASES)
+                if there is not None:
+                    return view.size, 1, there
     return best or (first.size, 0, None)
 
 
