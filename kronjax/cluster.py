@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from kronjax.kronecker import KroneckerTerms
+from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
 from kronjax.weighted import RIDGE
 
 
@@ -75,7 +75,8 @@ class Sheet:
     def matrix(self) -> np.ndarray:
         """Return K, `[m, n]`."""
         r = self.rank
-        return _unrearrange(self.left[:r].T @ self.core @ self.right[:r], self.shapes)
+        ambient: Any = self.left[:r].T @ self.core @ self.right[:r]
+        return np.asarray(unrearrange(ambient, *self.shapes))
 
     def terms(self) -> KroneckerTerms:
         """Return the Kronecker product SVD."""
@@ -294,6 +295,7 @@ class View:
         root = np.where(i == j, 1.0, math.sqrt(2))[:, None]
         self._rows = -root * (pulled[i, j] + pulled[j, i]) / 2
         self._trace = (i == j).astype(float)
+        self._traceless = _complement(self._trace)
         y = self._least_squares()
         self._lambda = np.zeros((size, size))
         self._lambda[i, j] = self._lambda[j, i] = y / np.where(i == j, 1, math.sqrt(2))
@@ -306,7 +308,7 @@ class View:
         """Return y of trace one that makes `𝒜ᵀy` least."""
         first = self._trace / self._trace.sum()
         # A basis of what has no trace: the off-diagonal ones, and differences.
-        basis = _complement(self._trace)
+        basis = self._traceless
         left, right = basis @ self._rows, first @ self._rows
         free = np.linalg.lstsq(left.T, -right, rcond=1e-13)[0]
         return first + free @ basis
@@ -344,7 +346,9 @@ class View:
         dual = dual if right is None else dual @ right.T
         for sheet in sheets:
             span = slice(at, at + sheet.dimension)
-            result[span, span] += sheet.bend(_rearrange(dual, sheet.shapes))
+            ambient: Any = dual
+            ambient = np.asarray(rearrange(ambient, sheet.shapes[0]))
+            result[span, span] += sheet.bend(ambient)
             at += sheet.dimension
         return result
 
@@ -362,11 +366,8 @@ class View:
         """
         i, j = self._pairs
         axis = self._axes[:, 0]
-        wanted = self._trace * self.cluster.s[i]
-        wanted = wanted + release * axis[i] * axis[j] * np.where(
-            i == j, 1, math.sqrt(2)
-        )
-        fixed = self._reach @ (-_complement(self._trace) @ wanted)
+        away = axis[i] * axis[j] * np.where(i == j, 1, math.sqrt(2))
+        fixed = self.gather(release * away)
         values, vectors = self.curvature
         slope = self._trace @ self._rows / self._trace.sum() + self.hessian @ fixed
         scale = np.abs(values).max(initial=0.0)
@@ -374,24 +375,24 @@ class View:
         free = vectors.T @ (vectors @ slope / np.where(moduli > 0, moduli, 1))
         return fixed - free
 
-    def gather(self) -> np.ndarray:
-        """Return the least step that brings the cluster together, to first order."""
-        wanted = self._trace * self.cluster.s[self._pairs[0]]
-        return self._reach @ (-_complement(self._trace) @ wanted)
+    def gather(self, away: np.ndarray | float = 0.0) -> np.ndarray:
+        """Return the least step that brings the cluster together, to first order.
+
+        Args:
+            away: `svec` of what is to be left between its values and `t`.
+        """
+        wanted = self._trace * self.cluster.s[self._pairs[0]] + away
+        return self._bases[0] @ (-self._traceless @ wanted)
 
     @functools.cached_property
     def _bases(self):
         """The pseudoinverse of what holds the cluster together, and its null space."""
-        kept = _complement(self._trace) @ self._rows
+        kept = self._traceless @ self._rows
         if not len(kept):
             return np.zeros((kept.shape[1], 0)), np.eye(kept.shape[1])
         u, s, vt = np.linalg.svd(kept)
         rank = int((s > 1e-10 * s[0]).sum())
         return vt[:rank].T @ (u[:, :rank] / s[:rank]).T, vt[rank:]
-
-    @property
-    def _reach(self) -> np.ndarray:
-        return self._bases[0]
 
     @functools.cached_property
     def curvature(self) -> tuple[np.ndarray, np.ndarray]:
@@ -419,15 +420,3 @@ def _root(weight) -> np.ndarray:
     values, vectors = np.linalg.eigh((weight + weight.T) / 2)
     mean = max(np.trace(weight) / len(weight), 0.0)
     return vectors * np.sqrt(np.maximum(values, 0) + RIDGE * mean)
-
-
-def _rearrange(matrix, shapes):
-    (m1, n1), (m2, n2) = shapes
-    blocks = matrix.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3)
-    return blocks.reshape(m1 * n1, m2 * n2)
-
-
-def _unrearrange(ambient, shapes):
-    (m1, n1), (m2, n2) = shapes
-    blocks = ambient.reshape(m1, n1, m2, n2).transpose(0, 2, 1, 3)
-    return blocks.reshape(m1 * m2, n1 * n2)

@@ -7,8 +7,10 @@ first order,
 
     [[H, 𝒜ᵀ, 0], [𝒜, 0, −e], [0, −eᵀ, 0]] [ξ; y; t] = [0; −svec diag(σ_1 … σ_k); −1],
 
-and retracts. `k` is where the values fall most, or one of its neighbours. A step is
-taken only if the spectral norm falls: what comes back is never worse than what came.
+and retracts; it is solved on the null space of 𝒜 less its trace, where negative
+curvature counts as positive. `k` is where the values fall most, or one of its
+neighbours. A step is taken only if the spectral norm falls: what comes back is never
+worse than what came.
 Near a minimiser with positive multipliers and positive projected Hessian the steps
 converge quadratically, in practice to the last digit.
 
@@ -122,7 +124,7 @@ def finish(
         return _as_given(matrix, terms, left_weight, right_weight, "rank_deficient")
     if space.dimension > LARGEST:
         return _as_given(matrix, terms, left_weight, right_weight, "too_large")
-    begun = here = space.cluster()
+    here = space.cluster()
     status, steps = "max_steps", 0
     if here.is_exact:
         return _result(here, None, 0, "exact")
@@ -138,7 +140,6 @@ def finish(
     found = here.view(size)
     if found.residual < 1e-9:
         status = "converged"
-    assert here.s[0] <= begun.s[0]
     return _result(here, found, steps, status)
 
 
@@ -213,11 +214,10 @@ def _sizes(here: Cluster) -> list[int]:
     s = here.s
     most = here.space.most
     near = [k for k in range(1, min(len(s), most + 1)) if s[k - 1] > 0.5 * s[0]]
-    floor = 1e-15 * s[0]
     # Where the spread of what is inside is small against the fall.
     falls = {k: (s[k - 1] - s[k]) / (s[0] - s[k - 1] + 1e-3 * s[0]) for k in near}
     if len(s) <= most and s[-1] > 0.5 * s[0]:
-        falls[len(s)] = s[-1] / (s[0] - s[-1] + 1e-3 * s[0] + floor)
+        falls[len(s)] = s[-1] / (s[0] - s[-1] + 1e-3 * s[0])
     best = sorted(falls, key=lambda k: -falls[k])[:2] or [1]
     around = [best[0], best[0] + 1, best[0] - 1, *best[1:]]
     return [k for k in dict.fromkeys(around) if 1 <= k <= min(len(s), most)]
