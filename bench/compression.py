@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 from bench import script
 from kronjax import lm
-from kronjax.lm import calibrate, compression, evaluate, fit, plan
+from kronjax.lm import calibrate, compression, evaluate, mixture, plan
 from kronjax.lm.architecture import tokenizer_of
 from kronjax.lm.work import Work
 from kronjax.recipe import Recipe, Rule, Term
@@ -202,10 +202,13 @@ def mixtures(experiment: Experiment, weighting: Any):
     shape = layers[names[0]].kernel[...].shape
     svd = int(math.prod(shape) / 2 / sum(shape))
     rows = {}
-    for way, ranks in {"svd": (svd, 0), "mixture": fit.mix(shape, 0.5, 0.5)}.items():
+    for way, ranks in {
+        "svd": (svd, 0),
+        "mixture": mixture.mix(shape, 0.5, 0.5),
+    }.items():
         terms = tuple(
             Term(a_shape=c.a_shape, rank=c.rank)
-            for c in fit.configurations(shape, ranks)
+            for c in mixture.configurations(shape, ranks)
         )
         held = {"norm": "frobenius", "weighting": weighting, "terms": terms}
         rules = [Rule(match=name, method="kronecker", **held) for name in names]

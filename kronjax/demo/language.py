@@ -17,7 +17,7 @@ from rich.table import Table
 
 from kronjax import demo, nn
 from kronjax.demo import corpus
-from kronjax.lm import calibrate, compression, evaluate, fit, page, record
+from kronjax.lm import calibrate, compression, evaluate, mixture, page, record
 from kronjax.lm import text as texts
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.budget import Budget
@@ -130,7 +130,7 @@ def recipe(method: str, norm: str, weighting: Weighting) -> Recipe:
     for name, shape in (("c_fc", (192, 768)), ("c_proj", (768, 192))):
         what: dict[str, Any] = {"method": "low-rank", "fraction": FRACTION}
         if method == "kronecker":
-            (one,) = fit.configurations(shape, fit.mix(shape, FRACTION, 0.0))
+            (one,) = mixture.configurations(shape, mixture.mix(shape, FRACTION, 0.0))
             term = Term(a_shape=one.a_shape, rank=one.rank)
             what = {"method": "kronecker", "terms": (term,)}
         match = f"h.*.mlp.{name}"

@@ -21,8 +21,8 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax import recipe as recipes
-from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
-from kronjax.lm import calibrate, checkpoint, fit, offers, plan, sizes, starts
+from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.lm import calibrate, checkpoint, fit, groups, offers, plan, sizes
 from kronjax.lm import refine as refinement
 from kronjax.lm import sequential as in_turn
 from kronjax.lm import text as texts
@@ -33,7 +33,7 @@ from kronjax.lm.plan import Plan
 from kronjax.lm.progress import bar, timed
 from kronjax.lm.text import Text
 from kronjax.lm.work import Work, fingerprint
-from kronjax.recipe import Assignment, Recipe
+from kronjax.recipe import Recipe
 
 TOKENS = 32_768
 """Tokens of the text that calibration reads, at most."""
@@ -281,89 +281,65 @@ def _moments(model, calibration, needed, tokens, work, progress):
 
 
 def _fit_all(assignments, moments, put, sequential, model, read):
-    """Fit every assignment; return what became of each layer."""
-    if not sequential or moments is None:
-        return [put(moments, one) for one in assignments]
+    """Fit every assignment; return what became of each layer, in their order."""
     done = []
+    if not sequential or moments is None:
+        done = put(moments, assignments)
+    else:
 
-    def fit_block(i, moments):
-        own = (one for one in assignments if offers.kind_of_layer(one.name)[1] == i)
-        done.extend(put(moments, one) for one in own)
+        def fit_block(i, moments):
+            own = [x for x in assignments if offers.kind_of_layer(x.name)[1] == i]
+            done.extend(put(moments, own))
 
-    in_turn.fit(model, moments, read, fit_block)
+        in_turn.fit(model, moments, read, fit_block)
+    order = [one.name for one in assignments]
+    return sorted(done, key=lambda layer: order.index(layer.name))
+
+
+def _put(model, made, evaluations, work, advance, moments, assignments) -> list[Layer]:
+    """Put the sums that are assigned to layers into their places; say what they are."""
+    layers, done = nn.linear_layers(model), []
+    free = made is not None
+    for group in groups.of(assignments):
+        begun = time.perf_counter()
+        targets = [
+            plan.target(layers[one.name], one.name, moments, one.rule.weighting)
+            for one in group
+        ]
+        pieces = work.together(
+            "layer",
+            functools.partial(groups.fit_some, targets, group, evaluations, free, work),
+            [
+                (*target.parts, one, evaluations, free)
+                for target, one in zip(targets, group, strict=True)
+            ],
+        )
+        seconds = (time.perf_counter() - begun) / len(group)
+        for one, (arrays, facts) in zip(group, pieces, strict=True):
+            layer = layers[one.name]
+            done.append(_replaced(model, layer, one, arrays, facts, made, seconds))
+        advance(len(group))
     return done
 
 
-def _put(model, made, evaluations, work, advance, moments, one) -> Layer:
-    """Put the sum that is assigned to a layer into its place, and say what it is."""
-    layer, begun = nn.linear_layers(model)[one.name], time.perf_counter()
-    target = plan.target(layer, one.name, moments, one.rule.weighting)
-    free = made is not None
-    arrays, facts = work.once(
-        "layer",
-        functools.partial(_fit, target, one, evaluations, free, work),
-        *target.parts,
-        one,
-        evaluations,
-        free,
-    )
+def _replaced(model, layer, one, arrays, facts, made, seconds) -> Layer:
+    """Put one sum into the place of a layer, and say what it is."""
     terms = _terms(arrays)
     bias = None if layer.bias is None else layer.bias[...]
     scalars = one.rule.scalars and facts["kind"] == "kronecker"
     found = _layer(facts["kind"], terms, bias, parameter_dtype(model), scalars)
     nn.replace(model, one.name, found)
     chosen = [x for x in made.choices if x.name == one.name] if made else []
-    advance(1)
     return Layer(
         name=one.name,
         configurations=tuple(map(_configuration, terms)),
         parameters=nn.cost(found).parameters - (0 if bias is None else one.shape[1]),
         dense_parameters=int(np.prod(one.shape)),
         predicted=chosen[0].damage if chosen else None,
-        seconds=time.perf_counter() - begun,
+        seconds=seconds,
         reason=chosen[0].reason if chosen else f"rule for {one.rule.match}",
         **facts,
     )
-
-
-def _fit(target: fit.Target, one: Assignment, evaluations: int, free: bool, work: Work):
-    """Return the factors of one layer, and what there is to say about them.
-
-    Where a plan was free to choose, low rank of the same size takes the place of a sum
-    that turns out to be worse.
-    """
-    from kronjax.descent import Status
-
-    low_rank = fit.LowRank.kept(target, work)
-    prepared = fit.Prepared(target, low_rank)
-    norm = one.rule.norm
-    ranks = fit.ranks_of(one.shape, one.configurations)
-    has_weights = target.left is not None or target.right is not None
-    is_joint = norm == "frobenius" or (norm == "auto" and has_weights)
-    if is_joint and ranks is not None and ranks[1] == 0:
-        found = low_rank.fit(ranks[0])
-    elif norm == "frobenius" and len(one.configurations) == 1 and not has_weights:
-        found = prepared.van_loan(one.configurations[0])
-    elif is_joint and ranks is not None:
-        found = prepared.mixture(ranks, evaluations=evaluations)
-    else:
-        found = prepared.solve(one.configurations, norm)
-    kind = one.rule.method
-    rank = interpolative_rank(one.shape, one.num_parameters)
-    if free and kind == "kronecker" and found.relative**2 > low_rank.tails[rank]:
-        found, kind = low_rank.fit(rank), "interpolative"
-    terms = starts.by_name(target.kernel, found.terms, one.rule.start)
-    facts = {
-        "kind": kind,
-        "relative": found.relative,
-        "damage": found.damage,
-        "low_rank": float(np.sqrt(low_rank.tails[rank])),
-        "status": Status(found.status).name.lower(),
-    }
-    arrays = {}
-    for i, factors in enumerate(terms):
-        arrays |= {f"{i}.a": np.asarray(factors.a), f"{i}.b": np.asarray(factors.b)}
-    return arrays, facts
 
 
 def _terms(arrays) -> tuple[KroneckerTerms, ...]:

@@ -10,13 +10,15 @@ weighted by what there is, over the squared norm of the kernel.
 kernel serves plans and fits alike. Mixtures of low rank and of one near-square
 configuration are fitted by one program for all layers of a shape.
 
->>> near_square((12, 12))
-(3, 4)
+>>> LowRank.of(Target("", np.eye(4, dtype=np.float32))).fit(2).relative ** 2
+0.5
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +28,13 @@ from kronjax import leastsquares
 from kronjax.kronecker import (
     Configuration,
     KroneckerTerms,
-    divisors,
     interpolative_rank,
     rearrange,
 )
+from kronjax.lm import mixture
 from kronjax.lm.work import Work
 from kronjax.problem import Problem
 from kronjax.setting import factors, prepare
-
-TIERS = (0.35, 0.65, 1.0)
-"""Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
-compile, and costs in every step as much as the largest mixture that it can fit."""
 
 EVALUATIONS = 120
 """That a mixture may spend, if nobody says otherwise."""
@@ -161,6 +159,8 @@ class Prepared:
     Attributes:
         target: What was prepared.
         low_rank: What they compete with.
+        wide: The target, or its transpose if that has fewer rows.
+        is_tall: Whether it is the transpose.
     """
 
     def __init__(self, target: Target, low_rank: LowRank | None = None) -> None:
@@ -173,44 +173,26 @@ class Prepared:
         self.target = target
         self.low_rank = low_rank or LowRank.of(target)
         # Tall kernels are solved as wide ones: both kinds share their programs.
-        self._is_tall = target.shape[0] > target.shape[1]
-        self._wide = target
-        if self._is_tall:
+        self.is_tall = target.shape[0] > target.shape[1]
+        self.wide = target
+        if self.is_tall:
             turned = np.ascontiguousarray(target.kernel.T)
-            self._wide = Target(target.name, turned, target.right, target.left)
+            self.wide = Target(target.name, turned, target.right, target.left)
 
     @functools.cached_property
-    def _prepared(self):
+    def setting(self):
+        """What `setting.prepare` makes of the wide kernel."""
         # The coordinates are the same for all ranks.
-        return _preparer(_tier(self._wide.shape, (1, 1)))(*self._wide.arrays)
+        return _preparer(mixture.program(self.wide.shape, (1, 1)))(*self.wide.arrays)
 
-    def mixture(
-        self,
-        ranks: tuple[int, int],
-        *,
-        evaluations: int = EVALUATIONS,
-        tolerance: float = 1e-5,
-    ) -> Fit:
+    def mixture(self, ranks: tuple[int, int], **options: Any) -> Fit:
         """Return a sum of low rank and near-square terms, fitted jointly.
 
         Args:
             ranks: Of both; 0 leaves one of them out.
-            evaluations: Values and gradients to spend.
-            tolerance: As for `leastsquares.fit`.
+            options: Those of `mixtures`.
         """
-        if ranks[1] == 0:
-            return self.low_rank.fit(ranks[0])
-        problem = _tier(self._wide.shape, ranks)
-        solve = _fitter(problem)
-        found = solve(*self._prepared, np.array(ranks), evaluations, tolerance)
-        # NumPy cuts without compiling anything.
-        found = jax.device_get(found)
-        terms = tuple(
-            jax.tree.map(lambda x, rank=rank: x[:rank], one)
-            for one, rank in zip(found.terms, ranks, strict=True)
-            if rank
-        )
-        return self._as_asked(terms, found.relative, found.status)
+        return mixtures([self], [ranks], **options)[0]
 
     def van_loan(self, configuration: Configuration) -> Fit:
         """Return the closed form of one configuration without weights."""
@@ -226,132 +208,102 @@ class Prepared:
         tail = squares[rank:].sum() / max(squares.sum(), np.finfo(np.float64).tiny)
         return Fit((terms,), math.sqrt(tail), self.low_rank.total * tail, 0)
 
-    def solve(self, configurations: tuple[Configuration, ...], norm: str) -> Fit:
-        """Return a sum for any configurations and any norm, by `kronjax.approximate`.
-
-        Args:
-            configurations: What to look for.
-            norm: As in recipes; `auto` is Frobenius with weights, spectral without.
-        """
-        from kronjax.approximation import approximate
-
-        wide = self._wide
-        has_weights = wide.left is not None or wide.right is not None
-        if norm == "auto":
-            norm = "frobenius" if has_weights else "spectral"
-        if self._is_tall:
-            configurations = tuple(
-                Configuration((one.a_shape[1], one.a_shape[0]), one.rank)
-                for one in configurations
-            )
-        found = approximate(
-            wide.kernel,
-            configurations,
-            norm=norm,
-            left_weight=wide.left,
-            right_weight=wide.right,
-            starts=1,
-            tolerance=SOLVE_TOLERANCE,
-            progress=False,
-        )
-        ratio = found.weighted_relative if has_weights else found.relative
-        assert ratio is not None
-        return self._as_asked(found.terms, ratio.frobenius, found.status)
-
-    def _as_asked(self, terms, relative, status) -> Fit:
+    def as_asked(self, terms, relative, status) -> Fit:
         """Return a sum for the wide kernel as one for the target."""
-        if self._is_tall:
+        if self.is_tall:
             terms = tuple(map(_transposed, terms))
         relative = float(relative)
         damage = self.low_rank.total * relative**2
         return Fit(terms, relative, damage, int(status))
 
 
-def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the shape of left factors of which a term has the fewest parameters.
-
-    Of several the one whose factors are most alike in rows and in columns. None where
-    all there is is low rank: sizes that are prime.
-    """
-    m, n = shape
-    if m > n:
-        turned = near_square((n, m))
-        return None if turned is None else (turned[1], turned[0])
-    trivial = {(m, 1), (1, n), (m, n), (1, 1)}
-
-    def size(pair):
-        m1, n1 = pair
-        d1, d2 = m1 * n1, m * n // (m1 * n1)
-        uneven = abs(math.log(m1 * m1 / m)) + abs(math.log(n1 * n1 / n))
-        return d1 + d2, uneven, pair
-
-    pairs = {(m1, n1) for m1 in divisors(m) for n1 in divisors(n)}
-    return min(pairs - trivial, key=size, default=None)
-
-
-def mix(shape: tuple[int, int], fraction: float, share: float) -> tuple[int, int]:
-    """Return the ranks of a mixture of a size.
+def mixtures(
+    several: Sequence[Prepared],
+    ranks: Sequence[tuple[int, int]],
+    *,
+    evaluations: int = EVALUATIONS,
+    tolerance: float = 1e-5,
+) -> list[Fit]:
+    """Return sums of low rank and near-square terms, each fitted jointly.
 
     Args:
-        shape: `(n_in, n_out)`.
-        fraction: Parameters over those of the dense kernel.
-        share: Of the parameters, what goes to low rank.
-
-    Returns:
-        Low rank, and number of near-square terms.
+        several: Of one wide shape, with weights of the same sides.
+        ranks: Of both kinds of terms, for each; 0 leaves one of them out.
+        evaluations: Values and gradients to spend on each.
+        tolerance: As for `leastsquares.fit`.
     """
-    m, n = shape
-    low, *square = _largest(shape, 1.0)
-    budget = fraction * m * n
-    first = min(round(share * budget / (m + n)), low.rank)
-    left = budget - first * (m + n)
-    if not square:
-        return first, 0
-    one = Configuration(square[0].a_shape, 1).num_parameters(shape)
-    return first, max(0, min(int(left / one), square[0].rank))
+    if all(pair[1] == 0 for pair in ranks):
+        return [x.low_rank.fit(r) for x, (r, _) in zip(several, ranks, strict=True)]
+    largest = max(r for r, _ in ranks), max(r for _, r in ranks)
+    solve = _fitter(mixture.program(several[0].wide.shape, largest), len(several) > 1)
+    if len(several) == 1:
+        found = solve(*several[0].setting, np.array(ranks[0]), evaluations, tolerance)
+        parts = [jax.device_get(found)]
+    else:
+        stacked = jax.tree.map(
+            lambda *x: jnp.stack(x), *(one.setting for one in several)
+        )
+        found = jax.device_get(solve(*stacked, np.array(ranks), evaluations, tolerance))
+        parts = [jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(several))]
+    fits = []
+    for prepared, pair, part in zip(several, ranks, parts, strict=True):
+        # NumPy cuts without compiling anything.
+        terms = tuple(
+            jax.tree.map(lambda x, rank=rank: x[:rank], one)
+            for one, rank in zip(part.terms, pair, strict=True)
+            if rank
+        )
+        fits.append(prepared.as_asked(terms, part.relative, part.status))
+    return fits
 
 
-def configurations(
-    shape: tuple[int, int], ranks: tuple[int, int]
-) -> tuple[Configuration, ...]:
-    """Return the configurations of a mixture, without those of rank 0."""
-    pairs = zip(((shape[0], 1), near_square(shape)), ranks, strict=True)
-    return tuple(Configuration(a, rank) for a, rank in pairs if a and rank)
+def solve(
+    several: Sequence[Prepared],
+    configurations: Sequence[Configuration],
+    norm: str,
+) -> list[Fit]:
+    """Return sums for any configurations and any norm, by `kronjax.approximate`.
 
+    Args:
+        several: Of one shape, with weights of the same sides.
+        configurations: What to look for.
+        norm: As in recipes; `auto` is Frobenius with weights, spectral without.
+    """
+    from kronjax.approximation import approximate
 
-def ranks_of(
-    shape: tuple[int, int], wanted: tuple[Configuration, ...]
-) -> tuple[int, int] | None:
-    """Return the ranks if `wanted` is such a mixture, or None."""
-    held = {one.a_shape: one.rank for one in wanted}
-    if len(held) < len(wanted):
-        return None
-    low = held.pop((shape[0], 1), 0)
-    square = near_square(shape)
-    ranks = low, held.pop(square, 0) if square else 0
-    return None if held else ranks
-
-
-def _largest(shape, fraction):
-    """Return low rank and near-square terms, if there are such, each at a size."""
-    m, n = shape
-    budget = fraction * m * n
-    found = []
-    for a_shape in ((m, 1), near_square(shape)):
-        if a_shape is not None:
-            one = Configuration(a_shape, 1)
-            most = max(int(budget / one.num_parameters(shape)), 1)
-            found.append(Configuration(a_shape, min(most, one.max_rank(shape))))
-    return tuple(found)
-
-
-def _tier(shape, ranks):
-    """Return the smallest problem in which a mixture of these ranks fits."""
-    for fraction in TIERS:
-        largest = _largest(shape, fraction)
-        if all(rank <= one.rank for rank, one in zip(ranks, largest, strict=False)):
-            break
-    return Problem.of(shape, largest, 2, starts=1)
+    first = several[0]
+    has_weights = first.wide.left is not None or first.wide.right is not None
+    if norm == "auto":
+        norm = "frobenius" if has_weights else "spectral"
+    if first.is_tall:
+        configurations = [
+            Configuration((one.a_shape[1], one.a_shape[0]), one.rank)
+            for one in configurations
+        ]
+    kernels, left, right = (
+        None if parts[0] is None else np.stack(parts)
+        for parts in zip(*(one.wide.parts for one in several), strict=True)
+    )
+    found = approximate(
+        kernels,
+        configurations,
+        norm=norm,
+        left_weight=left,
+        right_weight=right,
+        starts=1,
+        tolerance=SOLVE_TOLERANCE,
+        progress=False,
+    )
+    ratio = found.weighted_relative if has_weights else found.relative
+    assert ratio is not None
+    return [
+        prepared.as_asked(
+            jax.tree.map(lambda x, i=i: x[i], found.terms),
+            ratio.frobenius[i],
+            found.status[i],
+        )
+        for i, prepared in enumerate(several)
+    ]
 
 
 def _transposed(terms: KroneckerTerms) -> KroneckerTerms:
@@ -379,5 +331,6 @@ def _preparer(problem):
 
 
 @functools.lru_cache(maxsize=64)
-def _fitter(problem):
-    return jax.jit(functools.partial(leastsquares.fit, problem))
+def _fitter(problem, batched):
+    solve = functools.partial(leastsquares.fit, problem)
+    return jax.jit(jax.vmap(solve, in_axes=(0, 0, 0, None, None)) if batched else solve)

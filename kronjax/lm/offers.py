@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kronjax.kronecker import Configuration, interpolative_rank
-from kronjax.lm import fit
+from kronjax.lm import fit, mixture
 from kronjax.lm.work import Work
 
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
@@ -113,7 +113,7 @@ def _ratios(prepared, evaluations):
     for fraction in PROBES:
         tail = prepared.low_rank.tail(fraction)
         for kind, share in SHARES.items():
-            ranks = fit.mix(prepared.target.shape, fraction, share)
+            ranks = mixture.mix(prepared.target.shape, fraction, share)
             if tail == 0 or not all(ranks[share == 0 :]):
                 continue
             found = prepared.mixture(ranks, evaluations=evaluations)
@@ -148,7 +148,9 @@ def of_layer(
             parameters = rank * (sum(shape) - rank)
             reason = "low rank is best here"
         else:
-            held = fit.configurations(shape, fit.mix(shape, fraction, SHARES[kind]))
+            held = mixture.configurations(
+                shape, mixture.mix(shape, fraction, SHARES[kind])
+            )
             parameters = sum(one.num_parameters(shape) for one in held)
             reason = f"{1 - factors[kind]:.0%} less damage than low rank, by probes"
         if held and parameters < whole:

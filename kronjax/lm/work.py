@@ -13,7 +13,7 @@ a folder pieces are kept in memory: what one stage decomposed, the next one need
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,32 @@ class Work:
             make: Makes it.
             parts: What it depends on; as for `digest`.
         """
-        name = f"{kind}-{digest(*parts)}"
-        found = self._held.get(name) if self.folder is None else self._read(name)
-        if found is None:
-            assert make is not None
-            found = make()
-            self._keep(name, found)
+        (found,) = self.together(kind, make and (lambda _: [make()]), [parts])
         return found
+
+    def together(
+        self,
+        kind: str,
+        make: Callable[[list[int]], Sequence[Piece]] | None,
+        parts: Sequence[Sequence[Any]],
+    ) -> list[Piece]:
+        """Return several pieces; those that are not there are made in one go.
+
+        Args:
+            kind: What they are called.
+            make: Makes those whose places in `parts` it is given.
+            parts: What each of them depends on; as for `digest`.
+        """
+        names = [f"{kind}-{digest(*one)}" for one in parts]
+        read = self._held.get if self.folder is None else self._read
+        found = dict(enumerate(map(read, names)))
+        missing = [i for i, piece in found.items() if piece is None]
+        if missing:
+            assert make is not None
+            for i, piece in zip(missing, make(missing), strict=True):
+                self._keep(names[i], piece)
+                found[i] = piece
+        return [piece for piece in found.values() if piece is not None]
 
     def clear(self) -> None:
         """Forget everything, and remove the folder."""

@@ -6,13 +6,15 @@ import pytest
 from flax import nnx
 
 from kronjax import nn, recipe
-from kronjax.kronecker import Configuration
+from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.lm import (
     calibrate,
     checkpoint,
     compression,
     fit,
     gpt2,
+    groups,
+    mixture,
     offers,
     page,
     plan,
@@ -20,6 +22,7 @@ from kronjax.lm import (
     sizes,
 )
 from kronjax.lm.budget import Budget
+from kronjax.lm.work import Work
 
 CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
 
@@ -118,19 +121,63 @@ def test_finished_layers_are_taken_from_the_folder_of_the_work(
     damaged = files[0]
     damaged.write_bytes(damaged.read_bytes()[:100])
     calls = []
-    original = compression._fit
+    original = groups.fit_some
 
-    def counted(target, *rest, **options):
-        calls.append(target.name)
-        return original(target, *rest, **options)
+    def counted(*arguments):
+        calls.extend(arguments[-1])
+        return original(*arguments)
 
-    monkeypatch.setattr(compression, "_fit", counted)
+    monkeypatch.setattr(groups, "fit_some", counted)
     # What the plan decomposed is there, too, for plans of any budget.
     monkeypatch.setattr(fit, "_decompose", None)
     again = compression.run(model, 0.7, moments, evaluations=30, work=work)
     assert len(calls) == 1  # the damaged one
     for name, kernel in kernels(again.model).items():
         np.testing.assert_allclose(kernel, kernels(done.model)[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "weighting", "norm"),
+    [
+        # A tall kernel is the wide one of the other layer, if both sides have weights.
+        (["h.0.mlp.c_fc", "h.0.mlp.c_proj"], "input+gradient", "frobenius"),
+        (["h.0.attn.c_proj", "h.1.attn.c_proj"], "input", "frobenius"),
+        (["h.0.attn.c_proj", "h.1.attn.c_proj"], "none", "schatten:4"),
+    ],
+)
+def test_a_group_in_one_batch_is_what_its_layers_are_alone(
+    model, moments, names, weighting, norm
+):
+    linear = layers(model)
+    assigned = []
+    for name in names:
+        shape = linear[name].in_features, linear[name].out_features
+        held = mixture.configurations(shape, (2 * (norm == "frobenius"), 3))
+        terms = [{"a_shape": one.a_shape, "rank": one.rank} for one in held]
+        rule = {"match": name, "method": "kronecker", "terms": terms}
+        rules = recipe.Recipe.model_validate(
+            {"rules": [{**rule, "norm": norm, "weighting": weighting}]}
+        )
+        assigned += recipe.resolve(rules, {name: shape})
+    assert [len(part) for part in groups.of(assigned, limit=0)] == [1, 1]
+    ((*group,),) = groups.of(assigned, limit=10**9)
+    assert [one.name for one in group] == names
+    targets = [plan.target(linear[n], n, moments, weighting) for n in names]
+
+    def pieces(places):
+        return groups.fit_some(targets, group, 40, False, Work(), places)
+
+    for i, (arrays, facts) in enumerate(pieces([0, 1])):
+        ((alone, its),) = pieces([i])
+        assert facts["relative"] == pytest.approx(its["relative"], rel=1e-3)
+        assert {k: x.shape for k, x in arrays.items()} == {
+            k: x.shape for k, x in alone.items()
+        }
+        total = sum(
+            np.asarray(KroneckerTerms(arrays[f"{k}.a"], arrays[f"{k}.b"]).to_matrix())
+            for k in range(len(arrays) // 2)
+        )
+        assert total.shape == targets[i].shape
 
 
 def test_a_larger_budget_predicts_less_damage(model, moments, monkeypatch):
@@ -206,11 +253,13 @@ def test_starts_of_the_literature(model, start):
 def test_mixtures_have_the_size_that_was_asked_for(shape):
     for fraction in (0.3, 0.6):
         for part in (0.0, 0.5, 1.0):
-            held = fit.configurations(shape, fit.mix(shape, fraction, part))
+            held = mixture.configurations(shape, mixture.mix(shape, fraction, part))
             size = sum(one.num_parameters(shape) for one in held)
             assert size <= fraction * shape[0] * shape[1] + sum(shape)
             if held and shape not in [(1, 6)]:
-                assert fit.ranks_of(shape, held) == fit.mix(shape, fraction, part)
+                assert mixture.ranks_of(shape, held) == mixture.mix(
+                    shape, fraction, part
+                )
 
 
 def test_a_layer_of_zeros_costs_nothing_and_breaks_nothing(model, moments, tmp_path):
@@ -260,7 +309,7 @@ def test_moments_of_one_model_are_not_taken_for_another(model, tokens, tmp_path)
 
 def test_terms_that_repeat_a_shape_are_not_taken_for_one():
     twice = (Configuration((24, 1), 2), Configuration((24, 1), 3))
-    assert fit.ranks_of((24, 72), twice) is None
+    assert mixture.ranks_of((24, 72), twice) is None
 
 
 def test_refinement_is_refused_before_anything_takes_time(model, tokens):
