@@ -4,7 +4,8 @@
 
 The sum over `c` runs over configurations: one, or several for a heterogeneous sum; it
 is never multiplied out in a forward pass. Kernels are `[n_in, n_out]`, as those of
-`nnx.Linear`. `kronjax.nn` finds and replaces layers, and is where users find these.
+`nnx.Linear`; one of them stands for an `nnx.Embed`. `kronjax.nn` finds and replaces
+layers, and is where users find these.
 
 >>> import jax.numpy as jnp
 >>> layer = KroneckerLinear([KroneckerTerms(jnp.ones((1, 2, 3)), jnp.ones((1, 4, 5)))])
@@ -71,20 +72,7 @@ class KroneckerLinear(nnx.Module):
     ) -> None:
         """Hold the factors."""
         terms = tuple(terms)
-        shapes = sorted({one.shape for one in terms})
-        if len(shapes) != 1:
-            raise ValueError(
-                "a KroneckerLinear needs sums for matrices of one and the same shape; "
-                f"got {shapes or 'none'}"
-            )
-        for one in terms:
-            ranks = one.a.shape[:-2], one.b.shape[:-2]
-            if len(ranks[0]) != 1 or ranks[0] != ranks[1]:
-                raise ValueError(
-                    "a KroneckerLinear holds one matrix, factors [r, m1, n1] and "
-                    f"[r, m2, n2]; got {one.a.shape} and {one.b.shape}"
-                )
-        self.in_features, self.out_features = shapes[0]
+        self.in_features, self.out_features = _shape_of(terms)
         if bias is not None and bias.shape != (self.out_features,):
             raise ValueError(
                 f"bias has shape {bias.shape}, the layer {self.out_features} outputs"
@@ -139,6 +127,63 @@ class KroneckerLinear(nnx.Module):
         if self.outputs is not None:
             y = jnp.take(y, self.outputs[...], axis=-1)
         return y if self.bias is None else y + _as_row(self.bias[...], y)
+
+
+class KroneckerEmbedding(nnx.Module):
+    """A table, one row for each token, that is a sum of Kronecker products.
+
+        row i m2 + p  =  Σ_c Σ_k A_ck[i] ⊗ B_ck[p]
+
+    A head that is tied to the table multiplies by it without multiplying it out.
+
+    Attributes:
+        a: One `nnx.Param` `[r, m1, n1]` for each configuration.
+        b: One `nnx.Param` `[r, m2, n2]` for each configuration.
+
+    Args:
+        terms: One sum for each configuration, all of the same shape
+            `[num_embeddings, features]`, unbatched.
+
+    Raises:
+        ValueError: If there are no terms, or their shapes differ.
+    """
+
+    def __init__(self, terms: Sequence[KroneckerTerms]) -> None:
+        """Hold the factors."""
+        terms = tuple(terms)
+        self.num_embeddings, self.features = _shape_of(terms)
+        self.a = nnx.List([nnx.Param(one.a) for one in terms])
+        self.b = nnx.List([nnx.Param(one.b) for one in terms])
+
+    @property
+    def terms(self) -> tuple[KroneckerTerms, ...]:
+        """The sums that the table stands for, one for each configuration."""
+        return tuple(
+            KroneckerTerms(a.get_value(), b.get_value())
+            for a, b in zip(self.a, self.b, strict=True)
+        )
+
+    def materialize(self) -> jax.Array:
+        """Multiply the sum out: `[num_embeddings, features]`."""
+        first, *rest = (one.to_matrix() for one in self.terms)
+        return sum(rest, first)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Return the rows of tokens: `[...]`, integers, to `[..., features]`."""
+
+        def rows(one):
+            i, p = jnp.divmod(tokens, one.b.shape[1])
+            y = jnp.einsum("k...j,k...q->...jq", one.a[:, i], one.b[:, p])
+            return y.reshape(*tokens.shape, self.features)
+
+        first, *rest = map(rows, self.terms)
+        return sum(rest, first)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Return `x @ table.T`: `[..., features]` to `[..., num_embeddings]`."""
+        turned = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), self.terms)
+        first, *rest = (matmul(x, one) for one in turned)
+        return sum(rest, first)
 
 
 class InterpolativeLinear(nnx.Module):
@@ -288,6 +333,24 @@ class MaskedLinear(nnx.Module):
         """Return `x @ kernel + bias`: `[..., n_in]` to `[..., n_out]`."""
         y = x @ self.materialize()
         return y if self.bias is None else y + _as_row(self.bias[...], y)
+
+
+def _shape_of(terms):
+    """Return the shape that sums share, or say why they do not belong together."""
+    shapes = sorted({one.shape for one in terms})
+    if len(shapes) != 1:
+        raise ValueError(
+            "a layer of Kronecker products needs sums for matrices of one and the same "
+            f"shape; got {shapes or 'none'}"
+        )
+    for one in terms:
+        ranks = one.a.shape[:-2], one.b.shape[:-2]
+        if len(ranks[0]) != 1 or ranks[0] != ranks[1]:
+            raise ValueError(
+                "a layer of Kronecker products holds one matrix, factors [r, m1, n1] "
+                f"and [r, m2, n2]; got {one.a.shape} and {one.b.shape}"
+            )
+    return shapes[0]
 
 
 def _permutation(order, size, what):

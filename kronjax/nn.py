@@ -23,6 +23,7 @@ from flax import nnx
 from kronjax.kronecker import KroneckerTerms, matmul_cost
 from kronjax.layers import (
     InterpolativeLinear,
+    KroneckerEmbedding,
     KroneckerLinear,
     Mask,
     MaskedLinear,
@@ -32,13 +33,16 @@ from kronjax.layers import (
 __all__ = [
     "Cost",
     "InterpolativeLinear",
+    "KroneckerEmbedding",
     "KroneckerLinear",
     "Layer",
     "Mask",
     "MaskedLinear",
     "Order",
+    "Table",
     "cost",
     "dense",
+    "dense_table",
     "describe",
     "from_description",
     "linear",
@@ -46,12 +50,17 @@ __all__ = [
     "multiplied_out",
     "put",
     "replace",
+    "shape_of",
+    "tables",
 ]
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 Layer = nnx.Linear | KroneckerLinear | InterpolativeLinear | MaskedLinear
 """What stands where a model multiplies by a matrix."""
+
+Table = nnx.Embed | KroneckerEmbedding
+"""What stands where a model looks up the row of a token or of a position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +78,22 @@ class Cost:
     flops: int
 
 
-def cost(layer: Layer) -> Cost:
+def cost(layer: Layer | Table) -> Cost:
     """Return what a layer stores and spends.
 
     Args:
-        layer: Its arrays may be abstract, unless it is masked.
+        layer: Its arrays may be abstract, unless it is masked. Of a table the
+            operations are those of a head that is tied to it.
     """
     leaves = jax.tree.leaves(nnx.state(layer))
     bytes_held = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    if isinstance(layer, Table):
+        held = sum(math.prod(x.shape) for x in leaves)
+        flops = 2 * held
+        if isinstance(layer, KroneckerEmbedding):
+            flops = sum(2 * matmul_cost(_turned(one)) for one in layer.terms)
+            flops += (len(layer.a) - 1) * layer.num_embeddings
+        return Cost(held, bytes_held, flops)
     bias = 0 if layer.bias is None else layer.out_features
     if isinstance(layer, KroneckerLinear):
         held = sum(one.num_parameters for one in layer.factors)
@@ -108,22 +125,39 @@ def linear_layers(model: nnx.Module) -> dict[str, Layer]:
     return {".".join(map(str, path)): found[path] for path in sorted(found, key=_order)}
 
 
-def replace(model: nnx.Module, name: str, layer: Layer) -> None:
+def tables(model: nnx.Module) -> dict[str, Table]:
+    """Return the embeddings of a model by name: `{"wte": table, ...}`."""
+    return {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, Table)
+    }
+
+
+def shape_of(layer: Layer | Table) -> tuple[int, int]:
+    """Return `(n_in, n_out)` of a layer, or rows and columns of a table."""
+    if isinstance(layer, Table):
+        return layer.num_embeddings, layer.features
+    return layer.in_features, layer.out_features
+
+
+def replace(model: nnx.Module, name: str, layer: Layer | Table) -> None:
     """Put `layer` where the layer called `name` is.
 
     Args:
         model: Changed in place.
-        name: As `linear_layers` gives it, e.g. `h.0.mlp.c_fc`.
-        layer: With the same numbers of inputs and outputs.
+        name: As `linear_layers` or `tables` gives it, e.g. `h.0.mlp.c_fc`.
+        layer: Of the same shape, a table for a table.
 
     Raises:
         ValueError: If there is no such layer, or the sizes differ.
     """
-    layers = linear_layers(model)
+    is_table = isinstance(layer, Table)
+    layers: Mapping[str, Any] = tables(model) if is_table else linear_layers(model)
     if name not in layers:
         close = difflib.get_close_matches(name, layers, n=3) or list(layers)[:3]
         raise ValueError(f"no layer {name}; did you mean {' or '.join(close)}?")
-    old, new = ((one.in_features, one.out_features) for one in (layers[name], layer))
+    old, new = shape_of(layers[name]), shape_of(layer)
     if old != new:
         raise ValueError(
             f"{name} maps {old[0]} to {old[1]}, the new layer {new[0]} to {new[1]}"
@@ -154,6 +188,16 @@ def dense(layer: Layer) -> nnx.Linear:
     return linear(layer.materialize(), bias)
 
 
+def dense_table(table: Table) -> nnx.Embed:
+    """Return a table with its rows multiplied out, of the same dtype."""
+    if isinstance(table, nnx.Embed):
+        return table
+    made = nnx.eval_shape(lambda: nnx.Embed(*shape_of(table), rngs=nnx.Rngs(0)))
+    made.embedding = nnx.Param(table.materialize())
+    made.dtype = None  # type: ignore[assignment]  # that of its numbers
+    return made
+
+
 def multiplied_out(model: Model) -> Model:
     """Return a model with dense layers alone, which shares the arrays of the others.
 
@@ -164,11 +208,20 @@ def multiplied_out(model: Model) -> Model:
     for name, layer in linear_layers(other).items():
         if not isinstance(layer, nnx.Linear):
             replace(other, name, dense(layer))
+    for name, table in tables(other).items():
+        if not isinstance(table, nnx.Embed):
+            replace(other, name, dense_table(table))
     return other
 
 
-def describe(layer: Layer) -> dict[str, Any]:
+def describe(layer: Layer | Table) -> dict[str, Any]:
     """Return what a layer is, without its numbers, as values that JSON knows."""
+    if isinstance(layer, KroneckerEmbedding):
+        factors = zip(layer.a, layer.b, strict=True)
+        shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in factors]
+        return {"kind": "kronecker-embedding", "terms": shapes}
+    if isinstance(layer, nnx.Embed):
+        return {"kind": "dense", "shape": list(shape_of(layer))}
     facts: dict[str, Any] = {"bias": layer.bias is not None}
     if isinstance(layer, KroneckerLinear):
         factors = zip(layer.a, layer.b, strict=True)
@@ -188,17 +241,19 @@ def describe(layer: Layer) -> dict[str, Any]:
     return {"kind": kind, "shape": shape, **facts}
 
 
-def from_description(description: Mapping[str, Any]) -> Layer:
+def from_description(description: Mapping[str, Any]) -> Layer | Table:
     """Return the layer of a `describe`, with abstract float32 arrays.
 
     Raises:
         ValueError: If it describes no layer.
     """
     try:
-        kind, with_bias = description["kind"], bool(description["bias"])
+        kind = description["kind"]
+        if kind == "kronecker-embedding":
+            return KroneckerEmbedding(_terms(description))
+        with_bias = bool(description["bias"])
         if kind == "kronecker":
-            shapes = [(_sizes(x["a"]), _sizes(x["b"])) for x in description["terms"]]
-            terms = [KroneckerTerms(_abstract(a), _abstract(b)) for a, b in shapes]
+            terms = _terms(description)
             n_in, n_out = terms[0].shape
             scales = None
             if description.get("scales"):
@@ -228,6 +283,17 @@ def from_description(description: Mapping[str, Any]) -> Layer:
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{description!r} describes no layer: {error}") from error
     raise ValueError(f"a layer of kind {kind!r} is unknown; update kronjax")
+
+
+def _turned(terms: KroneckerTerms) -> KroneckerTerms:
+    """Return the outline of the transposed sum."""
+    (r, m1, n1), (_, m2, n2) = terms.a.shape, terms.b.shape
+    return KroneckerTerms(_abstract((r, n1, m1)), _abstract((r, n2, m2)))
+
+
+def _terms(description):
+    shapes = [(_sizes(x["a"]), _sizes(x["b"])) for x in description["terms"]]
+    return [KroneckerTerms(_abstract(a), _abstract(b)) for a, b in shapes]
 
 
 def _abstract(shape, dtype=jnp.float32) -> Any:

@@ -11,7 +11,8 @@
 Names are matched as in a shell: `*` is any text and `?` any character, `{fc,proj}` one
 of several, `{0..5}` a number in a range, `{odd}` and `{even}` the numbers of blocks,
 `{early}`, `{middle}` and `{late}` a third of them. The first rule that matches decides;
-what no rule matches is kept. A rule that matches nothing is a mistake.
+what no rule matches is kept. A rule that matches nothing is a mistake. Embeddings are
+meant only by rules that give their very names, `wte`, so that `*` is all linear layers.
 
 >>> recipe = loads('''
 ... rules:
@@ -220,6 +221,7 @@ def resolve(
     recipe: Recipe,
     shapes: Mapping[str, tuple[int, int]],
     *,
+    tables: Mapping[str, tuple[int, int]] | None = None,
     model_type: str | None = None,
 ) -> list[Assignment]:
     """Apply the rules to the layers of a model.
@@ -227,6 +229,7 @@ def resolve(
     Args:
         recipe: The rules.
         shapes: `(n_in, n_out)` of each layer, in the order of the model.
+        tables: `(rows, columns)` of each embedding.
         model_type: Of the model, if it is known.
 
     Returns:
@@ -243,6 +246,13 @@ def resolve(
         )
     used: set[int] = set()
     found = []
+    for name, shape in (tables or {}).items():
+        for i, rule in enumerate(recipe.rules):
+            if name in _patterns(rule):
+                used.add(i)
+                if rule.method != "keep":
+                    found.append(_assign_table(rule, name, shape))
+                break
     expressions = [_expression(rule, shapes) for rule in recipe.rules]
     for name, shape in shapes.items():
         for i, (rule, expression) in enumerate(
@@ -255,7 +265,7 @@ def resolve(
                 break
     for i, (rule, expression) in enumerate(zip(recipe.rules, expressions, strict=True)):
         if i not in used:
-            raise ValueError(_unused(rule, expression, shapes))
+            raise ValueError(_unused(rule, expression, [*shapes, *(tables or {})]))
     return found
 
 
@@ -286,14 +296,26 @@ def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
     return Assignment(name, shape, configurations, rule)
 
 
+def _assign_table(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
+    if rule.method == "interpolative" or rule.weighting != "none" or rule.scalars:
+        raise ValueError(
+            f"{name} is an embedding, which has no inputs to weight by: write method "
+            "kronecker or low-rank, weighting none, and no scalars"
+        )
+    return _assign(rule, name, shape)
+
+
 def _expression(rule: Rule, names: Iterable[str]) -> re.Pattern[str]:
     """Return the patterns of a rule as one regular expression."""
     numbers = [
         int(part) for name in names for part in name.split(".") if part.isdigit()
     ]
     blocks = max(numbers, default=-1) + 1
-    patterns = (rule.match,) if isinstance(rule.match, str) else rule.match
-    return re.compile("|".join(_translate(pattern, blocks) for pattern in patterns))
+    return re.compile("|".join(_translate(one, blocks) for one in _patterns(rule)))
+
+
+def _patterns(rule: Rule) -> tuple[str, ...]:
+    return (rule.match,) if isinstance(rule.match, str) else rule.match
 
 
 def _translate(pattern: str, blocks: int) -> str:
@@ -336,7 +358,7 @@ def _unused(rule: Rule, expression: re.Pattern[str], names: Iterable[str]) -> st
             f"the rule for {rule.match} decides nothing: rules before it match all of "
             "its layers; put it before them"
         )
-    pattern = rule.match if isinstance(rule.match, str) else rule.match[0]
+    pattern = _patterns(rule)[0]
     close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
     hint = f"layers are named like {', '.join(close or names[:3])}"
     return f"the rule for {rule.match} matches no layer; {hint}"

@@ -46,6 +46,38 @@ def test_a_kronecker_layer_multiplies_by_its_matrix(chosen, rank, seed, with_bia
     np.testing.assert_allclose(layer.materialize(), matrix, atol=1e-12)
 
 
+@given(
+    chosen=st.lists(st.sampled_from(SHAPES), min_size=1, max_size=3),
+    rank=st.integers(1, 2),
+    seed=st.integers(0, 99),
+)
+def test_a_kronecker_embedding_has_the_rows_of_its_matrix(chosen, rank, seed):
+    terms = terms_of(chosen, rank, seed)
+    table = nn.KroneckerEmbedding(terms)
+    matrix = sum(kronecker_sum_reference(one.a, one.b) for one in terms)
+    tokens = jnp.arange(8).reshape(2, 2, 2)
+    np.testing.assert_allclose(table(tokens), matrix.reshape(2, 2, 2, 15), atol=1e-12)
+    np.testing.assert_allclose(table.materialize(), matrix, atol=1e-12)
+    x = np.random.default_rng(seed).normal(size=(2, 3, 15))
+    np.testing.assert_allclose(table.attend(jnp.asarray(x)), x @ matrix.T, atol=1e-12)
+    cost = nn.cost(table)
+    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), one) for one in terms]
+    layer = nn.cost(nn.KroneckerLinear(turned))
+    assert (cost.parameters, cost.flops) == (layer.parameters, layer.flops)
+
+
+def test_a_table_takes_the_place_of_a_table_alone():
+    model = abstract_gpt2()
+    described = {"kind": "kronecker-embedding"}
+    described["terms"] = [{"a": [1, 300, 4], "b": [1, 1, 2]}]
+    table = nn.from_description(described)
+    with pytest.raises(ValueError, match="no layer h.0.mlp.c_fc"):
+        nn.replace(model, "h.0.mlp.c_fc", table)
+    with pytest.raises(ValueError, match="wte maps"):
+        nn.replace(model, "wte", table)
+    assert nn.describe(table) == described
+
+
 def test_an_approximation_becomes_a_layer_and_comes_back():
     matrix = np.random.default_rng(0).normal(size=(12, 12))
     approx = kronjax.approximate(

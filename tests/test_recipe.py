@@ -17,6 +17,7 @@ GPT2 = {
         "mlp.c_proj": (3072, 768),
     }.items()
 }
+TABLES = {"wte": (50257, 768), "wpe": (1024, 768)}
 DENSE = 124_439_808
 OPT = {
     f"layers.{i}.{name}": shape
@@ -155,17 +156,34 @@ def test_recipes_of_the_literature_count_as_published(name, total):
 
 
 def test_half_of_every_second_block_leaves_as_much_as_published():
-    """KnGPT2 and TQCompressedGPT2 are 83M and 81M with an embedding by 2 and by 4."""
-    embedding = 50257 * 768
-    for name, factor, total in (
-        ("kngpt2", 2, 83.9e6),
-        ("tqcompressedgpt2", 4, 81.3e6),
-    ):
-        found = recipe.resolve(recipe.load(name), GPT2)
-        saved = sum(one.shape[0] * one.shape[1] - one.num_parameters for one in found)
+    """Without a head KnGPT2 and TQCompressedGPT2 are 83M and 81M."""
+    for name, total in (("kngpt2", 83.9e6), ("tqcompressedgpt2", 81.3e6)):
+        table, *found = recipe.resolve(recipe.load(name), GPT2, tables=TABLES)
+        saved = sum(
+            one.shape[0] * one.shape[1] - one.num_parameters for one in [table, *found]
+        )
+        assert table.name == "wte"
         assert {one.name.split(".")[1] for one in found} == set("13579") | {"11"}
-        left = DENSE - saved - embedding * (factor - 1) / factor
-        assert left == pytest.approx(total, rel=2e-3)
+        assert DENSE - saved == pytest.approx(total, rel=2e-3)
+
+
+def test_an_embedding_is_meant_by_its_name_alone():
+    every = recipe.loads("rules: [{match: '*', method: low-rank, rank: 2}]")
+    found = recipe.resolve(every, GPT2, tables=TABLES)
+    assert {one.name for one in found} == set(GPT2)
+    both = recipe.loads(
+        "rules: [{match: [wte, 'h.0.mlp.*'], method: low-rank, rank: 2, "
+        "weighting: none}]"
+    )
+    found = recipe.resolve(both, GPT2, tables=TABLES)
+    assert [one.name for one in found] == ["wte", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    weighted = recipe.loads("rules: [{match: wte, method: low-rank, rank: 2}]")
+    with pytest.raises(ValueError, match="no inputs to weight by"):
+        recipe.resolve(weighted, GPT2, tables=TABLES)
+    with pytest.raises(
+        ValueError, match="wte matches no layer; layers are named like h"
+    ):
+        recipe.resolve(weighted, GPT2)
 
 
 def test_three_of_four_terms_leave_three_quarters():
@@ -181,7 +199,8 @@ def test_every_recipe_that_comes_along_reads_and_writes(name):
     read = recipe.load(name)
     assert read.name == name and read.source
     assert recipe.loads(recipe.dumps(read)) == read
-    assert recipe.resolve(read, OPT if read.model_type == "opt" else GPT2)
+    shapes = OPT if read.model_type == "opt" else GPT2
+    assert recipe.resolve(read, shapes, tables=TABLES)
 
 
 def test_a_misspelt_name_is_told(tmp_path):

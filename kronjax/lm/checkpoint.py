@@ -124,8 +124,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     config = _hugging_face_config(model)
     special = {
         name: nn.describe(layer)
-        for name, layer in nn.linear_layers(model).items()
-        if not isinstance(layer, nnx.Linear)
+        for name, layer in {**nn.linear_layers(model), **nn.tables(model)}.items()
+        if not isinstance(layer, nnx.Linear | nnx.Embed)
     }
     if special:
         config = {

@@ -161,13 +161,11 @@ def run(
     """
     read = _read(model, calibration, tokens, refine, sequential)
     seconds: dict[str, float] = {}
-    layers = plan.compressible(model)
-    shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
+    plan.compressible(model)
     asked = rules = _understood(recipe)
     if isinstance(rules, Recipe):
         # A mistake in the rules shows before anything takes time.
-        kind = model.config.model_type
-        assignments = recipes.resolve(rules, shapes, model_type=kind)
+        assignments = plan.resolve(rules, model)
         order = (_WEIGHTINGS.index(x.rule.weighting) for x in assignments)
         weighting = _WEIGHTINGS[max(order, default=0)]
     elif weighting is None:
@@ -189,7 +187,7 @@ def run(
                 progress=progress,
             )
         rules = made.recipe()
-        assignments = recipes.resolve(rules, shapes)
+        assignments = plan.resolve(rules, model)
     smaller = nnx.merge(*nnx.split(working))
     with (
         timed(seconds, "fit"),
@@ -282,23 +280,27 @@ def _moments(model, calibration, needed, tokens, work, progress):
 
 def _fit_all(assignments, moments, put, sequential, model, read):
     """Fit every assignment; return what became of each layer, in their order."""
-    done = []
     if not sequential or moments is None:
         done = put(moments, assignments)
     else:
+        # What comes before the first block comes first.
+        tables = nn.tables(model)
+        done = put(moments, [x for x in assignments if x.name in tables])
+        assignments = [x for x in assignments if x.name not in tables]
 
         def fit_block(i, moments):
             own = [x for x in assignments if offers.kind_of_layer(x.name)[1] == i]
             done.extend(put(moments, own))
 
         in_turn.fit(model, moments, read, fit_block)
-    order = [one.name for one in assignments]
+    order = [*nn.tables(model), *nn.linear_layers(model)]
     return sorted(done, key=lambda layer: order.index(layer.name))
 
 
 def _put(model, made, evaluations, work, advance, moments, assignments) -> list[Layer]:
     """Put the sums that are assigned to layers into their places; say what they are."""
-    layers, done = nn.linear_layers(model), []
+    layers: dict[str, Any] = {**nn.tables(model), **nn.linear_layers(model)}
+    done = []
     free = made is not None
     for group in groups.of(assignments):
         begun = time.perf_counter()
@@ -324,10 +326,13 @@ def _put(model, made, evaluations, work, advance, moments, assignments) -> list[
 
 def _replaced(model, layer, one, arrays, facts, made, seconds) -> Layer:
     """Put one sum into the place of a layer, and say what it is."""
-    terms = _terms(arrays)
-    bias = None if layer.bias is None else layer.bias[...]
-    scalars = one.rule.scalars and facts["kind"] == "kronecker"
-    found = _layer(facts["kind"], terms, bias, parameter_dtype(model), scalars)
+    terms, dtype, bias = _terms(arrays), parameter_dtype(model), None
+    if isinstance(layer, nnx.Embed):
+        found = nn.KroneckerEmbedding(_held(terms, dtype))
+    else:
+        bias = None if layer.bias is None else layer.bias[...]
+        scalars = one.rule.scalars and facts["kind"] == "kronecker"
+        found = _layer(facts["kind"], terms, bias, dtype, scalars)
     nn.replace(model, one.name, found)
     chosen = [x for x in made.choices if x.name == one.name] if made else []
     return Layer(
@@ -356,8 +361,11 @@ def _layer(kind: str, terms, bias, dtype, scalars: bool = False) -> nn.Layer:
         (low,) = terms
         return nn.InterpolativeLinear.of(low.a[:, :, 0].T, low.b[:, 0], bias, dtype)
     scales = [jnp.ones(len(one.a), dtype) for one in terms] if scalars else None
-    held = jax.tree.map(lambda x: jnp.asarray(x, dtype), terms)
-    return nn.KroneckerLinear(held, bias, scales=scales)
+    return nn.KroneckerLinear(_held(terms, dtype), bias, scales=scales)
+
+
+def _held(terms, dtype):
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), terms)
 
 
 def _configuration(terms: KroneckerTerms) -> Configuration:

@@ -73,7 +73,7 @@ def fit_some(
         work: Keeps what is decomposed.
         places: Which of the group to fit.
     """
-    targets, group = ([many[i] for i in places] for many in (targets, group))
+    targets, group = [targets[i] for i in places], [group[i] for i in places]
     several = [Prepared(one, LowRank.kept(one, work)) for one in targets]
     way, *_ = _way(group[0])
     ranks: list[Any] = [

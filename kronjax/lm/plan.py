@@ -31,7 +31,7 @@ from kronjax.lm.calibrate import Moments
 from kronjax.lm.offers import Choice, Probe
 from kronjax.lm.progress import bar
 from kronjax.lm.work import Work
-from kronjax.recipe import Recipe, Rule, Term, Weighting
+from kronjax.recipe import Assignment, Recipe, Rule, Term, Weighting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +158,11 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
         ValueError: If the rules do not fit the model.
     """
     layers = compressible(model)
-    shapes = {name: (x.in_features, x.out_features) for name, x in layers.items()}
     graph, state = nnx.split(model)
     made = nnx.merge(graph, jax.eval_shape(lambda: state))
-    kind = model.config.model_type
-    for one in recipes.resolve(recipe, shapes, model_type=kind):
-        described: dict[str, Any] = {"bias": layers[one.name].bias is not None}
+    for one in resolve(recipe, model):
+        bias = one.name in layers and layers[one.name].bias is not None
+        described: dict[str, Any] = {"bias": bias}
         if one.rule.method == "interpolative":
             rank = one.configurations[0].rank
             described |= {"kind": "interpolative", "shape": one.shape, "rank": rank}
@@ -172,8 +171,9 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
                 {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
                 for c in one.configurations
             ]
+            sum_of = "kronecker" if one.name in layers else "kronecker-embedding"
             scales = one.rule.scalars
-            described |= {"kind": "kronecker", "terms": terms, "scales": scales}
+            described |= {"kind": sum_of, "terms": terms, "scales": scales}
         nn.replace(made, one.name, nn.from_description(described))
     dtype = parameter_dtype(model)
     graph, state, rest = nnx.split(made, nnx.Param, ...)
@@ -188,6 +188,20 @@ def best_weighting(moments: Moments | None) -> Weighting:
     return "input+gradient" if moments.outputs else "input"
 
 
+def resolve(recipe: Recipe, model: LanguageModel) -> list[Assignment]:
+    """Apply rules to the linear layers of a model, its head left out, and its tables.
+
+    Raises:
+        ValueError: If the rules do not fit the model, or it is compressed already.
+    """
+    shapes, tables = (
+        {name: nn.shape_of(one) for name, one in named.items()}
+        for named in (compressible(model), nn.tables(model))
+    )
+    kind = model.config.model_type
+    return recipes.resolve(recipe, shapes, tables=tables, model_type=kind)
+
+
 def compressible(model: LanguageModel) -> dict[str, Any]:
     """Return the layers that a plan decides on: all linear ones but the head.
 
@@ -195,7 +209,8 @@ def compressible(model: LanguageModel) -> dict[str, Any]:
         ValueError: If one is compressed already.
     """
     layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
-    done = [k for k, v in layers.items() if nn.describe(v)["kind"] != "dense"]
+    every = {**layers, **nn.tables(model)}
+    done = [k for k, v in every.items() if nn.describe(v)["kind"] != "dense"]
     if done:
         raise ValueError(
             f"the model is compressed already ({len(done)} layers, {done[0]} is one); "
@@ -212,7 +227,8 @@ def target(
     Raises:
         ValueError: If the moments lack what the weighting asks for.
     """
-    kernel = np.asarray(layer.kernel[...], np.float32)
+    held = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+    kernel = np.asarray(held[...], np.float32)
     if weighting == "none":
         return fit.Target(name, kernel)
     if moments is None or name not in moments.sources:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from kronjax import __version__, nn, output
 from kronjax.lm import calibrate, evaluate, latency
@@ -135,13 +136,13 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _size(sizes: Sizes) -> dict[str, Any]:
-    linear = [one for one in sizes.layers if one.name != "lm_head"]
+def _size(counted: Sizes) -> dict[str, Any]:
+    linear = [one for one in counted.layers if one.name != "lm_head"]
     return {
-        "parameters": sizes.parameters,
+        "parameters": counted.parameters,
         "linear_parameters": sum(one.parameters for one in linear),
-        "bytes": sizes.bytes,
-        "flops": sizes.flops,
+        "bytes": counted.bytes,
+        "flops": counted.flops,
     }
 
 
@@ -153,12 +154,15 @@ def _predicted(result):
 
 def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
     """Return what each layer is, the dense ones included."""
-    after: dict[str, Any] = dict(nn.linear_layers(result.model))
+    after: dict[str, Any] = _all_layers(result.model)
     done = {one.name: one for one in result.layers}
     choices = {one.name: one for one in result.plan.choices} if result.plan else {}
-    sizes = {one.name: one for one in result.after.layers}
+    counted = result.after
+    sizes = {one.name: one for one in (*counted.tables, *counted.layers)}
     rows = []
-    for name, layer in nn.linear_layers(model).items():
+    for name, layer in _all_layers(model).items():
+        if name not in done and isinstance(layer, nnx.Embed):
+            continue
         size = sizes[name]
         row: dict[str, Any] = {
             "name": name,
@@ -170,7 +174,7 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
         }
         if name in done:
             one = done[name]
-            kernel = np.asarray(nn.dense(layer).kernel[...], np.float64)
+            kernel = np.asarray(_kernel(layer), np.float64)
             left = kernel - np.asarray(after[name].materialize(), np.float64)
             error, whole = (np.linalg.svd(x, compute_uv=False) for x in (left, kernel))
             schatten = [
@@ -191,6 +195,16 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
             row["reason"] = choices[name].reason
         rows.append(row)
     return rows
+
+
+def _all_layers(model) -> dict[str, Any]:
+    return {**nn.tables(model), **nn.linear_layers(model)}
+
+
+def _kernel(layer):
+    if isinstance(layer, nnx.Embed):
+        return layer.embedding[...]
+    return nn.dense(layer).kernel[...]
 
 
 def _norm(values: np.ndarray, p: float) -> float:

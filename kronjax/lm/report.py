@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from kronjax.lm.evaluate import Lambada, Perplexity
-from kronjax.lm.sizes import Sizes
+from kronjax.lm.sizes import LayerSize, Sizes
 
 Row = tuple[str, Sizes, Perplexity | Lambada]
 """The name of a model, what it stores, and how it did."""
@@ -81,13 +81,20 @@ def plan(before: Sizes, after: Sizes, made: Any = None) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why")
     choices = {one.name: one for one in made.choices} if made else {}
-    for old, new in zip(before.layers, after.layers, strict=True):
+    for old, new in _pairs(before, after):
         choice = choices.get(old.name)
         share = f"{100 * new.parameters / old.parameters:.1f} %"
         damage = "" if choice is None else f"{choice.damage:.2g}"
         reason = "" if choice is None else choice.reason
         table.add_row(old.name, new.kind, share, damage, reason)
     return table
+
+
+def _pairs(before: Sizes, after: Sizes) -> list[tuple[LayerSize, LayerSize]]:
+    """Return what each layer was and is; of the embeddings those that change."""
+    tables = zip(before.tables, after.tables, strict=True)
+    changed = [pair for pair in tables if pair[0].kind != pair[1].kind]
+    return [*changed, *zip(before.layers, after.layers, strict=True)]
 
 
 def totals(before: Sizes, after: Sizes) -> str:
@@ -105,7 +112,7 @@ def planned(before: Sizes, after: Sizes, made: Any = None) -> dict[str, Any]:
     """Return a plan as values that JSON holds."""
     choices = {one.name: one for one in made.choices} if made else {}
     layers = []
-    for old, new in zip(before.layers, after.layers, strict=True):
+    for old, new in _pairs(before, after):
         choice = choices.get(old.name)
         row = {**dataclasses.asdict(new), "dense_parameters": old.parameters}
         if choice is not None:

@@ -48,6 +48,7 @@ class Sizes:
 
     Attributes:
         layers: The linear layers, in the order of the model.
+        tables: The embeddings; their FLOPs are those of a head that is tied to them.
         embeddings: Parameters of embeddings, a tied one once.
         other: Parameters that are neither: those of norms.
         parameters: All of them.
@@ -56,6 +57,7 @@ class Sizes:
     """
 
     layers: tuple[LayerSize, ...]
+    tables: tuple[LayerSize, ...]
     embeddings: int
     other: int
     parameters: int
@@ -73,28 +75,17 @@ def count(model: LanguageModel) -> Sizes:
         `Sizes`.
     """
     found = nn.linear_layers(model)
-    layers = tuple(
-        LayerSize(
-            name,
-            kind(layer),
-            (layer.in_features, layer.out_features),
-            *dataclasses.astuple(nn.cost(layer)),
-        )
-        for name, layer in found.items()
-    )
-    tables = [
-        (module.num_embeddings, module.features)
-        for _, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Embed)
-    ]
-    embeddings = sum(math.prod(shape) for shape in tables)
+    layers, tables = map(_sizes, (found, nn.tables(model)))
+    embeddings = sum(one.parameters for one in tables)
     held = sum(_num_parameters(layer) for layer in found.values())
     other = _num_parameters(model) - held - embeddings
     head = 0
     if model.config.tie_word_embeddings:
-        head = 2 * max(math.prod(x) for x in tables if x[0] == model.config.vocab_size)
+        size = model.config.vocab_size
+        head = max(one.flops for one in tables if one.shape[0] == size)
     return Sizes(
         layers=layers,
+        tables=tables,
         embeddings=embeddings,
         other=other,
         parameters=sum(layer.parameters for layer in layers) + embeddings + other,
@@ -106,7 +97,14 @@ def count(model: LanguageModel) -> Sizes:
     )
 
 
-def kind(layer: nn.Layer) -> str:
+def _sizes(named) -> tuple[LayerSize, ...]:
+    return tuple(
+        LayerSize(name, kind(x), nn.shape_of(x), *dataclasses.astuple(nn.cost(x)))
+        for name, x in named.items()
+    )
+
+
+def kind(layer: nn.Layer | nn.Table) -> str:
     """Say in a few words what a layer is made of.
 
     >>> import jax.numpy as jnp
@@ -115,10 +113,10 @@ def kind(layer: nn.Layer) -> str:
     >>> kind(nn.KroneckerLinear([KroneckerTerms(a, b)]))
     '2 × 4x8 ⊗ 3x5'
     """
-    if isinstance(layer, nn.KroneckerLinear):
+    if isinstance(layer, nn.KroneckerLinear | nn.KroneckerEmbedding):
         return " + ".join(
-            "{} × {}x{} ⊗ {}x{}".format(*one.a.shape, *one.b.shape[1:])
-            for one in layer.factors
+            "{} × {}x{} ⊗ {}x{}".format(*a.shape, *b.shape[1:])
+            for a, b in zip(layer.a, layer.b, strict=True)
         )
     if isinstance(layer, nn.InterpolativeLinear):
         return f"rank {layer.rest.shape[0]}, interpolative"

@@ -83,6 +83,14 @@ def factor(model, kinds="kmh"):
             "m": lambda k=kernel, b=bias: nn.MaskedLinear(k, k > 0.2, b),
         }[kind]()
         nn.replace(model, name, made)
+    # The table of tokens, too: two rows of B for each one of A, and low rank.
+    name, table = next(iter(nn.tables(model).items()))
+    m, n = nn.shape_of(table)
+    terms = [
+        KroneckerTerms(draw(2, m // 2, n // 2), draw(2, 2, 2)),
+        KroneckerTerms(draw(1, m, 1), draw(1, 1, n)),
+    ]
+    nn.replace(model, name, nn.KroneckerEmbedding(terms))
     return model
 
 
@@ -103,6 +111,7 @@ def test_what_is_saved_comes_back_bit_by_bit(case, dtype, tmp_path, tokenizer):
         nn.KroneckerLinear,
         nn.MaskedLinear,
     }
+    assert nn.KroneckerEmbedding in {type(x) for x in nn.tables(back).values()}
     np.testing.assert_array_equal(logits(back), logits(model))
     assert logits(back).dtype == dtype
     assert back.tokenizer == tokenizer and back.recipe == model.recipe
@@ -116,6 +125,7 @@ def test_an_export_is_dense_and_computes_the_same(case, tmp_path):
     lm.export(model, tmp_path / "out")
     back = lm.load(tmp_path / "out")
     assert {type(x) for x in nn.linear_layers(back).values()} == {nnx.Linear}
+    assert {type(x) for x in nn.tables(back).values()} == {nnx.Embed}
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits(back), expected, atol=1e-5 * scale)
     values = json.loads((tmp_path / "out/config.json").read_text())

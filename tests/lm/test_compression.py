@@ -180,6 +180,39 @@ def test_a_group_in_one_batch_is_what_its_layers_are_alone(
         assert total.shape == targets[i].shape
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_embedding_that_a_rule_names_is_compressed_with_its_head(
+    model, moments, tokens, sequential
+):
+    terms = [{"a_shape": (20, 12), "rank": 2}]
+    common = {"method": "kronecker", "norm": "frobenius"}
+    rules = recipe.Recipe.model_validate(
+        {
+            "rules": [
+                {"match": "wte", "terms": terms, "weighting": "none", **common},
+                {"match": "h.0.attn.c_proj", "method": "low-rank", "rank": 3},
+            ]
+        }
+    )
+    done = compression.run(model, rules, tokens, sequential=sequential)
+    first, second = done.layers
+    assert (first.name, second.name) == ("wte", "h.0.attn.c_proj")
+    assert done.before.parameters - done.after.parameters == (
+        40 * 24 - 2 * (20 * 12 + 4) + 24 * 24 - 3 * 48
+    )
+    assert sizes.count(plan.outline(model, rules)).parameters == done.after.parameters
+    table = np.asarray(model.wte.embedding[...])
+    left = table - np.asarray(done.model.wte.materialize())
+    relative = np.linalg.norm(left) / np.linalg.norm(table)
+    assert relative == pytest.approx(first.relative, rel=1e-4) and relative < 1
+    twin = nn.multiplied_out(done.model)
+    np.testing.assert_allclose(done.model(tokens[None, :8]), twin(tokens[None, :8]),
+                               atol=1e-4)  # fmt: skip
+    kept = record.of(done, model, source="model")
+    rows = {row["name"]: row for row in kept["layers"]}
+    assert rows["wte"]["kind"] == "2 × 20x12 ⊗ 2x2" and "wpe" not in rows
+
+
 def test_a_larger_budget_predicts_less_damage(model, moments, monkeypatch):
     monkeypatch.setattr(offers, "probe", lambda *_: [])
     damages = [plan.make(model, x, moments).damage for x in (0.3, 0.6, 0.9, 1.0)]
