@@ -42,7 +42,7 @@ def of(
     """
     if limit is None:
         facts = jax.local_devices()[0].memory_stats() or {}
-        limit = facts.get("bytes_limit", 0) // 2
+        limit = int(facts.get("bytes_limit", 0)) // 2
     alike: dict[Any, list[Assignment]] = {}
     for one in assignments:
         alike.setdefault(_way(one), []).append(one)
