@@ -14,6 +14,7 @@ True
 import contextlib
 import dataclasses
 import functools
+import math
 import sys
 import threading
 import time
@@ -24,12 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax import continuation, inputs
+from kronjax import continuation, inputs, newton, proof
 from kronjax.continuation import Trace
 from kronjax.dense import multiply_out
 from kronjax.errors import Errors, measure
 from kronjax.kronecker import Configuration, KroneckerTerms
-from kronjax.problem import Problem, Stage
+from kronjax.problem import Problem, Stage, parse_norm
+from kronjax.proof import Certificate
 from kronjax.setting import Setting
 
 
@@ -54,6 +56,9 @@ class Approximation:
         seconds: Spent on solving, compilation apart.
         compile_seconds: Spent on tracing and compiling; 0 when done before.
         notes: What was decided on the user's behalf.
+        given: The matrix and both weights as given, or None.
+        finishes: What the second-order finish found, one for each matrix in order, or
+            None where it was not asked for.
     """
 
     terms: tuple[KroneckerTerms, ...]
@@ -67,6 +72,20 @@ class Approximation:
     notes: tuple[str, ...]
     weighted: Errors | None = None
     weighted_relative: Errors | None = None
+    given: tuple = dataclasses.field(default=(), repr=False, compare=False)
+    finishes: tuple[newton.Finish, ...] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    @functools.cached_property
+    def certificate(self) -> Certificate:
+        """What is proven about the terms; computed when it is first asked for.
+
+        Takes seconds to compile for every shape, and some ten singular value
+        decompositions in float64 for every matrix.
+        """
+        matrix, left, right = self.given
+        return proof.of(matrix, self.terms, left, right, self.finishes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,6 +119,7 @@ def approximate(
     budget: int | None = None,
     tolerance: float = 1e-6,
     seed: int = 0,
+    finish: bool = False,
     progress: bool | None = None,
 ) -> Approximation:
     """Approximate one matrix, or many of one shape, by sums of Kronecker products.
@@ -123,6 +143,9 @@ def approximate(
         budget: Products of the size of `TᵀT` per stage; chosen from the size if None.
         tolerance: A stage ends when it can gain less, relatively.
         seed: Of the perturbed starts; taken modulo 2^31.
+        finish: Take the solutions to machine precision by `newton.finish`, on the host:
+            seconds for every matrix of a few dozen rows, minutes for one of hundreds.
+            For the spectral norm in float64.
         progress: Show a progress bar on standard error; by default when that is a
             terminal and it takes longer than two seconds.
 
@@ -132,10 +155,16 @@ def approximate(
     Raises:
         ValueError: If the matrix is empty, a vector, complex, holds NaN or infinite
             entries (the first is named), the configuration does not fit, or a weight
-            is not a symmetric positive semidefinite matrix of the right size.
+            is not a symmetric positive semidefinite matrix of the right size; or if a
+            finish is asked for in another norm, or in float32.
     """
     notes: list[str] = []
     target = inputs.matrix(matrix, dtype, notes)
+    if finish and (parse_norm(norm) != math.inf or target.dtype != np.float64):
+        raise ValueError(
+            'finish is for norm="spectral" in float64; got '
+            f'norm={norm!r} in {target.dtype}. Pass dtype="float64", or finish=False.'
+        )
     *batch, m, n = target.shape
     weights = (
         inputs.weight(left_weight, "left_weight", m, tuple(batch), target.dtype),
@@ -154,9 +183,35 @@ def approximate(
         solution = _run(problem, programs, arrays, tolerance, seed, tick)
         seconds = time.perf_counter() - begun
     solution = jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], solution)
-    return _report(
-        np.asarray(matrix), weights, solution, seconds, compile_seconds, notes
-    )
+    finishes = None
+    if finish:
+        begun = time.perf_counter()
+        solution, finishes = _finished(target, weights, solution)
+        seconds += time.perf_counter() - begun
+    given = np.asarray(matrix)
+    found = _report(given, weights, solution, seconds, compile_seconds, notes)
+    return dataclasses.replace(found, finishes=finishes)
+
+
+def _finished(target, weights, solution):
+    """Return the solution with its terms taken to machine precision, and how."""
+    *batch, m, n = target.shape
+    matrices = target.reshape(-1, m, n)
+    sides = [
+        None if x is None else np.broadcast_to(x, (*batch, *x.shape[-2:]))
+        for x in weights
+    ]
+    sides = [None if x is None else x.reshape(-1, *x.shape[-2:]) for x in sides]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), solution.terms)
+    found = []
+    for i, matrix in enumerate(matrices):
+        terms = jax.tree.map(lambda x, i=i: x[i], flat)
+        found.append(
+            newton.finish(matrix, terms, *(x if x is None else x[i] for x in sides))
+        )
+    terms = jax.tree.map(lambda *x: np.stack(x), *(one.terms for one in found))
+    terms = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), terms)
+    return dataclasses.replace(solution, terms=terms), tuple(found)
 
 
 def _report(given, weights, solution, seconds, compile_seconds, notes):
@@ -177,6 +232,7 @@ def _report(given, weights, solution, seconds, compile_seconds, notes):
         notes=tuple(notes),
         weighted=ours,
         weighted_relative=ours and ours.over(measure(given, (), *weights)),
+        given=(given, *weights),
     )
 
 

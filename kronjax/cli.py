@@ -102,6 +102,8 @@ def approximate(
     ] = None,
     seed: Seed = 0,
     starts: Annotated[int, option("N")] = 4,
+    finish: Flag = False,
+    certify: Flag = False,
     out: Annotated[Path | None, option("FILE")] = None,
     as_json: Json = False,
 ) -> int:
@@ -127,6 +129,9 @@ def approximate(
         dtype: Precision of the computation; follows the file by default.
         seed: Seed of the perturbed starts.
         starts: Number of starts; the best is taken to the end.
+        finish: Take the answer to machine precision by Newton's method; in float64.
+        certify: Prove how good the answer is: bounds that no change of one side of all
+            terms, and no other sum of so many, can be below.
         out: Write the factors to this .safetensors file.
         as_json: Print one JSON object instead of the table.
     """
@@ -138,7 +143,9 @@ def approximate(
     source = files.read(file, tensor=tensor, **part)
     weights = [one and files.read(one).matrix for one in (left_weight, right_weight)]
     options: dict[str, Any] = {"norm": norm, "dtype": dtype}
-    options |= {"starts": starts, "seed": seed}
+    options |= {"starts": starts, "seed": seed, "finish": finish}
+    if finish and dtype is None:
+        options["dtype"] = "float64"
     options |= dict(zip(("left_weight", "right_weight"), weights, strict=True))
     found = None
     if parameters is None:
@@ -146,6 +153,8 @@ def approximate(
         approximation = kronjax.approximate(source.matrix, configurations, **options)
     else:
         _refuse_contradictions(a_shape, rank, low_rank)
+        if options.pop("finish"):
+            raise ValueError("--finish needs --a-shape and --rank, not --parameters")
         found = kronjax.search(source.matrix, parameters, **options)
         approximation = dataclasses.replace(found.approximation, notes=found.notes)
     whitened = source.matrix
@@ -156,11 +165,15 @@ def approximate(
     for name, one in (("left_weight", left_weight), ("right_weight", right_weight)):
         asked[name] = one and output.readable(one)
     fields = {**asked, "seed": seed, **_fields(approximation, baseline)}
+    if certify:
+        fields |= report.certified(approximation)
     if found is not None:
         fields["trials"] = report.plain(list(map(dataclasses.asdict, found.trials)))
     # Neither a full disk nor a closed pipe may lose what was computed.
     try:
         _print_result(approximation, baseline, fields if as_json else None, found)
+        if certify and not as_json:
+            print(report.proven(approximation))
     finally:
         if out is not None:
             _write_terms(out, approximation, fields)

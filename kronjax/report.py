@@ -255,6 +255,50 @@ def trials(found: "Search") -> Table:
     return table
 
 
+def certified(approximation: "Approximation") -> dict[str, Any]:
+    """Return what is proven as values that JSON holds; null what is not known."""
+    found = dataclasses.asdict(approximation.certificate)
+    bound = found["global_bound"]
+    return plain(
+        {
+            "local_bound": found["local_bound"],
+            "local_gap": found["local_gap"],
+            "global_bound": np.where(bound > 0, bound, np.nan),
+            "kkt_residual": found["kkt_residual"],
+            "second_order": None
+            if approximation.finishes is None
+            else found["second_order"],
+        }
+    )
+
+
+def proven(approximation: "Approximation") -> str:
+    """Return lines that say how good the answer is, provably; means over a batch."""
+    found = approximation.certificate
+    error, gap, bound = (
+        float(np.mean(x)) for x in (found.error, found.local_gap, found.global_bound)
+    )
+    lines = [
+        f"spectral error  {error:<9.5g} local gap ≤ {100 * gap:.2g} %   (no change of "
+        "all A_k or of all B_k can improve it by more)"
+    ]
+    if bound > 0:
+        rank = approximation.terms[0].rank
+        lines.append(
+            f"global bound    {bound:<9.5g} value / bound {error / bound:.3g}   (no "
+            f"sum of {rank} such terms can be below the bound)"
+        )
+    if approximation.finishes is not None:
+        count = np.ravel(found.second_order).tolist().count("strict local minimum")
+        many = np.size(approximation.status)
+        lines.append(
+            f"second order    {'strict local minimum' if count else 'not proven'}"
+            + (f" for {count} of {many}" if many > 1 else "")
+            + f", KKT residual {np.max(found.kkt_residual):.1g}"
+        )
+    return "\n".join(lines)
+
+
 def effort(approximation: "Approximation") -> str:
     """Return one line on how the solve ended and what it cost."""
     names, counts = np.unique(np.ravel(statuses(approximation)), return_counts=True)
