@@ -14,11 +14,12 @@ With `E = L^{1/2} (T − K) R^{1/2}` and `N = min(m, n)`:
   nearest Kronecker products, and the singular values are those of `G L^{-1/2}`.
 
 Rounding never works in favour of a bound. Inner products lose `(m + n) ε` of the sum of
-the moduli, the error matrix `ε` times the norms of what it is the difference of, sums
-of singular values gain their backward error, and what is left of the tangential part is
-multiplied by the longest change that could lower the norm: `2 √N ‖E‖_2` for one
+the moduli, the error matrix `ε` times the norms and lengths of all that it is made of;
+sums of singular values gain their backward error; what is left of the tangential part
+is multiplied by the longest change that could lower the norm: `2 √N ‖E‖_2` for one
 configuration without weights. With several, or with weights, no such length is known:
-the bound is then one for changes up to `REACH` times the norm of what is approximated.
+the bound is then one for changes up to `REACH ‖L^{1/2} T R^{1/2}‖_F` in the coordinates
+of `weighted.Frame`.
 
 References: Van Loan and Pitsianis (1993); Overton (1988), for the multipliers; Beck and
 Teboulle (2009), for the gradients.
@@ -117,13 +118,18 @@ def certify(
     space = Space.of(plain.shape, terms, left, right)
     error = plain - sum(one.to_matrix() for one in terms)
     error = weighted.whiten(error, left, right)
-    sizes = [jnp.linalg.norm(plain), *map(_length, terms)]
-    size = sum(sizes[1:], sizes[0])
-    for root in (left, right):
-        size = size if root is None else size * jnp.linalg.norm(root.factor)
-    known = left is None and right is None and len(terms) == 1
     error = jnp.where(jnp.isfinite(error).all(), error, 0)
-    norm, local = _local_bound(space, error, dual, size, known)
+    reach = REACH * jnp.linalg.norm(weighted.whiten(plain, left, right))
+    if left is None and right is None and len(terms) == 1:
+        reach = None
+    # What the rounding of E is relative to: the norms of its terms, times the lengths
+    # of the sums in the products that make it.
+    sizes = [jnp.linalg.norm(plain), *map(_length, terms)]
+    size = (8 + sum(one.rank for one in terms)) * sum(sizes[1:], sizes[0])
+    for root in (left, right):
+        if root is not None:
+            size = size * len(root.factor) * jnp.linalg.norm(root.factor)
+    norm, local = _local_bound(space, error, dual, size, reach)
     bound = jnp.zeros_like(local)
     if len(terms) == 1:
         bound = _global_bound(after(plain, local), terms[0], space)
@@ -132,11 +138,11 @@ def certify(
     return Bounds(*(jnp.where(finite, x, jnp.nan) * unit for x in found))
 
 
-def _local_bound(space, error, dual, size, known):
+def _local_bound(space, error, dual, size, reach):
     """Return `‖E‖_2` and the best bound of all candidates.
 
-    `size` is what the rounding of E is relative to; `known` says whether the length of
-    changes that can lower the norm is.
+    `size` is what the rounding of E is relative to; `reach` the length of changes that
+    are looked at, or None where the length of those that lower the norm is known.
     """
     m, n = error.shape
     last = sum((jnp.sum(point.b) for point in space.points), jnp.zeros((), error.dtype))
@@ -146,7 +152,8 @@ def _local_bound(space, error, dual, size, known):
     weights = (s / safe)[None] ** powers
     weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
     candidates = [_mm(u * one[None], vt) for one in weights]
-    reach = 2 * min(m, n) ** 0.5 * s[0] if known else REACH * size
+    if reach is None:
+        reach = 2 * min(m, n) ** 0.5 * s[0]
 
     def value(ambient):
         return _proven(space, error, space.normal_part(ambient), size, reach)
@@ -171,7 +178,7 @@ def _proven(space, error, normal, size, reach):
     inner = jnp.sum(jnp.sum(products, axis=1))
     inner -= (m + n) * eps * jnp.sum(jnp.abs(products))
     norm = jnp.linalg.norm(normal)
-    inner -= 8 * eps * size * norm
+    inner -= eps * size * norm
     tangential = space.length(space.pull(normal)) + space.slack * norm
     inner -= tangential * reach
     s = jnp.linalg.svd(after(normal, inner), compute_uv=False)
@@ -309,7 +316,10 @@ def _spread(outer: Pair, inner: Pair, last):
 def _of_scalings(ambient, rank, outer: Pair, inner: Pair):
     """Return the bound that four factors prove."""
     image = _scale(ambient, outer, inner)
-    tail, s = _tail(image, rank)
+    size = jnp.linalg.norm(ambient)
+    for factor in (outer.a, outer.b, inner.a, inner.b):
+        size = size * jnp.linalg.norm(factor)
+    tail, s = _tail(image, rank, size)
     return _quotient(tail, _spread(outer, inner, s), image.size)
 
 
@@ -317,14 +327,18 @@ def _of_weights(plain, rank, space):
     """Return the bound that the Kronecker products nearest to the weights prove."""
     (frame,), (inverses,), (shapes,) = space.frames, space.inverses, space.shapes
     image = rearrange(weighted.to_start(plain, *inverses), shapes[0])
-    tail, last = _tail(image, rank)
+    size = jnp.linalg.norm(plain)
+    for back in inverses:
+        if back is not None:
+            size *= jnp.linalg.norm(back.first) * jnp.linalg.norm(back.second)
+    tail, last = _tail(image, rank, size)
     spectra = []
-    for side, size in zip((frame.left, frame.right), plain.shape, strict=True):
-        squares = jnp.ones(size, plain.dtype)
+    for side, length in zip((frame.left, frame.right), plain.shape, strict=True):
+        squares = jnp.ones(length, plain.dtype)
         if side is not None and side.whole is not None:
             last = jnp.linalg.svd(after(side.whole, last), compute_uv=False)
             eps = float(jnp.finfo(last.dtype).eps)
-            least = last - 8 * size**0.5 * eps * last[0]
+            least = last - 8 * length**0.5 * eps * last[0]
             squares = 1 / jnp.maximum(least, 0)[::-1] ** 2
         spectra.append(squares)
     count = min(plain.shape)
@@ -332,18 +346,22 @@ def _of_weights(plain, rank, space):
     return _quotient(tail, spread, image.size)
 
 
-def _tail(image, rank):
-    """Return `(Σ_{i>r} s_i²)^{1/2}` at least, and what it was made of."""
+def _tail(image, rank, size):
+    """Return `(Σ_{i>r} s_i²)^{1/2}` at least, and the singular values.
+
+    `size` is what the rounding of the image is relative to: the norms of all that was
+    multiplied.
+    """
     s = jnp.linalg.svd(image, compute_uv=False)
     eps = float(jnp.finfo(image.dtype).eps)
     tail = jnp.linalg.norm(s[rank:])
     # The distance to low rank changes by no more than the matrix does.
-    return tail - 8 * sum(image.shape) ** 0.5 * eps * jnp.linalg.norm(s), s
+    return tail - 8 * sum(image.shape) ** 0.5 * eps * size, s
 
 
 def _quotient(tail, spread, size):
     eps = float(jnp.finfo(tail.dtype).eps)
-    spread = spread * (1 + 8 * size**0.5 * eps)
+    spread = spread * (1 + 32 * size**0.5 * eps)
     found = tail / jnp.sqrt(jnp.where(spread > 0, spread, 1))
     return jnp.where((spread > 0) & jnp.isfinite(found), jnp.maximum(found, 0), 0)
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 KEYS = {
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
+    "certificates": {"targets", "cases", "regression", "large"},
     "compression": {"targets", "points books", "books 0.8", "uniform 0.8"},
     "distributions": {"targets", "regression", "cases", "starts"},
     "forward": {"targets", "seconds", "batch", "length"},
@@ -112,6 +113,14 @@ def check_compression(results):
         assert row["predicted"] > 0
 
 
+def check_certificates(results):
+    assert len(results["cases"]) == 6
+    for case in results["cases"]:
+        assert case["error_finished"] <= case["error"] * (1 + 1e-12)
+        assert 0 < case["global_bound"] < case["error_finished"]
+        assert case["gap_finished"] < 1e-2
+
+
 def check_distributions(results):
     assert all(target["met"] for target in results["targets"])
     for row in results["cases"]:
@@ -156,6 +165,7 @@ def check_smollm2(results):
 
 CHECKS = {
     "against_peers": check_against_peers,
+    "certificates": check_certificates,
     "compression": check_compression,
     "distributions": check_distributions,
     "forward": check_forward,

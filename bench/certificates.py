@@ -1,0 +1,185 @@
+"""How good are answers, provably, before and after the second-order finish?
+
+The random suite of `distributions`, solved with the defaults, finished and certified:
+local gaps, KKT residuals, steps, and value over global bound.  Then the regression
+values, and one larger matrix (144 x 144, N(0, 1), rank 6).
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bench import script
+from bench.distributions import (
+    DISTRIBUTIONS,
+    LAYOUTS,
+    REGRESSION,
+    Layout,
+    draw_matrices,
+)
+from kronjax import Configuration, approximate, newton, proof
+from kronjax.kronecker import KroneckerTerms
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run."""
+
+    layouts: tuple[Layout, ...] = LAYOUTS
+    ranks: tuple[int, ...] = (1, 3, 6)
+    regression_ranks: tuple[int, ...] = (1, 3, 6)
+    samples: int = 5
+    large: tuple[int, int] | None = (12, 6)
+
+
+QUICK = Experiment(
+    layouts=(Layout((12, 8), (3, 4)),),
+    ranks=(2,),
+    regression_ranks=(),
+    samples=1,
+    large=None,
+)
+
+
+def certified(matrix, configuration, approximation=None, place=None):
+    """One matrix before and after the finish."""
+    if approximation is None:
+        approximation = approximate(matrix, configuration, starts=1, progress=False)
+    terms = approximation.terms
+    if place is not None:
+        terms = tuple(KroneckerTerms(one.a[place], one.b[place]) for one in terms)
+    before = proof.of(matrix, terms)
+    begun = time.perf_counter()
+    finish = newton.finish(matrix, terms)
+    seconds = time.perf_counter() - begun
+    after = proof.of(matrix, finish.terms, finishes=[finish])
+    return {
+        "error": float(before.error),
+        "error_finished": float(after.error),
+        "gap": float(before.local_gap),
+        "gap_finished": float(after.local_gap),
+        "kkt_residual": float(finish.kkt_residual),
+        "global_bound": float(after.global_bound),
+        "status": finish.status,
+        "steps": finish.steps,
+        "cluster": finish.cluster,
+        "is_strict_minimum": finish.is_strict_minimum,
+        "seconds": seconds,
+    }
+
+
+def random_suite(experiment):
+    """All distributions, shapes and ranks."""
+    cases = []
+    for layout in experiment.layouts:
+        matrices = draw_matrices(layout.shape, experiment.samples)
+        flat = matrices.reshape(-1, *layout.shape)
+        names = [name for name in DISTRIBUTIONS for _ in range(experiment.samples)]
+        for rank in experiment.ranks:
+            configuration = Configuration(layout.a_shape, rank)
+            found = approximate(flat, configuration, progress=False)
+            script.say(f"{layout.name}, rank {rank}: solved")
+            for i, (name, matrix) in enumerate(zip(names, flat, strict=True)):
+                case = certified(matrix, configuration, found, i)
+                about = {"layout": layout.name, "rank": rank, "distribution": name}
+                cases.append({**about, **case})
+            script.say(f"{layout.name}, rank {rank}: finished and certified")
+    return cases
+
+
+def regression(experiment):
+    """The matrices whose local minima are known."""
+    matrix = np.random.default_rng(0).standard_normal((36, 36))
+    rows = {}
+    for rank in experiment.regression_ranks:
+        row = certified(matrix, Configuration((6, 6), rank))
+        row["difference"] = abs(row["error_finished"] / REGRESSION[rank] - 1)
+        rows[rank] = row
+    return rows
+
+
+def targets_of(cases, known, large):
+    """What was asked for."""
+    gaps = np.array([case["gap_finished"] for case in cases])
+    rises = max(case["error_finished"] / case["error"] - 1 for case in cases)
+    found = [
+        script.Target(
+            "share of gaps <= 1e-8", float(np.mean(gaps <= 1e-8)), 0.95, True
+        ),
+        script.Target("largest gap", float(gaps.max()), 1e-2),
+        script.Target("largest rise of the error by the finish", rises, 1e-12),
+    ]
+    if known:
+        limits = {"difference": 1e-10, "kkt_residual": 1e-12, "steps": 8}
+        found += [
+            script.Target(f"regression, {key}", max(x[key] for x in known.values()), y)
+            for key, y in limits.items()
+        ]
+    if large:
+        found.append(script.Target("144 x 144, gap", large["gap_finished"], 1e-8))
+    return found
+
+
+def draw_figure(cases):
+    """Gaps before and after."""
+    chart, ((axes,),) = script.figure(6.5, 4)
+    floor = 1e-15
+    for name, key in (("before the finish", "gap"), ("after", "gap_finished")):
+        gaps = np.sort([max(case[key], floor) for case in cases])
+        axes.plot(gaps, np.linspace(0, 1, len(gaps)), label=name)
+    axes.set(
+        xscale="log", xlabel="certified local gap", ylabel="share of matrices",
+        title=f"{len(cases)} random matrices",
+    )  # fmt: skip
+    axes.legend()
+    return chart
+
+
+def main():
+    """Run it and write `certificates.json` and `certificates.png`."""
+    options = script.parser(__doc__)
+    options.add_argument("--samples", type=int, help="matrices of each kind")
+    given = options.parse_args()
+    experiment = QUICK if given.quick else Experiment()
+    if given.samples:
+        experiment = replace(experiment, samples=given.samples)
+    cases = random_suite(experiment)
+    known = regression(experiment)
+    large = None
+    if experiment.large is not None:
+        side, rank = experiment.large
+        matrix = np.random.default_rng(0).standard_normal((side**2, side**2))
+        large = certified(matrix, Configuration((side, side), rank))
+        script.say("the large matrix is finished")
+    targets = targets_of(cases, known, large)
+    script.table(
+        "Cases by rank",
+        ("rank", "median gap", "finished", "median steps", "median value / bound"),
+        [
+            (
+                rank,
+                np.median([x["gap"] for x in rows]),
+                np.median([x["gap_finished"] for x in rows]),
+                int(np.median([x["steps"] for x in rows])),
+                np.median([x["error"] / x["global_bound"] for x in rows]),
+            )
+            for rank in experiment.ranks
+            for rows in [[x for x in cases if x["rank"] == rank]]
+        ],
+    )
+    if not given.quick:
+        script.print_targets(targets)
+    results = {
+        "quick": given.quick,
+        "samples": experiment.samples,
+        "targets": [] if given.quick else [one.plain() for one in targets],
+        "cases": cases,
+        "regression": known,
+        "large": large,
+    }
+    script.publish("certificates", results, draw_figure(cases), given.out)
+
+
+if __name__ == "__main__":
+    main()
