@@ -168,12 +168,11 @@ def main():
             for rows in [[x for x in cases if x["rank"] == rank]]
         ],
     )
-    if not given.quick:
-        script.print_targets(targets)
+    script.print_targets(targets)
     results = {
         "quick": given.quick,
         "samples": experiment.samples,
-        "targets": [] if given.quick else [one.plain() for one in targets],
+        "targets": [one.plain() for one in targets],
         "cases": cases,
         "regression": known,
         "large": large,
