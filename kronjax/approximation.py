@@ -117,8 +117,10 @@ def approximate(
     dtype: str | None = None,
     starts: int = 4,
     budget: int | None = None,
-    tolerance: float = 1e-6,
+    tolerance: float = 2e-4,
+    schedule: str = "adaptive",
     seed: int = 0,
+    certify: bool = False,
     finish: bool = False,
     progress: bool | None = None,
 ) -> Approximation:
@@ -141,8 +143,15 @@ def approximate(
             the matrix; integers and shorter floats are computed in float32.
         starts: Starting points in the race of `continuation.solve`.
         budget: Products of the size of `TᵀT` per stage; chosen from the size if None.
-        tolerance: A stage ends when it can gain less, relatively.
+        tolerance: Gap to the local bound at which a matrix is good enough. Where the
+            continuation ends is an estimate, usually on the safe side, if `certify` is
+            not set. For other norms a stage ends when it can gain less than a
+            two-hundredth of it.
+        schedule: "adaptive", where every matrix ends as soon as it is good enough, or
+            "fixed", seven p up to 4098 for all.
         seed: Of the perturbed starts; taken modulo 2^31.
+        certify: Prove the gaps, and solve what misses the tolerance again with a
+            smaller one; `notes` say how many still miss it. Takes seconds to compile.
         finish: Take the solutions to machine precision by `newton.finish`, on the host:
             seconds for every matrix of a few dozen rows, minutes for one of hundreds.
             For the spectral norm in float64.
@@ -171,7 +180,9 @@ def approximate(
         inputs.weight(right_weight, "right_weight", n, tuple(batch), target.dtype),
     )
     weighted = tuple(weight is not None for weight in weights)
-    problem = Problem.of((m, n), configuration, norm, starts, budget, weighted)
+    problem = Problem.of(
+        (m, n), configuration, norm, starts, budget, weighted, schedule
+    )
     _note_caps(configuration, problem, notes)
     with (
         jax.enable_x64(target.dtype == np.float64),
@@ -359,9 +370,17 @@ def _run(problem, programs, arrays, tolerance, seed, tick):
         stage = _as_arrays(stage)
         paths, line = advance[0](settings, paths, stage, tolerance, seed)
         lines.append(jax.block_until_ready(line))
-        tick(f"p = {line.p[0]:.0f}")
+        tick(f"p = {line.p.max():.0f}")
+        if paths.done.all():
+            break
+    # What is left out has lines, too: nothing was spent there.
+    idle = [jax.tree.map(jnp.zeros_like, line) for line in lines[-1:]]
+    lines += idle * (len(schedule) - len(lines))
     trace = gather(paths, first, _stack(lines) if lines else first)
-    return jax.device_get(finish(settings, paths, trace))
+    solution = jax.device_get(finish(settings, paths, trace))
+    used = np.append(True, np.any(solution.trace.gemms[:, 1:] > 0, axis=0))
+    trace = jax.tree.map(lambda x: x[:, used], solution.trace)
+    return dataclasses.replace(solution, trace=trace)
 
 
 def _as_arrays(stage: Stage) -> Stage:

@@ -117,7 +117,11 @@ def init(points: tuple, geometry: ModuleType = manifold) -> State:
 
 
 def restart(
-    objective: Objective, state: State, step=0.5, geometry: ModuleType = manifold
+    objective: Objective,
+    state: State,
+    step=0.5,
+    geometry: ModuleType = manifold,
+    hint: tuple | None = None,
 ) -> State:
     """Return the state at the same points for another objective, curvature kept.
 
@@ -127,16 +131,22 @@ def restart(
             that its curvature is of use.
         step: Length of the first trial along the quasi-Newton direction.
         geometry: Where the points live.
+        hint: Tangents: the first trial is the step along all of them if the objective
+            falls that way; like any trial it is shortened where it went too far.
     """
     value, gradient = objective(state.points)
     direction = _quasi_newton(gradient, state.pairs, state.curvature)
+    if hint is not None:
+        falls = _inner(geometry, gradient, hint) < 0
+        direction = jax.tree.map(lambda x, y: jnp.where(falls, x, y), hint, direction)
+        step = jnp.where(falls, 1, step)
     return dataclasses.replace(
         state,
         value=value,
         gradient=gradient,
         direction=direction,
         slope=_inner(geometry, gradient, direction),
-        step=jnp.full_like(state.step, step),
+        step=jnp.asarray(step, state.step.dtype),
         steps=jnp.zeros_like(state.steps),
         evaluations=jnp.ones_like(state.evaluations),
         status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NONFINITE),

@@ -21,8 +21,11 @@ import jax
 from kronjax import schatten
 from kronjax.kronecker import Configuration
 
-SQUARINGS = (0, 1, 3, 5, 7, 9, 11)
-"""The schedule: p = 4, then 6 and four times as much at every stage, up to 4098."""
+FIXED = (0, 1, 3, 5, 7, 9, 11)
+"""p = 4, then 6 and four times as much at every stage, up to 4098."""
+
+ADAPTIVE = tuple(range(schatten.MAX_SQUARINGS + 1))
+"""p about doubles at every stage, and each matrix ends where it is good enough."""
 
 
 SLICES = 8
@@ -48,6 +51,7 @@ class Stage:
         origin: `Origin`: where the stage takes its points from.
         begins: Number of the start that begins here, or -1.
         ends: Whether a start ends here, to be compared with the champion.
+        final: Whether the solution may be good enough here already.
     """
 
     squarings: int | jax.Array
@@ -55,6 +59,7 @@ class Stage:
     origin: int | jax.Array
     begins: int | jax.Array
     ends: bool | jax.Array
+    final: bool | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Problem:
         configurations: What to look for.
         squarings: The stages, ascending; empty where the start is the solution.
         is_spectral: Whether the last stage stands for p = inf.
+        is_adaptive: Whether stages are predicted, and the last ones left out.
         starts: Starts in the race.
         budget: Products of the size of `EᵀE` per stage.
     """
@@ -74,6 +80,7 @@ class Problem:
     configurations: tuple[Configuration, ...]
     squarings: tuple[int, ...]
     is_spectral: bool
+    is_adaptive: bool
     starts: int
     budget: int
 
@@ -86,6 +93,7 @@ class Problem:
         starts: int = 4,
         budget: int | None = None,
         weighted: tuple[bool, ...] = (False, False),
+        schedule: str = "adaptive",
     ) -> "Problem":
         """Check the arguments of `solve` and fill in what they leave open.
 
@@ -110,12 +118,18 @@ class Problem:
         for name, number in (("starts", starts), ("budget", budget)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}.")
+        if schedule not in ("adaptive", "fixed"):
+            raise ValueError(
+                f'schedule must be "adaptive" or "fixed"; got {schedule!r}.'
+            )
         size = shape[0], shape[1]
         p = parse_norm(norm)
         last = schatten.MAX_SQUARINGS if p == math.inf else schatten.squarings_for(p)
         # Without a closed form p = 2 is a stage like any other.
         closed = _has_closed_form(size, configuration, weighted)
-        stages = SQUARINGS if closed else (-1, *SQUARINGS)
+        adaptive = p == math.inf and schedule == "adaptive"
+        ladder = ADAPTIVE if adaptive else FIXED
+        stages = ladder if closed else (-1, *ladder)
         stages = tuple(j for j in stages if j < last) + (last,) * (last >= stages[0])
         # At p = 2 evaluations are cheap, and half-converged weighted fits are poor.
         default = default_budget(size) * (6 if stages == (-1,) else 1)
@@ -127,6 +141,7 @@ class Problem:
             ),
             squarings=stages,
             is_spectral=p == math.inf,
+            is_adaptive=adaptive,
             starts=starts,
             budget=budget or default,
         )
@@ -140,7 +155,8 @@ class Problem:
     def num_race_stages(self) -> int:
         """Stages in which every start takes part: not the last, unless it is alone."""
         stages = len(self.squarings)
-        return min(3, max(stages - 1, 1), stages) if self.starts > 1 else 0
+        race = 4 if self.is_adaptive else 3
+        return min(race, max(stages - 1, 1), stages) if self.starts > 1 else 0
 
     def schedule(self) -> list[Stage]:
         """Return all stages in order: every start's part of the race, then the rest.
@@ -163,6 +179,7 @@ class Problem:
                         origin=Origin.START if begins else Origin.BEFORE,
                         begins=start if begins else -1,
                         ends=j == race[-1],
+                        final=False,
                     )
                 )
         for index, j in enumerate(rest * slices):
@@ -175,6 +192,7 @@ class Problem:
                     origin=first if begins else Origin.BEFORE,
                     begins=0 if begins and not race else -1,
                     ends=False,
+                    final=self.is_adaptive,
                 )
             )
         return stages

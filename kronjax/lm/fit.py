@@ -39,7 +39,7 @@ from kronjax.setting import factors, prepare
 EVALUATIONS = 120
 """That a mixture may spend, if nobody says otherwise."""
 
-SOLVE_TOLERANCE = 1e-3
+SOLVE_TOLERANCE = 0.2
 """Of solves in other norms: within about a percent of what they end at."""
 
 
@@ -292,6 +292,7 @@ def solve(
         right_weight=right,
         starts=1,
         tolerance=SOLVE_TOLERANCE,
+        schedule="fixed",
         progress=False,
     )
     ratio = found.weighted_relative if has_weights else found.relative
