@@ -48,10 +48,10 @@ from kronjax.weighted import Root
 REACH = 100.0
 """How long changes may be, relatively, for local bounds where no limit is known."""
 
-CLUSTER = 64
+CLUSTER = 256
 """Leading singular vectors, at most, whose multipliers are optimised."""
 
-EXPONENTS = (4098.0, 1026.0, 258.0, 66.0)
+EXPONENTS = (4098.0, 1026.0, 514.0, 258.0, 66.0)
 """Schatten norms whose gradients are tried."""
 
 PENALTIES = (30.0, 300.0, 3000.0, 30000.0)

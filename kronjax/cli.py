@@ -102,6 +102,7 @@ def approximate(
     ] = None,
     seed: Seed = 0,
     starts: Annotated[int, option("N")] = 4,
+    tolerance: Annotated[float, option("X")] = 2e-4,
     finish: Flag = False,
     certify: Flag = False,
     out: Annotated[Path | None, option("FILE")] = None,
@@ -129,6 +130,8 @@ def approximate(
         dtype: Precision of the computation; follows the file by default.
         seed: Seed of the perturbed starts.
         starts: Number of starts; the best is taken to the end.
+        tolerance: Gap to the local bound that is good enough: 0.01 is one per cent.
+            An estimate, and proven with --certify.
         finish: Take the answer to machine precision by Newton's method; in float64.
         certify: Prove how good the answer is: bounds that no change of one side of all
             terms, and no other sum of so many, can be below.
@@ -144,11 +147,13 @@ def approximate(
     weights = [one and files.read(one).matrix for one in (left_weight, right_weight)]
     options: dict[str, Any] = {"norm": norm, "dtype": dtype}
     options |= {"starts": starts, "seed": seed, "finish": finish}
+    options |= {"tolerance": tolerance}
     if finish and dtype is None:
         options["dtype"] = "float64"
     options |= dict(zip(("left_weight", "right_weight"), weights, strict=True))
     found = None
     if parameters is None:
+        options["certify"] = certify and not finish and norm == "spectral"
         configurations = _configurations(source, a_shape, rank, low_rank)
         approximation = kronjax.approximate(source.matrix, configurations, **options)
     else:

@@ -40,89 +40,12 @@ from kronjax import (
 from kronjax.descent import Status
 from kronjax.kronecker import (
     Configuration,
-    KroneckerTerms,
     rearrange,
 )
 from kronjax.lanes import any_lane, in_turn
-from kronjax.manifold import Point
+from kronjax.path import Path, Solution, Trace, gather
 from kronjax.problem import Origin, Problem, Stage
 from kronjax.setting import Setting, check_weights, matrices, prepare, to_terms
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """What happened, one entry for each stage `[stages]`; the first is the start.
-
-    Attributes:
-        p: Exponent of the Schatten norm.
-        value: `‖T − K‖_p` at the end of the stage.
-        spectral_error: Lower bound of `‖T − K‖_2` there, from a few iterations.
-        steps: Accepted steps.
-        gemms: Products of the size of `EᵀE` in values and gradients, those of rejected
-            trials included.
-    """
-
-    p: jax.Array
-    value: jax.Array
-    spectral_error: jax.Array
-    steps: jax.Array
-    gemms: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    """What `solve` returns.
-
-    Attributes:
-        terms: One `KroneckerTerms` for each configuration, of falling norm.
-        spectral_error: Lower bound of `‖T − K‖_2` by `spectral.estimate_norm`.
-        frobenius: The terms at p = 2, where the continuation began: Van Loan's, one
-            configuration after the other.
-        trace: `Trace`.
-        status: `Status` of the last stage.
-    """
-
-    terms: tuple[KroneckerTerms, ...]
-    spectral_error: jax.Array
-    frobenius: tuple[KroneckerTerms, ...]
-    trace: Trace
-    status: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Path:
-    """Where a continuation stands.
-
-    Attributes:
-        state: Of the descent at the present p.
-        p: Its exponent.
-        error: Spectral error there, relative to `‖T‖_F`.
-        done: Whether that is good enough: further stages change nothing.
-        previous: The points at the p before.
-        previous_p: That p.
-        champion: State of the best start so far, at the end of its part of the race.
-        running: Number of the start that runs.
-        winner: Number of the champion's start.
-        frobenius: The points at p = 2.
-        best: The points of the smallest spectral error at the end of a stage.
-        best_error: That error, relative to `‖T‖_F`.
-    """
-
-    state: descent.State
-    p: jax.Array
-    error: jax.Array
-    done: jax.Array
-    previous: tuple[Point, ...]
-    previous_p: jax.Array
-    champion: descent.State
-    running: jax.Array
-    winner: jax.Array
-    frobenius: tuple[Point, ...]
-    best: tuple[Point, ...]
-    best_error: jax.Array
 
 
 def solve(
@@ -135,7 +58,7 @@ def solve(
     starts: int = 4,
     budget: int | None = None,
     tolerance: float | jax.Array = 2e-4,
-    schedule: str = "adaptive",
+    schedule: str | Sequence[float] = "adaptive",
     seed: int | jax.Array = 0,
 ) -> Solution:
     """Minimise `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for one matrix; pure.
@@ -161,8 +84,9 @@ def solve(
             p lower the error by less than half of it, which leaves the other half to
             what is not expected: see `certificate`. A stage ends when the model
             predicts a smaller decrease than a two-hundredth of it.
-        schedule: "adaptive", or "fixed": the same seven p for every matrix, and no
-            prediction. Matters for the spectral norm.
+        schedule: "adaptive", or the same p for every matrix and no prediction: "fixed",
+            seven of them up to 4098, or rising exponents of your own. Only for the
+            spectral norm do the larger ones matter.
         seed: Of the perturbations; an integer, traced.
 
     Returns:
@@ -191,13 +115,13 @@ def solve(
         schedule=schedule,
     )
     setting, path, first = start(problem, matrix, *weights)
-    schedule = problem.schedule()
-    if not schedule:
+    stages = problem.schedule()
+    if not stages:
         return finish(problem, setting, path, gather(problem, path, first, first))
     path, lines = jax.lax.scan(
         lambda path, stage: advance(problem, setting, path, stage, tolerance, seed),
         path,
-        jax.tree.map(lambda *x: jnp.array(x), *schedule),
+        jax.tree.map(lambda *x: jnp.array(x), *stages),
     )
     return finish(problem, setting, path, gather(problem, path, first, lines))
 
@@ -337,31 +261,6 @@ def _origin(problem, path, stage, seed):
             lambda: path.champion,
         ],
     )
-
-
-def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
-    """Return the trace of the winner; the products of the others are added to it.
-
-    Args:
-        problem: The one that was solved.
-        path: At the end of the last stage; knows the winner.
-        first: The line of `start`.
-        lines: Those of `advance`, stacked.
-    """
-    first = jax.tree.map(lambda x: x[None], first)
-    if not problem.squarings:
-        return first
-    count = problem.num_race_stages
-    cut = count * problem.starts
-    race = jax.tree.map(lambda x: x[:cut], lines)
-    rest = jax.tree.map(lambda x: x[cut:], lines)
-    if not count:
-        return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
-    race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)
-    won = dataclasses.replace(
-        jax.tree.map(lambda x: x[path.winner], race), gemms=race.gemms.sum(0)
-    )
-    return jax.tree.map(lambda *x: jnp.concatenate(x), first, won, rest)
 
 
 def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:

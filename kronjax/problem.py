@@ -93,7 +93,7 @@ class Problem:
         starts: int = 4,
         budget: int | None = None,
         weighted: tuple[bool, ...] = (False, False),
-        schedule: str = "adaptive",
+        schedule: str | Sequence[float] = "adaptive",
     ) -> "Problem":
         """Check the arguments of `solve` and fill in what they leave open.
 
@@ -118,17 +118,15 @@ class Problem:
         for name, number in (("starts", starts), ("budget", budget)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}.")
-        if schedule not in ("adaptive", "fixed"):
-            raise ValueError(
-                f'schedule must be "adaptive" or "fixed"; got {schedule!r}.'
-            )
         size = shape[0], shape[1]
         p = parse_norm(norm)
         last = schatten.MAX_SQUARINGS if p == math.inf else schatten.squarings_for(p)
         # Without a closed form p = 2 is a stage like any other.
         closed = _has_closed_form(size, configuration, weighted)
         adaptive = p == math.inf and schedule == "adaptive"
-        ladder = ADAPTIVE if adaptive else FIXED
+        ladder = _ladder(schedule, adaptive)
+        if p == math.inf:
+            last = ladder[-1]
         stages = ladder if closed else (-1, *ladder)
         stages = tuple(j for j in stages if j < last) + (last,) * (last >= stages[0])
         # At p = 2 evaluations are cheap, and half-converged weighted fits are poor.
@@ -196,6 +194,20 @@ class Problem:
                 )
             )
         return stages
+
+
+def _ladder(schedule, adaptive):
+    """Return the squarings of a schedule by name, or of its exponents."""
+    if isinstance(schedule, str) and schedule in ("adaptive", "fixed"):
+        return ADAPTIVE if adaptive else FIXED
+    found = () if isinstance(schedule, str) else schedule
+    ladder = tuple(map(schatten.squarings_for, found))
+    if not ladder or ladder[0] < 0 or list(ladder) != sorted(set(ladder)):
+        raise ValueError(
+            'schedule must be "adaptive", "fixed", or rising exponents p > 2 such as '
+            f"[4, 18, 258]; got {schedule!r}."
+        )
+    return ladder
 
 
 def _refuse_duplicates(configurations, shape):

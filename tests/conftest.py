@@ -17,7 +17,7 @@ import hypothesis
 import jax
 import pytest
 
-from kronjax import approximation
+from kronjax import programs
 from kronjax.lm import fit
 
 jax.config.update("jax_enable_x64", True)
@@ -67,5 +67,5 @@ def _forget_programs():
     """
     yield
     jax.clear_caches()
-    for cached in (approximation._programs, fit._fitter, fit._preparer):
+    for cached in (programs.compiled, fit._fitter, fit._preparer):
         cached.cache_clear()

@@ -1,5 +1,6 @@
 import io
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from helpers import kronecker_sum_reference
 
 import kronjax
-from kronjax import Configuration, Status, approximate, approximation
+from kronjax import Configuration, Status, approximate, approximation, programs
 from kronjax.problem import Problem
 
 SMALL = Configuration((3, 4), rank=2)
@@ -57,7 +58,8 @@ def test_batches_keep_their_axes():
     assert approx.matrix().shape == (2, 3, 12, 12)
     assert approx.error.spectral.shape == approx.status.shape == (2, 3)
     assert approx.gemms.shape == (2, 3)
-    assert approx.trace.p.shape == (2, 3, 8)
+    assert approx.trace.p.shape == approx.trace.gemms.shape
+    assert approx.trace.p.shape[:2] == (2, 3)
     rest = matrices[1, 2] - approx.matrix()[1, 2]
     assert approx.error.spectral[1, 2] == pytest.approx(np.linalg.norm(rest, 2))
 
@@ -224,10 +226,50 @@ def test_more_starts_share_what_was_compiled():
     """All but the assembly of the trace, which is small."""
     shapes = (((1, 12, 12), np.dtype("float32")), None, None)
     problems = [Problem.of((12, 12), SMALL, "schatten:6", n, 30) for n in (1, 3)]
-    one, three = (approximation._programs(problem, shapes) for problem in problems)
+    one, three = (programs.compiled(problem, shapes) for problem in problems)
     assert [x is y for x, y in zip(one, three, strict=True)] == [
         True,
         True,
         False,
         True,
     ]
+
+
+def test_the_tolerance_is_a_gap_that_can_be_proven():
+    matrices = draw(5, 4)
+    for tolerance in (2e-2, 2e-3):
+        found = approximate(
+            np.float64(matrices), SMALL, tolerance=tolerance, certify=True
+        )
+        assert (found.certificate.local_gap <= tolerance).all()
+        assert (found.trace.gemms[..., 1:].max(axis=0) > 0).all()
+    with pytest.raises(ValueError, match="certify is for"):
+        approximate(matrices, SMALL, norm="frobenius", certify=True)
+    for schedule in ("doubling", [6, 4], [4, 5], []):
+        with pytest.raises(ValueError, match="schedule|p = 5"):
+            approximate(matrices, SMALL, schedule=schedule)
+    own = approximate(matrices, SMALL, schedule=[4, 18, 130], starts=1)
+    assert own.trace.p[0].tolist() == [2, 4, 18, 130]
+
+
+def test_what_misses_the_tolerance_is_solved_again(monkeypatch):
+    gaps = iter([[1.0, 0.0], [0.0, 0.0]])
+    monkeypatch.setattr(
+        approximation.proof,
+        "of",
+        lambda *_: SimpleNamespace(local_gap=np.array(next(gaps))),
+    )
+    matrices = np.float64(draw(5, 4))[:2]
+    found = approximate(matrices, SMALL, tolerance=2e-2, certify=True)
+    plain = approximate(matrices, SMALL, tolerance=2e-2)
+    assert found.error.spectral[0] < plain.error.spectral[0]
+    assert found.error.spectral[1] == plain.error.spectral[1]
+    assert found.notes == ("1 solved again, with tolerance / 4",)
+
+
+def test_a_tolerance_out_of_reach_is_reported():
+    found = approximate(
+        np.float64(draw(5, 4)), SMALL, tolerance=1e-12, certify=True, starts=1
+    )
+    assert "above the tolerance 1e-12" in found.notes[-1]
+    assert np.isfinite(found.error.spectral).all()

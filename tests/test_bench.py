@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
     "certificates": {"targets", "cases", "regression", "large"},
+    "continuation": {"targets", "tolerance", "random", "gpt2"},
     "compression": {"targets", "points books", "books 0.8", "uniform 0.8"},
     "distributions": {"targets", "regression", "cases", "starts"},
     "forward": {"targets", "seconds", "batch", "length"},
@@ -113,6 +114,13 @@ def check_compression(results):
         assert row["predicted"] > 0
 
 
+def check_continuation(results):
+    assert len(results["random"]) == 6
+    for row in results["random"]:
+        assert 0 < row["gemms"] < row["gemms_doubling"]
+        assert -1 < row["excess"] and -1e-12 < row["gap"] < 1
+
+
 def check_certificates(results):
     assert len(results["cases"]) == 6
     for case in results["cases"]:
@@ -166,6 +174,7 @@ def check_smollm2(results):
 CHECKS = {
     "against_peers": check_against_peers,
     "certificates": check_certificates,
+    "continuation": check_continuation,
     "compression": check_compression,
     "distributions": check_distributions,
     "forward": check_forward,

@@ -166,7 +166,8 @@ def test_never_worse_than_van_loan_and_honest_about_the_error():
 
 def test_the_trace_tells_what_happened():
     matrices = draw(9)
-    trace = solver(SMALL)(jnp.asarray(matrices)).trace
+    solve_fixed = jax.vmap(lambda x: solve(x, SMALL, schedule="fixed"))
+    trace = jax.jit(solve_fixed)(jnp.asarray(matrices)).trace
     expected = [2, 4, 6, 18, 66, 258, 1026, 4098]
     np.testing.assert_array_equal(trace.p, np.broadcast_to(expected, (3, 8)))
     assert (np.diff(trace.value, axis=1) <= 1e-9).all()
@@ -176,6 +177,29 @@ def test_the_trace_tells_what_happened():
     least = (np.asarray(trace.steps) + 1) * products
     assert (trace.gemms[:, 1:] >= least[:, 1:]).all()
     assert (trace.gemms[:, 0] == 0).all()
+
+
+def test_each_matrix_ends_where_it_is_good_enough():
+    matrices = np.concatenate([draw(11, 6), np.zeros((1, 12, 12))])
+    loose, tight = (
+        jax.jit(jax.vmap(lambda x, t=t: solve(x, SMALL, tolerance=t)))(
+            jnp.asarray(matrices)
+        )
+        for t in (2e-2, 2e-4)
+    )
+    ends = np.asarray(loose.trace.p[:, -1])
+    assert (ends < np.asarray(tight.trace.p[:, -1]))[:6].all()
+    assert ends[6] == 10  # exact from the start, and two stages to see it
+    spent = np.asarray(loose.trace.gemms.sum(1) / tight.trace.gemms.sum(1))
+    assert spent[:6].max() < 0.7
+    # What follows the end costs nothing and repeats it.
+    idle = np.asarray(loose.trace.p[:, 1:] == loose.trace.p[:, :-1])
+    assert (np.asarray(loose.trace.gemms)[:, 1:][idle] == 0).all()
+    assert (errors(matrices, loose) <= errors(matrices, tight) * 1.02).all()
+    # Alone it ends at the same place as in the batch.
+    alone = jax.jit(lambda x: solve(x, SMALL, tolerance=2e-2))(jnp.asarray(matrices[1]))
+    assert alone.trace.p[-1] == ends[1]
+    np.testing.assert_allclose(alone.spectral_error, loose.spectral_error[1], rtol=1e-8)
 
 
 @pytest.mark.parametrize(
