@@ -185,19 +185,19 @@ def test_each_matrix_ends_where_it_is_good_enough():
         jax.jit(jax.vmap(lambda x, t=t: solve(x, SMALL, tolerance=t)))(
             jnp.asarray(matrices)
         )
-        for t in (2e-2, 2e-4)
+        for t in (4e-3, 2e-4)
     )
     ends = np.asarray(loose.trace.p[:, -1])
     assert (ends < np.asarray(tight.trace.p[:, -1]))[:6].all()
-    assert ends[6] == 10  # exact from the start, and two stages to see it
+    assert ends[6] < ends[:6].min()  # exact from the start
     spent = np.asarray(loose.trace.gemms.sum(1) / tight.trace.gemms.sum(1))
     assert spent[:6].max() < 0.7
     # What follows the end costs nothing and repeats it.
     idle = np.asarray(loose.trace.p[:, 1:] == loose.trace.p[:, :-1])
     assert (np.asarray(loose.trace.gemms)[:, 1:][idle] == 0).all()
-    assert (errors(matrices, loose) <= errors(matrices, tight) * 1.02).all()
+    assert (errors(matrices, loose) <= errors(matrices, tight) * 1.01).all()
     # Alone it ends at the same place as in the batch.
-    alone = jax.jit(lambda x: solve(x, SMALL, tolerance=2e-2))(jnp.asarray(matrices[1]))
+    alone = jax.jit(lambda x: solve(x, SMALL, tolerance=4e-3))(jnp.asarray(matrices[1]))
     assert alone.trace.p[-1] == ends[1]
     np.testing.assert_allclose(alone.spectral_error, loose.spectral_error[1], rtol=1e-8)
 
