@@ -14,12 +14,8 @@ against the bounds, so that those of `norm_bounds` hold with certainty: `γ_k �
 for sums of k products in any order, which leaves a factor of two for accelerators that
 put products together from shorter ones.
 
-For a linear map known by products only, `map_norm_bounds` gives an upper bound that
-holds with a probability that the caller chooses.
-
-References: Weyl and Collatz–Wielandt in Horn and Johnson (2013); Higham (2002), for
-rounding; Musco and Musco (2015), for block Krylov; Hochstenbach (2013), for
-probabilistic upper bounds.
+References: Horn and Johnson (2013), for Collatz–Wielandt; Higham (2002), for rounding;
+Musco and Musco (2015), for block Krylov spaces.
 
 >>> import jax.numpy as jnp
 >>> found = norm_bounds(jnp.diag(jnp.array([1.0, 5.0, 2.0])))
@@ -29,7 +25,6 @@ probabilistic upper bounds.
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +42,6 @@ SQUARINGS = 8
 
 BLOCK = 256
 """Terms of a sum that are added in one go where rounding must stay small."""
-
-MAX_BLOCKS = 16
-"""Blocks of a sum, at most: each is a product of its own in the program."""
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +98,8 @@ def norm_bounds(
     finite = jnp.isfinite(largest)
     mantissa, _ = jnp.frexp(jnp.where(finite & (largest > 0), largest, 1))
     scale = jnp.where(finite & (largest > 0), largest, 1) / (2 * mantissa)
-    tall = jnp.where(finite, tall, 0) / scale
+    # XLA would scale the matrix again for every product that it is in.
+    tall = jax.lax.optimization_barrier(jnp.where(finite, tall, 0) / scale)
     gram = _sum_of_products(tall, tall, BLOCK)
     gram = (gram + gram.T) / 2
     if start is None:
@@ -182,37 +175,26 @@ def _bounds(tall, gram, split, width):
     square_sum = jnp.trace(gram) * (1 + (n + _terms(m, BLOCK)) * eps)
     gram_error = _terms(m, BLOCK) * eps * square_sum + eps * size
     overlaps = _sum_of_products(v, v, fine) - jnp.eye(k, dtype=v.dtype)
-    # As long as this is below 1, `long` bounds every ‖v_i‖ and ‖V‖.
-    skew = _frobenius(overlaps) + 2 * k * _terms(n, fine) * eps
+    own = _terms(n, fine) * eps
+    # As long as this is well below 1, `long` bounds every ‖v_i‖ and ‖V‖.
+    skew = (_frobenius(overlaps) + k * own) * (1 + 2 * k * own)
     long = 1 + skew
 
-    image = _apply(tall, v[:, 0], fine)
-    side = math.isqrt(m)
-    image = _frobenius(jnp.pad(image, (0, -m % side)).reshape(-1, side))
-    # Four for scaling the matrix, where a division is not exact.
-    image_error = (_terms(n, fine) + 4) * eps * jnp.sqrt(square_sum) * long
-    rounding = 4 * (side + 2) * eps
-    lower = jnp.maximum(image * (1 - rounding) - image_error, 0) / long
-    top = (image * (1 + rounding) + image_error) ** 2
-
+    lower, top = _along(tall, v[:, 0], jnp.sqrt(square_sum), skew)
     z = _mm(gram, v)
     t = _mm(v.T, z)
     r = z - _mm(v, t)
     product_error = 2 * n * eps * size * long**2
     residual_error = product_error + (k + 2) * (1 + k**0.5) * eps * size * long**3
     rho = jnp.sqrt(jnp.sum(r**2, axis=0)) * (1 + n * eps) + residual_error
-    half = z - _mm(v, t) / 2
-    pairs = (jnp.concatenate(x, axis=1) for x in ((v, half), (half, v)))
-    deflated = gram - _mm(next(pairs), next(pairs).T)
-    deflated_error = (2 * k + 4) * eps * (2 * k**0.5 * _frobenius(half) * long + size)
-
+    deflated, deflated_error = _deflated(gram, v, z - _mm(v, t) / 2, size, long)
     compared = (jnp.abs(t) + jnp.abs(t.T)) / 2 + product_error
     compared = compared.at[0, 0].set(top)
 
     def loads(rest):
         """Return what `gram_error` adds to the first diagonal entry and to others.
 
-        `2 e ‖v_1‖ ‖z‖ ≤ e (s + ‖z‖² / s)` for any s; v_1ᵀG v_1 itself has no such error.
+        `2 e ‖v_1‖ ‖z‖ ≤ e (s + ‖z‖² / s)` for any s; `v_1ᵀG v_1` is known better.
         """
         share = 2 * gram_error / jnp.maximum(top - rest, 2 * gram_error)
         share = jnp.maximum(share, eps)
@@ -235,7 +217,36 @@ def _bounds(tall, gram, split, width):
     square = _perron(table + jnp.diag(extra.at[0].set(first))) / _positive(1 - skew)
     plain = size + gram_error
     square = jnp.where(skew < 0.5, jnp.fmin(square, plain), plain)
-    return lower * (1 - 8 * eps), jnp.sqrt(square) * (1 + 8 * eps)
+    return lower, jnp.sqrt(square) * (1 + 8 * eps)
+
+
+def _along(tall, v, frobenius, skew):
+    """Return a lower bound of `‖M v‖ / ‖v‖` and an upper bound of `‖M v‖²`."""
+    m, n = tall.shape
+    eps = float(jnp.finfo(tall.dtype).eps)
+    fine = math.isqrt(n - 1) + 1
+    side = math.isqrt(m)
+    image = _apply(tall, v, fine)
+    image = _frobenius(jnp.pad(image, (0, -m % side)).reshape(-1, side))
+    rounding = 4 * (side + 2) * eps
+    # Four for scaling the matrix, where a division is not exact.
+    error = (_terms(n, fine) + 4) * eps * frobenius * (1 + skew)
+    lower = jnp.maximum(image * (1 - rounding) - error, 0)
+    own = _sum_of_products(v[:, None], v[:, None], fine)[0, 0]
+    length = jnp.sqrt(own * (1 + 2 * _terms(n, fine) * eps))
+    return lower / length * (1 - 8 * eps), (image * (1 + rounding) + error) ** 2
+
+
+def _deflated(gram, v, half, size, long):
+    """Return G without V, which is `G − V Hᵀ − H Vᵀ`, and its rounding in norm.
+
+    For `y ⟂ V` and any H it has the same `yᵀG y`.
+    """
+    k = v.shape[1]
+    left, right = (jnp.concatenate(x, axis=1) for x in ((v, half), (half, v)))
+    error = 2 * k**0.5 * _frobenius(half) * long + size
+    error = (2 * k + 4) * float(jnp.finfo(gram.dtype).eps) * error
+    return gram - _mm(left, right.T), error
 
 
 def _remainder(deflated, wanted, estimate):
@@ -301,28 +312,29 @@ def _perron(table):
     return jnp.max(_mm(table, x) / x) * (1 + (k + 8) * eps)
 
 
-def _block(length, block):
-    """Return how many terms of a sum are added in one go."""
-    return max(block, -(-length // MAX_BLOCKS))
-
-
 def _terms(length, block):
     """Return the k of the `γ_k` that bounds a sum made in blocks."""
-    block = min(_block(length, block), length)
-    return block + -(-length // block)
+    return min(block, length) + -(-length // block) + 1
 
 
 def _sum_of_products(x, y, block):
-    """Return `xᵀ y` for `[m, n]` and `[m, k]`, summed over m in blocks."""
-    block = _block(x.shape[0], block)
-    starts = range(0, x.shape[0], block)
-    parts = [_mm(x[i : i + block].T, y[i : i + block]) for i in starts]
-    return sum(parts[1:], parts[0])
+    """Return `xᵀ y` for `[m, n]` and `[m, k]`, summed over m in blocks.
+
+    In a loop, because XLA:CPU takes several times as long for products side by side.
+    """
+    count, rest = divmod(x.shape[0], block)
+
+    def add(i, total):
+        here = (jax.lax.dynamic_slice_in_dim(z, i * block, block) for z in (x, y))
+        return total + _mm(next(here).T, next(here))
+
+    tail = x.shape[0] - rest
+    total = _mm(x[tail:].T, y[tail:])
+    return jax.lax.fori_loop(0, count, add, total)
 
 
 def _apply(matrix, v, block):
     """Return `M v`, summed in blocks: products with zeros make no rounding error."""
-    block = _block(v.size, block)
     own = jnp.arange(v.size) // block
     blocks = own[:, None] == jnp.arange(-(-v.size // block))[None, :]
     return jnp.sum(_mm(matrix, jnp.where(blocks, v[:, None], 0)), axis=1)
