@@ -1,8 +1,8 @@
 """Norms of linear maps known by products: a bound from above, with high probability.
 
 The Lanczos polynomial of a random vector is small on everything that the vector has
-shown, and large beyond. If the norm were larger than the bound, the vector would have to
-be all but orthogonal to the leading singular vector, which is as unlikely as one likes.
+shown, and large beyond. If the norm were larger than the bound, the vector would be all
+but orthogonal to the leading singular vector, which is as unlikely as one likes.
 
 Reference: Hochstenbach (2013), Probabilistic upper bounds for the matrix two-norm.
 

@@ -40,8 +40,12 @@ RESTARTS = 10
 SQUARINGS = 8
 """Chebyshev degree 256 at most."""
 
-BLOCK = 256
+BLOCK = 128
 """Terms of a sum that are added in one go where rounding must stay small."""
+
+
+SHARES = 10
+"""Ways to divide one error between two places, of which the best counts."""
 
 
 @jax.tree_util.register_dataclass
@@ -181,40 +185,33 @@ def _bounds(tall, gram, split, width):
     long = 1 + skew
 
     lower, top = _along(tall, v[:, 0], jnp.sqrt(square_sum), skew)
-    z = _mm(gram, v)
-    t = _mm(v.T, z)
+    z = _sum_of_products(gram, v, fine)
+    t = _sum_of_products(v, z, fine)
     r = z - _mm(v, t)
-    product_error = 2 * n * eps * size * long**2
+    product_error = 2 * own * size * long**2
     residual_error = product_error + (k + 2) * (1 + k**0.5) * eps * size * long**3
     rho = jnp.sqrt(jnp.sum(r**2, axis=0)) * (1 + n * eps) + residual_error
     deflated, deflated_error = _deflated(gram, v, z - _mm(v, t) / 2, size, long)
     compared = (jnp.abs(t) + jnp.abs(t.T)) / 2 + product_error
     compared = compared.at[0, 0].set(top)
 
-    def loads(rest):
-        """Return what `gram_error` adds to the first diagonal entry and to others.
+    # With G's own error e, 2 |a_1| e ‖z‖ ≤ e (s a_1² + ‖z‖² / s) for any s: there are
+    # several to choose from. The first diagonal entry itself has no such error.
+    shares = 0.5 ** jnp.arange(SHARES, dtype=v.dtype)
+    extra = jnp.tile((1 + 1 / shares)[:, None] * gram_error * long**2, (1, k + 1))
+    extra = extra.at[:, 0].set(shares * gram_error * long)
 
-        `2 e ‖v_1‖ ‖z‖ ≤ e (s + ‖z‖² / s)` for any s; `v_1ᵀG v_1` is known better.
-        """
-        share = 2 * gram_error / jnp.maximum(top - rest, 2 * gram_error)
-        share = jnp.maximum(share, eps)
-        return gram_error * share * long, gram_error * (1 + 1 / share) * long**2
-
-    second = split.values[1] if k > 1 else split.beyond
     goal = (lower * (1 + 0.95 * width)) ** 2 * (1 - skew)
-    first, others = loads(jnp.maximum(second, split.beyond))
-    diagonal = jnp.diag(compared) + others
-    diagonal = diagonal.at[0].set(top + first)
-    wanted = goal - others - deflated_error
-    wanted = wanted - jnp.sum(rho**2 / _positive(goal - diagonal))
+    room = _positive(goal - jnp.diag(compared)[None, :] - extra[:, :k])
+    wanted = goal - extra[:, k] - jnp.sum(rho[None, :] ** 2 / room, axis=1)
+    wanted = jnp.max(wanted) - deflated_error
     # Out of reach: then whatever is clearly below the norm makes the best of it.
     wanted = jnp.where(wanted > split.beyond, wanted, (goal + split.beyond) / 2)
     d = _remainder(deflated, wanted, split.beyond) + deflated_error
 
-    first, others = loads(jnp.maximum(second, d))
     table = jnp.block([[compared, rho[:, None]], [rho[None, :], d[None, None]]])
-    extra = jnp.full(k + 1, 1, table.dtype) * others
-    square = _perron(table + jnp.diag(extra.at[0].set(first))) / _positive(1 - skew)
+    squares = jax.vmap(lambda x: _perron(table + jnp.diag(x)))(extra)
+    square = jnp.min(squares) / _positive(1 - skew)
     plain = size + gram_error
     square = jnp.where(skew < 0.5, jnp.fmin(square, plain), plain)
     return lower, jnp.sqrt(square) * (1 + 8 * eps)
@@ -323,13 +320,15 @@ def _sum_of_products(x, y, block):
     In a loop, because XLA:CPU takes several times as long for products side by side.
     """
     count, rest = divmod(x.shape[0], block)
+    tail = x.shape[0] - rest
+    total = _mm(x[tail:].T, y[tail:])
+    if count == 0:
+        return total
 
     def add(i, total):
         here = (jax.lax.dynamic_slice_in_dim(z, i * block, block) for z in (x, y))
         return total + _mm(next(here).T, next(here))
 
-    tail = x.shape[0] - rest
-    total = _mm(x[tail:].T, y[tail:])
     return jax.lax.fori_loop(0, count, add, total)
 
 
