@@ -96,25 +96,26 @@ def norm_bounds(
             "For a batch use jax.vmap or jax.lax.map."
         )
     matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
-    n = tall.shape[1]
-    largest = jnp.max(jnp.abs(tall))
+    m, n = max(matrix.shape), min(matrix.shape)
+    largest = jnp.max(jnp.abs(matrix))
     finite = jnp.isfinite(largest)
-    mantissa, _ = jnp.frexp(jnp.where(finite & (largest > 0), largest, 1))
-    scale = jnp.where(finite & (largest > 0), largest, 1) / (2 * mantissa)
+    largest = jnp.where(finite & (largest > 0), largest, 1)
+    scale = largest / (2 * jnp.frexp(largest)[0])
     # XLA would scale the matrix again for every product that it is in.
-    tall = jax.lax.optimization_barrier(jnp.where(finite, tall, 0) / scale)
-    gram = _sum_of_products(tall, tall, BLOCK)
-    gram = (gram + gram.T) / 2
+    scaled = jax.lax.optimization_barrier(jnp.where(finite, matrix, 0) / scale)
+    axis = 0 if matrix.shape[0] == m else 1
+    gram = _sum_of_products(scaled, scaled, BLOCK, axis)
+    tall = scaled.T if axis else scaled
     if start is None:
-        start = jax.random.normal(jax.random.key(0), (n, min(VECTORS, n)), tall.dtype)
-    split = _split(gram, start.astype(tall.dtype), width)
+        key = jax.random.key(0)
+        start = jax.random.normal(key, (n, min(VECTORS, n)), matrix.dtype)
+    split = _split(gram, start.astype(matrix.dtype), width)
     lower, upper = _bounds(tall, gram, split, width)
     # A norm beyond the largest number is infinite from above only.
-    lower = jnp.minimum(lower * scale, float(jnp.finfo(tall.dtype).max))
-    known = jnp.where(finite, jnp.zeros_like(scale), jnp.nan)
+    lower = jnp.minimum(lower * scale, float(jnp.finfo(matrix.dtype).max))
+    some, nan = jnp.any(matrix != 0), jnp.asarray(jnp.nan, matrix.dtype)
     lower, upper = (
-        jnp.where(finite & (largest > 0), x, known) for x in (lower, upper * scale)
+        jnp.where(finite, jnp.where(some, x, 0), nan) for x in (lower, upper * scale)
     )
     return Bounds(lower, upper, split.vectors)
 
@@ -185,7 +186,8 @@ def _bounds(tall, gram, split, width):
     long = 1 + skew
 
     lower, top = _along(tall, v[:, 0], jnp.sqrt(square_sum), skew)
-    z = _sum_of_products(gram, v, fine)
+    # Both ways, since G is symmetric but for rounding only.
+    z = (_sum_of_products(gram, v, fine) + _sum_of_products(gram, v.T, fine, 1)) / 2
     t = _sum_of_products(v, z, fine)
     r = z - _mm(v, t)
     product_error = 2 * own * size * long**2
@@ -255,9 +257,9 @@ def _remainder(deflated, wanted, estimate):
     """
     n = deflated.shape[0]
     eps = float(jnp.finfo(deflated.dtype).eps)
-    plain = _frobenius(deflated)
-    # One squaring is enough where all eigenvalues are inside.
-    reach = (1 + ((1 + n**0.5) / 2) ** 0.5) / 2
+    _, plain = _largest(deflated)
+    # One squaring is mostly enough where all eigenvalues are inside.
+    reach = (1 + ((1 + n**0.5 / 2) / 2) ** 0.5) / 2
     inside = _positive(jnp.maximum(estimate, 0.95 * wanted / reach))
 
     def unwound(errors, level, norm):
@@ -272,10 +274,10 @@ def _remainder(deflated, wanted, estimate):
         x, norm, errors, level, bound = carry
         error = 2 * n * eps * norm**2
         x = _mm(2 * x.T, x) - jnp.eye(n, dtype=x.dtype)
-        norm = _frobenius(x)
+        norm, largest = _largest(x)
         errors = errors.at[level].set(error + 2 * eps * (norm + n**0.5))
         level = level + 1
-        outermost = unwound(errors, level, norm) + first_error
+        outermost = unwound(errors, level, largest) + first_error
         return x, norm, errors, level, jnp.fmin(bound, inside * (1 + outermost) / 2)
 
     def unfinished(carry):
@@ -284,14 +286,31 @@ def _remainder(deflated, wanted, estimate):
 
     def squarings():
         errors = jnp.zeros(SQUARINGS, deflated.dtype)
-        carry = (x, norm, errors, 0, plain)
-        return jax.lax.while_loop(unfinished, square, carry)[-1]
+        return jax.lax.while_loop(unfinished, square, (x, norm, errors, 0, plain))[-1]
 
     x = deflated * (2 / inside) - jnp.eye(n, dtype=deflated.dtype)
     norm = _frobenius(x)
     first_error = 4 * eps * (norm + n**0.5)
     needed = lanes.any_lane(plain > wanted)
     return jax.lax.cond(needed, squarings, lambda: plain) * (1 + 8 * eps)
+
+
+def _largest(x):
+    """Return bounds of `‖X‖_F` and of all `yᵀ X y` for unit y, for `[n, n]`.
+
+    The latter is at most `μ + ‖X − μ I‖_F`, for any μ: near the mean it is least.
+    """
+    n = x.shape[0]
+    norm = _frobenius(x)
+    mean = jnp.trace(x) / n
+    shifts = mean * jnp.linspace(0, 2, 9, dtype=x.dtype)
+    squares = norm**2 + n * shifts * (shifts - 2 * mean)
+    # What the trace may be off by, and the roundings of this line.
+    slack = (
+        4 * n * float(jnp.finfo(x.dtype).eps) * (norm + n**0.5 * jnp.abs(shifts)) ** 2
+    )
+    centered = jnp.sqrt(jnp.maximum(squares, 0) + slack)
+    return norm, jnp.min(shifts + centered)
 
 
 def _perron(table):
@@ -314,22 +333,24 @@ def _terms(length, block):
     return min(block, length) + -(-length // block) + 1
 
 
-def _sum_of_products(x, y, block):
-    """Return `xᵀ y` for `[m, n]` and `[m, k]`, summed over m in blocks.
+def _sum_of_products(x, y, block, axis=0):
+    """Return `xᵀ y` for `[m, n]` and `[m, k]`, or `x yᵀ` (`axis=1`), summed in blocks.
 
     In a loop, because XLA:CPU takes several times as long for products side by side.
     """
-    count, rest = divmod(x.shape[0], block)
-    tail = x.shape[0] - rest
-    total = _mm(x[tail:].T, y[tail:])
+
+    def part(begin, size):
+        here = (jax.lax.dynamic_slice_in_dim(z, begin, size, axis) for z in (x, y))
+        left, right = here
+        return _mm(left, right.T) if axis else _mm(left.T, right)
+
+    count, rest = divmod(x.shape[axis], block)
+    total = part(x.shape[axis] - rest, rest)
     if count == 0:
         return total
-
-    def add(i, total):
-        here = (jax.lax.dynamic_slice_in_dim(z, i * block, block) for z in (x, y))
-        return total + _mm(next(here).T, next(here))
-
-    return jax.lax.fori_loop(0, count, add, total)
+    return jax.lax.fori_loop(
+        0, count, lambda i, total: total + part(i * block, block), total
+    )
 
 
 def _apply(matrix, v, block):
