@@ -57,9 +57,8 @@ def map_norm_bounds(
 
     References: Hochstenbach (2013). Memory: `n · steps` numbers.
     """
-    n, dtype = start.size, start.dtype
-    steps = -(-steps // CHUNK) * CHUNK
-    eps = float(jnp.finfo(dtype).eps)
+    n = start.size
+    eps = float(jnp.finfo(start.dtype).eps)
     log_limit = -math.log(failure * math.sqrt(math.pi / (2 * n)))
     v = start / jnp.max(jnp.abs(start))
     v = v / jnp.linalg.norm(v)
@@ -68,6 +67,23 @@ def map_norm_bounds(
 
     def gram(x):
         return adjoint(forward(x) / safe) / safe
+
+    basis, alphas, betas, count = _expand(gram, v, width, steps, log_limit)
+    inner = betas[:-1] * (jnp.arange(1, betas.size) < count)
+    tridiagonal = jnp.diag(alphas) + jnp.diag(inner, 1) + jnp.diag(inner, -1)
+    v = _mm(jnp.linalg.eigh(tridiagonal)[1][:, -1], basis[:-1])
+    v = v / _positive(jnp.linalg.norm(v))
+    image = forward(v) / safe
+    slack = 4 * (n + image.size) ** 0.5 * eps
+    lower = jnp.linalg.norm(image)
+    upper = jnp.sqrt(_beyond(alphas, betas, count, log_limit))
+    upper = jnp.maximum(upper, lower) * (1 + slack) * scale
+    # A map that is not finite somewhere has no bounds.
+    return Bounds(lower * (1 - slack) * scale, upper + 0 * jnp.sum(image), v[:, None])
+
+
+def _expand(gram, v, width, steps, log_limit):
+    """Return `basis [steps + 1, n]`, the entries of T, and how many of them are used."""
 
     def chunk(carry):
         basis, alphas, betas, count, _ = carry
@@ -87,23 +103,12 @@ def map_norm_bounds(
         *_, count, ratio = carry
         return (count < steps) & (ratio > (1 + width / 2) ** 2)
 
-    zeros = jnp.zeros(steps, dtype)
-    basis = jnp.zeros((steps + 1, n), dtype).at[0].set(v)
-    ratio = jnp.asarray(jnp.inf, dtype)
-    basis, alphas, betas, count, _ = jax.lax.while_loop(
-        unfinished, chunk, (basis, zeros, zeros, 0, ratio)
-    )
-    inner = betas[:-1] * (jnp.arange(1, steps) < count)
-    tridiagonal = jnp.diag(alphas) + jnp.diag(inner, 1) + jnp.diag(inner, -1)
-    v = _mm(jnp.linalg.eigh(tridiagonal)[1][:, -1], basis[:-1])
-    v = v / _positive(jnp.linalg.norm(v))
-    image = forward(v) / safe
-    slack = 4 * (n + image.size) ** 0.5 * eps
-    lower = jnp.linalg.norm(image)
-    upper = jnp.sqrt(_beyond(alphas, betas, count, log_limit))
-    upper = jnp.maximum(upper, lower) * (1 + slack) * scale
-    # A map that is not finite somewhere has no bounds.
-    return Bounds(lower * (1 - slack) * scale, upper + 0 * jnp.sum(image), v[:, None])
+    steps = -(-steps // CHUNK) * CHUNK
+    zeros = jnp.zeros(steps, v.dtype)
+    basis = jnp.zeros((steps + 1, v.size), v.dtype).at[0].set(v)
+    ratio = jnp.asarray(jnp.inf, v.dtype)
+    carry = jax.lax.while_loop(unfinished, chunk, (basis, zeros, zeros, 0, ratio))
+    return carry[:-1]
 
 
 def _step(gram, i, basis, alphas, betas):
