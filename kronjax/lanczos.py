@@ -69,7 +69,7 @@ def map_norm_bounds(
         return adjoint(forward(x) / safe) / safe
 
     basis, alphas, betas, count = _expand(gram, v, width, steps, log_limit)
-    inner = betas[:-1] * (jnp.arange(1, betas.size) < count)
+    inner = jnp.where(jnp.arange(1, betas.size) < count, betas[:-1], 0)
     tridiagonal = jnp.diag(alphas) + jnp.diag(inner, 1) + jnp.diag(inner, -1)
     v = _mm(jnp.linalg.eigh(tridiagonal)[1][:, -1], basis[:-1])
     v = v / _positive(jnp.linalg.norm(v))
@@ -83,7 +83,7 @@ def map_norm_bounds(
 
 
 def _expand(gram, v, width, steps, log_limit):
-    """Return `basis [steps + 1, n]`, the entries of T, and how many of them are used."""
+    """Return `basis [steps + 1, n]`, the entries of T and how many are used."""
 
     def chunk(carry):
         basis, alphas, betas, count, _ = carry

@@ -95,7 +95,8 @@ def norm_bounds(
             f"matrix must be [m, n] and not empty; got {matrix.shape}. "
             "For a batch use jax.vmap or jax.lax.map."
         )
-    matrix = matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    if matrix.dtype != jnp.float64:
+        matrix = matrix.astype(jnp.float32)
     m, n = max(matrix.shape), min(matrix.shape)
     largest = jnp.max(jnp.abs(matrix))
     finite = jnp.isfinite(largest)

@@ -47,7 +47,7 @@ def test_the_norm_is_between_the_bounds_whatever_the_seed(dtype, name):
 
 
 def test_the_bound_fails_about_as_seldom_as_asked():
-    """With few steps and failure 1/5 the bound is at times too small, but not oftener."""
+    """Once in five times is allowed here, in few steps."""
     matrix = np.diag(np.linspace(0.5, 1, 70))
 
     def upper(key):
