@@ -71,9 +71,9 @@ def norm_bounds(
     """Return a lower and an upper bound of `‖M‖_2`, both certain.
 
     They come within `width` where the dtype allows it. In float32 that asks for a norm
-    that stands out among the singular values, and a stable rank `‖M‖_F² / ‖M‖_2²` of
-    some hundred at most; otherwise they hold as well, a few 1e-2 apart at worst (an
-    orthogonal matrix). In float64 there is no such limit down to 1e-8 or so.
+    that stands out from the bulk, and a stable rank `‖M‖_F² / ‖M‖_2²` of two hundred at
+    most; otherwise they hold as well, a few 1e-2 apart at worst (an orthogonal matrix).
+    In float64 there is no such limit.
 
     Args:
         matrix: `[m, n]`, float32 or float64; shorter dtypes are taken as float32.
@@ -179,7 +179,8 @@ def _bounds(tall, gram, split, width):
     fine = math.isqrt(n - 1) + 1
     size = _frobenius(gram)
     square_sum = jnp.trace(gram) * (1 + (n + _terms(m, BLOCK)) * eps)
-    gram_error = _terms(m, BLOCK) * eps * square_sum + eps * size
+    # Eight for scaling the matrix, where a division is not exact.
+    gram_error = (_terms(m, BLOCK) + 8) * eps * square_sum + eps * size
     overlaps = _sum_of_products(v, v, fine) - jnp.eye(k, dtype=v.dtype)
     own = _terms(n, fine) * eps
     # As long as this is well below 1, `long` bounds every ‖v_i‖ and ‖V‖.
@@ -210,7 +211,7 @@ def _bounds(tall, gram, split, width):
     wanted = jnp.max(wanted) - deflated_error
     # Out of reach: then whatever is clearly below the norm makes the best of it.
     wanted = jnp.where(wanted > split.beyond, wanted, (goal + split.beyond) / 2)
-    d = _remainder(deflated, wanted, split.beyond) + deflated_error
+    d = jnp.maximum(_remainder(deflated, wanted, split.beyond) + deflated_error, 0)
 
     table = jnp.block([[compared, rho[:, None]], [rho[None, :], d[None, None]]])
     squares = jax.vmap(lambda x: _perron(table + jnp.diag(x)))(extra)
@@ -229,7 +230,7 @@ def _along(tall, v, frobenius, skew):
     image = _apply(tall, v, fine)
     image = _frobenius(jnp.pad(image, (0, -m % side)).reshape(-1, side))
     rounding = 4 * (side + 2) * eps
-    # Four for scaling the matrix, where a division is not exact.
+    # Four for scaling the matrix, as above.
     error = (_terms(n, fine) + 4) * eps * frobenius * (1 + skew)
     lower = jnp.maximum(image * (1 - rounding) - error, 0)
     own = _sum_of_products(v[:, None], v[:, None], fine)[0, 0]
