@@ -25,6 +25,7 @@ KEYS = {
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
+    "spectral_norms": {"targets", "ratios", "seconds", "matrices", "failure"},
 }
 
 SCRIPTS = sorted(
@@ -171,6 +172,14 @@ def check_smollm2(results):
         assert target["met"]
 
 
+def check_spectral_norms(results):
+    assert len(results["matrices"]) == 7
+    for row in results["matrices"]:
+        for kind in ("certain", "probable"):
+            assert row[f"lower_{kind}"] <= row["norm"] <= row[f"upper_{kind}"]
+            assert row[f"width_{kind}"] <= 1e-3
+
+
 CHECKS = {
     "against_peers": check_against_peers,
     "certificates": check_certificates,
@@ -182,6 +191,7 @@ CHECKS = {
     "heterogeneous": check_heterogeneous,
     "scaling": check_scaling,
     "smollm2": check_smollm2,
+    "spectral_norms": check_spectral_norms,
 }
 
 

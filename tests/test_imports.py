@@ -19,6 +19,8 @@ ORDER = [
     "lanes",
     "kronecker",
     "spectral",
+    "norms",
+    "lanczos",
     "manifold",
     "factored",
     "weighted",
