@@ -119,7 +119,7 @@ def check_continuation(results):
     assert len(results["random"]) == 6
     for row in results["random"]:
         assert 0 < row["gemms"] < row["gemms_doubling"]
-        assert -1 < row["excess"] and -1e-12 < row["gap"] < 1
+        assert row["excess"] > -1 and -1e-12 < row["gap"] < 1
 
 
 def check_certificates(results):
