@@ -12,11 +12,10 @@ import numpy as np
 
 from bench import script
 from bench.distributions import (
-    DISTRIBUTIONS,
     LAYOUTS,
     REGRESSION,
     Layout,
-    draw_matrices,
+    draw_suite,
 )
 from kronjax import Configuration, approximate, newton, proof
 from kronjax.kronecker import KroneckerTerms
@@ -73,9 +72,7 @@ def random_suite(experiment):
     """All distributions, shapes and ranks."""
     cases = []
     for layout in experiment.layouts:
-        matrices = draw_matrices(layout.shape, experiment.samples)
-        flat = matrices.reshape(-1, *layout.shape)
-        names = [name for name in DISTRIBUTIONS for _ in range(experiment.samples)]
+        names, flat = draw_suite(layout, experiment.samples)
         for rank in experiment.ranks:
             configuration = Configuration(layout.a_shape, rank)
             found = approximate(flat, configuration, progress=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import script
-from bench.distributions import DISTRIBUTIONS, LAYOUTS, Layout, draw_matrices
+from bench.distributions import LAYOUTS, Layout, draw_suite
 from kronjax import Configuration, approximate, files
 
 DOUBLING = [4, *(2**j + 2 for j in range(2, 13))]
@@ -77,9 +77,7 @@ def random_suite(experiment):
     """All distributions, shapes and ranks."""
     rows = []
     for layout in experiment.layouts:
-        matrices = draw_matrices(layout.shape, experiment.samples)
-        flat = matrices.reshape(-1, *layout.shape)
-        names = [name for name in DISTRIBUTIONS for _ in range(experiment.samples)]
+        names, flat = draw_suite(layout, experiment.samples)
         for rank in experiment.ranks:
             found = compared(flat, Configuration(layout.a_shape, rank))
             for name, row in zip(names, found, strict=True):

@@ -89,6 +89,12 @@ def draw_matrices(shape, samples):
     )
 
 
+def draw_suite(layout, samples):
+    """Names of the distributions, one for each matrix, and matrices [n, m, n]."""
+    matrices = draw_matrices(layout.shape, samples).reshape(-1, *layout.shape)
+    return [name for name in DISTRIBUTIONS for _ in range(samples)], matrices
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def from_starts(problem, matrices, tolerance, starts):
     """Take each start through the whole continuation; spectral errors [n, starts].

@@ -55,12 +55,14 @@ class Approximation:
         weighted_relative: The same over the weighted norms of the matrix, or None.
         trace: `continuation.Trace`, `[..., stages]`.
         status: `Status` of every matrix, as integers.
-        seconds: Spent on solving, compilation apart.
+        seconds: Spent on solving, compilation apart; with `certify` on proving, too,
+            the compilation of proofs included.
         compile_seconds: Spent on tracing and compiling; 0 when done before.
         notes: What was decided on the user's behalf.
         given: The matrix and both weights as given, or None.
         finishes: What the second-order finish found, one for each matrix in order, or
             None where it was not asked for.
+        proven: The certificate, where `certify` has made it already.
     """
 
     terms: tuple[KroneckerTerms, ...]
@@ -78,14 +80,20 @@ class Approximation:
     finishes: tuple[newton.Finish, ...] | None = dataclasses.field(
         default=None, repr=False, compare=False
     )
+    proven: Certificate | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
 
     @functools.cached_property
     def certificate(self) -> Certificate:
         """What is proven about the terms; computed when it is first asked for.
 
-        Takes seconds to compile for every shape, and some ten singular value
-        decompositions in float64 for every matrix.
+        Takes seconds to compile for every shape; then for every matrix, in float64,
+        some ten singular value decompositions and 200 eigenvalue decompositions of its
+        leading part, of order 256 at most.
         """
+        if self.proven is not None:
+            return self.proven
         matrix, left, right = self.given
         return proof.of(matrix, self.terms, left, right, self.finishes)
 
@@ -101,7 +109,10 @@ class Approximation:
 
     @property
     def gemms(self) -> np.ndarray:
-        """Products of the size of `EᵀE` spent on every matrix, all starts included."""
+        """Products of the size of `EᵀE` spent on every matrix, all starts included.
+
+        Those of attempts that `certify` has replaced are not.
+        """
         return np.sum(self.trace.gemms, axis=-1)
 
     def matrix(self) -> np.ndarray:
@@ -197,70 +208,61 @@ def approximate(
         begun = time.perf_counter()
 
         def solve(tolerance):
-            return programs.run(problem, parts, arrays, tolerance, seed, tick)
+            found = programs.run(problem, parts, arrays, tolerance, seed, tick)
+            return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], found)
 
+        given, proven = (np.asarray(matrix), *weights), None
         if certify:
-            solution = _certified(solve, tolerance, target, weights, notes)
+            solution, proven = _certified(solve, tolerance, given, notes)
         else:
             solution = solve(tolerance)
         seconds = time.perf_counter() - begun
-    solution = jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], solution)
     finishes = None
     if finish:
-        begun = time.perf_counter()
+        begun, proven = time.perf_counter(), None
         solution, finishes = _finished(target, weights, solution)
         seconds += time.perf_counter() - begun
-    given = np.asarray(matrix)
-    found = _report(given, weights, solution, seconds, compile_seconds, notes)
-    return dataclasses.replace(found, finishes=finishes)
+    found = _report(given, solution, seconds, compile_seconds, notes)
+    return dataclasses.replace(found, finishes=finishes, proven=proven)
 
 
-def _certified(solve, tolerance, target, weights, notes):
-    """Return solutions whose gaps are proven, as far as a few attempts go."""
-    matrices = target.reshape(-1, *target.shape[-2:])
-    sides = [
-        x if x is None or x.ndim == 2 else x.reshape(-1, *x.shape[-2:]) for x in weights
-    ]
+def _certified(solve, tolerance, given, notes):
+    """Return solutions whose gaps are proven, as far as a few attempts go, and proofs.
 
-    def misses(solution):
-        gap = proof.of(matrices, solution.terms, *sides).local_gap
-        return ~(gap <= tolerance)
+    `given` are the matrix and its weights.
+    """
+    matrix, *weights = given
+
+    def prove(solution):
+        proven = proof.of(matrix, solution.terms, *weights)
+        return proven, ~(proven.local_gap <= tolerance)
 
     solution = solve(tolerance)
-    missing = misses(solution)
+    proven, missing = prove(solution)
     for attempt in range(1, ATTEMPTS):
         if not missing.any():
-            return solution
+            break
         notes.append(f"{missing.sum()} solved again, with tolerance / {4**attempt}")
         again = solve(tolerance / 4**attempt)
         lower = again.spectral_error <= solution.spectral_error
         solution = _chosen(missing & lower, again, solution)
-        missing = misses(solution)
+        proven, missing = prove(solution)
     if missing.any():
         notes.append(
-            f"{missing.sum()} of {len(missing)} proven gaps are above the tolerance "
+            f"{missing.sum()} of {missing.size} proven gaps are above the tolerance "
             f"{tolerance:g}: finish=True may close them"
         )
-    return solution
+    return solution, proven
 
 
 def _chosen(which, new, old):
     """Return one solution or the other, for every matrix."""
-    length = max(x.trace.p.shape[1] for x in (new, old))
-
-    def padded(solution):
-        missing = length - solution.trace.p.shape[1]
-        trace = jax.tree.map(
-            lambda x: np.pad(x, ((0, 0), (0, missing)), "edge"), solution.trace
-        )
-        for name in ("steps", "gemms"):
-            getattr(trace, name)[:, length - missing :] = 0
-        return dataclasses.replace(solution, trace=trace)
 
     def choose(x, y):
-        return np.where(which.reshape(-1, *[1] * (x.ndim - 1)), x, y)
+        axes = tuple(range(np.ndim(which), np.ndim(x)))
+        return np.where(np.expand_dims(which, axes), x, y)
 
-    return jax.tree.map(choose, padded(new), padded(old))
+    return jax.tree.map(choose, new, old)
 
 
 def _finished(target, weights, solution):
@@ -284,26 +286,35 @@ def _finished(target, weights, solution):
     return dataclasses.replace(solution, terms=terms), tuple(found)
 
 
-def _report(given, weights, solution, seconds, compile_seconds, notes):
+def _report(given, solution, seconds, compile_seconds, notes):
     """Measure what came out against the matrix as given."""
-    error = measure(given, solution.terms)
+    matrix, *weights = given
+    error = measure(matrix, solution.terms)
     ours = None
     if any(weight is not None for weight in weights):
-        ours = measure(given, solution.terms, *weights)
+        ours = measure(matrix, solution.terms, *weights)
     return Approximation(
         terms=solution.terms,
         error=error,
-        relative=error.over(measure(given, ())),
-        van_loan=measure(given, solution.frobenius, *weights),
-        trace=solution.trace,
+        relative=error.over(measure(matrix, ())),
+        van_loan=measure(matrix, solution.frobenius, *weights),
+        trace=_used(solution.trace),
         status=solution.status,
         seconds=seconds,
         compile_seconds=compile_seconds,
         notes=tuple(notes),
         weighted=ours,
-        weighted_relative=ours and ours.over(measure(given, (), *weights)),
-        given=(given, *weights),
+        weighted_relative=ours and ours.over(measure(matrix, (), *weights)),
+        given=given,
     )
+
+
+def _used(trace):
+    """Return the trace without stages in which nothing was spent on any matrix."""
+    gemms = trace.gemms.reshape(-1, trace.gemms.shape[-1])
+    used = np.any(gemms > 0, axis=0)
+    used[0] = True
+    return jax.tree.map(lambda x: x[..., used], trace)
 
 
 def _stacked(target, weights):

@@ -38,9 +38,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kronjax import descent, factored, spectral, weighted
-from kronjax.factored import Pair
-from kronjax.kronecker import KroneckerTerms, rearrange
+from kronjax import global_bound, weighted
+from kronjax.kronecker import KroneckerTerms
 from kronjax.lanes import after
 from kronjax.tangent import Space
 from kronjax.weighted import Root
@@ -59,12 +58,6 @@ PENALTIES = (30.0, 300.0, 3000.0, 30000.0)
 
 ROUNDS = 50
 """Projected gradient steps with each of them."""
-
-SHAKEN = 0.3
-"""Standard deviation of what is added to the four identities where that begins."""
-
-CLIMB = 300
-"""Values and gradients that the four factors of the global bound may take."""
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +96,8 @@ def certify(
 
     Returns:
         `Bounds`; NaN where the matrix or the terms are not finite. Costs some ten
-        singular value decompositions.
+        singular value decompositions, and 200 eigenvalue decompositions of the order
+        of the cluster.
     """
     plain, unit = _unit(matrix)
     terms = tuple(_scaled(one, unit) for one in terms)
@@ -132,7 +126,7 @@ def certify(
     norm, local = _local_bound(space, error, dual, size, reach)
     bound = jnp.zeros_like(local)
     if len(terms) == 1:
-        bound = _global_bound(after(plain, local), terms[0], space)
+        bound = global_bound.prove(after(plain, local), terms[0], space)
     finite = jnp.isfinite(size)
     found = norm, jnp.minimum(local, norm), jnp.minimum(bound, norm)
     return Bounds(*(jnp.where(finite, x, jnp.nan) * unit for x in found))
@@ -235,135 +229,6 @@ def _spectraplex(symmetric):
     shifts = (jnp.cumsum(falling) - 1) / count
     shift = shifts[jnp.sum(falling > shifts) - 1]
     return _mm(vectors * jnp.maximum(values - shift, 0)[None], vectors.T)
-
-
-def _global_bound(plain, terms, space):
-    """Return the bound for all sums of the Kronecker rank of `terms`, or 0."""
-    (_, m1, n1), (_, m2, n2) = terms.a.shape, terms.b.shape
-    rank, ambient = terms.rank, rearrange(plain, (m1, n1))
-    if rank >= min(ambient.shape):
-        return jnp.zeros_like(plain[0, 0])
-    if any(side is not None for side in space.inverses[0]):
-        return _of_weights(plain, rank, space)
-    outer, inner = (
-        Pair(*(jnp.eye(size, dtype=plain.dtype) for size in sizes))
-        for sizes in ((m1, n1), (m2, n2))
-    )
-    first = _of_scalings(ambient, rank, outer, inner)
-    # The identity is nearly stationary: for 36x36, N(0, 1), rank 1 it ends at 5.76, and
-    # beside it 7.2 is reached.
-    begun = jax.tree.map(_shaken, (outer, inner))
-    climbed = _climb(after(ambient, first), rank, *begun)
-    return jnp.maximum(first, _of_scalings(ambient, rank, *climbed))
-
-
-def _climb(ambient, rank, outer: Pair, inner: Pair):
-    """Maximise the bound over `P`, `P'` (outer) and `Q`, `Q'` (inner)."""
-
-    def ratio(pairs):
-        outer, inner = pairs
-        image = _scale(ambient, outer, inner)
-        u = spectral.leading_singular(jax.lax.stop_gradient(image), rank)[0]
-        # The span of the leading vectors is stationary: no derivative of theirs.
-        tail = jnp.sum(image**2) - jnp.sum(_mm(u.T, image) ** 2)
-        return _spread(outer, inner, u) / tail
-
-    def objective(pairs):
-        value, gradient = jax.value_and_grad(ratio)(pairs)
-        return value / first, jax.tree.map(lambda x: x / first, gradient)
-
-    first = jax.lax.stop_gradient(ratio((outer, inner)))
-    first = jnp.where(first > 0, first, 1)
-    state = descent.init((outer, inner), factored)
-    state = descent.restart(objective, state, step=1.0, geometry=factored)
-    limits = descent.Limits(1e-7, CLIMB)
-    return descent.minimize(objective, state, limits, factored).points
-
-
-def _shaken(x):
-    key = jax.random.fold_in(jax.random.key(0), len(x))
-    return x + SHAKEN * jax.random.normal(key, x.shape, x.dtype)
-
-
-def _scale(ambient, outer: Pair, inner: Pair):
-    """Return `R(G T Hᵀ)`: the rows by `P ⊗ P'`, the columns by `Q ⊗ Q'`."""
-    m1, n1 = len(outer.a), len(outer.b)
-    m2, n2 = len(inner.a), len(inner.b)
-    tensor = ambient.reshape(m1, n1, m2, n2)
-    tensor = jnp.einsum("xi,iapb->xapb", outer.a, tensor, precision="highest")
-    tensor = jnp.einsum("ya,xapb->xypb", outer.b, tensor, precision="highest")
-    tensor = jnp.einsum("zp,xypb->xyzb", inner.a, tensor, precision="highest")
-    tensor = jnp.einsum("wb,xyzb->xyzw", inner.b, tensor, precision="highest")
-    return tensor.reshape(m1 * n1, m2 * n2)
-
-
-def _spread(outer: Pair, inner: Pair, last):
-    """Return `Σ_i σ_i(G)² σ_i(H)²`, differentiable by first-order perturbation."""
-    squares = []
-    for factor in (outer.a, inner.a, outer.b, inner.b):
-        gram = _mm(factor.T, factor)
-        fixed = after(jax.lax.stop_gradient(gram), jax.lax.stop_gradient(last))
-        last = vectors = jnp.linalg.eigh(fixed)[1]
-        squares.append(jnp.sum(vectors * _mm(gram, vectors), axis=0))
-    left, right = (
-        jnp.sort(jnp.outer(x, y).ravel(), descending=True)
-        for x, y in (squares[:2], squares[2:])
-    )
-    count = min(len(left), len(right))
-    return jnp.sum(left[:count] * right[:count])
-
-
-def _of_scalings(ambient, rank, outer: Pair, inner: Pair):
-    """Return the bound that four factors prove."""
-    image = _scale(ambient, outer, inner)
-    size = jnp.linalg.norm(ambient)
-    for factor in (outer.a, outer.b, inner.a, inner.b):
-        size = size * jnp.linalg.norm(factor)
-    tail, s = _tail(image, rank, size)
-    return _quotient(tail, _spread(outer, inner, s), image.size)
-
-
-def _of_weights(plain, rank, space):
-    """Return the bound that the Kronecker products nearest to the weights prove."""
-    (frame,), (inverses,), (shapes,) = space.frames, space.inverses, space.shapes
-    image = rearrange(weighted.to_start(plain, *inverses), shapes[0])
-    size = jnp.linalg.norm(plain)
-    for back in inverses:
-        if back is not None:
-            size *= jnp.linalg.norm(back.first) * jnp.linalg.norm(back.second)
-    tail, last = _tail(image, rank, size)
-    spectra = []
-    for side, length in zip((frame.left, frame.right), plain.shape, strict=True):
-        squares = jnp.ones(length, plain.dtype)
-        if side is not None and side.whole is not None:
-            last = jnp.linalg.svd(after(side.whole, last), compute_uv=False)
-            eps = float(jnp.finfo(last.dtype).eps)
-            least = last - 8 * length**0.5 * eps * last[0]
-            squares = 1 / jnp.maximum(least, 0)[::-1] ** 2
-        spectra.append(squares)
-    count = min(plain.shape)
-    spread = jnp.sum(spectra[0][:count] * spectra[1][:count])
-    return _quotient(tail, spread, image.size)
-
-
-def _tail(image, rank, size):
-    """Return `(Σ_{i>r} s_i²)^{1/2}` at least, and the singular values.
-
-    `size` is what the rounding of the image is relative to: the norms of all that was
-    multiplied.
-    """
-    s = jnp.linalg.svd(image, compute_uv=False)
-    eps = float(jnp.finfo(image.dtype).eps)
-    tail = jnp.linalg.norm(s[rank:])
-    # The distance to low rank changes by no more than the matrix does.
-    return tail - 8 * sum(image.shape) ** 0.5 * eps * size, s
-
-
-def _quotient(tail, spread, size):
-    eps = float(jnp.finfo(tail.dtype).eps)
-    spread = spread * (1 + 32 * size**0.5 * eps)
-    found = tail / jnp.sqrt(jnp.where(spread > 0, spread, 1))
-    return jnp.where((spread > 0) & jnp.isfinite(found), jnp.maximum(found, 0), 0)
 
 
 def _unit(matrix):

@@ -147,7 +147,7 @@ def approximate(
     weights = [one and files.read(one).matrix for one in (left_weight, right_weight)]
     options: dict[str, Any] = {"norm": norm, "dtype": dtype}
     options |= {"starts": starts, "seed": seed, "finish": finish}
-    options |= {"tolerance": tolerance}
+    options["tolerance"] = tolerance
     if finish and dtype is None:
         options["dtype"] = "float64"
     options |= dict(zip(("left_weight", "right_weight"), weights, strict=True))

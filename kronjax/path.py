@@ -20,6 +20,8 @@ from kronjax.problem import Problem
 class Trace:
     """What happened, one entry for each stage `[stages]`; the first is the start.
 
+    Stages after an adaptive continuation has ended repeat its last entry, at no cost.
+
     Attributes:
         p: Exponent of the Schatten norm.
         value: `‖T − K‖_p` at the end of the stage.

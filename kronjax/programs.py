@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kronjax import continuation
 from kronjax.problem import Problem, Stage
@@ -119,16 +118,13 @@ def run(problem, programs, arrays, tolerance, seed, tick):
         paths, line = advance[0](settings, paths, stage, tolerance, seed)
         lines.append(jax.block_until_ready(line))
         tick(f"p = {line.p.max():.0f}")
-        if paths.done.all():
+        if paths.done.all():  # what is left out has lines, too
+            idle = {name: 0 * getattr(line, name) for name in ("steps", "gemms")}
+            line = dataclasses.replace(line, **idle)
+            lines += [line] * (len(schedule) - len(lines))
             break
-    # What is left out has lines, too: nothing was spent there.
-    idle = [jax.tree.map(jnp.zeros_like, line) for line in lines[-1:]]
-    lines += idle * (len(schedule) - len(lines))
     trace = gather(paths, first, _stack(lines) if lines else first)
-    solution = jax.device_get(finish(settings, paths, trace))
-    used = np.append(True, np.any(solution.trace.gemms[:, 1:] > 0, axis=0))
-    trace = jax.tree.map(lambda x: x[:, used], solution.trace)
-    return dataclasses.replace(solution, trace=trace)
+    return jax.device_get(finish(settings, paths, trace))
 
 
 def _as_arrays(stage: Stage) -> Stage:

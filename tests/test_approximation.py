@@ -254,17 +254,31 @@ def test_the_tolerance_is_a_gap_that_can_be_proven():
 
 def test_what_misses_the_tolerance_is_solved_again(monkeypatch):
     gaps = iter([[1.0, 0.0], [0.0, 0.0]])
-    monkeypatch.setattr(
-        approximation.proof,
-        "of",
-        lambda *_: SimpleNamespace(local_gap=np.array(next(gaps))),
-    )
+
+    def prove(*_):
+        return SimpleNamespace(local_gap=np.array(next(gaps)))
+
+    monkeypatch.setattr(approximation.proof, "of", prove)
     matrices = np.float64(draw(5, 4))[:2]
     found = approximate(matrices, SMALL, tolerance=2e-2, certify=True)
     plain = approximate(matrices, SMALL, tolerance=2e-2)
     assert found.error.spectral[0] < plain.error.spectral[0]
     assert found.error.spectral[1] == plain.error.spectral[1]
     assert found.notes == ("1 solved again, with tolerance / 4",)
+    # What has been proven is not proven again: there are no more gaps.
+    assert found.certificate.local_gap.tolist() == [0, 0]
+
+
+def test_gaps_are_those_of_the_matrix_as_given():
+    matrix = draw(6) * 1e3
+    found = approximate(matrix, SMALL, dtype="float32", certify=True, tolerance=2e-2)
+    error = np.linalg.norm(matrix - np.float64(found.matrix()), 2)
+    assert float(found.certificate.error) == pytest.approx(error, rel=1e-6)
+    assert found.certificate.local_gap.shape == found.error.spectral.shape == ()
+    terms = [jax.tree.map(np.float64, one) for one in found.terms]
+    exact = sum(kronecker_sum_reference(one.a, one.b) for one in terms)
+    error = np.linalg.norm(matrix - exact, 2)
+    assert float(found.certificate.error) == pytest.approx(error, rel=1e-12)
 
 
 def test_a_tolerance_out_of_reach_is_reported():

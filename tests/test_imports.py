@@ -36,6 +36,7 @@ ORDER = [
     "cluster",
     "newton",
     "tangent",
+    "global_bound",
     "certificate",
     "proof",
     "inputs",
