@@ -2,7 +2,7 @@
 
 The random suite of `distributions`, and 768 x 768 matrices of GPT-2 if a file with its
 weights is given, from one start: doubling p at every stage, up to 4098, against the
-adaptive continuation with a tolerance of 0.2 %.  Work is counted in products of the
+adaptive continuation with a tolerance of 0.3 %.  Work is counted in products of the
 size of `EᵀE`; gaps to the local bound are proven in float64.
 """
 
@@ -18,7 +18,7 @@ from kronjax import Configuration, approximate, files
 DOUBLING = [4, *(2**j + 2 for j in range(2, 13))]
 """Exponents of the schedule that every matrix goes through to its end."""
 
-TOLERANCE = 2e-3
+TOLERANCE = 3e-3
 """Of the adaptive continuation."""
 
 MATRICES = {

@@ -79,7 +79,7 @@ def solve(
         starts: At least 1; 1 is the Frobenius solution alone, which can be a critical
             point for every p.
         budget: Products of the size of `EᵀE` per stage; by default
-            `default_budget(matrix.shape)`.
+            that of `problem.default_budget`.
         tolerance: Relative; traced. The continuation ends when it expects that larger
             p lower the error by less than half of it, which leaves the other half to
             what is not expected: see `certificate`. A stage ends when the model
@@ -288,7 +288,7 @@ def _begin(problem, points):
     """Return the state of a descent from points of the manifold."""
     if problem.is_flat:
         return descent.init(tuple(map(factored.split, points)), factored)
-    return descent.init(points)
+    return descent.init(points, memory=problem.memory)
 
 
 def _end(problem, state):

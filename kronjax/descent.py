@@ -26,7 +26,7 @@ from kronjax import manifold
 from kronjax.lanes import any_lane, in_turn
 
 MEMORY = 10
-"""Curvature pairs kept."""
+"""Curvature pairs kept, if nobody says otherwise."""
 
 ARMIJO = 1e-4
 """Fraction of the predicted decrease that a step must deliver."""
@@ -95,8 +95,14 @@ Objective = Callable[[Any], tuple[jax.Array, Any]]
 """From points to the value, and the gradient: a tuple of tangents."""
 
 
-def init(points: tuple, geometry: ModuleType = manifold) -> State:
-    """Return a state at `points` with no curvature yet; to be passed to `restart`."""
+def init(points: tuple, geometry: ModuleType = manifold, memory: int = MEMORY) -> State:
+    """Return a state at `points` with no curvature yet; to be passed to `restart`.
+
+    Args:
+        points: Where to begin.
+        geometry: As for `restart`.
+        memory: Curvature pairs that are kept.
+    """
     zero = jnp.zeros((), jax.tree.leaves(points)[0].dtype)
     flat = tuple(map(geometry.zero, points))
     return State(
@@ -107,9 +113,9 @@ def init(points: tuple, geometry: ModuleType = manifold) -> State:
         slope=zero,
         step=zero,
         pairs=jax.tree.map(
-            lambda x: jnp.zeros((x.shape[0], 2 * MEMORY, x.shape[1]), x.dtype), flat
+            lambda x: jnp.zeros((x.shape[0], 2 * memory, x.shape[1]), x.dtype), flat
         ),
-        curvature=jnp.zeros(MEMORY, zero.dtype),
+        curvature=jnp.zeros(memory, zero.dtype),
         steps=jnp.array(0),
         evaluations=jnp.array(0),
         status=jnp.array(int(Status.RUNNING)),
@@ -215,9 +221,10 @@ def _is_running(state, limits):
 
 
 def _advance(geometry, state, points, value, gradient, trial, limits):
+    memory = len(state.curvature)
     stack = jax.tree.map(
         lambda pairs, s, g: jnp.concatenate(
-            [pairs[:, 1:MEMORY], s[:, None], pairs[:, MEMORY + 1 :], g[:, None]], axis=1
+            [pairs[:, 1:memory], s[:, None], pairs[:, memory + 1 :], g[:, None]], axis=1
         ),
         state.pairs,
         trial,
@@ -225,7 +232,7 @@ def _advance(geometry, state, points, value, gradient, trial, limits):
     )
     moved = _map(geometry.transport, state.points, points, stack)
     pairs = jax.tree.map(lambda x, g: x.at[:, -1].set(g - x[:, -1]), moved, gradient)
-    s, y = (jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (MEMORY - 1, -1))
+    s, y = (jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (memory - 1, -1))
     new = _inner(geometry, s, y)
     enough = new > 1e-8 * jnp.sqrt(_inner(geometry, s, s) * _inner(geometry, y, y))
     curvature = jnp.append(state.curvature[1:], jnp.where(enough, new, 0))

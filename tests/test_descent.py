@@ -184,6 +184,20 @@ def test_quasi_newton_satisfies_the_secant_equation():
         np.testing.assert_allclose(got, -wanted, atol=1e-10)
 
 
+def test_fewer_pairs_can_be_kept():
+    target, points = draw(7)
+    objective = frobenius(target)
+    ends = []
+    for memory in (2, descent.MEMORY):
+        state = descent.init(points, memory=memory)
+        state = descent.restart(objective, state, 1.0)
+        state = descent.minimize(objective, state, Limits(1e-14, 400))
+        assert len(state.curvature) == memory
+        ends.append(state)
+    np.testing.assert_allclose(ends[0].value, ends[1].value, rtol=1e-8)
+    assert ends[0].steps >= ends[1].steps
+
+
 def test_the_state_is_a_pytree_of_arrays():
     _, points = draw(8)
     state = descent.init(points)
