@@ -113,7 +113,8 @@ class Space:
         For one configuration without weights the first step is exact, and the second
         takes out what rounding has left.
         """
-        tiny = jnp.finfo(ambient.dtype).eps * jnp.linalg.norm(ambient)
+        # Beyond what rounding leaves the gradients would grow again.
+        tiny = 8 * jnp.finfo(ambient.dtype).eps * jnp.linalg.norm(ambient)
 
         def sweep(carry):
             rest, direction, size, count = carry
