@@ -175,71 +175,110 @@ def advance(
     def walk():
         return _walk(problem, setting, path, stage, tolerance, seed)
 
-    spent = schatten.num_products(stage.squarings)
     if problem.is_adaptive:
         new = jax.lax.cond(
-            any_lane(~path.done), lambda: _select(path.done, path, walk()), lambda: path
+            any_lane(~path.done), lambda: select(path.done, path, walk()), lambda: path
         )
         idle = path.done
     else:
         new, idle = walk(), jnp.array(False)
-    return new, Trace(
-        p=new.p,
-        value=jnp.sqrt(2 * new.state.value) * setting.unit,
-        spectral_error=new.error * setting.unit,
-        steps=jnp.where(idle, 0, new.state.steps),
-        gemms=jnp.where(idle, 0, new.state.evaluations * spent),
+    told = line(setting, new, stage)
+    steps, gemms = (jnp.where(idle, 0, x) for x in (told.steps, told.gemms))
+    return new, dataclasses.replace(told, steps=steps, gemms=gemms)
+
+
+def line(setting: Setting, path: Path, stage: Stage) -> Trace:
+    """Return the line of the trace for a path at the end of a stage."""
+    return Trace(
+        p=path.p,
+        value=jnp.sqrt(2 * path.state.value) * setting.unit,
+        spectral_error=path.error * setting.unit,
+        steps=path.state.steps,
+        gemms=path.state.evaluations * schatten.num_products(stage.squarings),
     )
 
 
 def _walk(problem, setting, path, stage, tolerance, seed):
-    target = setting.target
+    path = enter(problem, setting, path, stage, seed)
+    path = descend(problem, setting, path, stage, tolerance)
+    return leave(problem, setting, path, stage, tolerance)
+
+
+def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, seed) -> Path:
+    """Return the path at the beginning of a stage, before the first step."""
     state = _origin(problem, path, stage, seed)
     continues = stage.origin == Origin.BEFORE
     last_p = jnp.where(stage.origin == Origin.START, jnp.full_like(path.p, 2), path.p)
-    p = schatten.exponent(stage.squarings).astype(target.dtype)
-    products = schatten.num_products(stage.squarings)
-    if problem.is_flat:
-        geometry, objective = factored, leastsquares.objective(problem, setting)
-    else:
-        geometry, objective = manifold, _schatten(problem, setting, stage.squarings)
+    p = schatten.exponent(stage.squarings).astype(path.p.dtype)
     previous, hint = state.points, None
     if problem.is_adaptive:
         known = continues & (path.previous_p > 2)
         weight = _weight(path.previous_p, path.p, p)
         hint = _ahead(path.previous, previous, jnp.where(known, weight, 0))
-    rounding = 10 * float(jnp.finfo(target.dtype).eps)  # the norm of the target is one
+    geometry, objective = _task(problem, setting, stage)
+    state = descent.restart(objective, state, geometry=geometry, hint=hint)
+    # A lane that is done must not keep the others of its batch waiting.
+    status = jnp.where(path.done, int(Status.CONVERGED), state.status)
+    return dataclasses.replace(
+        path,
+        state=dataclasses.replace(state, status=status),
+        p=p,
+        error=jnp.where(continues, path.error, jnp.inf),
+        previous=previous,
+        previous_p=last_p,
+        running=jnp.where(stage.begins >= 0, stage.begins, path.running),
+    )
+
+
+def descend(
+    problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance, trials=None
+) -> Path:
+    """Return the path after so many trial points of a stage, or at its end.
+
+    It is there when the state is no longer `Status.RUNNING`.
+    """
+    geometry, objective = _task(problem, setting, stage)
+    products = schatten.num_products(stage.squarings)
+    rounding = 10 * float(jnp.finfo(setting.target.dtype).eps)  # its norm is one
     limits = descent.Limits(
         tolerance=tolerance / 200,
         max_evaluations=jnp.maximum(stage.budget // products, 4),
         floor=rounding**2 / 2,
     )
-    state = descent.restart(objective, state, geometry=geometry, hint=hint)
-    # A lane that is done must not keep the others of its batch waiting.
-    status = jnp.where(path.done, int(Status.CONVERGED), state.status)
-    state = dataclasses.replace(state, status=status)
-    state = descent.minimize(objective, state, limits, geometry)
+    state = descent.iterate(objective, path.state, limits, geometry, trials)
+    ended = descent.conclude(state, limits)
+    if trials is not None:
+        ended = select(descent.is_running(state, limits), state, ended)
+    return dataclasses.replace(path, state=ended)
+
+
+def leave(
+    problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance
+) -> Path:
+    """Return the path after a stage: compared with what was best, and whether done."""
+    state = path.state
     points = _end(problem, state)
     spectral_error = _spectral_error(problem, setting, points, 3)
-    fell = jnp.where(continues, path.error, jnp.inf) - spectral_error
-    settled = (state.status != Status.MAX_STEPS) & (p > 6)
+    fell = path.error - spectral_error
+    settled = (state.status != Status.MAX_STEPS) & (path.p > 6)
     better = spectral_error < path.best_error
-    running = jnp.where(stage.begins >= 0, stage.begins, path.running)
     wins = stage.ends & (state.value < path.champion.value)
-    return Path(
-        state=state,
-        p=p,
+    return dataclasses.replace(
+        path,
         error=spectral_error,
         done=stage.final & settled & (2 * fell <= tolerance * spectral_error),
-        previous=previous,
-        previous_p=last_p,
-        champion=_select(wins, state, path.champion),
-        running=running,
-        winner=jnp.where(wins, running, path.winner),
-        frobenius=path.frobenius,
-        best=_select(better, state.points, path.best),
+        champion=select(wins, state, path.champion),
+        winner=jnp.where(wins, path.running, path.winner),
+        best=select(better, state.points, path.best),
         best_error=jnp.where(better, spectral_error, path.best_error),
     )
+
+
+def _task(problem, setting, stage):
+    """Return the geometry of the unknowns, and the objective of a stage."""
+    if problem.is_flat:
+        return factored, leastsquares.objective(problem, setting)
+    return manifold, _schatten(problem, setting, stage.squarings)
 
 
 def _origin(problem, path, stage, seed):
@@ -264,7 +303,7 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
         ahead = _ahead(path.previous, points, weight)
         limit = in_turn(manifold.retract_metric, points, ahead)
         better = _spectral_error(problem, setting, limit) < path.best_error
-        points = _select(better, limit, path.best)
+        points = select(better, limit, path.best)
     error = _spectral_error(problem, setting, points)
     terms = to_terms(problem, setting, points, error)
     lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
@@ -351,5 +390,6 @@ def _ahead(previous, points, weight):
     return tuple(map(move, previous, points))
 
 
-def _select(condition, x, y):
+def select(condition: jax.Array, x, y):
+    """Return one pytree or the other."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)

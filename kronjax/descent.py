@@ -166,7 +166,7 @@ def step(
     geometry: ModuleType = manifold,
 ) -> State:
     """Make one trial: advance to it or shorten the step; a finished state stays."""
-    running = _is_running(state, limits)
+    running = is_running(state, limits)
     # A lane that is done tries its own point: its last trial may have been unsafe.
     length = jnp.where(running, state.step, 0)
     trial = jax.tree.map(lambda x: length * x, state.direction)
@@ -201,11 +201,43 @@ def minimize(
     Returns:
         The last state. Under `vmap` a lane that is done stays as it is until all are.
     """
-    state = jax.lax.while_loop(
-        lambda state: any_lane(_is_running(state, limits)),
-        lambda state: step(objective, state, limits, geometry),
-        state,
-    )
+    return conclude(iterate(objective, state, limits, geometry), limits)
+
+
+def iterate(
+    objective: Objective,
+    state: State,
+    limits: Limits,
+    geometry: ModuleType = manifold,
+    trials: int | jax.Array | None = None,
+) -> State:
+    """Iterate `step`: a slice of what `minimize` does, which may go on after it.
+
+    Args:
+        objective: As for `restart`.
+        state: Where to begin; its history is used.
+        limits: When to stop.
+        geometry: As for `restart`.
+        trials: Stop after so many trial points; traced. With None as `minimize`.
+
+    Returns:
+        The state, `RUNNING` where a limit was met: see `is_running` and `conclude`.
+    """
+    if trials is None:
+        return jax.lax.while_loop(
+            lambda state: any_lane(is_running(state, limits)),
+            lambda state: step(objective, state, limits, geometry),
+            state,
+        )
+    return jax.lax.while_loop(
+        lambda carry: any_lane((carry[1] < trials) & is_running(carry[0], limits)),
+        lambda carry: (step(objective, carry[0], limits, geometry), carry[1] + 1),
+        (state, jnp.array(0)),
+    )[0]
+
+
+def conclude(state: State, limits: Limits) -> State:
+    """Give a state that has met a limit the status that this stands for."""
     ended = jnp.where(
         state.value <= limits.floor, int(Status.CONVERGED), int(Status.MAX_STEPS)
     )
@@ -213,7 +245,8 @@ def minimize(
     return dataclasses.replace(state, status=status)
 
 
-def _is_running(state, limits):
+def is_running(state: State, limits: Limits) -> jax.Array:
+    """Return whether there is something left to do, and to do it with."""
     in_reach = (state.evaluations < limits.max_evaluations) & (
         state.value > limits.floor
     )

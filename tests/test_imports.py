@@ -38,6 +38,8 @@ ORDER = [
     "tangent",
     "global_bound",
     "certificate",
+    "slots",
+    "pool",
     "proof",
     "inputs",
     "approximation",

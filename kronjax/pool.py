@@ -1,0 +1,315 @@
+"""Many continuations side by side, each matrix at its own stage, in slices of work.
+
+Every device has slots, each with the path of one matrix, and lanes that compute. One
+call gives every device some slots that are at the same stage, so that all lanes spend
+the same products on a trial, and so many trial points: a *slice*. Whoever ends a stage
+turns to the next one together with others, whoever ends the last one is taken out
+likewise, and a new matrix takes the slot: matrices that are slow keep their own lanes
+busy, and not those of others.
+
+Lanes do not know of each other. What comes of a matrix depends neither on the slot, the
+device and the others in the call, nor on how often the work was cut: only on the number
+of lanes, which decides how products are computed. No device talks to another one.
+
+>>> from kronjax.kronecker import Configuration
+>>> problem = Problem.of((4, 6), Configuration((2, 3), 1), starts=1)
+>>> pool = Pool(problem, np.dtype(np.float32), lanes=2, slots=4)
+>>> matrices = [(f"no. {i}", np.eye(4, 6, i, np.float32), 0) for i in range(3)]
+>>> sorted(found.key for found in pool.solve(iter(matrices)))
+['no. 0', 'no. 1', 'no. 2']
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kronjax import schatten
+from kronjax import slots as programs
+from kronjax.descent import Status
+from kronjax.kronecker import KroneckerTerms
+from kronjax.problem import Problem
+
+SLICE = 24
+"""Products of the size of `EᵀE` that a lane spends in one call, about."""
+
+Matrix = tuple[Hashable, np.ndarray, int]
+"""A key, `[m, n]`, and the seed of its perturbed starts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What came of one matrix.
+
+    Attributes:
+        key: As it was given.
+        terms: One `KroneckerTerms` for each configuration, NumPy.
+        spectral_error: `‖T − K‖_2`, rounding included: it is not above this.
+        local_bound: No change of all `A_k`, or of all `B_k`, reaches less: see
+            `certificate.certify_stage`.
+        van_loan: Spectral error at p = 2, from below.
+        status: `Status` of the last stage.
+        p: Exponents that it went through; the first is 2.
+        steps: Accepted steps.
+        gemms: Products of the size of `EᵀE` spent.
+    """
+
+    key: Hashable
+    terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
+    spectral_error: float
+    local_bound: float
+    van_loan: float
+    status: Status
+    p: tuple[int, ...]
+    steps: int
+    gemms: int
+
+    @property
+    def local_gap(self) -> float:
+        """By how much of the error such a change could lower it, at most."""
+        if not self.spectral_error > 0:
+            return self.spectral_error  # zero, or NaN
+        return 1 - self.local_bound / self.spectral_error
+
+
+@dataclasses.dataclass
+class _Slot:
+    """What the host knows of a matrix that is being solved."""
+
+    given: Matrix
+    van_loan: float = float("nan")
+    stage: int = 0
+    ends: bool = False
+    p: list[int] = dataclasses.field(default_factory=lambda: [2])
+    steps: int = 0
+    gemms: int = 0
+
+
+@dataclasses.dataclass
+class _Host:
+    """What the host knows of the slots of one device."""
+
+    free: list[int]
+    held: dict[int, _Slot] = dataclasses.field(default_factory=dict)
+    done: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a matrix is not at its end."""
+        return len(self.held) > len(self.done)
+
+    def chosen(self, lanes: int, ends: bool) -> list[int]:
+        """Return the slots for the next call: at one stage, and ending it or not."""
+        stages: dict[int, list[int]] = {}
+        for slot, one in self.held.items():
+            if one.ends == ends and slot not in self.done:
+                stages.setdefault(one.stage, []).append(slot)
+        # Full lanes first, and of those what is nearest to its end.
+        full = {i: (min(len(slots), lanes), i) for i, slots in stages.items()}
+        return stages[max(full, key=full.__getitem__)][:lanes] if full else []
+
+
+class Pool:
+    """Slots for matrices of one problem, on some devices.
+
+    Attributes:
+        problem: That all matrices share.
+        lanes: Matrices of a device in one call.
+        slots: Matrices of a device in all, at least as many.
+        mesh: The devices.
+        memory: Bytes that a call takes on every device, as compiled.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: np.dtype,
+        *,
+        lanes: int,
+        slots: int,
+        devices: list[Any] | None = None,
+        tolerance: float = 2e-4,
+    ) -> None:
+        """Compile, and make room.
+
+        Args:
+            problem: That all matrices share.
+            dtype: float32 or float64 (if jax computes in that).
+            lanes: Matrices of a device in one call.
+            slots: Matrices of a device in all.
+            devices: To use; by default all of this process.
+            tolerance: As for `continuation.solve`.
+        """
+        self.problem, self.lanes, self.slots = problem, lanes, max(slots, lanes)
+        devices = jax.local_devices() if devices is None else devices
+        self.mesh = Mesh(np.array(devices), (programs.AXIS,))
+        self._dtype, self._count = dtype, len(devices)
+        self._tolerance = np.asarray(tolerance, dtype)
+        self._stages = problem.schedule()
+        self._programs = programs.compiled(
+            problem, dtype, self.mesh, self.lanes, self.slots
+        )
+        self.memory = max(map(programs.peak, self._programs.values()))
+        # One slot more: that of lanes without a matrix.
+        rows = self._count * (self.slots + 1)
+        sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
+        self._held = jax.tree.map(
+            lambda x: jnp.zeros((rows, *x.shape), x.dtype, device=sharding),
+            programs.shapes(problem, dtype),
+        )
+
+    def solve(
+        self,
+        matrices: Iterator[Matrix],
+        tick: Callable[[int], None] = lambda products: None,
+    ) -> Iterator[Finished]:
+        """Solve matrices as they come, and yield them as they are done.
+
+        Args:
+            matrices: Taken whenever there is room, and read only then.
+            tick: Called after every call with the products spent in it.
+        """
+        hosts = [_Host(list(range(self.slots))) for _ in range(self._count)]
+        more = True
+        while more or any(host.held for host in hosts):
+            if more and max(len(host.free) for host in hosts) >= self.lanes:
+                more = self._fill(matrices, hosts)
+            turning = [host.chosen(self.lanes, True) for host in hosts]
+            working = [host.chosen(self.lanes, False) for host in hosts]
+            # What fills more lanes comes first.
+            if max(map(len, turning)) >= max(map(len, working)):
+                if any(turning):
+                    self._turn(hosts, turning)
+            else:
+                tick(self._work(hosts, working))
+            ended = max(len(host.done) for host in hosts)
+            if ended >= self.lanes or not any(host.is_moving for host in hosts):
+                yield from self._take(hosts)
+
+    def _fill(self, matrices, hosts):
+        """Begin with new matrices, as many as there are lanes; say if more may come."""
+        order = self._nobody()
+        given = np.zeros((*order.shape, *self.problem.shape), self._dtype)
+        seeds, more = np.zeros(order.shape, np.int32), True
+        for lane, device in itertools.product(range(self.lanes), range(self._count)):
+            host, at = hosts[device], (device, lane)
+            if not host.free:
+                continue
+            one = next(matrices, None)
+            if one is None:
+                more = False
+                break
+            slot = order[at] = host.free.pop()
+            given[at], seeds[at] = one[1], one[2] % 2**31
+            host.held[slot] = _Slot(one)
+            if not self._stages:
+                host.done.append(slot)
+        errors = self._run("start", order, given, seeds)
+        for at in map(tuple, np.argwhere(order < self.slots)):
+            hosts[at[0]].held[order[at]].van_loan = float(errors[at])
+        return more
+
+    def _work(self, hosts, working):
+        """Spend one slice on some slots of every device; return its products."""
+        order, stage = self._called(hosts, working, 0)
+        trials = [
+            max(SLICE // int(schatten.num_products(one.squarings)), 2)
+            for one in self._at(hosts, working, 0)
+        ]
+        told = self._run("work", order, stage, np.array(trials, np.int32))
+        for at in map(tuple, np.argwhere(order < self.slots)):
+            hosts[at[0]].held[order[at]].ends = bool(told.ended[at])
+        return int(told.products.sum())
+
+    def _turn(self, hosts, turning):
+        """Turn some slots of every device, whose stages have ended, to the next."""
+        order, stage = self._called(hosts, turning, 0)
+        _, following = self._called(hosts, turning, 1)
+        seeds = self._nobody()
+        for at in map(tuple, np.argwhere(order < self.slots)):
+            seeds[at] = hosts[at[0]].held[order[at]].given[2] % 2**31
+        ends = [
+            any(host.held[slot].stage + 1 == len(self._stages) for slot in slots)
+            for host, slots in zip(hosts, turning, strict=True)
+        ]
+        told = self._run("turn", order, seeds, stage, following, np.array(ends))
+        for at in map(tuple, np.argwhere(order < self.slots)):
+            host, slot = hosts[at[0]], order[at]
+            one = host.held[slot]
+            one.p.append(int(told.line.p[at]))
+            one.steps += int(told.line.steps[at])
+            one.gemms += int(told.line.gemms[at])
+            one.stage, one.ends = one.stage + 1, False
+            if told.ended[at]:
+                host.done.append(slot)
+
+    def _nobody(self):
+        """Return the slots of a call that concerns no matrix, `[devices, lanes]`."""
+        return np.full((self._count, self.lanes), self.slots, np.int32)
+
+    def _called(self, hosts, chosen, ahead):
+        """Return the slots of a call, and the stages that they are at or ahead of."""
+        order = self._nobody()
+        for device, slots in enumerate(chosen):
+            order[device, : len(slots)] = slots
+        stages = self._at(hosts, chosen, ahead)
+        return order, jax.tree.map(lambda *x: np.array(x), *stages)
+
+    def _at(self, hosts, chosen, ahead):
+        """Return the stage of the chosen slots of every device, or one after it."""
+        last = len(self._stages) - 1
+        places = (
+            host.held[slots[0]].stage if slots else 0
+            for host, slots in zip(hosts, chosen, strict=True)
+        )
+        return [self._stages[min(place + ahead, last)] for place in places]
+
+    def _take(self, hosts):
+        """Yield what is done, and free its slots."""
+        order = self._nobody()
+        given = np.zeros((*order.shape, *self.problem.shape), self._dtype)
+        last = np.full(order.shape, -1, np.int32)
+        for device, host in enumerate(hosts):
+            for lane, slot in enumerate(host.done[: self.lanes]):
+                at, one = (device, lane), host.held[slot]
+                order[at], given[at] = slot, one.given[1]
+                if one.stage:
+                    last[at] = self._stages[one.stage - 1].squarings
+            del host.done[: self.lanes]
+        terms, bounds, status = self._run("finish", order, given, last)
+        for at in map(tuple, np.argwhere(order < self.slots)):
+            host, slot = hosts[at[0]], int(order[at])
+            one = host.held.pop(slot)
+            host.free.append(slot)
+            yield Finished(
+                key=one.given[0],
+                terms=jax.tree.map(lambda x, at=at: np.array(x[at]), terms),
+                spectral_error=float(bounds.error[at]),
+                local_bound=float(bounds.local_bound[at]),
+                van_loan=one.van_loan,
+                status=Status(int(status[at])),
+                p=tuple(one.p),
+                steps=one.steps,
+                gemms=one.gemms,
+            )
+
+    def _run(self, name, *arguments):
+        """Call a program, keep the paths, and return what it tells, as NumPy."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
+
+        def put(x):
+            x = x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x
+            return jax.device_put(x, sharding)
+
+        def get(x):
+            x = np.asarray(x)
+            return x.reshape(self._count, self.lanes, *x.shape[1:])
+
+        given = jax.tree.map(put, arguments)
+        self._held, told = self._programs[name](self._held, self._tolerance, *given)
+        return jax.tree.map(get, jax.device_get(told))

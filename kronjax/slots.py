@@ -1,0 +1,177 @@
+"""What one call to a pool computes, on every device for itself.
+
+A device holds the settings and paths of its slots as one pytree with a leading axis. A
+call gets the numbers of the slots it concerns, takes their lanes out, and puts them
+back; the last slot is that of lanes without a matrix.
+
+- `start`: new matrices into slots, and into their first stage;
+- `work`: a slice of trial points;
+- `turn`: from a stage that has ended to the next one;
+- `finish`: factors, and what is proven about them.
+
+>>> from kronjax.kronecker import Configuration
+>>> problem = Problem.of((4, 6), Configuration((2, 3), 1))
+>>> shapes(problem, np.dtype(np.float32))[0].target.shape
+(4, 6)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from kronjax import certificate, continuation, schatten
+from kronjax.descent import Status
+from kronjax.path import Trace
+from kronjax.problem import Problem
+
+AXIS = "matrices"
+"""Of the mesh: what the matrices are divided over."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a call tells of a lane: whether a stage, or all, has ended; what it took."""
+
+    ended: jax.Array
+    products: jax.Array
+    line: Trace | None = None
+
+
+def _start(problem, held, tolerance, order, matrices, seeds):
+    first, *_ = [*problem.schedule(), None]
+
+    def lane(matrix, seed):
+        setting, path, line = continuation.start(problem, matrix)
+        if first is not None:
+            path = continuation.enter(problem, setting, path, _arrays(first), seed)
+        return (setting, path), line.spectral_error
+
+    new, told = jax.vmap(lane)(matrices, seeds)
+    return _put(held, order, new), told
+
+
+def _work(problem, held, tolerance, order, stage, trials):
+    stage, trials = jax.tree.map(lambda x: x[0], (stage, trials))
+    settings, paths = held
+    each = schatten.num_products(stage.squarings)
+
+    def lane(setting, path):
+        new = continuation.descend(problem, setting, path, stage, tolerance, trials)
+        spent = each * (new.state.evaluations - path.state.evaluations)
+        return new, Told(new.state.status != Status.RUNNING, spent)
+
+    own_settings, own_paths = _get(held, order)
+    new_paths, told = jax.vmap(lane)(own_settings, own_paths)
+    return (settings, _put(paths, order, new_paths)), told
+
+
+def _turn(problem, held, tolerance, order, seeds, stage, following, ends):
+    stage, following, ends = jax.tree.map(lambda x: x[0], (stage, following, ends))
+    settings, paths = held
+
+    def lane(setting, path, seed):
+        path = continuation.leave(problem, setting, path, stage, tolerance)
+        line = continuation.line(setting, path, stage)
+        done = path.done | ends
+        # What is done keeps its state, which tells how it ended.
+        new = continuation.enter(problem, setting, path, following, seed)
+        return continuation.select(done, path, new), Told(done, line.gemms, line)
+
+    own_settings, own_paths = _get(held, order)
+    new_paths, told = jax.vmap(lane)(own_settings, own_paths, seeds)
+    return (settings, _put(paths, order, new_paths)), told
+
+
+def _finish(problem, held, tolerance, order, matrices, last):
+    def lane(setting, path, matrix, squarings):
+        zero = jnp.zeros((), matrix.dtype)
+        untold = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, gemms=zero)
+        found = continuation.finish(problem, setting, path, untold)
+        bounds = certificate.certify_stage(matrix, found.terms, squarings)
+        return found.terms, bounds, found.status
+
+    own_settings, own_paths = _get(held, order)
+    return held, jax.vmap(lane)(own_settings, own_paths, matrices, last)
+
+
+def _arrays(stage):
+    return jax.tree.map(jnp.asarray, stage)
+
+
+def _get(slots, order):
+    return jax.tree.map(lambda x: x[order], slots)
+
+
+def _put(slots, order, new):
+    return jax.tree.map(lambda x, y: x.at[order].set(y), slots, new)
+
+
+def shapes(problem: Problem, dtype: np.dtype) -> Any:
+    """Return the shapes of the setting and the path of one matrix."""
+    matrix = jax.ShapeDtypeStruct(problem.shape, dtype)
+    return jax.eval_shape(functools.partial(continuation.start, problem), matrix)[:2]
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(problem: Problem, dtype: np.dtype, mesh: Any, lanes: int, slots: int):
+    """Compile the programs for the devices of a mesh; return them by name.
+
+    Each is called with what the devices hold, the tolerance, the slots `[devices ·
+    lanes]` and what else it needs; all but the tolerance divided over the devices.
+    """
+    own, whole = PartitionSpec(AXIS), PartitionSpec()
+    sharding = NamedSharding(mesh, own)
+
+    def stacked(rows, x):
+        shape = mesh.devices.size * rows, *x.shape
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+    held = jax.tree.map(functools.partial(stacked, slots + 1), shapes(problem, dtype))
+    scalar = jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, whole))
+    integer = jax.ShapeDtypeStruct((), np.int32)
+    matrix = stacked(lanes, jax.ShapeDtypeStruct(problem.shape, dtype))
+    order, once = stacked(lanes, integer), stacked(1, integer)
+    given: dict[str, tuple[Any, ...]] = {
+        "start": (_start, matrix, order),
+        "finish": (_finish, matrix, order),
+    }
+    for stage in problem.schedule()[:1]:
+        stage = jax.tree.map(lambda x: stacked(1, np.asarray(x)), stage)
+        flag = stacked(1, np.asarray(True))
+        given |= {
+            "work": (_work, stage, once),
+            "turn": (_turn, order, stage, stage, flag),
+        }
+
+    def program(function: Callable, *arguments):
+        mapped = jax.shard_map(
+            functools.partial(function, problem),
+            mesh=mesh,
+            in_specs=(own, whole, own, *(own for _ in arguments)),
+            out_specs=own,
+            check_vma=False,
+        )
+        jitted = jax.jit(mapped, donate_argnums=0)
+        return jitted.lower(held, scalar, order, *arguments).compile()
+
+    return {name: program(*one) for name, one in given.items()}
+
+
+def peak(program: Any) -> int:
+    """Return the bytes that a program holds on a device at its peak."""
+    facts = program.memory_analysis()
+    if facts is None:
+        return 0
+    return (
+        facts.argument_size_in_bytes
+        + facts.output_size_in_bytes
+        + facts.temp_size_in_bytes
+        - facts.alias_size_in_bytes
+    )

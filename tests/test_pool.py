@@ -1,0 +1,173 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kronjax import Configuration, Status, approximate, slots
+from kronjax.dense import multiply_out
+from kronjax.pool import Pool
+from kronjax.problem import Problem
+
+SHAPE, ONE, LANES = (12, 18), Configuration((3, 6), 2), 3
+
+COMPARED = """
+import json, sys
+import numpy as np
+import jax
+from kronjax import Configuration
+from kronjax.pool import Pool
+from kronjax.problem import Problem
+rng = np.random.default_rng(0)
+matrices = rng.standard_normal((20, 12, 18)).astype(np.float32)
+problem = Problem.of((12, 18), Configuration((3, 6), 2), starts=1)
+found = {}
+for count in (1, 8):
+    pool = Pool(
+        problem, np.dtype(np.float32), lanes=3, slots=6, devices=jax.devices()[:count]
+    )
+    given = ((i, x, 0) for i, x in enumerate(matrices))
+    found[count] = {
+        one.key: [one.spectral_error, one.local_bound, *map(float, one.terms[0].a.flat)]
+        for one in pool.solve(given)
+    }
+print(json.dumps([len(jax.devices()), len(found[1]), found[1] == found[8]]))
+"""
+
+
+def draw(count, shape=SHAPE):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((count, *shape)).astype(np.float32)
+
+
+def given(matrices, order=None):
+    order = range(len(matrices)) if order is None else order
+    return ((i, matrices[i], i) for i in order)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return Problem.of(SHAPE, ONE, starts=2)
+
+
+@pytest.fixture(scope="module")
+def pool(problem):
+    return Pool(problem, np.dtype(np.float32), lanes=LANES, slots=7)
+
+
+def test_every_matrix_is_solved_as_by_itself(pool):
+    matrices = draw(11)
+    found = {one.key: one for one in pool.solve(given(matrices))}
+    assert sorted(found) == list(range(11))
+    for i, matrix in enumerate(matrices):
+        alone = approximate(matrix, ONE, starts=2, seed=i)
+        one = found[i]
+        assert one.status == alone.status
+        # Rounding leads both on different ways to within their tolerance, or about it.
+        assert one.spectral_error == pytest.approx(alone.error.spectral, rel=5e-3)
+        a, b = (np.float64(x) for x in (one.terms[0].a, one.terms[0].b))
+        error = np.float64(matrix) - multiply_out(a, b)
+        norm = np.linalg.norm(error, 2)
+        assert norm <= one.spectral_error <= norm * (1 + 1e-4)
+        assert 0 <= one.local_bound <= norm
+        assert one.van_loan >= norm
+        assert one.gemms > one.steps > 0 and one.p[0] == 2 < one.p[-1]
+
+
+def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
+    matrices = draw(11)
+    other = Pool(problem, np.dtype(np.float32), lanes=LANES, slots=LANES)
+    runs = [
+        {one.key: one for one in which.solve(given(matrices, order))}
+        for which, order in (
+            (pool, None),
+            (pool, range(10, -1, -1)),
+            (other, [4, 1]),
+        )
+    ]
+    for run in runs[1:]:
+        for key, one in run.items():
+            same = runs[0][key]
+            assert one.p == same.p and one.gemms == same.gemms
+            assert one.spectral_error == same.spectral_error
+            np.testing.assert_array_equal(one.terms[0].a, same.terms[0].a)
+            np.testing.assert_array_equal(one.terms[0].b, same.terms[0].b)
+
+
+def test_a_matrix_with_nan_does_no_harm(pool):
+    matrices = draw(4)
+    good = {one.key: one for one in pool.solve(given(matrices))}
+    matrices[2, 3, 4] = np.nan
+    found = {one.key: one for one in pool.solve(given(matrices))}
+    assert found[2].status == Status.NONFINITE
+    assert np.isnan(found[2].spectral_error) and np.isnan(found[2].local_gap)
+    for i in (0, 1, 3):
+        np.testing.assert_array_equal(found[i].terms[0].a, good[i].terms[0].a)
+
+
+def test_nothing_comes_of_nothing_and_zero_of_zero(pool):
+    assert list(pool.solve(iter(()))) == []
+    (found,) = pool.solve(iter([("zero", np.zeros(SHAPE, np.float32), 0)]))
+    assert found.spectral_error == found.local_gap == 0
+    assert found.status == Status.CONVERGED
+
+
+def test_matrices_are_read_only_when_there_is_room(pool):
+    read = []
+
+    def lazily():
+        for one in given(draw(15)):
+            read.append(one[0])
+            yield one
+
+    found = pool.solve(lazily())
+    next(found)
+    assert len(read) <= pool.slots + pool.lanes < 15
+    assert len(list(found)) == 14
+
+
+def test_a_closed_form_needs_no_stage():
+    problem = Problem.of(SHAPE, ONE, "frobenius", starts=1)
+    pool = Pool(problem, np.dtype(np.float32), lanes=2, slots=2)
+    found = {one.key: one for one in pool.solve(given(draw(3)))}
+    for i, matrix in enumerate(draw(3)):
+        alone = approximate(matrix, ONE, norm="frobenius")
+        assert found[i].gemms == 0 and found[i].p == (2,)
+        assert found[i].spectral_error == pytest.approx(alone.error.spectral, rel=1e-4)
+
+
+def test_products_are_told_as_they_are_spent(pool):
+    told = []
+    found = list(pool.solve(given(draw(5)), told.append))
+    # Beginning a stage takes one evaluation, which is not in a slice.
+    assert 0 < sum(told) < sum(one.gemms for one in found)
+
+
+def test_no_device_talks_to_another_one(problem, pool):
+    programs = slots.compiled(
+        problem, np.dtype(np.float32), pool.mesh, pool.lanes, pool.slots
+    )
+    assert set(programs) == {"start", "work", "turn", "finish"}
+    for program in programs.values():
+        text = program.as_text()
+        assert "while" in text
+        for word in ("all-reduce", "all-gather", "collective", "all-to-all"):
+            assert word not in text
+    assert pool.memory > 4 * pool.slots * np.prod(SHAPE)
+
+
+def test_eight_devices_find_what_one_does():
+    run = subprocess.run(
+        [sys.executable, "-c", COMPARED],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        },
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [8, 20, True]
