@@ -135,10 +135,10 @@ def certify_stage(
     """Return what is proven at the price of two lists of singular values; pure.
 
     The one candidate for Y is the gradient of the Schatten norm that was minimised
-    last, where it has the smallest tangential part. The bound is 1 to 15 % below that
-    of `certify`, and there is no global one. As accelerators are slow in float64, this
-    is made to be computed in float32: rounding makes the error larger, and the bound
-    smaller.
+    last, where it has the smallest tangential part; there is no global bound. For two
+    768 x 768 matrices of GPT-2 gaps were 2 to 16 %, for normal ones of 36 x 36 14 % on
+    average: `certify` proves more. As accelerators are slow in float64, this is made to
+    be computed in float32: rounding makes the error larger, and the bound smaller.
 
     Args:
         matrix: `T`, `[m, n]`.

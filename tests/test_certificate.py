@@ -254,3 +254,39 @@ def test_unrearranged_duals_are_orthogonal_to_what_alternating_methods_reach():
     assert jnp.abs(terms.a.reshape(2, -1) @ ambient).max() < 1e-13
     assert jnp.abs(ambient @ terms.b.reshape(2, -1).T).max() < 1e-13
     np.testing.assert_allclose(unrearrange(ambient, (2, 3), (3, 2)), rest)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_cheap_bound_holds_for_changes_of_either_side(dtype):
+    rng = np.random.default_rng(3)
+    matrix = rng.standard_normal((12, 18)).astype(dtype)
+    one = Configuration((3, 6), 2)
+    found = kronjax.approximate(matrix, one, starts=1, tolerance=1e-2)
+    (terms,) = jax.tree.map(jnp.asarray, found.terms)
+    certified = jax.jit(certificate.certify_stage)(matrix, (terms,), 6)
+    certified = jax.tree.map(float, certified)
+    whole = proof.of(matrix, found.terms)
+    assert certified.error >= found.error.spectral
+    assert certified.error == pytest.approx(found.error.spectral, rel=1e-4)
+    assert 0.5 * certified.error < certified.local_bound <= whole.error
+    assert certified.global_bound == 0
+    a, b = (np.float64(x) for x in (terms.a, terms.b))
+    error = np.float64(matrix) - sum(map(np.kron, a, b))
+    lowest = np.inf
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(60):
+            change = size * rng.standard_normal(a.shape)
+            moved = error - sum(map(np.kron, change, b))
+            lowest = min(lowest, np.linalg.norm(moved, 2))
+            change = size * rng.standard_normal(b.shape)
+            moved = error - sum(map(np.kron, a, change))
+            lowest = min(lowest, np.linalg.norm(moved, 2))
+    assert certified.local_bound <= lowest
+
+
+def test_the_cheap_bound_says_nothing_of_what_is_not_finite():
+    terms = (KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2))),)
+    found = certificate.certify_stage(jnp.eye(4).at[0, 0].set(jnp.nan), terms, 3)
+    assert np.isnan([found.error, found.local_bound]).all()
+    exact = certificate.certify_stage(jnp.ones((4, 4)), terms, 3)
+    assert exact.local_bound <= exact.error < 1e-12
