@@ -1,7 +1,9 @@
 """What is known for certain about an answer: certificates on the host, in float64.
 
 `certificate` proves the bounds, one matrix at a time; `newton` says whether the answer
-is a strict local minimum. Both are brought together here, for a batch.
+is a strict local minimum. Both are brought together here, for a batch. An accelerator
+without float64 of its own may emulate it with fewer digits than the bounds allow for:
+whatever jax computes on, proofs are the processor's.
 
 >>> from kronjax.kronecker import KroneckerTerms
 >>> half = np.eye(2)[None] / 2**0.5
@@ -70,7 +72,7 @@ def of(
     ]
     factors = [jax.tree.map(lambda x: _flat(x, 3), one) for one in terms]
     rows = []
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(_host()):
         for i in range(len(flat[0])):
             target, left, right = (None if x is None else _double(x[i]) for x in flat)
             own = tuple(jax.tree.map(lambda x, i=i: _double(x[i]), x) for x in factors)
@@ -98,6 +100,14 @@ def of(
 @functools.cache
 def _program() -> Any:
     return jax.jit(certificate.certify)
+
+
+def _host():
+    """Return the processor, or None where jax was told to use accelerators only."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
 
 
 def _flat(array, axes):

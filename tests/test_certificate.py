@@ -237,6 +237,28 @@ def test_a_batch_is_its_matrices_one_by_one():
     np.testing.assert_allclose(host.error, both.error, rtol=1e-12)
 
 
+def test_proofs_are_computed_by_the_processor(monkeypatch):
+    program, asked = proof._program(), []
+
+    def on_what(*arguments):
+        asked.append(jax.config.jax_default_device)
+        return program(*arguments)
+
+    monkeypatch.setattr(proof, "_program", lambda: on_what)
+    half = np.eye(2)[None] / 2**0.5
+    proof.of(np.eye(4), (KroneckerTerms(half, half),))
+    assert [device.platform for device in asked] == ["cpu"]
+
+
+def test_proofs_are_computed_without_a_processor_too(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(proof.jax, "local_devices", missing)
+    half = np.eye(2)[None] / 2**0.5
+    assert proof.of(np.eye(4), (KroneckerTerms(half, half),)).error < 4
+
+
 def test_a_finish_in_another_norm_or_precision_is_refused():
     matrix = np.eye(6)
     wanted = Configuration((2, 3), 1)
