@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import peers, script, timing
+from bench import peers, products, script, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,7 @@ KEYS = {
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
+    "precision": {"targets", "on_gpu", "errors", "proven", "batches"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
     "spectral_norms": {"targets", "ratios", "seconds", "matrices", "failure"},
@@ -158,6 +160,28 @@ def check_heterogeneous(results):
     assert results["search_time"]["ratio"] > 0
 
 
+def check_precision(results):
+    assert results["emulated"] is not results["on_gpu"]
+    assert results["on_gpu"] or results["note"].startswith("NOT RUN ON A GPU")
+    errors = {
+        (row["mode"], row["p"]): row["gradient"]
+        for row in results["errors"]
+        if row["kind"] == "solved"
+    }
+    assert len(errors) == 6 * 12
+    for p in (4, 66, 4098):
+        exact, *others = (
+            errors[mode, p] for mode in ("float32", "bf16 x3", "tf32", "bf16")
+        )
+        assert exact < results["needed"]["gradient"]
+        assert all(x > 2 * exact for x in others)
+        assert others == sorted(others)
+    for row in results["proven"]:
+        assert row["products"] > 0
+        assert row["within"] == sum(gap <= 2e-4 for gap in row["gaps"])
+    assert [row["batch"] for row in results["batches"]] == [1, 2]
+
+
 def check_scaling(results):
     assert [row["batch"] for row in results["batches"]] == [1, 2]
     assert all(x["seconds"] > 0 for x in results["compilations"])
@@ -189,6 +213,7 @@ CHECKS = {
     "forward": check_forward,
     "gpt2_values": check_gpt2_values,
     "heterogeneous": check_heterogeneous,
+    "precision": check_precision,
     "scaling": check_scaling,
     "smollm2": check_smollm2,
     "spectral_norms": check_spectral_norms,
@@ -292,6 +317,30 @@ def test_timing_separates_compiling_from_running():
     assert 0 < measured.best <= measured.median
     assert measured.compile > 0
     assert timing.gemm_rate(8, np.float32, batch=2, repeats=1) > 0
+
+
+def test_three_parts_of_bfloat16_are_a_float32():
+    x = matrix_of(6, (9, 9)).astype(np.float32)
+    parts = products.split(jnp.asarray(x), products.MODES["bf16 x6"])
+    assert len(parts) == 3
+    np.testing.assert_array_equal(sum(parts), x)
+    # Eight bits each, one of them implicit.
+    for part in parts:
+        np.testing.assert_array_equal(part.astype(jnp.bfloat16), part)
+
+
+@pytest.mark.parametrize(
+    ("mode", "bits"),
+    [("bf16 x6", 23), ("tf32 x3", 21), ("bf16 x3", 16), ("tf32", 11), ("bf16", 8)],
+)
+def test_emulated_products_are_as_precise_as_their_parts(mode, bits):
+    x, y = matrix_of(7, (2, 30, 30)).astype(np.float32)
+    found = products.emulated(jnp.asarray(x), jnp.asarray(y), products.MODES[mode])
+    exact = x.astype(np.float64) @ y.astype(np.float64)
+    size = np.abs(x).astype(np.float64) @ np.abs(y)
+    off = np.max(np.abs(np.asarray(found, np.float64) - exact) / size)
+    # Two factors are rounded; three of nine products of parts at most are left out.
+    assert 2.0**-bits / 100 < off < 4 * 2.0**-bits
 
 
 @pytest.mark.parametrize(

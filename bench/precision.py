@@ -1,0 +1,360 @@
+"""How precise must matrix products be, how many matrices fit at once, how fast is that?
+
+For a GPU.  Products of float32 by its tensor cores round the factors (TF32 to 10 bits,
+bfloat16 to 7) or split them (x3, x6: the sum of so many products of parts).  For every
+p of the continuation: the relative error of value and gradient in each mode, on random
+matrices and on what solutions leave, against singular values in float64.  A stage ends
+where a model predicts a relative decrease below `tolerance / 200`; a gradient that is
+off by `e` predicts decreases of `e^2` from nothing.  So a mode is surely good enough if
+the value is right to `tolerance / 200` and the gradient to its root; errors that
+neighbours share do no harm.  Hence whole solves, too, in which all stages up to some p
+use a mode: which gaps, proven in float64, stay within the tolerance?
+
+Then batches: seconds per matrix, of one evaluation at the largest p and of a whole
+solve, and the rate of products over that of plain ones, same shape, dtype and batch.
+
+Without a GPU the modes are emulated, by rounding and splitting factors in float32,
+sizes are small, and no mode is timed.  Output and JSON say so.
+"""
+
+from dataclasses import dataclass
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import script, timing
+from bench.products import MODES, is_gpu, multiplier
+from kronjax import Configuration, approximate, continuation, proof, schatten
+
+TOLERANCE = 2e-4
+"""Of a solve, by default."""
+
+NEEDED = {"value": TOLERANCE / 200, "gradient": (TOLERANCE / 200) ** 0.5}
+
+TOP = schatten.MAX_SQUARINGS
+STAGES = range(TOP + 1)
+
+EXACT = schatten.value_and_gradient
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Sizes; matrices are square, and sums have square factors.
+
+    Attributes:
+        side: Of the matrices whose gradients are compared; a square.
+        count: How many of each kind.
+        solved: How many 36x36 matrices are solved and proven in each mode.
+        limits: Squarings up to which a mode is used there.
+        batch_side: Of the matrices in batches; a square.
+        batches: How many at once.
+    """
+
+    side: int = 256
+    count: int = 3
+    solved: int = 12
+    limits: tuple[int, ...] = (3, 7, TOP)
+    batch_side: int = 144
+    batches: tuple[int, ...] = (1, 2, 4, 8)
+
+
+ON_GPU = Experiment(
+    side=1024, solved=24, batch_side=1024, batches=(1, 2, 4, 8, 16, 32, 64)
+)
+QUICK = Experiment(
+    side=36, count=1, solved=2, limits=(TOP,), batch_side=36, batches=(1, 2)
+)
+
+
+def evaluation(mode):
+    """`schatten.value_and_gradient`, with products in a mode."""
+    multiply = multiplier(mode)
+
+    def value_and_gradient(matrix, squarings):
+        with mock.patch.object(schatten, "_product", multiply):
+            return EXACT(matrix, squarings)
+
+    return value_and_gradient
+
+
+def draw(count, side):
+    """Matrices of normal entries, float32."""
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((count, side, side)).astype(np.float32)
+
+
+def configuration_of(side, rank=3):
+    """Square factors for a side that is a square."""
+    k = round(side**0.5)
+    return Configuration((k, k), rank)
+
+
+def kinds_of(experiment):
+    """Matrices by kind: random, and what the solutions for them leave."""
+    random = draw(experiment.count, experiment.side)
+    script.say("what solutions leave")
+    found = approximate(
+        random, configuration_of(experiment.side), dtype="float32", progress=False
+    )
+    return {"random": random, "solved": random - full(found.terms)}
+
+
+def full(terms):
+    """The matrices `[count, m, n]` of sums of one configuration."""
+    (one,) = terms
+    return np.stack(
+        [
+            sum(map(np.kron, a, b))
+            for a, b in zip(np.asarray(one.a), np.asarray(one.b), strict=True)
+        ]
+    )
+
+
+def references(matrix):
+    """Value and gradient for every p, from singular values in float64."""
+    u, s, vt = np.linalg.svd(matrix.astype(np.float64))
+    for j in STAGES:
+        p = float(schatten.exponent(j))
+        norm = s[0] * np.sum((s / s[0]) ** p) ** (1 / p)
+        yield norm**2 / 2, norm * (u * (s / norm) ** (p - 1)) @ vt
+
+
+def compare(kinds):
+    """A row for each kind, mode and p: the worst relative errors."""
+    rows = []
+    for kind, matrices in kinds.items():
+        exact = [list(references(matrix)) for matrix in matrices]
+        for name, mode in MODES.items():
+            script.say(f"{kind} matrices, products in {name}")
+            program = jax.jit(evaluation(mode))
+            for j in STAGES:
+                errors = {"value": [], "gradient": []}
+                for matrix, known in zip(matrices, exact, strict=True):
+                    value, gradient = jax.device_get(program(matrix, j))
+                    right, slope = known[j]
+                    off = np.linalg.norm(gradient - slope) / np.linalg.norm(slope)
+                    errors["value"].append(abs(value / right - 1))
+                    errors["gradient"].append(off)
+                worst = {what: float(max(each)) for what, each in errors.items()}
+                p = int(schatten.exponent(j))
+                rows.append({"kind": kind, "mode": name, "p": p, **worst})
+    return rows
+
+
+def served(rows):
+    """The largest p up to which a mode is as precise as a stage needs; 0 for none."""
+    found = {}
+    for name in MODES:
+        mine = [row for row in rows if row["mode"] == name]
+        found[name] = {}
+        for what, limit in NEEDED.items():
+            first = min((row["p"] for row in mine if row[what] > limit), default=np.inf)
+            good = [row["p"] for row in mine if row["p"] < first]
+            found[name][what] = max(good, default=0)
+    return found
+
+
+def solver(mode, configuration):
+    """A batch solved with products in a mode up to some number of squarings."""
+    rough = evaluation(mode)
+
+    def run(matrices, limit):
+        def value_and_gradient(matrix, squarings):
+            return jax.lax.cond(squarings <= limit, rough, EXACT, matrix, squarings)
+
+        def solve(matrix):
+            return continuation.solve(matrix, configuration, tolerance=TOLERANCE)
+
+        with mock.patch.object(schatten, "value_and_gradient", value_and_gradient):
+            return jax.vmap(solve)(matrices)
+
+    return jax.jit(run)
+
+
+def prove(experiment):
+    """A row for each mode and limit: what is proven about whole solves."""
+    matrices, rows = draw(experiment.solved, 36), []
+    for name, mode in MODES.items():
+        program = solver(mode, configuration_of(36))
+        for limit in experiment.limits if name != "float32" else (TOP,):
+            p = int(schatten.exponent(limit))
+            script.say(f"solving: {name} up to p = {p}")
+            found = jax.device_get(program(matrices, limit))
+            proven = proof.of(matrices, found.terms)
+            rows.append(
+                {
+                    "mode": name,
+                    "up_to_p": p,
+                    "errors": proven.error,
+                    "gaps": proven.local_gap,
+                    "median_gap": float(np.median(proven.local_gap)),
+                    "within": int(np.sum(proven.local_gap <= TOLERANCE)),
+                    "products": int(found.trace.gemms.sum()),
+                }
+            )
+    for row in rows:  # the first is float32
+        row["excess"] = float(np.median(row["errors"] / rows[0]["errors"]) - 1)
+    return rows
+
+
+def batch_rows(experiment):
+    """A row for each batch: time per matrix, and the rate over that of products."""
+    side, rows = experiment.batch_side, []
+    program = jax.jit(jax.vmap(lambda matrix: EXACT(matrix, TOP)))
+    flops, products = 2 * side**3, TOP + 2
+    for batch in experiment.batches:
+        script.say(f"{batch} of {side}x{side} at once")
+        matrices = draw(batch, side)
+        rate = timing.gemm_rate(side, jnp.float32, batch)
+        once = timing.measure(program, jnp.asarray(matrices))
+        whole = script.solve(
+            matrices, configuration_of(side), dtype="float32", repeats=1
+        )
+        gemms = float(np.sum(whole.approximation.trace.gemms))
+        rows.append(
+            {
+                "batch": batch,
+                "gemm_rate": rate,
+                "evaluation": once.best / batch,
+                "evaluation_fraction": products * flops * batch / once.best / rate,
+                "solve": whole.seconds / batch,
+                "solve_fraction": gemms * flops / whole.seconds / rate,
+                "compile_seconds": whole.compile_seconds,
+            }
+        )
+    return rows
+
+
+def speeds(experiment):
+    """Time of an evaluation in float32 over that in each mode; on a GPU only."""
+    if not is_gpu():
+        return {}
+    matrices = jnp.asarray(draw(experiment.batches[-1], experiment.batch_side))
+    best = {}
+    for name, mode in MODES.items():
+        evaluate = evaluation(mode)
+        program = jax.jit(jax.vmap(lambda x, evaluate=evaluate: evaluate(x, TOP)))
+        best[name] = timing.measure(program, matrices).best
+    return {name: best["float32"] / seconds for name, seconds in best.items()}
+
+
+def targets_of(rows, batches):
+    """What the highest precision promises, and the rate."""
+    exact = [row for row in rows if row["mode"] == "float32"]
+    best = max(row["evaluation_fraction"] for row in batches)
+    return [
+        *(
+            script.Target(
+                f"float32: error of the {what}", max(r[what] for r in exact), x
+            )
+            for what, x in NEEDED.items()
+        ),
+        script.Target("evaluation: fraction of the matrix rate", best, 0.5, True),
+    ]
+
+
+def chart_of(rows, batches):
+    """Errors against p, and times against the batch."""
+    chart, ((left, right),) = script.figure(11, 4.2, columns=2)
+    for name, mode in MODES.items():
+        mine = [row for row in rows if (row["mode"], row["kind"]) == (name, "solved")]
+        p, errors = ([row[key] for row in mine] for key in ("p", "gradient"))
+        left.loglog(p, errors, color=mode.color, marker=".", label=name)
+    left.axhline(NEEDED["gradient"], color="black", linestyle=":")
+    left.set(xlabel="p", ylabel="relative error", title="gradient where it is solved")
+    left.set_ylim(top=100)  # room for the legend
+    left.legend(frameon=False, ncols=3, loc="upper left")
+    for what in ("evaluation", "solve"):
+        times = np.array([row[what] for row in batches])
+        sizes = [row["batch"] for row in batches]
+        right.plot(sizes, times / times[0], marker=".", label=what)
+    right.set_xscale("log", base=2)
+    right.set_ylim(0)
+    right.set(xlabel="matrices at once", title="time per matrix, over that of one")
+    right.legend(frameon=False)
+    return chart
+
+
+def show(rows, proven, batches, faster, serves):
+    """Print the tables."""
+    errors = {(row["kind"], row["mode"], row["p"]): row for row in rows}
+    exponents = sorted({row["p"] for row in rows})
+    for what, limit in NEEDED.items():
+        for kind in ("random", "solved"):
+            script.table(
+                f"{kind} matrices: relative error of the {what}; needed: {limit:.1g}",
+                ("p", *MODES),
+                [(p, *(errors[kind, m, p][what] for m in MODES)) for p in exponents],
+            )
+    script.table(
+        "Surely precise enough up to p",
+        ("mode", *NEEDED, "times faster"),
+        [
+            (name, *p.values(), faster.get(name, "not timed"))
+            for name, p in serves.items()
+        ],
+    )
+    columns = ("mode", "up_to_p", "within", "median_gap", "excess", "products")
+    script.table(
+        f"Whole solves, 36x36: gaps within {TOLERANCE:g} of {len(proven[0]['gaps'])}, "
+        "median error over float32's, less one",
+        columns,
+        [[row[column] for column in columns] for row in proven],
+    )
+    times = ("evaluation", "solve")
+    script.table(
+        "Batches: time per matrix over that of one alone, fraction of the matrix rate",
+        ("batch", *(f"{x}{y}" for x in times for y in ("", ", fraction"))),
+        [
+            (
+                row["batch"],
+                *(
+                    y
+                    for x in times
+                    for y in (row[x] / batches[0][x], row[f"{x}_fraction"])
+                ),
+            )
+            for row in batches
+        ],
+    )
+
+
+def main():
+    """Run it and write `precision.json` and `precision.png`."""
+    given = script.parser(__doc__).parse_args()
+    experiment = QUICK if given.quick else ON_GPU if is_gpu() else Experiment()
+    where = jax.devices()[0].device_kind
+    note = f"run on a GPU: {where}"
+    if not is_gpu():
+        note = f"NOT RUN ON A GPU but on {where}: modes are emulated and not timed"
+    script.say(note)
+    rows = compare(kinds_of(experiment))
+    proven, batches = prove(experiment), batch_rows(experiment)
+    faster, serves = speeds(experiment), served(rows)
+    show(rows, proven, batches, faster, serves)
+    targets = targets_of(rows, batches)
+    script.print_targets(targets)
+    script.say(note)
+    report = {
+        "quick": given.quick,
+        "on_gpu": is_gpu(),
+        "emulated": not is_gpu(),
+        "note": note,
+        "side": experiment.side,
+        "batch_side": experiment.batch_side,
+        "tolerance": TOLERANCE,
+        "needed": NEEDED,
+        "serves_up_to": serves,
+        "times_faster": faster,
+        "targets": [target.plain() for target in targets],
+        "errors": rows,
+        "proven": proven,
+        "batches": batches,
+    }
+    script.publish("precision", report, chart_of(rows, batches), given.out)
+
+
+if __name__ == "__main__":
+    main()
