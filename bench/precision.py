@@ -98,18 +98,7 @@ def kinds_of(experiment):
     found = approximate(
         random, configuration_of(experiment.side), dtype="float32", progress=False
     )
-    return {"random": random, "solved": random - full(found.terms)}
-
-
-def full(terms):
-    """The matrices `[count, m, n]` of sums of one configuration."""
-    (one,) = terms
-    return np.stack(
-        [
-            sum(map(np.kron, a, b))
-            for a, b in zip(np.asarray(one.a), np.asarray(one.b), strict=True)
-        ]
-    )
+    return {"random": random, "solved": random - found.matrix()}
 
 
 def references(matrix):

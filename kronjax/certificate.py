@@ -99,34 +99,12 @@ def certify(
         singular value decompositions, and 200 eigenvalue decompositions of the order
         of the cluster.
     """
-    plain, unit = _unit(matrix)
-    terms = tuple(_scaled(one, unit) for one in terms)
-    left, right, last = None, None, plain
-    if right_weight is not None:
-        right = Root.of(after(right_weight, jnp.zeros_like(last)))
-        last = right.factor
-    if left_weight is not None:
-        left = Root.of(after(left_weight, last))
-    for root in (left, right):
-        unit = unit if root is None else unit * root.scale
-    space = Space.of(plain.shape, terms, left, right)
-    error = plain - sum(one.to_matrix() for one in terms)
-    error = weighted.whiten(error, left, right)
-    error = jnp.where(jnp.isfinite(error).all(), error, 0)
-    reach = REACH * jnp.linalg.norm(weighted.whiten(plain, left, right))
-    if left is None and right is None and len(terms) == 1:
-        reach = None
-    size = _size(plain, terms)
-    for root in (left, right):
-        if root is not None:
-            size = size * len(root.factor) * jnp.linalg.norm(root.factor)
-    norm, local = _local_bound(space, error, dual, size, reach)
+    task = _Task.of(matrix, terms, left_weight, right_weight)
+    norm, local = _local_bound(task, dual)
     bound = jnp.zeros_like(local)
     if len(terms) == 1:
-        bound = global_bound.prove(after(plain, local), terms[0], space)
-    finite = jnp.isfinite(size)
-    found = norm, jnp.minimum(local, norm), jnp.minimum(bound, norm)
-    return Bounds(*(jnp.where(finite, x, jnp.nan) * unit for x in found))
+        bound = global_bound.prove(after(task.plain, local), task.terms[0], task.space)
+    return task.bounds(norm, local, bound)
 
 
 def certify_stage(
@@ -135,53 +113,94 @@ def certify_stage(
     """Return what is proven at the price of two lists of singular values; pure.
 
     The one candidate for Y is the gradient of the Schatten norm that was minimised
-    last, where it has the smallest tangential part; there is no global bound. For two
-    768 x 768 matrices of GPT-2 gaps were 2 to 16 %, for normal ones of 36 x 36 14 % on
-    average: `certify` proves more. As accelerators are slow in float64, this is made to
-    be computed in float32: rounding makes the error larger, and the bound smaller.
+    last, where it has the smallest tangential part; there is no global bound. At a
+    tolerance of 1e-2 gaps were 4 and 16 % for two 768 x 768 matrices of GPT-2 at rank
+    32, and 14 % on average for normal ones of 36 x 36: `certify` proves more. As
+    accelerators are slow in float64, this is made to be computed in float32: rounding
+    makes the error larger, and the bound smaller.
 
     Args:
         matrix: `T`, `[m, n]`.
         terms: One for each configuration.
         squarings: As for `schatten.value_and_gradient`.
     """
-    plain, unit = _unit(matrix)
-    terms = tuple(_scaled(one, unit) for one in terms)
-    space = Space.of(plain.shape, terms)
-    error = plain - sum(one.to_matrix() for one in terms)
-    error = jnp.where(jnp.isfinite(error).all(), error, 0)
-    size = _size(plain, terms)
-    s = jnp.linalg.svd(after(error, space.slack), compute_uv=False)
-    m, n = plain.shape
-    eps = float(jnp.finfo(plain.dtype).eps)
-    norm = s[0] * (1 + 4 * (m + n) ** 0.5 * eps) + eps * size
-    reach = REACH * jnp.linalg.norm(plain)
-    if len(terms) == 1:
-        reach = 2 * min(m, n) ** 0.5 * norm
+    task = _Task.of(matrix, terms)
+    error = task.error
+    s = jnp.linalg.svd(after(error, task.space.slack), compute_uv=False)
+    eps = float(jnp.finfo(error.dtype).eps)
+    norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
     _, gradient = schatten.value_and_gradient(after(error, norm), squarings)
-    normal = space.normal_part(gradient)
-    local = jnp.clip(_proven(space, error, normal, size, reach), 0, norm)
-    found = norm, local, jnp.zeros_like(local)
-    return Bounds(*(jnp.where(jnp.isfinite(size), x, jnp.nan) * unit for x in found))
+    local = jnp.maximum(_proven(task, gradient, task.reach_from(norm)), 0)
+    return task.bounds(norm, local, jnp.zeros_like(local))
 
 
-def _size(plain, terms):
-    """Return what the rounding of E is relative to.
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What there is to prove, at Frobenius norm one.
 
-    These are the norms of its terms, times the lengths of the sums in the products that
-    make it.
+    Attributes:
+        plain: `T`, `[m, n]`.
+        terms: The sum.
+        space: Its tangent space.
+        error: `E`.
+        size: What the rounding of E is relative to.
+        reach: Length of changes that are looked at, or None where the length of those
+            that lower the norm is known.
+        unit: What bounds have to be multiplied by.
     """
-    sizes = [jnp.linalg.norm(plain), *map(_length, terms)]
-    return (8 + sum(one.rank for one in terms)) * sum(sizes[1:], sizes[0])
+
+    plain: jax.Array
+    terms: tuple[KroneckerTerms, ...]
+    space: Space
+    error: jax.Array
+    size: jax.Array
+    reach: jax.Array | None
+    unit: jax.Array
+
+    @classmethod
+    def of(cls, matrix, terms, left_weight=None, right_weight=None):
+        plain, unit = _unit(matrix)
+        terms = tuple(_scaled(one, unit) for one in terms)
+        left, right, last = None, None, plain
+        if right_weight is not None:
+            right = Root.of(after(right_weight, jnp.zeros_like(last)))
+            last = right.factor
+        if left_weight is not None:
+            left = Root.of(after(left_weight, last))
+        for root in (left, right):
+            unit = unit if root is None else unit * root.scale
+        space = Space.of(plain.shape, terms, left, right)
+        error = plain - sum(one.to_matrix() for one in terms)
+        error = weighted.whiten(error, left, right)
+        error = jnp.where(jnp.isfinite(error).all(), error, 0)
+        reach = REACH * jnp.linalg.norm(weighted.whiten(plain, left, right))
+        if left is None and right is None and len(terms) == 1:
+            reach = None
+        # What the rounding of E is relative to: the norms of its terms, times the
+        # lengths of the sums in the products that make it.
+        sizes = [jnp.linalg.norm(plain), *map(_length, terms)]
+        size = (8 + sum(one.rank for one in terms)) * sum(sizes[1:], sizes[0])
+        for root in (left, right):
+            if root is not None:
+                size = size * len(root.factor) * jnp.linalg.norm(root.factor)
+        return cls(plain, terms, space, error, size, reach, unit)
+
+    def reach_from(self, norm):
+        """Return the length of changes, where the spectral norm of E is known."""
+        if self.reach is not None:
+            return self.reach
+        return 2 * min(self.error.shape) ** 0.5 * norm
+
+    def bounds(self, norm, local, bound) -> Bounds:
+        """Return the bounds of the problem as given: NaN where it is not finite."""
+        finite = jnp.isfinite(self.size)
+        found = norm, jnp.minimum(local, norm), jnp.minimum(bound, norm)
+        return Bounds(*(jnp.where(finite, x, jnp.nan) * self.unit for x in found))
 
 
-def _local_bound(space, error, dual, size, reach):
-    """Return `‖E‖_2` and the best bound of all candidates.
-
-    `size` is what the rounding of E is relative to; `reach` the length of changes that
-    are looked at, or None where the length of those that lower the norm is known.
-    """
-    m, n = error.shape
+def _local_bound(task, dual):
+    """Return `‖E‖_2` and the best bound of all candidates."""
+    space, error = task.space, task.error
     last = sum((jnp.sum(point.b) for point in space.points), jnp.zeros((), error.dtype))
     u, s, vt = jnp.linalg.svd(after(error, last), full_matrices=False)
     safe = jnp.where(s[0] > 0, s[0], 1)
@@ -189,11 +208,10 @@ def _local_bound(space, error, dual, size, reach):
     weights = (s / safe)[None] ** powers
     weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
     candidates = [_mm(u * one[None], vt) for one in weights]
-    if reach is None:
-        reach = 2 * min(m, n) ** 0.5 * s[0]
+    reach = task.reach_from(s[0])
 
     def value(ambient):
-        return _proven(space, error, space.normal_part(ambient), size, reach)
+        return _proven(task, ambient, reach)
 
     values = jax.lax.map(value, jnp.stack(candidates))
     k = min(CLUSTER, len(s))
@@ -207,15 +225,20 @@ def _local_bound(space, error, dual, size, reach):
     return s[0], jnp.maximum(best, 0)
 
 
-def _proven(space, error, normal, size, reach):
-    """Return `<E, Y> / ‖Y‖_*`, less all that rounding may have added."""
+def _proven(task, ambient, reach):
+    """Return `<E, Y> / ‖Y‖_*`, less all that rounding may have added.
+
+    Y is the normal part of the ambient matrix; `reach` the length of changes.
+    """
+    space, error = task.space, task.error
+    normal = space.normal_part(ambient)
     m, n = error.shape
     eps = float(jnp.finfo(error.dtype).eps)
     products = error * normal
     inner = jnp.sum(jnp.sum(products, axis=1))
     inner -= (m + n) * eps * jnp.sum(jnp.abs(products))
     norm = jnp.linalg.norm(normal)
-    inner -= eps * size * norm
+    inner -= eps * task.size * norm
     tangential = space.length(space.pull(normal)) + space.slack * norm
     inner -= tangential * reach
     s = jnp.linalg.svd(after(normal, inner), compute_uv=False)

@@ -42,7 +42,7 @@ from kronjax.kronecker import (
     Configuration,
     rearrange,
 )
-from kronjax.lanes import any_lane, in_turn
+from kronjax.lanes import any_lane, in_turn, select
 from kronjax.path import Path, Solution, Trace, gather
 from kronjax.problem import Origin, Problem, Stage
 from kronjax.setting import Setting, check_weights, matrices, prepare, to_terms
@@ -78,8 +78,8 @@ def solve(
         right_weight: `R`, `[n, n]`, likewise.
         starts: At least 1; 1 is the Frobenius solution alone, which can be a critical
             point for every p.
-        budget: Products of the size of `EᵀE` per stage; by default
-            that of `problem.default_budget`.
+        budget: Products of the size of `EᵀE` per stage; by default that of
+            `problem.default_budget`.
         tolerance: Relative; traced. The continuation ends when it expects that larger
             p lower the error by less than half of it, which leaves the other half to
             what is not expected: see `certificate`. A stage ends when the model
@@ -182,12 +182,12 @@ def advance(
         idle = path.done
     else:
         new, idle = walk(), jnp.array(False)
-    told = line(setting, new, stage)
+    told = trace_line(setting, new, stage)
     steps, gemms = (jnp.where(idle, 0, x) for x in (told.steps, told.gemms))
     return new, dataclasses.replace(told, steps=steps, gemms=gemms)
 
 
-def line(setting: Setting, path: Path, stage: Stage) -> Trace:
+def trace_line(setting: Setting, path: Path, stage: Stage) -> Trace:
     """Return the line of the trace for a path at the end of a stage."""
     return Trace(
         p=path.p,
@@ -245,11 +245,8 @@ def descend(
         max_evaluations=jnp.maximum(stage.budget // products, 4),
         floor=rounding**2 / 2,
     )
-    state = descent.iterate(objective, path.state, limits, geometry, trials)
-    ended = descent.conclude(state, limits)
-    if trials is not None:
-        ended = select(descent.is_running(state, limits), state, ended)
-    return dataclasses.replace(path, state=ended)
+    state = descent.minimize(objective, path.state, limits, geometry, trials)
+    return dataclasses.replace(path, state=state)
 
 
 def leave(
@@ -388,8 +385,3 @@ def _ahead(previous, points, weight):
         return jax.tree.map(lambda x: weight * x, step)
 
     return tuple(map(move, previous, points))
-
-
-def select(condition: jax.Array, x, y):
-    """Return one pytree or the other."""
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)

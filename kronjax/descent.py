@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from kronjax import manifold
-from kronjax.lanes import any_lane, in_turn
+from kronjax.lanes import any_lane, in_turn, select
 
 MEMORY = 10
 """Curvature pairs kept, if nobody says otherwise."""
@@ -144,7 +144,7 @@ def restart(
     direction = _quasi_newton(gradient, state.pairs, state.curvature)
     if hint is not None:
         falls = _inner(geometry, gradient, hint) < 0
-        direction = jax.tree.map(lambda x, y: jnp.where(falls, x, y), hint, direction)
+        direction = select(falls, hint, direction)
         step = jnp.where(falls, 1, step)
     return dataclasses.replace(
         state,
@@ -166,7 +166,7 @@ def step(
     geometry: ModuleType = manifold,
 ) -> State:
     """Make one trial: advance to it or shorten the step; a finished state stays."""
-    running = is_running(state, limits)
+    running = _is_running(state, limits)
     # A lane that is done tries its own point: its last trial may have been unsafe.
     length = jnp.where(running, state.step, 0)
     trial = jax.tree.map(lambda x: length * x, state.direction)
@@ -178,8 +178,7 @@ def step(
     advanced = _advance(geometry, state, points, value, gradient, trial, limits)
 
     def choose():
-        kept = _shorten(state, value, running)
-        return jax.tree.map(lambda x, y: jnp.where(accepted, x, y), advanced, kept)
+        return select(accepted, advanced, _shorten(state, value, running))
 
     return jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
 
@@ -189,6 +188,7 @@ def minimize(
     state: State,
     limits: Limits,
     geometry: ModuleType = manifold,
+    trials: int | jax.Array | None = None,
 ) -> State:
     """Iterate `step` until converged, stuck or out of evaluations.
 
@@ -197,56 +197,32 @@ def minimize(
         state: Where to begin; its history is used.
         limits: When to stop.
         geometry: As for `restart`.
+        trials: Pause after so many trial points; traced.
 
     Returns:
-        The last state. Under `vmap` a lane that is done stays as it is until all are.
+        The last state, `RUNNING` where it paused. Under `vmap` a lane that is done
+        stays as it is until all are.
     """
-    return conclude(iterate(objective, state, limits, geometry), limits)
-
-
-def iterate(
-    objective: Objective,
-    state: State,
-    limits: Limits,
-    geometry: ModuleType = manifold,
-    trials: int | jax.Array | None = None,
-) -> State:
-    """Iterate `step`: a slice of what `minimize` does, which may go on after it.
-
-    Args:
-        objective: As for `restart`.
-        state: Where to begin; its history is used.
-        limits: When to stop.
-        geometry: As for `restart`.
-        trials: Stop after so many trial points; traced. With None as `minimize`.
-
-    Returns:
-        The state, `RUNNING` where a limit was met: see `is_running` and `conclude`.
-    """
-    if trials is None:
-        return jax.lax.while_loop(
-            lambda state: any_lane(is_running(state, limits)),
-            lambda state: step(objective, state, limits, geometry),
-            state,
-        )
-    return jax.lax.while_loop(
-        lambda carry: any_lane((carry[1] < trials) & is_running(carry[0], limits)),
-        lambda carry: (step(objective, carry[0], limits, geometry), carry[1] + 1),
-        (state, jnp.array(0)),
-    )[0]
-
-
-def conclude(state: State, limits: Limits) -> State:
-    """Give a state that has met a limit the status that this stands for."""
+    nearer = limits
+    if trials is not None:
+        spent = state.evaluations
+        most = spent + jnp.asarray(trials, spent.dtype)
+        most = jnp.minimum(limits.max_evaluations, most)
+        nearer = dataclasses.replace(limits, max_evaluations=most)
+    state = jax.lax.while_loop(
+        lambda state: any_lane(_is_running(state, nearer)),
+        lambda state: step(objective, state, nearer, geometry),
+        state,
+    )
+    stopped = (state.status == Status.RUNNING) & ~_is_running(state, limits)
     ended = jnp.where(
         state.value <= limits.floor, int(Status.CONVERGED), int(Status.MAX_STEPS)
     )
-    status = jnp.where(state.status == Status.RUNNING, ended, state.status)
+    status = jnp.where(stopped, ended, state.status)
     return dataclasses.replace(state, status=status)
 
 
-def is_running(state: State, limits: Limits) -> jax.Array:
-    """Return whether there is something left to do, and to do it with."""
+def _is_running(state, limits):
     in_reach = (state.evaluations < limits.max_evaluations) & (
         state.value > limits.floor
     )

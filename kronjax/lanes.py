@@ -32,6 +32,11 @@ def _any_lane_batched(axis_size, in_batched, flag):
     return any_lane(jnp.any(flag, axis=0) if in_batched[0] else flag), False
 
 
+def select(condition: jax.Array | bool, x, y):
+    """Return one pytree or the other: `x` where the condition holds."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
+
+
 def after(x: jax.Array, other: jax.Array) -> jax.Array:
     """Return `x`, to be computed only once the finite array `other` has been.
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from kronjax import spectral
-from kronjax.lanes import any_lane
+from kronjax.lanes import any_lane, select
 
 
 @jax.tree_util.register_dataclass
@@ -148,11 +148,10 @@ def retract(point: Point, tangent: Tangent) -> Point:
     # Inverting a core like diag(1, 0) would throw the point far away.
     unsafe = ~(moved < 100) & moves
     safe = _orthonormalise(core, point.a + x, point.b + y)
-    safe = jax.tree.map(lambda x, y: jnp.where(moves, x, y), safe, point)
+    safe = select(moves, safe, point)
 
     def choose():
-        metric = retract_metric(point, tangent)
-        return jax.tree.map(lambda x, y: jnp.where(unsafe, x, y), metric, safe)
+        return select(unsafe, retract_metric(point, tangent), safe)
 
     return jax.lax.cond(any_lane(unsafe), choose, lambda: safe)
 

@@ -4,8 +4,8 @@ Every device has slots, each with the path of one matrix, and lanes that compute
 call gives every device some slots that are at the same stage, so that all lanes spend
 the same products on a trial, and so many trial points: a *slice*. Whoever ends a stage
 turns to the next one together with others, whoever ends the last one is taken out
-likewise, and a new matrix takes the slot: matrices that are slow keep their own lanes
-busy, and not those of others.
+likewise, and a new matrix takes the slot: who is slow is left behind. What is behind
+at the end of a run does not fill the lanes.
 
 Lanes do not know of each other. What comes of a matrix depends neither on the slot, the
 device and the others in the call, nor on how often the work was cut: only on the number
@@ -81,7 +81,9 @@ class Finished:
 class _Slot:
     """What the host knows of a matrix that is being solved."""
 
-    given: Matrix
+    key: Hashable
+    matrix: np.ndarray
+    seed: int
     van_loan: float = float("nan")
     stage: int = 0
     ends: bool = False
@@ -92,22 +94,17 @@ class _Slot:
 
 @dataclasses.dataclass
 class _Host:
-    """What the host knows of the slots of one device."""
+    """What the host knows of the slots of one device: free, at work, or done."""
 
     free: list[int]
     held: dict[int, _Slot] = dataclasses.field(default_factory=dict)
-    done: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def is_moving(self) -> bool:
-        """Whether a matrix is not at its end."""
-        return len(self.held) > len(self.done)
+    done: dict[int, _Slot] = dataclasses.field(default_factory=dict)
 
     def chosen(self, lanes: int, ends: bool) -> list[int]:
         """Return the slots for the next call: at one stage, and ending it or not."""
         stages: dict[int, list[int]] = {}
         for slot, one in self.held.items():
-            if one.ends == ends and slot not in self.done:
+            if one.ends == ends:
                 stages.setdefault(one.stage, []).append(slot)
         # Full lanes first, and of those what is nearest to its end.
         full = {i: (min(len(slots), lanes), i) for i, slots in stages.items()}
@@ -151,6 +148,10 @@ class Pool:
         self._dtype, self._count = dtype, len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
         self._stages = problem.schedule()
+        self._trials = [
+            max(SLICE // int(schatten.num_products(stage.squarings)), 2)
+            for stage in self._stages
+        ]
         self._programs = programs.compiled(
             problem, dtype, self.mesh, self.lanes, self.slots
         )
@@ -172,122 +173,99 @@ class Pool:
 
         Args:
             matrices: Taken whenever there is room, and read only then.
-            tick: Called after every call with the products spent in it.
+            tick: Called after every slice with the products spent in it. The evaluation
+                that begins a stage is in none.
         """
         hosts = [_Host(list(range(self.slots))) for _ in range(self._count)]
         more = True
-        while more or any(host.held for host in hosts):
+        while more or any(host.held or host.done for host in hosts):
             if more and max(len(host.free) for host in hosts) >= self.lanes:
                 more = self._fill(matrices, hosts)
             turning = [host.chosen(self.lanes, True) for host in hosts]
             working = [host.chosen(self.lanes, False) for host in hosts]
             # What fills more lanes comes first.
-            if max(map(len, turning)) >= max(map(len, working)):
-                if any(turning):
-                    self._turn(hosts, turning)
-            else:
+            if max(map(len, turning)) < max(map(len, working)):
                 tick(self._work(hosts, working))
-            ended = max(len(host.done) for host in hosts)
-            if ended >= self.lanes or not any(host.is_moving for host in hosts):
+            elif any(turning):
+                self._turn(hosts, turning)
+            done = max(len(host.done) for host in hosts)
+            if done >= self.lanes or (done and not any(x.held for x in hosts)):
                 yield from self._take(hosts)
 
     def _fill(self, matrices, hosts):
         """Begin with new matrices, as many as there are lanes; say if more may come."""
-        order = self._nobody()
-        given = np.zeros((*order.shape, *self.problem.shape), self._dtype)
-        seeds, more = np.zeros(order.shape, np.int32), True
+        chosen, new, given = [[] for _ in hosts], {}, None
         for lane, device in itertools.product(range(self.lanes), range(self._count)):
-            host, at = hosts[device], (device, lane)
+            host = hosts[device]
             if not host.free:
                 continue
-            one = next(matrices, None)
-            if one is None:
-                more = False
+            given = next(matrices, None)
+            if given is None:
                 break
-            slot = order[at] = host.free.pop()
-            given[at], seeds[at] = one[1], one[2] % 2**31
-            host.held[slot] = _Slot(one)
-            if not self._stages:
-                host.done.append(slot)
-        errors = self._run("start", order, given, seeds)
-        for at in map(tuple, np.argwhere(order < self.slots)):
-            hosts[at[0]].held[order[at]].van_loan = float(errors[at])
-        return more
+            slot, one = host.free.pop(), _Slot(*given)
+            (host.held if self._stages else host.done)[slot] = one
+            chosen[device].append(slot)
+            new[device, lane] = one
+        if new:
+            arguments = self._matrices(new), self._seeds(new)
+            errors = self._run("start", self._places(chosen), *arguments)
+            for at, one in new.items():
+                one.van_loan = float(errors[at])
+        return given is not None
 
     def _work(self, hosts, working):
         """Spend one slice on some slots of every device; return its products."""
-        order, stage = self._called(hosts, working, 0)
-        trials = [
-            max(SLICE // int(schatten.num_products(one.squarings)), 2)
-            for one in self._at(hosts, working, 0)
-        ]
-        told = self._run("work", order, stage, np.array(trials, np.int32))
-        for at in map(tuple, np.argwhere(order < self.slots)):
-            hosts[at[0]].held[order[at]].ends = bool(told.ended[at])
-        return int(told.products.sum())
+        stages = self._stages_of(hosts, working)
+        trials = np.array([self._trials[i] for i in stages], np.int32)
+        ended, spent = self._run(
+            "work", self._places(working), self._stacked(stages), trials
+        )
+        for at, _, one in self._concerned(hosts, working):
+            one.ends = bool(ended[at])
+        return int(spent.sum())
 
     def _turn(self, hosts, turning):
         """Turn some slots of every device, whose stages have ended, to the next."""
-        order, stage = self._called(hosts, turning, 0)
-        _, following = self._called(hosts, turning, 1)
-        seeds = self._nobody()
-        for at in map(tuple, np.argwhere(order < self.slots)):
-            seeds[at] = hosts[at[0]].held[order[at]].given[2] % 2**31
-        ends = [
-            any(host.held[slot].stage + 1 == len(self._stages) for slot in slots)
-            for host, slots in zip(hosts, turning, strict=True)
-        ]
-        told = self._run("turn", order, seeds, stage, following, np.array(ends))
-        for at in map(tuple, np.argwhere(order < self.slots)):
-            host, slot = hosts[at[0]], order[at]
-            one = host.held[slot]
-            one.p.append(int(told.line.p[at]))
-            one.steps += int(told.line.steps[at])
-            one.gemms += int(told.line.gemms[at])
-            one.stage, one.ends = one.stage + 1, False
-            if told.ended[at]:
-                host.done.append(slot)
-
-    def _nobody(self):
-        """Return the slots of a call that concerns no matrix, `[devices, lanes]`."""
-        return np.full((self._count, self.lanes), self.slots, np.int32)
-
-    def _called(self, hosts, chosen, ahead):
-        """Return the slots of a call, and the stages that they are at or ahead of."""
-        order = self._nobody()
-        for device, slots in enumerate(chosen):
-            order[device, : len(slots)] = slots
-        stages = self._at(hosts, chosen, ahead)
-        return order, jax.tree.map(lambda *x: np.array(x), *stages)
-
-    def _at(self, hosts, chosen, ahead):
-        """Return the stage of the chosen slots of every device, or one after it."""
+        stages = self._stages_of(hosts, turning)
         last = len(self._stages) - 1
-        places = (
-            host.held[slots[0]].stage if slots else 0
-            for host, slots in zip(hosts, chosen, strict=True)
+        following = [min(i + 1, last) for i in stages]
+        concerned = self._concerned(hosts, turning)
+        done, told = self._run(
+            "turn",
+            self._places(turning),
+            self._seeds({at: one for at, _, one in concerned}),
+            self._stacked(stages),
+            self._stacked(following),
+            np.array([i == last for i in stages]),
         )
-        return [self._stages[min(place + ahead, last)] for place in places]
+        for at, slot, one in concerned:
+            one.p.append(int(told.p[at]))
+            one.steps += int(told.steps[at])
+            one.gemms += int(told.gemms[at])
+            one.stage, one.ends = one.stage + 1, False
+            if done[at]:
+                host = hosts[at[0]]
+                host.done[slot] = host.held.pop(slot)
 
     def _take(self, hosts):
         """Yield what is done, and free its slots."""
-        order = self._nobody()
-        given = np.zeros((*order.shape, *self.problem.shape), self._dtype)
-        last = np.full(order.shape, -1, np.int32)
-        for device, host in enumerate(hosts):
-            for lane, slot in enumerate(host.done[: self.lanes]):
-                at, one = (device, lane), host.held[slot]
-                order[at], given[at] = slot, one.given[1]
-                if one.stage:
-                    last[at] = self._stages[one.stage - 1].squarings
-            del host.done[: self.lanes]
-        terms, bounds, status = self._run("finish", order, given, last)
-        for at in map(tuple, np.argwhere(order < self.slots)):
-            host, slot = hosts[at[0]], int(order[at])
-            one = host.held.pop(slot)
-            host.free.append(slot)
+        chosen = [list(host.done)[: self.lanes] for host in hosts]
+        taken = {
+            (device, lane): host.done.pop(slot)
+            for device, (host, slots) in enumerate(zip(hosts, chosen, strict=True))
+            for lane, slot in enumerate(slots)
+        }
+        last = np.full((self._count, self.lanes), -1, np.int32)
+        for at, one in taken.items():
+            if one.stage:
+                last[at] = self._stages[one.stage - 1].squarings
+        terms, bounds, status = self._run(
+            "finish", self._places(chosen), self._matrices(taken), last
+        )
+        for at, one in taken.items():
+            hosts[at[0]].free.append(chosen[at[0]][at[1]])
             yield Finished(
-                key=one.given[0],
+                key=one.key,
                 terms=jax.tree.map(lambda x, at=at: np.array(x[at]), terms),
                 spectral_error=float(bounds.error[at]),
                 local_bound=float(bounds.local_bound[at]),
@@ -297,6 +275,47 @@ class Pool:
                 steps=one.steps,
                 gemms=one.gemms,
             )
+
+    def _places(self, chosen):
+        """Return the slots of a call, `[devices, lanes]`: the last one for nobody."""
+        places = np.full((self._count, self.lanes), self.slots, np.int32)
+        for device, slots in enumerate(chosen):
+            places[device, : len(slots)] = slots
+        return places
+
+    def _matrices(self, some):
+        """Return the matrices by device and lane; zeros for nobody."""
+        shape = self._count, self.lanes, *self.problem.shape
+        matrices = np.zeros(shape, self._dtype)
+        for at, one in some.items():
+            matrices[at] = one.matrix
+        return matrices
+
+    def _seeds(self, some):
+        """Return the seeds by device and lane; zeros for nobody."""
+        seeds = np.zeros((self._count, self.lanes), np.int32)
+        for at, one in some.items():
+            seeds[at] = one.seed % 2**31
+        return seeds
+
+    def _concerned(self, hosts, chosen):
+        """Return device and lane, slot and matrix of all that a call concerns."""
+        return [
+            ((device, lane), slot, host.held[slot])
+            for device, (host, slots) in enumerate(zip(hosts, chosen, strict=True))
+            for lane, slot in enumerate(slots)
+        ]
+
+    def _stages_of(self, hosts, chosen):
+        """Return the stage that the chosen slots of every device are at."""
+        return [
+            host.held[slots[0]].stage if slots else 0
+            for host, slots in zip(hosts, chosen, strict=True)
+        ]
+
+    def _stacked(self, stages):
+        """Return stages by their numbers as one, with a leading axis."""
+        return jax.tree.map(lambda *x: np.array(x), *(self._stages[i] for i in stages))
 
     def _run(self, name, *arguments):
         """Call a program, keep the paths, and return what it tells, as NumPy."""

@@ -31,7 +31,6 @@ ADAPTIVE = tuple(range(schatten.MAX_SQUARINGS + 1))
 SLICES = 8
 """At most so many parts has the only stage of a problem that `is_flat`."""
 
-
 HEAVY = 256
 """Rows and columns from which on the work of the descent itself is looked at."""
 
@@ -157,10 +156,10 @@ class Problem:
     def memory(self) -> int:
         """Curvature pairs that the descent keeps.
 
-        Moving a pair along costs three products with the factors. Where those are not
-        small ten pairs cost more than they save: at rank 192 of 768 x 768, where all
-        have as many entries as half the matrix, four pairs took 0.94 to 1.0 times the
-        evaluations and 0.57 times the time.
+        Where the factors are not small, moving ten pairs along at every step costs more
+        than they save: at rank 192 of 768 x 768, where all have as many entries as half
+        the matrix, it took most of a step, and four pairs took 0.94 to 1.0 times the
+        products and 0.57 times the time. Smaller matrices were not tried.
         """
         m, n = self.shape
         entries = sum(one.num_parameters(self.shape) for one in self.configurations)

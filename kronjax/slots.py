@@ -4,10 +4,11 @@ A device holds the settings and paths of its slots as one pytree with a leading 
 call gets the numbers of the slots it concerns, takes their lanes out, and puts them
 back; the last slot is that of lanes without a matrix.
 
-- `start`: new matrices into slots, and into their first stage;
-- `work`: a slice of trial points;
-- `turn`: from a stage that has ended to the next one;
-- `finish`: factors, and what is proven about them.
+- `start`: new matrices into slots, and into their first stage; tells spectral errors;
+- `work`: a slice of trial points; tells whether the stage has ended, and the products;
+- `turn`: from a stage that has ended to the next one; tells whether all is done, and
+  the line of the trace;
+- `finish`: tells factors, what is proven about them, and the status.
 
 >>> from kronjax.kronecker import Configuration
 >>> problem = Problem.of((4, 6), Configuration((2, 3), 1))
@@ -15,7 +16,6 @@ back; the last slot is that of lanes without a matrix.
 (4, 6)
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kronjax import certificate, continuation, schatten
 from kronjax.descent import Status
+from kronjax.lanes import select
 from kronjax.path import Trace
 from kronjax.problem import Problem
 
@@ -34,24 +35,15 @@ AXIS = "matrices"
 """Of the mesh: what the matrices are divided over."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """What a call tells of a lane: whether a stage, or all, has ended; what it took."""
-
-    ended: jax.Array
-    products: jax.Array
-    line: Trace | None = None
-
-
 def _start(problem, held, tolerance, order, matrices, seeds):
     first, *_ = [*problem.schedule(), None]
 
     def lane(matrix, seed):
-        setting, path, line = continuation.start(problem, matrix)
+        setting, path, told = continuation.start(problem, matrix)
         if first is not None:
-            path = continuation.enter(problem, setting, path, _arrays(first), seed)
-        return (setting, path), line.spectral_error
+            first_stage = jax.tree.map(jnp.asarray, first)
+            path = continuation.enter(problem, setting, path, first_stage, seed)
+        return (setting, path), told.spectral_error
 
     new, told = jax.vmap(lane)(matrices, seeds)
     return _put(held, order, new), told
@@ -65,7 +57,7 @@ def _work(problem, held, tolerance, order, stage, trials):
     def lane(setting, path):
         new = continuation.descend(problem, setting, path, stage, tolerance, trials)
         spent = each * (new.state.evaluations - path.state.evaluations)
-        return new, Told(new.state.status != Status.RUNNING, spent)
+        return new, (new.state.status != Status.RUNNING, spent)
 
     own_settings, own_paths = _get(held, order)
     new_paths, told = jax.vmap(lane)(own_settings, own_paths)
@@ -78,11 +70,11 @@ def _turn(problem, held, tolerance, order, seeds, stage, following, ends):
 
     def lane(setting, path, seed):
         path = continuation.leave(problem, setting, path, stage, tolerance)
-        line = continuation.line(setting, path, stage)
+        told = continuation.trace_line(setting, path, stage)
         done = path.done | ends
         # What is done keeps its state, which tells how it ended.
         new = continuation.enter(problem, setting, path, following, seed)
-        return continuation.select(done, path, new), Told(done, line.gemms, line)
+        return select(done, path, new), (done, told)
 
     own_settings, own_paths = _get(held, order)
     new_paths, told = jax.vmap(lane)(own_settings, own_paths, seeds)
@@ -99,10 +91,6 @@ def _finish(problem, held, tolerance, order, matrices, last):
 
     own_settings, own_paths = _get(held, order)
     return held, jax.vmap(lane)(own_settings, own_paths, matrices, last)
-
-
-def _arrays(stage):
-    return jax.tree.map(jnp.asarray, stage)
 
 
 def _get(slots, order):

@@ -279,31 +279,27 @@ def test_unrearranged_duals_are_orthogonal_to_what_alternating_methods_reach():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_cheap_bound_holds_for_changes_of_either_side(dtype):
+def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
     rng = np.random.default_rng(3)
-    matrix = rng.standard_normal((12, 18)).astype(dtype)
+    matrix = jnp.asarray(rng.normal(size=(12, 18)), dtype)
     one = Configuration((3, 6), 2)
-    found = kronjax.approximate(matrix, one, starts=1, tolerance=1e-2)
+    # From where a change of A alone lowers the norm.
+    options = {"norm": "schatten:10", "starts": 1, "tolerance": 1.0}
+    found = kronjax.approximate(np.asarray(matrix), one, progress=False, **options)
     (terms,) = jax.tree.map(jnp.asarray, found.terms)
-    certified = jax.jit(certificate.certify_stage)(matrix, (terms,), 6)
+    certified = jax.jit(certificate.certify_stage)(matrix, (terms,), 2)
     certified = jax.tree.map(float, certified)
-    whole = proof.of(matrix, found.terms)
-    assert certified.error >= found.error.spectral
-    assert certified.error == pytest.approx(found.error.spectral, rel=1e-4)
-    assert 0.5 * certified.error < certified.local_bound <= whole.error
+    error = float(found.error.spectral)
+    assert error <= certified.error <= error * (1 + 1e-4)
     assert certified.global_bound == 0
-    a, b = (np.float64(x) for x in (terms.a, terms.b))
-    error = np.float64(matrix) - sum(map(np.kron, a, b))
-    lowest = np.inf
-    for size in (1e-3, 1e-2, 1e-1):
-        for _ in range(60):
-            change = size * rng.standard_normal(a.shape)
-            moved = error - sum(map(np.kron, change, b))
-            lowest = min(lowest, np.linalg.norm(moved, 2))
-            change = size * rng.standard_normal(b.shape)
-            moved = error - sum(map(np.kron, a, change))
-            lowest = min(lowest, np.linalg.norm(moved, 2))
-    assert certified.local_bound <= lowest
+    matrix, terms = jax.tree.map(lambda x: np.asarray(x, np.float64), (matrix, terms))
+    slope = least_squares_of_a(matrix, terms, 66)
+    slope /= np.linalg.norm(slope)
+    reachable = [reached(matrix, terms, rng, size=1e-2)]
+    for length in np.geomspace(1e-3, 1, 20):
+        moved = KroneckerTerms(terms.a + length * slope, terms.b)
+        reachable.append(np.linalg.norm(matrix - moved.to_matrix(), 2))
+    assert 0.5 * error < certified.local_bound <= min(reachable) < 0.99 * error
 
 
 def test_the_cheap_bound_says_nothing_of_what_is_not_finite():

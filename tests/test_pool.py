@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from kronjax import Configuration, Status, approximate, slots
+from kronjax import pool as pools
 from kronjax.dense import multiply_out
 from kronjax.pool import Pool
 from kronjax.problem import Problem
@@ -14,7 +15,7 @@ from kronjax.problem import Problem
 SHAPE, ONE, LANES = (12, 18), Configuration((3, 6), 2), 3
 
 COMPARED = """
-import json, sys
+import json
 import numpy as np
 import jax
 from kronjax import Configuration
@@ -94,6 +95,21 @@ def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
             assert one.spectral_error == same.spectral_error
             np.testing.assert_array_equal(one.terms[0].a, same.terms[0].a)
             np.testing.assert_array_equal(one.terms[0].b, same.terms[0].b)
+
+
+def test_how_the_work_is_cut_changes_nothing(problem, pool, monkeypatch):
+    matrices = draw(5)
+    monkeypatch.setattr(pools, "SLICE", 1000)
+    other = Pool(problem, np.dtype(np.float32), lanes=LANES, slots=7)
+    calls, runs = [], []
+    for which in (pool, other):
+        told = []
+        runs.append({one.key: one for one in which.solve(given(matrices), told.append)})
+        calls.append(len(told))
+    assert calls[1] < calls[0]
+    for key, one in runs[0].items():
+        assert one.gemms == runs[1][key].gemms
+        np.testing.assert_array_equal(one.terms[0].a, runs[1][key].terms[0].a)
 
 
 def test_a_matrix_with_nan_does_no_harm(pool):
