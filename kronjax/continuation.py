@@ -324,7 +324,7 @@ def _begin(problem, points):
     """Return the state of a descent from points of the manifold."""
     if problem.is_flat:
         return descent.init(tuple(map(factored.split, points)), factored)
-    return descent.init(points, memory=problem.memory)
+    return descent.init(points)
 
 
 def _end(problem, state):

@@ -5,10 +5,8 @@ tuple. Tangents are tuples likewise, and every operation of the geometry (a modu
 `manifold`, or the flat `factored`) is mapped over the tuple. One iteration of the loop
 is one trial point, that is one value and gradient: a trial that decreases enough
 (Armijo) becomes the next iterate, otherwise the step is shortened by interpolation.
-Under `vmap` therefore no matrix waits for another one's line search. The curvature
-pairs are moved along by projection, and the inverse Hessian is applied in its compact
-form, through the Gram matrix of the pairs: a step costs a few matrix products over all
-pairs.
+Under `vmap` therefore no matrix waits for another one's line search. Curvature pairs
+are coordinates, see `history`; only the direction that they give is made tangent.
 
 References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
 """
@@ -21,12 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
+from kronjax import history as histories
 from kronjax import manifold
+from kronjax.history import MEMORY, History
 from kronjax.lanes import any_lane, in_turn, select
-
-MEMORY = 10
-"""Curvature pairs kept, if nobody says otherwise."""
 
 ARMIJO = 1e-4
 """Fraction of the predicted decrease that a step must deliver."""
@@ -54,9 +52,7 @@ class State:
         direction: Descent direction, tangent there.
         slope: `<gradient, direction>`, negative.
         step: Length of the next trial along `direction`.
-        pairs: `h` displacements, oldest first, then their `h` gradient differences:
-            tangents stacked along axis 1.
-        curvature: `[h]`, `<s, y>` of each pair; zero marks an empty slot.
+        history: The curvature pairs.
         steps: Accepted steps.
         evaluations: Values and gradients spent, rejected trials included.
         status: `Status`.
@@ -68,8 +64,7 @@ class State:
     direction: Any
     slope: jax.Array
     step: jax.Array
-    pairs: Any
-    curvature: jax.Array
+    history: History
     steps: jax.Array
     evaluations: jax.Array
     status: jax.Array
@@ -112,10 +107,7 @@ def init(points: tuple, geometry: ModuleType = manifold, memory: int = MEMORY) -
         direction=flat,
         slope=zero,
         step=zero,
-        pairs=jax.tree.map(
-            lambda x: jnp.zeros((x.shape[0], 2 * memory, x.shape[1]), x.dtype), flat
-        ),
-        curvature=jnp.zeros(memory, zero.dtype),
+        history=histories.empty(ravel_pytree(flat)[0], memory),
         steps=jnp.array(0),
         evaluations=jnp.array(0),
         status=jnp.array(int(Status.RUNNING)),
@@ -141,7 +133,9 @@ def restart(
             falls that way; like any trial it is shortened where it went too far.
     """
     value, gradient = objective(state.points)
-    direction = _quasi_newton(gradient, state.pairs, state.curvature)
+    flat, back = ravel_pytree(gradient)
+    direction = histories.direction(state.history, flat)
+    direction = _map(geometry.transport, state.points, back(direction))
     if hint is not None:
         falls = _inner(geometry, gradient, hint) < 0
         direction = select(falls, hint, direction)
@@ -175,12 +169,20 @@ def step(
     noise = 4 * jnp.finfo(value.dtype).eps * state.value
     wanted = state.value + ARMIJO * length * state.slope + noise
     accepted = running & (value <= wanted)
-    advanced = _advance(geometry, state, points, value, gradient, trial, limits)
+    (new, back), (old, _) = ravel_pytree(gradient), ravel_pytree(state.gradient)
+    displaced = ravel_pytree(trial)[0]
+    history, direction = histories.advance(
+        state.history, displaced, new - old, new, accepted
+    )
+    direction = _map(geometry.transport, points, back(direction))
+    advanced = _advance(state, points, value, gradient, direction, limits, geometry)
 
     def choose():
         return select(accepted, advanced, _shorten(state, value, running))
 
-    return jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
+    # The history knows by itself: it is large, and is not to be copied here.
+    state = jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
+    return dataclasses.replace(state, history=history)
 
 
 def minimize(
@@ -229,23 +231,7 @@ def _is_running(state, limits):
     return (state.status == Status.RUNNING) & in_reach
 
 
-def _advance(geometry, state, points, value, gradient, trial, limits):
-    memory = len(state.curvature)
-    stack = jax.tree.map(
-        lambda pairs, s, g: jnp.concatenate(
-            [pairs[:, 1:memory], s[:, None], pairs[:, memory + 1 :], g[:, None]], axis=1
-        ),
-        state.pairs,
-        trial,
-        state.gradient,
-    )
-    moved = _map(geometry.transport, state.points, points, stack)
-    pairs = jax.tree.map(lambda x, g: x.at[:, -1].set(g - x[:, -1]), moved, gradient)
-    s, y = (jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (memory - 1, -1))
-    new = _inner(geometry, s, y)
-    enough = new > 1e-8 * jnp.sqrt(_inner(geometry, s, s) * _inner(geometry, y, y))
-    curvature = jnp.append(state.curvature[1:], jnp.where(enough, new, 0))
-    direction = _quasi_newton(gradient, pairs, curvature)
+def _advance(state, points, value, gradient, direction, limits, geometry):
     slope = _inner(geometry, gradient, direction)
     descends = slope < 0
     direction = jax.tree.map(
@@ -260,8 +246,7 @@ def _advance(geometry, state, points, value, gradient, trial, limits):
         direction=direction,
         slope=slope,
         step=jnp.ones_like(state.step),
-        pairs=pairs,
-        curvature=curvature,
+        history=state.history,
         steps=state.steps + 1,
         evaluations=state.evaluations + 1,
         status=jnp.where(converged, Status.CONVERGED, Status.RUNNING),
@@ -280,43 +265,6 @@ def _shorten(state, value, running):
         evaluations=state.evaluations + running.astype(int),
         status=jnp.where(failed, Status.LINE_SEARCH_FAILED, state.status),
     )
-
-
-def _quasi_newton(gradient, pairs, curvature):
-    """Return `-H g` by the compact form of the inverse L-BFGS matrix."""
-    h = curvature.shape[0]
-    filled = curvature > 0
-    gram = _gram(pairs, pairs)
-    against = _gram(pairs, jax.tree.map(lambda x: x[:, None], gradient))[:, 0]
-    both = filled[:, None] & filled[None]
-    sy, yy = jnp.where(both, gram[:h, h:], 0), jnp.where(both, gram[h:, h:], 0)
-    sg, yg = jnp.where(filled, against[:h], 0), jnp.where(filled, against[h:], 0)
-    upper = jnp.triu(sy, 1) + jnp.diag(jnp.where(filled, curvature, 1))
-    newest = jnp.max(jnp.where(filled, jnp.arange(h), -1))
-    scale = jnp.where(
-        newest < 0, 1, curvature[newest] / jnp.maximum(yy[newest, newest], 1e-30)
-    ).astype(curvature.dtype)
-    solve = jax.scipy.linalg.solve_triangular
-    q = solve(upper, sg)
-    by_s = solve(
-        upper,
-        curvature * q + scale * (jnp.matmul(yy, q, precision="highest") - yg),
-        trans=1,
-    )
-    weights = jnp.concatenate([by_s, -scale * q])
-    return jax.tree.map(
-        lambda g, x: -scale * g - _einsum("k,rkd->rd", weights, x), gradient, pairs
-    )
-
-
-def _gram(x, y):
-    """Return the inner products `[k, l]` of tangents stacked along axis 1."""
-    products = jax.tree.map(lambda x, y: _einsum("rkd,rld->rkl", x, y).sum(0), x, y)
-    return jax.tree.reduce(jnp.add, products)
-
-
-def _einsum(subscripts, x, y):
-    return jnp.einsum(subscripts, x, y, precision="highest")
 
 
 def _map(function, *tuples):

@@ -10,7 +10,7 @@ decomposition. A tangent vector at that point is
 and is stored as `(U_p, M, V_p)`. Ambient matrices are stored rearranged, `[d1, d2]`
 with `d1 = m1 n1` and `d2 = m2 n2`. Points and tangents keep the factors as the rows of
 `a: [r, d1]` and `b: [r, d2]`. The metric is the Frobenius inner product of the ambient
-space, and a vector is transported by projecting it onto the new tangent space.
+space; a vector that is transported keeps its coordinates.
 
 References: Vandereycken (2013); Absil and Malick (2012), for the retractions.
 
@@ -93,35 +93,21 @@ def project(point: Point, ambient: jax.Array) -> Tangent:
     return Tangent(bz - _mm(core.T, point.a), core, az - _mm(core, point.b))
 
 
-def transport(source: Point, target: Point, tangents: Tangent) -> Tangent:
-    """Project tangent vectors at `source` onto the tangent space at `target`.
+def transport(point: Point, tangent: Tangent) -> Tangent:
+    """Return the tangent vector at a point with the coordinates of one nearby.
+
+    The core stays as it is; of the rest what is no longer orthogonal to the factors is
+    taken out. Retractions turn the factors smoothly, so that to first order nothing
+    else happens to a vector that is carried along.
 
     Args:
-        source: Where the vectors live.
-        target: Where they are wanted.
-        tangents: `k` vectors, stacked along axis 1 of every field: `[r, k, ·]`, so that
-            each step below is one matrix product for all of them.
-
-    Returns:
-        The vectors at `target`, stacked likewise. Nothing of size `d1 d2` is formed.
+        point: Where the vector is wanted.
+        tangent: At a point nearby.
     """
-    aa = _mm(source.a, target.a.T)
-    bb = _mm(source.b, target.b.T)
-    ta = _mm_last(tangents.a, target.a.T).swapaxes(0, 2)
-    tb = _mm_last(tangents.b, target.b.T)
-    # R(ξ) seen from the target's left factors, and from its right ones.
-    from_a = _mm_first(aa.T, tangents.core) + ta
-    from_b = (_mm_last(tangents.core, bb) + tb).swapaxes(0, 2)
-    core = _mm_last(from_a, bb) + _mm_first(aa.T, tb)
-    # What is left after the core has gone: two products in one.
-    both_a = jnp.concatenate([from_b, -core.swapaxes(0, 2)], axis=2)
-    both_b = jnp.concatenate([from_a, -core], axis=2)
     return Tangent(
-        _mm_first(bb.T, tangents.a)
-        + _mm_last(both_a, jnp.concatenate([source.a, target.a])),
-        core,
-        _mm_first(aa.T, tangents.b)
-        + _mm_last(both_b, jnp.concatenate([source.b, target.b])),
+        tangent.a - _mm(_mm(tangent.a, point.a.T), point.a),
+        tangent.core,
+        tangent.b - _mm(_mm(tangent.b, point.b.T), point.b),
     )
 
 
@@ -203,17 +189,6 @@ def _orthonormalise(core, a, b):
     inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
     core = _mm(lower[0].T, _mm(core, lower[1]))
     return Point(_mm(inverse[0], a), core, _mm(inverse[1], b))
-
-
-def _mm_first(x, stack):
-    """Multiply `x` into the first axis of `[r, k, d]`, as one product."""
-    return _mm(x, stack.reshape(stack.shape[0], -1)).reshape(-1, *stack.shape[1:])
-
-
-def _mm_last(stack, y):
-    """Multiply `y` into the last axis of `[r, k, d]`, as one product."""
-    r, k, d = stack.shape
-    return _mm(stack.reshape(r * k, d), y).reshape(r, k, -1)
 
 
 def _dot(x, y):

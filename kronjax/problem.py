@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import jax
 
-from kronjax import descent, schatten
+from kronjax import schatten
 from kronjax.kronecker import Configuration
 
 FIXED = (0, 1, 3, 5, 7, 9, 11)
@@ -30,9 +30,6 @@ ADAPTIVE = tuple(range(schatten.MAX_SQUARINGS + 1))
 
 SLICES = 8
 """At most so many parts has the only stage of a problem that `is_flat`."""
-
-HEAVY = 256
-"""Rows and columns from which on the work of the descent itself is looked at."""
 
 
 class Origin(enum.IntEnum):
@@ -151,20 +148,6 @@ class Problem:
     def is_flat(self) -> bool:
         """Whether p = 2 is all there is, and has no closed form: see `factored`."""
         return self.squarings == (-1,)
-
-    @property
-    def memory(self) -> int:
-        """Curvature pairs that the descent keeps.
-
-        Where the factors are not small, moving ten pairs along at every step costs more
-        than they save: at rank 192 of 768 x 768, where all have as many entries as half
-        the matrix, it took most of a step, and four pairs took 0.94 to 1.0 times the
-        products and 0.57 times the time. Smaller matrices were not tried.
-        """
-        m, n = self.shape
-        entries = sum(one.num_parameters(self.shape) for one in self.configurations)
-        is_heavy = min(m, n) >= HEAVY and 4 * entries > m * n
-        return 4 if is_heavy else descent.MEMORY
 
     @property
     def num_race_stages(self) -> int:

@@ -81,7 +81,7 @@ def test_the_descent_arrives_where_the_closed_form_is(seed):
 
 def test_vectors_move_as_they_are():
     x = Pair(jnp.ones((RANK, D1)), jnp.ones((RANK, D2)))
-    moved = factored.transport(x, x, x)
+    moved = factored.transport(x, x)
     assert factored.inner(moved, moved) == RANK * (D1 + D2)
     assert factored.inner(factored.zero(x), x) == 0
     np.testing.assert_array_equal(factored.retract(x, moved).a, 2 * x.a)

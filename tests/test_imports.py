@@ -25,6 +25,7 @@ ORDER = [
     "factored",
     "weighted",
     "schatten",
+    "history",
     "descent",
     "problem",
     "setting",

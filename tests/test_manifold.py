@@ -62,19 +62,32 @@ def test_changing_all_left_or_all_right_factors_is_tangent(seed):
 
 
 @given(st.integers(0, 99))
-def test_transport_is_projection_of_every_vector_in_the_stack(seed):
-    source, x, y = draw(seed)
+def test_transported_vectors_are_tangent_and_tangent_ones_stay(seed):
+    source, x, _ = draw(seed)
     target, *_ = draw(seed + 1000)
-    vectors = [manifold.project(source, z) for z in (x, y)]
-    moved = manifold.transport(source, target, stack(*vectors))
-    expected = stack(
-        *(
-            manifold.project(target, manifold.tangent_to_ambient(source, v))
-            for v in vectors
-        )
-    )
-    for one, two in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+    vector = manifold.project(source, x)
+    moved = manifold.transport(target, vector)
+    np.testing.assert_allclose(moved.a @ target.a.T, 0, atol=1e-12)
+    np.testing.assert_allclose(moved.b @ target.b.T, 0, atol=1e-12)
+    again = manifold.transport(target, moved)
+    for one, two in zip(jax.tree.leaves(moved), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(one, two, atol=1e-12)
+
+
+@given(st.integers(0, 99))
+def test_transport_after_a_short_step_is_nearly_projection(seed):
+    point, x, y = draw(seed)
+    tangent, vector = (manifold.project(point, z) for z in (x, y))
+    length = jnp.sqrt(manifold.inner(tangent, tangent))
+    lost = []
+    for size in (2e-3, 1e-3):
+        moved = manifold.retract(point, scaled(size / length, tangent))
+        ours = manifold.tangent_to_ambient(moved, manifold.transport(moved, vector))
+        exact = manifold.project(moved, manifold.tangent_to_ambient(point, vector))
+        exact = manifold.tangent_to_ambient(moved, exact)
+        lost.append(float(jnp.linalg.norm(ours - exact) / jnp.linalg.norm(exact)))
+    assert lost[0] < 1e-2
+    assert lost[1] < 0.7 * lost[0]
 
 
 @pytest.mark.parametrize("retract", [manifold.retract, manifold.retract_metric])
