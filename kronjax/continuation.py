@@ -37,7 +37,7 @@ from kronjax import (
     schatten,
     spectral,
 )
-from kronjax.descent import Status
+from kronjax.descent import State, Status
 from kronjax.kronecker import (
     Configuration,
     rearrange,
@@ -200,7 +200,8 @@ def trace_line(setting: Setting, path: Path, stage: Stage) -> Trace:
 
 def _walk(problem, setting, path, stage, tolerance, seed):
     path = enter(problem, setting, path, stage, seed)
-    path = descend(problem, setting, path, stage, tolerance)
+    state = descend(problem, setting, path.state, stage, tolerance)
+    path = dataclasses.replace(path, state=state)
     return leave(problem, setting, path, stage, tolerance)
 
 
@@ -231,11 +232,16 @@ def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, seed) ->
 
 
 def descend(
-    problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance, trials=None
-) -> Path:
-    """Return the path after so many trial points of a stage, or at its end.
+    problem: Problem,
+    setting: Setting,
+    state: State,
+    stage: Stage,
+    tolerance,
+    trials=None,
+) -> State:
+    """Return the state after so many trial points of a stage, or at its end.
 
-    It is there when the state is no longer `Status.RUNNING`.
+    It is there when the status is no longer `Status.RUNNING`.
     """
     geometry, objective = _task(problem, setting, stage)
     products = schatten.num_products(stage.squarings)
@@ -245,8 +251,7 @@ def descend(
         max_evaluations=jnp.maximum(stage.budget // products, 4),
         floor=rounding**2 / 2,
     )
-    state = descent.minimize(objective, path.state, limits, geometry, trials)
-    return dataclasses.replace(path, state=state)
+    return descent.minimize(objective, state, limits, geometry, trials)
 
 
 def leave(

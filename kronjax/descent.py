@@ -6,7 +6,7 @@ tuple. Tangents are tuples likewise, and every operation of the geometry (a modu
 is one trial point, that is one value and gradient: a trial that decreases enough
 (Armijo) becomes the next iterate, otherwise the step is shortened by interpolation.
 Under `vmap` therefore no matrix waits for another one's line search. Curvature pairs
-are coordinates, see `history`; only the direction that they give is made tangent.
+are coordinates, see `pairs`; only the direction that they give is made tangent.
 
 References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
 """
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from kronjax import history as histories
 from kronjax import manifold
-from kronjax.history import MEMORY, History
+from kronjax import pairs as curvature
 from kronjax.lanes import any_lane, in_turn, select
+from kronjax.pairs import MEMORY, Pairs
 
 ARMIJO = 1e-4
 """Fraction of the predicted decrease that a step must deliver."""
@@ -52,7 +52,7 @@ class State:
         direction: Descent direction, tangent there.
         slope: `<gradient, direction>`, negative.
         step: Length of the next trial along `direction`.
-        history: The curvature pairs.
+        pairs: Those of the curvature.
         steps: Accepted steps.
         evaluations: Values and gradients spent, rejected trials included.
         status: `Status`.
@@ -64,7 +64,7 @@ class State:
     direction: Any
     slope: jax.Array
     step: jax.Array
-    history: History
+    pairs: Pairs
     steps: jax.Array
     evaluations: jax.Array
     status: jax.Array
@@ -107,7 +107,7 @@ def init(points: tuple, geometry: ModuleType = manifold, memory: int = MEMORY) -
         direction=flat,
         slope=zero,
         step=zero,
-        history=histories.empty(ravel_pytree(flat)[0], memory),
+        pairs=curvature.empty(ravel_pytree(flat)[0], memory),
         steps=jnp.array(0),
         evaluations=jnp.array(0),
         status=jnp.array(int(Status.RUNNING)),
@@ -134,7 +134,7 @@ def restart(
     """
     value, gradient = objective(state.points)
     flat, back = ravel_pytree(gradient)
-    direction = histories.direction(state.history, flat)
+    direction = curvature.direction(state.pairs, flat)
     direction = _map(geometry.transport, state.points, back(direction))
     if hint is not None:
         falls = _inner(geometry, gradient, hint) < 0
@@ -171,8 +171,8 @@ def step(
     accepted = running & (value <= wanted)
     (new, back), (old, _) = ravel_pytree(gradient), ravel_pytree(state.gradient)
     displaced = ravel_pytree(trial)[0]
-    history, direction = histories.advance(
-        state.history, displaced, new - old, new, accepted
+    pairs, direction = curvature.advance(
+        state.pairs, displaced, new - old, new, accepted
     )
     direction = _map(geometry.transport, points, back(direction))
     advanced = _advance(state, points, value, gradient, direction, limits, geometry)
@@ -180,9 +180,9 @@ def step(
     def choose():
         return select(accepted, advanced, _shorten(state, value, running))
 
-    # The history knows by itself: it is large, and is not to be copied here.
+    # The pairs know by themselves: they are large, and not to be copied here.
     state = jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
-    return dataclasses.replace(state, history=history)
+    return dataclasses.replace(state, pairs=pairs)
 
 
 def minimize(
@@ -196,7 +196,7 @@ def minimize(
 
     Args:
         objective: As for `restart`.
-        state: Where to begin; its history is used.
+        state: Where to begin; its pairs are used.
         limits: When to stop.
         geometry: As for `restart`.
         trials: Pause after so many trial points; traced.
@@ -246,7 +246,7 @@ def _advance(state, points, value, gradient, direction, limits, geometry):
         direction=direction,
         slope=slope,
         step=jnp.ones_like(state.step),
-        history=state.history,
+        pairs=state.pairs,
         steps=state.steps + 1,
         evaluations=state.evaluations + 1,
         status=jnp.where(converged, Status.CONVERGED, Status.RUNNING),

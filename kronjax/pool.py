@@ -106,9 +106,12 @@ class _Host:
         for slot, one in self.held.items():
             if one.ends == ends:
                 stages.setdefault(one.stage, []).append(slot)
-        # Full lanes first, and of those what is nearest to its end.
-        full = {i: (min(len(slots), lanes), i) for i, slots in stages.items()}
-        return stages[max(full, key=full.__getitem__)][:lanes] if full else []
+        if not stages:
+            return []
+        # Full lanes first, and of those what is nearest to its end. Where no lanes are
+        # full who is behind goes first, to be with others from then on.
+        full = [i for i, slots in stages.items() if len(slots) >= lanes]
+        return stages[max(full) if full else min(stages)][:lanes]
 
 
 class Pool:
@@ -181,16 +184,37 @@ class Pool:
         while more or any(host.held or host.done for host in hosts):
             if more and max(len(host.free) for host in hosts) >= self.lanes:
                 more = self._fill(matrices, hosts)
-            turning = [host.chosen(self.lanes, True) for host in hosts]
-            working = [host.chosen(self.lanes, False) for host in hosts]
-            # What fills more lanes comes first.
-            if max(map(len, turning)) < max(map(len, working)):
-                tick(self._work(hosts, working))
-            elif any(turning):
+            turning, working = (
+                [host.chosen(self.lanes, ends) for host in hosts]
+                for ends in (True, False)
+            )
+            if self._comes_first(hosts, turning, working):
                 self._turn(hosts, turning)
+            elif any(working):
+                tick(self._work(hosts, working))
             done = max(len(host.done) for host in hosts)
             if done >= self.lanes or (done and not any(x.held for x in hosts)):
                 yield from self._take(hosts)
+
+    def _comes_first(self, hosts, turning, working):
+        """Return whether to turn slots whose stages have ended before more work.
+
+        What fills the lanes comes first, then who is behind: who has ended a stage
+        waits there for the others.
+        """
+        full = [max(map(len, one)) >= self.lanes for one in (turning, working)]
+        if any(full) or not any(working):
+            return full[0] or any(turning) and not any(working)
+        stages = [
+            min(
+                host.held[slots[0]].stage
+                for host, slots in zip(hosts, chosen, strict=True)
+                if slots
+            )
+            for chosen in (turning, working)
+            if any(chosen)
+        ]
+        return any(turning) and stages[0] < stages[-1]
 
     def _fill(self, matrices, hosts):
         """Begin with new matrices, as many as there are lanes; say if more may come."""

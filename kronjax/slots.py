@@ -16,6 +16,7 @@ back; the last slot is that of lanes without a matrix.
 (4, 6)
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -54,14 +55,16 @@ def _work(problem, held, tolerance, order, stage, trials):
     settings, paths = held
     each = schatten.num_products(stage.squarings)
 
-    def lane(setting, path):
-        new = continuation.descend(problem, setting, path, stage, tolerance, trials)
-        spent = each * (new.state.evaluations - path.state.evaluations)
-        return new, (new.state.status != Status.RUNNING, spent)
+    # Of a path only the state changes, and only that is moved.
+    def lane(setting, state):
+        new = continuation.descend(problem, setting, state, stage, tolerance, trials)
+        spent = each * (new.evaluations - state.evaluations)
+        return new, (new.status != Status.RUNNING, spent)
 
-    own_settings, own_paths = _get(held, order)
-    new_paths, told = jax.vmap(lane)(own_settings, own_paths)
-    return (settings, _put(paths, order, new_paths)), told
+    own = _get((settings, paths.state), order)
+    states, told = jax.vmap(lane)(*own)
+    paths = dataclasses.replace(paths, state=_put(paths.state, order, states))
+    return (settings, paths), told
 
 
 def _turn(problem, held, tolerance, order, seeds, stage, following, ends):

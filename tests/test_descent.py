@@ -161,7 +161,7 @@ def test_a_restart_keeps_the_curvature_of_the_old_objective():
     moved = target + 0.01 * jnp.ones_like(target)
     objective = frobenius(moved)
     warm = descent.restart(objective, state, 1.0)
-    assert (warm.history.curvature == state.history.curvature).all()
+    assert (warm.pairs.curvature == state.pairs.curvature).all()
     assert warm.slope < 0
     cold = descent.restart(objective, descent.init(state.points), 1.0)
     spent = [descent.minimize(objective, x, Limits(1e-12, 200)) for x in (warm, cold)]
@@ -177,7 +177,7 @@ def test_fewer_pairs_can_be_kept():
         state = descent.init(points, memory=memory)
         state = descent.restart(objective, state, 1.0)
         state = descent.minimize(objective, state, Limits(1e-14, 400))
-        assert len(state.history.curvature) == memory
+        assert len(state.pairs.curvature) == memory
         ends.append(state)
     np.testing.assert_allclose(ends[0].value, ends[1].value, rtol=1e-8)
     assert ends[0].steps >= ends[1].steps

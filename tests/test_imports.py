@@ -25,7 +25,7 @@ ORDER = [
     "factored",
     "weighted",
     "schatten",
-    "history",
+    "pairs",
     "descent",
     "problem",
     "setting",

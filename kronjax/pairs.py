@@ -34,101 +34,101 @@ MEMORY = 10
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class History:
+class Pairs:
     """What is remembered of past steps.
 
     Attributes:
-        pairs: `[2h, d]`: `h` displacements and their `h` differences of gradients, each
-            pair in its own slot.
+        vectors: `[2h, d]`: `h` displacements, then their `h` differences of gradients;
+            each pair has a slot.
         products: `[2h, 2h]`, their inner products.
         curvature: `[h]`, `<s, y>`; zero marks a slot that is empty or useless.
         count: Pairs seen so far; `count % h` is the slot of the next one.
     """
 
-    pairs: jax.Array
+    vectors: jax.Array
     products: jax.Array
     curvature: jax.Array
     count: jax.Array
 
 
-def empty(vector: jax.Array, memory: int = MEMORY) -> History:
-    """Return a history without pairs.
+def empty(vector: jax.Array, memory: int = MEMORY) -> Pairs:
+    """Return what is known at the beginning: no pairs.
 
     Args:
         vector: `[d]`, any one, for its shape and dtype.
         memory: `h`.
     """
-    return History(
-        pairs=jnp.zeros((2 * memory, len(vector)), vector.dtype),
+    return Pairs(
+        vectors=jnp.zeros((2 * memory, len(vector)), vector.dtype),
         products=jnp.zeros((2 * memory, 2 * memory), vector.dtype),
         curvature=jnp.zeros(memory, vector.dtype),
         count=jnp.array(0),
     )
 
 
-def add(
-    history: History, s: jax.Array, y: jax.Array, accepted: bool | jax.Array
-) -> History:
-    """Return the history with one more pair, or as it was where not `accepted`.
+def add(pairs: Pairs, s: jax.Array, y: jax.Array, accepted: bool | jax.Array) -> Pairs:
+    """Return the pairs with one more, or as they were where not `accepted`.
 
     Args:
-        history: What is known.
+        pairs: What is known.
         s: `[d]`, a displacement.
         y: `[d]`, how the gradient changed.
         accepted: Whether the step was made.
     """
-    return _added(history, s, y, accepted)[0]
+    return _added(pairs, s, y, accepted)[0]
 
 
-def direction(history: History, gradient: jax.Array) -> jax.Array:
+def direction(pairs: Pairs, gradient: jax.Array) -> jax.Array:
     """Return `-H g`, `[d]`; where nothing is known, `-g`."""
-    return _direction(history, gradient, _mm(history.pairs, gradient))
+    return _direction(pairs, gradient, _mm(pairs.vectors, gradient))
 
 
 def advance(
-    history: History,
+    pairs: Pairs,
     s: jax.Array,
     y: jax.Array,
     gradient: jax.Array,
     accepted: bool | jax.Array,
-) -> tuple[History, jax.Array]:
+) -> tuple[Pairs, jax.Array]:
     """Return both `add` and the `direction` after it, reading the pairs once less."""
-    history, against = _added(history, s, y, accepted, gradient)
-    return history, _direction(history, gradient, against)
+    pairs, against = _added(pairs, s, y, accepted, gradient)
+    return pairs, _direction(pairs, gradient, against)
 
 
-def _added(history, s, y, accepted, *others):
-    """Return the history with a pair, and the products of its pairs with a vector."""
-    h = len(history.curvature)
-    slot = history.count % h
-    pairs = history.pairs
-    # In place, and of one row each, where the history is the carry of a loop.
+def _added(pairs, s, y, accepted, *others):
+    """Return the pairs with one more, and the products of all with a vector."""
+    h = len(pairs.curvature)
+    slot = pairs.count % h
+    vectors = pairs.vectors
+    # In place, and of one row each, where they are the carry of a loop.
     for at, row in ((slot, s), (h + slot, y)):
-        pairs = pairs.at[at].set(jnp.where(accepted, row, pairs[at]))
-    new = _mm(pairs, jnp.stack([pairs[slot], pairs[h + slot], *others]).T)
-    products = history.products
-    for column, at in enumerate((slot, h + slot)):
-        products = products.at[at].set(new[:, column]).at[:, at].set(new[:, column])
+        vectors = vectors.at[at].set(jnp.where(accepted, row, vectors[at]))
+    new = _mm(vectors, jnp.stack([vectors[slot], vectors[h + slot], *others]).T)
+    # By masks: a scatter is slow where lanes have slots of their own.
+    products, rows = pairs.products, jnp.arange(2 * h)
+    for column, at in zip(new.T, (slot, h + slot), strict=False):
+        products = jnp.where(rows[:, None] == at, column[None], products)
+        products = jnp.where(rows[None] == at, column[:, None], products)
     sy, size = new[h + slot, 0], jnp.sqrt(new[slot, 0] * new[h + slot, 1])
     curvature = jnp.where(sy > 1e-8 * size, sy, 0)
-    curvature = jnp.where(accepted, curvature, history.curvature[slot])
-    return History(
-        pairs=pairs,
+    curvature = jnp.where(accepted, curvature, pairs.curvature[slot])
+    return Pairs(
+        vectors=vectors,
         products=products,
-        curvature=history.curvature.at[slot].set(curvature),
-        count=history.count + jnp.asarray(accepted, history.count.dtype),
+        curvature=pairs.curvature.at[slot].set(curvature),
+        count=pairs.count + jnp.asarray(accepted, pairs.count.dtype),
     ), (new[:, 2] if others else None)
 
 
-def _direction(history, gradient, against):
-    h = len(history.curvature)
+def _direction(pairs, gradient, against):
+    h = len(pairs.curvature)
     # Slots, the oldest first.
-    order = (history.count + jnp.arange(h)) % h
+    order = (pairs.count + jnp.arange(h)) % h
     both = jnp.concatenate([order, h + order])
-    curvature = history.curvature[order]
+    curvature = pairs.curvature[order]
     filled = curvature > 0
     known = jnp.tile(filled, 2)
-    products = history.products[both][:, both]
+    products = pairs.products[both][:, both]
     products = jnp.where(known[:, None] & known[None], products, 0)
     against = jnp.where(known, against[both], 0)
     sy, yy = products[:h, h:], products[h:, h:]
@@ -142,7 +142,7 @@ def _direction(history, gradient, against):
     by_s = solve(upper, curvature * q + scale * (_mm(yy, q) - against[h:]), trans=1)
     weights = jnp.zeros(2 * h, scale.dtype)
     weights = weights.at[both].set(jnp.concatenate([by_s, -scale * q]))
-    return -scale * gradient - _mm(weights, history.pairs)
+    return -scale * gradient - _mm(weights, pairs.vectors)
 
 
 def _mm(x, y):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronjax import history as histories
+from kronjax import pairs
 
 D, MEMORY = 7, 3
 
@@ -19,15 +19,15 @@ def draw(seed, count):
 
 
 @jax.jit
-def remember(pairs, accepted):
-    def one(history, pair):
-        return histories.add(history, *pair), None
+def remember(given, accepted):
+    def one(known, pair):
+        return pairs.add(known, *pair), None
 
-    empty = histories.empty(pairs[0][0], MEMORY)
-    return jax.lax.scan(one, empty, (*pairs, accepted))[0]
+    empty = pairs.empty(given[0][0], MEMORY)
+    return jax.lax.scan(one, empty, (*given, accepted))[0]
 
 
-direction = jax.jit(histories.direction)
+direction = jax.jit(pairs.direction)
 
 
 def two_loops(s, y, gradient):
@@ -46,9 +46,9 @@ def two_loops(s, y, gradient):
 @given(seed=st.integers(0, 99), count=st.integers(0, 5))
 def test_the_direction_is_that_of_the_two_loop_recursion(seed, count):
     s, y, gradient = draw(seed, 5)
-    history = remember((s, y), np.arange(5) < count)
+    known = remember((s, y), np.arange(5) < count)
     expected = two_loops(s[:count], y[:count], gradient)
-    found = direction(history, gradient)
+    found = direction(known, gradient)
     np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_accepted_leaves_no_trace(seed):
     assert found.count == 3
     assert (found.curvature > 0).all()
     rows = np.array([0, 2, 3])
-    np.testing.assert_array_equal(found.pairs[:MEMORY], s[rows])
+    np.testing.assert_array_equal(found.vectors[:MEMORY], s[rows])
     exact = np.concatenate([s[rows], y[rows]])
     np.testing.assert_allclose(found.products, exact @ exact.T, rtol=1e-12)
 
@@ -69,26 +69,26 @@ def test_what_is_not_accepted_leaves_no_trace(seed):
 @given(seed=st.integers(0, 99))
 def test_the_newest_pair_satisfies_the_secant_equation(seed):
     s, y, _ = draw(seed, 5)
-    history = remember((s, y), np.full(5, True))
-    np.testing.assert_allclose(direction(history, y[-1]), -s[-1], atol=1e-8)
+    known = remember((s, y), np.full(5, True))
+    np.testing.assert_allclose(direction(known, y[-1]), -s[-1], atol=1e-8)
 
 
 def test_useless_pairs_take_a_slot_and_are_left_out():
     s, y, gradient = draw(0, 3)
     y[1] = -y[1]  # negative curvature
-    history = remember((s, y), np.full(3, True))
-    assert history.curvature.tolist()[1] == 0
+    known = remember((s, y), np.full(3, True))
+    assert known.curvature.tolist()[1] == 0
     kept = [0, 2]
     expected = two_loops(s[kept], y[kept], gradient)
-    np.testing.assert_allclose(direction(history, gradient), expected, rtol=1e-9)
+    np.testing.assert_allclose(direction(known, gradient), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("accepted", [True, False])
 def test_advancing_is_adding_and_asking(accepted):
     s, y, gradient = draw(1, 5)
-    history = remember((s[:4], y[:4]), np.full(4, True))
-    one, ahead = histories.advance(history, s[4], y[4], gradient, accepted)
-    two = histories.add(history, s[4], y[4], accepted)
+    known = remember((s[:4], y[:4]), np.full(4, True))
+    one, ahead = pairs.advance(known, s[4], y[4], gradient, accepted)
+    two = pairs.add(known, s[4], y[4], accepted)
     np.testing.assert_allclose(one.products, two.products, rtol=1e-12)
     np.testing.assert_allclose(ahead, direction(two, gradient), rtol=1e-9)
 
@@ -96,18 +96,18 @@ def test_advancing_is_adding_and_asking(accepted):
 def test_lanes_fill_their_own_slots():
     s, y, gradient = (np.stack(x) for x in zip(draw(2, 5), draw(3, 5), strict=True))
     accepted = np.array([[True] * 5, [True, False, True, False, False]])
-    history = jax.vmap(remember)((s, y), accepted)
-    assert history.count.tolist() == [5, 2]
+    known = jax.vmap(remember)((s, y), accepted)
+    assert known.count.tolist() == [5, 2]
     for i, given_ in enumerate(accepted):
         rows = np.flatnonzero(given_)
         expected = two_loops(s[i][rows], y[i][rows], gradient[i])
-        found = jax.vmap(histories.direction)(history, gradient)[i]
+        found = jax.vmap(pairs.direction)(known, gradient)[i]
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
 
 
 def test_floats_stay_floats():
-    history = histories.empty(jnp.zeros(D, jnp.float32), MEMORY)
+    known = pairs.empty(jnp.zeros(D, jnp.float32), MEMORY)
     one = jnp.ones(D, jnp.float32)
-    history = histories.add(history, one, one, True)
-    assert {x.dtype.name for x in jax.tree.leaves(history)} <= {"float32", "int64"}
-    assert histories.direction(history, one).dtype == jnp.float32
+    known = pairs.add(known, one, one, True)
+    assert {x.dtype.name for x in jax.tree.leaves(known)} <= {"float32", "int64"}
+    assert pairs.direction(known, one).dtype == jnp.float32
