@@ -52,6 +52,7 @@ ORDER = [
     "recipes",
     "recipe",
     "batch",
+    "factors",
     "layers",
     "nn",
     "lm.tokenizer",
