@@ -90,6 +90,8 @@ ORDER = [
     "lm.starts",
     "lm.groups",
     "lm.compression",
+    "lm.masks",
+    "lm.scores",
     "lm.prune",
     "lm.train",
     "lm.record",
