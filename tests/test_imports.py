@@ -93,6 +93,7 @@ ORDER = [
     "lm.masks",
     "lm.scores",
     "lm.prune",
+    "lm.truncate",
     "lm.train",
     "lm.record",
     "lm.page",
