@@ -38,7 +38,7 @@ from kronjax.kronecker import Configuration, interpolative_rank
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Method = Literal["kronecker", "low-rank", "interpolative", "keep"]
 Weighting = Literal["none", "input", "input+gradient"]
-Start = Literal["van-loan", "rescaled", "pruning"]
+Start = Literal["van-loan", "rescaled", "pruning", "random"]
 
 
 class _Strict(pydantic.BaseModel):

@@ -1,8 +1,15 @@
 """Starts of schemes in the literature, which train what they begin with.
 
+    van-loan    the fit as it is: by norm and weights Van Loan's, spectral or data-aware
+    rescaled    the same, multiplied to the norm of the kernel
+    pruning     A = every second row or column, say, and B = [1, ε]
+    random      normal factors, their sum of the size of the kernel
+
 >>> by_name(np.ones((2, 2), np.float32), (), "van-loan")
 ()
 """
+
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +29,24 @@ def by_name(
         return jax.tree.map(lambda x: x * scale, terms)
     if start == "pruning":
         return tuple(_pruned(kernel, one) for one in terms)
+    if start == "random":
+        return _random(kernel, terms)
     return terms
+
+
+def _random(kernel, terms):
+    """Return normal factors whose sum has entries of the size of the kernel's.
+
+    Drawn from a seed that the kernel decides, so that every layer has another one and
+    the same call makes the same model.
+    """
+    seed = int.from_bytes(hashlib.sha256(kernel.tobytes()).digest()[:8], "little")
+    draws = np.random.default_rng(seed)
+    rank = sum(one.a.shape[0] for one in terms)
+    size = np.sqrt(np.sqrt(np.mean(np.square(kernel, dtype=np.float64)) / rank))
+    return jax.tree.map(
+        lambda x: jnp.asarray(size * draws.standard_normal(x.shape), x.dtype), terms
+    )
 
 
 def _pruned(kernel, terms: KroneckerTerms) -> KroneckerTerms:
