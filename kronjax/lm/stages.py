@@ -83,16 +83,14 @@ def run(
         What came of each stage; the last one has the model.
 
     Raises:
-        ValueError: If there are no steps, or fewer than stages, or what `train.run`
-            refuses.
+        ValueError: If there are fewer steps than stages, or what `train.run` refuses.
     """
-    if settings.steps is None:
-        raise ValueError("stages share a number of steps: say how many")
+    total = train.steps_of(model, tokens, settings, held_out)
     results = []
     for i, (stage, steps) in enumerate(
-        zip(stages, share(settings.steps, len(stages)), strict=True)
+        zip(stages, share(total, len(stages)), strict=True)
     ):
-        model = nnx.merge(*nnx.split(model))
+        model = nnx.clone(model)
         stage.change(model)
         results.append(
             train.run(

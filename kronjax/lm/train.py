@@ -30,7 +30,7 @@ from kronjax.lm.regimen import LENGTH, Hook, Settings
 from kronjax.lm.step import Task
 from kronjax.lm.work import digest, fingerprint
 
-__all__ = ["STATE", "Result", "Settings", "Stopped", "run"]
+__all__ = ["STATE", "Result", "Settings", "Stopped", "run", "steps_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,18 @@ def run(
     if folder is not None and jax.process_index() == 0:
         history.write(loop.history, found, folder)
     return Result(loop.model(), loop.history, found)
+
+
+def steps_of(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    settings: Settings,
+    held_out: np.ndarray | None = None,
+) -> int:
+    """Return the steps that a run with these settings makes; arguments as of `run`."""
+    steps = _prepare(model.config.context, tokens, held_out, settings)[0].steps
+    assert steps is not None
+    return steps
 
 
 def _check(model, teacher, tokens, held_out, settings) -> None:
