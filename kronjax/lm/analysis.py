@@ -18,7 +18,6 @@ the stable rank.
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,46 +106,39 @@ def of_kernel(name: str, kernel: np.ndarray) -> Spectrum:
     )
 
 
-def of(model: LanguageModel) -> tuple[Spectrum, ...]:
-    """Return the sizes of all linear layers of a model but its head, in order."""
-    layers = nn.linear_layers(model)
-    return tuple(
-        of_kernel(name, np.asarray(nn.dense(layer).kernel[...], np.float64))
-        for name, layer in layers.items()
-        if name != "lm_head"
-    )
-
-
 def compare(before: LanguageModel, after: LanguageModel) -> Comparison:
     """Compare two models of one architecture.
+
+    Costs the singular values of all kernels of the first, and of those of the second
+    that differ.
 
     Raises:
         ValueError: If they have other layers, or an entry is not finite.
     """
-    return of_spectra(of(before), of(after))
-
-
-def of_spectra(before: Sequence[Spectrum], after: Sequence[Spectrum]) -> Comparison:
-    """Compare what `of` returned for two models.
-
-    Raises:
-        ValueError: If they have other layers.
-    """
-    if [x.name for x in before] != [x.name for x in after]:
+    old, new = map(_kernels, (before, after))
+    if list(old) != list(new):
         raise ValueError("the models have other layers: they cannot be compared")
+    first = {name: of_kernel(name, kernel) for name, kernel in old.items()}
+    second = {
+        name: first[name]
+        if np.array_equal(kernel, old[name])
+        else of_kernel(name, kernel)
+        for name, kernel in new.items()
+    }
 
     def product(spectra):
         # A layer of zeros would make it zero; the bound is then of no use.
-        return sum(2 * math.log10(max(x.spectral, 1e-300)) for x in spectra)
+        return sum(2 * math.log10(max(x.spectral, 1e-300)) for x in spectra.values())
 
     def ranks(spectra):
-        return math.log10(max(sum(x.stable_rank for x in spectra), 1e-300))
+        total = sum(x.stable_rank for x in spectra.values())
+        return math.log10(max(total, 1e-300))
 
     return Comparison(
-        tuple(before),
-        tuple(after),
-        log10_product=product(after) - product(before),
-        log10_ranks=ranks(after) - ranks(before),
+        tuple(first.values()),
+        tuple(second.values()),
+        log10_product=product(second) - product(first),
+        log10_ranks=ranks(second) - ranks(first),
     )
 
 
@@ -182,6 +174,15 @@ def verdict(comparison: dict[str, Any]) -> str:
         f"10^{comparison['log10_ranks']:+.2f}); mean stable rank {old:.2f} before, "
         f"{new:.2f} after."
     )
+
+
+def _kernels(model: LanguageModel) -> dict[str, np.ndarray]:
+    """Return the kernels of all linear layers but the head, multiplied out."""
+    return {
+        name: np.asarray(nn.dense(layer).kernel[...], np.float64)
+        for name, layer in nn.linear_layers(model).items()
+        if name != "lm_head"
+    }
 
 
 def _without_name(spectrum: Spectrum) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kronjax import output
+from kronjax.lm import analysis
 
 METRICS = "metrics.jsonl"
 """The lines."""
@@ -191,6 +192,10 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         made.pop()
     if found["tokens_per_second"] is not None:
         made.append(("tokens/s", f"{found['tokens_per_second']:,.0f}"))
+    if found.get("held", 0) > found["parameters"]:
+        made.append(("held, masked ones included", f"{found['held']:,}"))
+    if found.get("analysis"):
+        made.append(("norms and ranks", analysis.verdict(found["analysis"])))
     return [*made, ("ended", found["ended"])]
 
 

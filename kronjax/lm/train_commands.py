@@ -33,6 +33,16 @@ def train(
     attention_weight: Annotated[float, option("X")] = 0.0,
     temperature: Annotated[float, option("T")] = 1.0,
     layer_map: Annotated[str | None, option("I:J,...")] = None,
+    sparsity: Annotated[float | None, option("S")] = None,
+    pattern: Annotated[str | None, option("N:M")] = None,
+    scope: Annotated[
+        Literal["layer", "global", "output"], option("layer|global|output")
+    ] = "layer",
+    prune_steps: Annotated[int | None, option("N")] = None,
+    low_rank_to: Annotated[float | None, option("F")] = None,
+    stages: Annotated[int, option("N")] = 4,
+    match: Annotated[tuple[str, ...], option("NAME ...")] = ("*",),
+    calibrate: Annotated[str | None, option("FILE")] = None,
     freeze: Annotated[tuple[str, ...], option("NAME ...")] = (),
     precision: Annotated[
         Literal["float32", "bfloat16"], option("float32|bfloat16")
@@ -78,6 +88,16 @@ def train(
         temperature: Softens predictions before they are compared.
         layer_map: Which block of the model follows which of the teacher, such as
             0:1,1:3; spread evenly by default.
+        sparsity: Prune so much of the linear layers gradually, then train on what is
+            left: 0.5 is half.
+        pattern: Prune to N of every M consecutive inputs instead, such as 2:4.
+        scope: What competes to be kept: the entries of a layer, of all layers, or of
+            the weights of each output.
+        prune_steps: In which sparsity rises; by default six tenths of all.
+        low_rank_to: Lower ranks in stages until so much of the parameters is left.
+        stages: How many, with as many steps each.
+        match: Names of layers that become smaller, as in recipes; all by default.
+        calibrate: A text to weigh entries and errors by.
         freeze: Names of what is not trained, such as wte or h.*.attn.*.
         precision: Of products; parameters are float32 while they are trained.
         remat: Compute blocks twice, to save memory.
@@ -96,6 +116,7 @@ def train(
         as_json: Print the record as one JSON object.
     """
     from kronjax.lm import checkpoint, regimen, sources
+    from kronjax.lm import course as courses
     from kronjax.lm import data as corpora
     from kronjax.lm import train as training
     from kronjax.lm.architecture import parameter_dtype, tokenizer_of
@@ -128,6 +149,12 @@ def train(
         keep=keep,
         seed=seed,
     )
+    plan = _course(sparsity, pattern, scope, prune_steps, low_rank_to, stages, match)
+    if calibrate is not None and not plan.changes:
+        raise ValueError(
+            "--calibrate weighs what --sparsity, --pattern or --low-rank-to take away; "
+            "give one of them"
+        )
     folder = sources.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE
     if force:
@@ -141,11 +168,16 @@ def train(
         corpora.check_tokenizers(tokenizer, master.tokenizer)
     corpus = corpora.prepare(data, tokenizer, state, column=column)
     tests = evaluate and corpora.prepare(evaluate, tokenizer, state, column=column)
+    moments = None
+    if calibrate is not None:
+        moments = _moments(student, calibrate, gradients=low_rank_to is not None)
     try:
-        result = training.run(
+        result = courses.run(
             student,
             corpus.tokens,
             settings,
+            plan,
+            moments=moments,
             teacher=master,
             held_out=tests.tokens if tests else None,
             folder=folder,
@@ -174,6 +206,52 @@ def default_folder(model: str) -> Path:
         path = path.resolve()
         return path.with_name(f"{path.name}-trained")
     return Path(f"{path.name.removesuffix('.gguf')}-trained")
+
+
+def _course(sparsity, pattern, scope, prune_steps, low_rank_to, stages, match) -> Any:
+    """Return what happens to the layers on the way."""
+    from kronjax.lm.course import Course
+    from kronjax.lm.prune import Pruning
+
+    pruning = None
+    if sparsity is not None or pattern is not None:
+        pruning = Pruning(
+            sparsity,
+            scope,
+            pattern=None if pattern is None else _pattern(pattern),
+            match=match,
+            steps=prune_steps,
+        )
+    elif scope != "layer" or prune_steps is not None:
+        raise ValueError("--scope and --prune-steps are of pruning: give --sparsity S")
+    if low_rank_to is None and pruning is None and match != ("*",):
+        raise ValueError(
+            "--match says which layers become smaller: give --sparsity, --pattern or "
+            "--low-rank-to, too"
+        )
+    return Course(pruning, low_rank_to, stages, match)
+
+
+def _pattern(text: str) -> tuple[int, int]:
+    """Return the numbers of a pattern.
+
+    >>> _pattern("2:4")
+    (2, 4)
+    """
+    try:
+        n, m = map(int, text.split(":"))
+    except ValueError as error:
+        raise ValueError(f"--pattern {text}; write it like 2:4") from error
+    return n, m
+
+
+def _moments(model: Any, name: str, *, gradients: bool) -> Any:
+    """Return what layers see of a text, and what the loss asks of them."""
+    from kronjax.lm import calibrate, compression
+    from kronjax.lm import text as texts
+
+    read = texts.tokens_of(model, texts.read(name))[: compression.TOKENS + 1]
+    return calibrate.measure(compression.precise(model), read, gradients=gradients)
 
 
 def _pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
