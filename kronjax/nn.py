@@ -101,8 +101,9 @@ def cost(layer: Layer | Table) -> Cost:
         return Cost(held, bytes_held, flops, held)
     if isinstance(layer, KroneckerLinear):
         parts = [*layer.a, *layer.b, *(layer.scales or ())]
-        sums: Any = map(KroneckerTerms, layer.a, layer.b)  # for their shapes
-        flops = sum(2 * matmul_cost(one) for one in sums)
+        pairs: Any = zip(layer.a, layer.b, strict=True)
+        # Only the shapes of the two are looked at.
+        flops = sum(2 * matmul_cost(KroneckerTerms(*pair)) for pair in pairs)
         flops += (len(layer.a) - 1) * layer.out_features
     elif isinstance(layer, InterpolativeLinear):
         parts = [layer.columns, layer.rest]

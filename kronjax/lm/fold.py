@@ -13,6 +13,8 @@ References: the ports, whose `HIDDEN` names what is elementwise between two laye
 [[0.0, 1.0], [1.0, 0.0]]
 """
 
+from typing import Any
+
 import numpy as np
 from flax import nnx
 
@@ -84,7 +86,8 @@ def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
         made = nn.InterpolativeLinear(columns, layer.rest[...], outputs, bias)
         if isinstance(layer.columns, nn.MaskedFactor):
             value, mask = layer.columns.value[...], layer.columns.mask[...]
-            made.columns = nn.MaskedFactor(value[order], mask[order])
+            masked: Any = nn.MaskedFactor(value[order], mask[order])
+            made.columns = masked
         made.rest = layer.rest
         return made
     inputs = np.arange(layer.in_features)

@@ -162,7 +162,7 @@ def prune(
         for place, mask in parts.items():
             part = _part(layers[name], place)
             held = part if place == "kernel" else part.value
-            where = layers[name] if place == "kernel" else part
+            where: Any = layers[name] if place == "kernel" else part
             value = held[...]
             _assign(held, jnp.where(mask, value, jnp.zeros((), value.dtype)))
             _assign(where.mask, mask)

@@ -13,26 +13,25 @@ by what `B` is divided by.
 
 References: Sun et al. (2024), for Wanda.
 
->>> kernel = jnp.array([[1.0, -2.0], [0.5, 0.0]])
+>>> kernel = jnp.array([[1.0, -2.0], [0.5, 0.0]], jnp.float32)
 >>> of(nn.linear(kernel, None), np.diag([1.0, 16.0]))["kernel"].tolist()
 [[1.0, 2.0], [2.0, 0.0]]
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kronjax import nn
+from kronjax.lm.architecture import parameter_dtype
 
-Place = tuple[str, int | None]
+Place = str | tuple[str, int]
 """Where in a layer a part is: an attribute, and its place if that is a list."""
 
 
 def of(
     layer: nn.Layer, moment: jax.Array | np.ndarray | None = None
-) -> dict[Any, jax.Array]:
+) -> dict[Place, jax.Array]:
     """Return the scores of all parts of a layer that can be pruned.
 
     Args:
@@ -46,7 +45,8 @@ def of(
     Raises:
         ValueError: If a factor is a product of two, whose entries are not its own.
     """
-    given = None if moment is None else jnp.asarray(moment)
+    dtype = jnp.promote_types(parameter_dtype(layer), jnp.float32)
+    given = None if moment is None else jnp.asarray(moment, dtype)
     with jax.default_matmul_precision("highest"):
         if isinstance(layer, nn.KroneckerLinear):
             return _of_sums(layer, given)
@@ -58,11 +58,11 @@ def of(
         return {"kernel": kernel}
 
 
-def _of_sums(layer, moment):
+def _of_sums(layer, moment) -> dict[Place, jax.Array]:
     if moment is not None and layer.inputs is not None:
         order = layer.inputs[...]
         moment = moment[order][:, order]
-    scores = {}
+    scores: dict[Place, jax.Array] = {}
     for c, (a, b) in enumerate(zip(layer.a, layer.b, strict=True)):
         if any(isinstance(x, nn.LowRankFactor) for x in (a, b)):
             raise ValueError(
@@ -86,7 +86,7 @@ def _of_sums(layer, moment):
     return scores
 
 
-def _of_interpolative(layer, moment):
+def _of_interpolative(layer, moment) -> dict[Place, jax.Array]:
     columns, rest = _wide(layer.columns[...]), _wide(layer.rest[...])
     sums = 1 + jnp.sum(rest**2, axis=1)
     seen = columns if moment is None else moment @ columns
