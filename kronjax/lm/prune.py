@@ -152,10 +152,17 @@ def prune(
         pruning: What goes.
         moments: To weigh entries by what their inputs are.
         sparsity: In the place of the final one.
+
+    Raises:
+        ValueError: As `begin`, and if the moments are those of other layers.
     """
     names = begin(model, pruning)
     layers = nn.linear_layers(model)
-    seen = None if moments is None else {k: moments.input(k) for k in names}
+    seen = None
+    if moments is not None:
+        if not set(names) <= set(moments.sources):
+            raise ValueError("the moments are those of another model")
+        seen = {name: moments.input(name) for name in names}
     sparsity = pruning.final if sparsity is None else sparsity
     found = _masks({name: layers[name] for name in names}, pruning, seen, sparsity)
     for name, parts in found.items():
@@ -163,9 +170,9 @@ def prune(
             part = _part(layers[name], place)
             held = part if place == "kernel" else part.value
             where: Any = layers[name] if place == "kernel" else part
-            value = held[...]
-            _assign(held, jnp.where(mask, value, jnp.zeros((), value.dtype)))
-            _assign(where.mask, mask)
+            value, kept = held[...], mask & where.mask[...]
+            _assign(held, jnp.where(kept, value, jnp.zeros((), value.dtype)))
+            _assign(where.mask, kept)
 
 
 class Gradual:

@@ -276,6 +276,14 @@ def test_what_cannot_be_pruned_so_is_refused_by_name():
         prune.begin(model, Pruning(0.5))
 
 
+def test_what_was_pruned_further_stays_so():
+    model = make()
+    prune.prune(model, Pruning(0.75))
+    before = prune.sparsity(model)
+    prune.prune(model, Pruning(0.25))
+    assert prune.sparsity(model) == before
+
+
 def test_nothing_to_prune_changes_nothing():
     model = make()
     expected = np.asarray(model(TOKENS))
