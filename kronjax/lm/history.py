@@ -10,6 +10,7 @@ more.
 2.0
 """
 
+import contextlib
 import io
 import json
 import math
@@ -95,14 +96,21 @@ class History:
 
     def flush(self) -> None:
         """Have all lines on disk, before a checkpoint counts on them."""
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.flush()
             os.fsync(self._file.fileno())
+        except OSError as error:
+            raise type(error)(
+                f"cannot write {METRICS}: {error.strerror or error}"
+            ) from error
 
     def close(self) -> None:
         """Let go of the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # said before, or of no consequence
+                self._file.close()
             self._file = None
 
     @property

@@ -8,6 +8,8 @@ on with another number of devices.
 """
 
 import contextlib
+import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,14 @@ class Snapshots:
         if step in self._manager.all_steps():
             return
         with self._explained(step):
+            # Orbax would find out later, and print pages.
+            needed = sum(x.nbytes for x in jax.tree.leaves(state))
+            free = shutil.disk_usage(self.folder).free
+            if needed > free:
+                raise OSError(
+                    f"it takes {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} are "
+                    "free"
+                )
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -117,18 +127,23 @@ class Snapshots:
 
     @contextlib.contextmanager
     def _explained(self, step: int) -> Iterator[None]:
-        newest = self.newest
+        newest, log = self.newest, logging.getLogger("absl")
+        level = log.level
         try:
+            log.setLevel(logging.CRITICAL)  # it would print pages
             yield
         except (OSError, ValueError, RuntimeError) as error:
             kept = "there is none before it"
             if newest is not None:
                 kept = f"that of step {newest} is intact, and the same command goes on"
-            reason = str(error).strip().splitlines()[0][:200]
+            # The end of what Orbax says is what the system said.
+            reason = ": ".join(str(error).strip().splitlines()[0].split(": ")[-2:])
             raise OSError(
                 f"the checkpoint of step {step} in {self.folder} cannot be written "
                 f"({reason}); {kept}"
             ) from error
+        finally:
+            log.setLevel(level)
 
     @contextlib.contextmanager
     def _readable(self, step: int) -> Iterator[None]:

@@ -4,6 +4,8 @@ import gzip
 import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from helpers import SENTENCES
 from hypothesis import given
@@ -62,9 +64,6 @@ def write(path, rows):
     if path.suffix == ".txt":
         path.write_text("\n".join(rows))
     elif path.suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path)
     else:
         content = "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
@@ -95,11 +94,15 @@ def test_long_texts_are_cut_between_paragraphs(tmp_path, tokenizer, monkeypatch)
     assert all(piece.endswith("\n") for piece in pieces[:-1])
 
 
-def test_an_interrupted_file_is_not_taken_for_a_whole_one(tmp_path, tokenizer, monkeypatch):
+def test_an_interrupted_file_is_not_taken_for_a_whole_one(
+    tmp_path, tokenizer, monkeypatch
+):
     write(tmp_path / "a.txt", SENTENCES)
     folder = tmp_path / "tokens"
     with monkeypatch.context() as patch:
-        patch.setattr(data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr(
+            data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full"))
+        )
         with pytest.raises(OSError, match="cannot write .*tokens-.*full"):
             data.prepare(tmp_path / "a.txt", tokenizer, folder)
     assert list(folder.iterdir()) == []
