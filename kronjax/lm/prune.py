@@ -290,11 +290,13 @@ def _masks(layers, pruning, moments, sparsity):
         for name, layer in layers.items()
     }
     if pruning.scope == "global":
-        return program(state, moments, pruning.kept(sum(entries.values()), sparsity))
+        kept = pruning.kept(sum(entries.values()), sparsity)
+        # What is too large for an int32 is refused where it is counted.
+        return program(state, moments, min(kept, np.iinfo(np.int32).max))
     if pruning.scope == "output":
         entries = {name: layers[name].in_features for name in layers}
-    kept = {name: np.int32(pruning.kept(x, sparsity)) for name, x in entries.items()}
-    return program(state, moments, kept)
+    counts = {name: pruning.kept(x, sparsity) for name, x in entries.items()}
+    return program(state, moments, counts)
 
 
 @functools.lru_cache(maxsize=16)

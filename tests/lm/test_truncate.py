@@ -13,7 +13,7 @@ from kronjax.lm.prune import Pruning
 CONFIG = llama.Config(
     hidden_size=16,
     intermediate_size=32,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     vocab_size=30,
     tie_word_embeddings=True,
