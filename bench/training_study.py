@@ -329,11 +329,9 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
     methods = [whole, *methods]
     named = {method.name: method for method in methods}
 
-    def train_all(seed: int) -> None:
+    def train_all(seed: int, extras: bool = False) -> None:
         for method in methods:
-            if method.is_extra and seed != study.seeds[0]:
-                continue
-            for way in method.ways:
+            for way in method.ways if method.is_extra == extras else ():
                 parts[f"{method.name}|{way}|{seed}"] = lambda m=method, w=way: timed(
                     m, w, seed, study.steps
                 )
@@ -346,11 +344,13 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
             )
 
     # What matters most comes first, where time is short.
-    train_all(study.seeds[0])
-    train_long(study.long[:2])
-    for seed in study.seeds[1:]:
+    first, *others = study.seeds
+    train_all(first)
+    train_long(study.long[:1])
+    for seed in others:
         train_all(seed)
-    train_long(study.long[2:])
+    train_long(study.long[1:])
+    train_all(first, extras=True)
     return parts
 
 
