@@ -139,15 +139,17 @@ def train(
     tokenizer = tokenizer_of(student)
     if master is not None:
         corpora.check_tokenizers(tokenizer, master.tokenizer)
-    corpus = corpora.prepare(data, tokenizer, state, column=column)
-    tests = evaluate and corpora.prepare(evaluate, tokenizer, state, column=column)
+    tokens = corpora.prepare(data, tokenizer, state, column=column)
+    tests = None
+    if evaluate is not None:
+        tests = corpora.prepare(evaluate, tokenizer, state, column=column)
     try:
         result = training.run(
             student,
-            corpus.tokens,
+            tokens,
             settings,
             teacher=master,
-            held_out=tests.tokens if tests else None,
+            held_out=tests,
             folder=folder,
         )
     except training.Stopped as error:
