@@ -27,6 +27,7 @@ KEYS = {
     "precision": {"targets", "on_gpu", "errors", "proven", "batches"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
+    "training": {"targets", "cases"},
     "spectral_norms": {"targets", "ratios", "seconds", "matrices", "failure"},
     "training_study": {"targets", "rows", "runs", "tokens", "seen"},
 }

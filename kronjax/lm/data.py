@@ -14,7 +14,6 @@ that ends a text. The last blocks are held out.
 (3, (2, 4))
 """
 
-import dataclasses
 import functools
 import hashlib
 import os
@@ -23,65 +22,47 @@ from pathlib import Path
 import numpy as np
 
 from kronjax.lm import text as texts
-from kronjax.lm.text import Text
 from kronjax.lm.tokenizer import Tokenizer
 
 HELD_OUT = 0.05
 """Of the tokens, what is held out at the end of a text."""
 
 _LIMIT = 2**20
-"""Characters that are tokenised at a time; a text is cut between two paragraphs."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Corpus:
-    """The tokens of a text.
-
-    Attributes:
-        tokens: `[n]`, uint16 or uint32, mapped into memory where there is a file.
-        source: Where they come from.
-    """
-
-    tokens: np.ndarray
-    source: str
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of the tokens, whatever their dtype."""
-        hashed = hashlib.sha256()
-        for first in range(0, len(self.tokens), _LIMIT):
-            hashed.update(self.tokens[first : first + _LIMIT].astype("<u4").tobytes())
-        return hashed.hexdigest()
+"""Characters that are tokenised at a time, and then to the end of a paragraph."""
 
 
 def prepare(
-    source: str | Path | Text,
+    source: str | Path,
     tokenizer: Tokenizer,
     folder: Path,
     *,
     column: str = "text",
-) -> Corpus:
+) -> np.ndarray:
     """Return the tokens of a text, from a file in `folder` that is made if missing.
 
     Args:
-        source: What `kronjax.lm.text.read` takes, or what it returned.
+        source: What `kronjax.lm.text.read` takes; it is not held in memory.
         tokenizer: That of the model.
         folder: For the file of tokens; its name says what it was made from.
         column: Where rows have several fields, the one with the text.
+
+    Returns:
+        `[n]`, uint16 or uint32, mapped into memory.
 
     Raises:
         ValueError: If the text is empty or not what it should be.
         OSError: If it cannot be read, or the file not written.
     """
-    text = source if isinstance(source, Text) else texts.read(source, column=column)
-    facts = text.sha256, text.join, len(text.rows), tokenizer.digest
+    facts = str(source), column, tokenizer.digest
     mark = hashlib.sha256(f"1 {facts}".encode())
+    if Path(source).is_file():
+        with open(source, "rb") as file:
+            mark.update(hashlib.file_digest(file, "sha256").digest())
     path = folder / f"tokens-{mark.hexdigest()[:16]}.npy"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(path, text, tokenizer)
-    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    return Corpus(tokens, text.source)
+        documents = texts.stream(source, column=column, size=_LIMIT)
+        _write(path, documents, tokenizer, str(source))
+    return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def check_tokenizers(student: Tokenizer, teacher: Tokenizer | None) -> None:
@@ -185,8 +166,9 @@ def in_order(tokens: np.ndarray, length: int, most: int) -> np.ndarray:
     )
 
 
-def _write(path: Path, text: Text, tokenizer: Tokenizer) -> None:
-    """Write the tokens of a text as a `.npy` file, whole or not at all."""
+def _write(path, documents, tokenizer: Tokenizer, source: str) -> None:
+    """Write the tokens of documents as a `.npy` file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
     end = tokenizer.eos
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -195,15 +177,17 @@ def _write(path: Path, text: Text, tokenizer: Tokenizer) -> None:
             # The number of tokens is known at the end; its field has a fixed width.
             header = functools.partial(_header, dtype)
             file.write(header(0))
-            count = 0
-            for document in _documents(text):
-                for part in _pieces(document):
+            count, is_empty = 0, True
+            for document in documents:
+                for part in document:
                     tokens = tokenizer.encode(part, special=False)
                     file.write(tokens.astype(dtype).tobytes())
-                    count += len(tokens)
+                    count, is_empty = count + len(tokens), is_empty and not part.strip()
                 if end is not None:
                     file.write(np.array([end], dtype).tobytes())
                     count += 1
+            if is_empty:
+                raise ValueError(f"{source} is empty")
             file.seek(0)
             file.write(header(count))
             file.flush()
@@ -220,21 +204,3 @@ def _header(dtype: np.dtype, count: int) -> bytes:
     described = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},)"
     body = (described + ", }").ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + body.encode()
-
-
-def _documents(text: Text):
-    """Return rows that are documents, or a text file as the one that it is."""
-    if text.join == "none":
-        return [text.text]
-    return [row for row in text.rows if row.strip()]
-
-
-def _pieces(document: str):
-    """Yield a document in pieces that end with a paragraph."""
-    while len(document) > _LIMIT:
-        cut = document.find("\n\n", _LIMIT)
-        if cut < 0:
-            break
-        yield document[: cut + 1]
-        document = document[cut + 1 :]
-    yield document

@@ -165,6 +165,7 @@ def record(history: History, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what came of a training: facts, and numbers from its lines."""
     steps, tests = history.steps, history.evaluations
     speeds = sorted(line["tokens_per_second"] for line in steps[1:])
+    shares = [line["utilisation"] for line in steps[1:] if "utilisation" in line]
     best = history.best()
     return {
         **facts,
@@ -175,6 +176,7 @@ def record(history: History, facts: Mapping[str, Any]) -> dict[str, Any]:
         "held_out_best": best and best[HELD_OUT],
         "best_step": best and best["step"],
         "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+        "utilisation": sorted(shares)[len(shares) // 2] if shares else None,
     }
 
 
@@ -200,6 +202,8 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         made.pop()
     if found["tokens_per_second"] is not None:
         made.append(("tokens/s", f"{found['tokens_per_second']:,.0f}"))
+    if found["utilisation"] is not None:
+        made.append(("model FLOP utilisation", f"{100 * found['utilisation']:.1f} %"))
     if found.get("held", 0) > found["parameters"]:
         made.append(("held, masked ones included", f"{found['held']:,}"))
     if found.get("analysis"):

@@ -65,6 +65,7 @@ class Loop:
         hook: Called between steps, or None.
         folder: For metrics and checkpoints, or None.
         marks: What decides the outcome; a checkpoint with others is refused.
+        limit: Tokens per second that the devices could do, or None if not known.
         history: What happened.
         ended: Why it ended.
         compile_seconds: Spent on tracing and compiling.
@@ -80,6 +81,7 @@ class Loop:
     hook: Hook | None = None
     folder: Path | None = None
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    limit: float | None = None
     history: History = dataclasses.field(default_factory=History)
     ended: str = "all steps made"
     compile_seconds: float = 0.0
@@ -165,9 +167,10 @@ class Loop:
             now = time.perf_counter()
             speed = self.settings.batch * (self._shape[2] - 1) / (now - self._clock)
             self._clock = now
-            self.history.add(
-                {"step": step, **found, "tokens_per_second": round(speed, 1)}
-            )
+            line = {"step": step, **found, "tokens_per_second": round(speed, 1)}
+            if self.limit is not None:
+                line["utilisation"] = round(speed / self.limit, 4)
+            self.history.add(line)
 
     def _failure(self, step: int, loss: float) -> str:
         """Say where a step failed; the carry is as it was before."""

@@ -96,7 +96,8 @@ def run(
         "hook": None if hook is None else repr(hook),
     }
     parts = task, settings, training, tests, carry, fixed, theirs
-    loop = Loop(*parts, hook=hook, folder=folder, marks=marks)
+    limit = _limit(model, teacher, task)
+    loop = Loop(*parts, hook=hook, folder=folder, marks=marks, limit=limit)
     try:
         loop.go(progress)
     finally:
@@ -117,6 +118,19 @@ def run(
     if folder is not None and jax.process_index() == 0:
         history.write(loop.history, found, folder)
     return Result(loop.model(), loop.history, found)
+
+
+def _limit(model, teacher, task: Task) -> float | None:
+    """Return the tokens per second that the devices could do, or None.
+
+    The gradient takes twice the products of a forward pass, and the teacher has no
+    gradient. Attention scores and what is computed twice are left out.
+    """
+    peak = history.peak(jax.devices()[0].device_kind, task.precision)
+    if peak is None:
+        return None
+    theirs = 0 if teacher is None else sizes.count(teacher).flops
+    return peak * task.placement.devices / (3 * sizes.count(model).flops + theirs)
 
 
 def steps_of(

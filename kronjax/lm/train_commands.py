@@ -166,20 +166,22 @@ def train(
     tokenizer = tokenizer_of(student)
     if master is not None:
         corpora.check_tokenizers(tokenizer, master.tokenizer)
-    corpus = corpora.prepare(data, tokenizer, state, column=column)
-    tests = evaluate and corpora.prepare(evaluate, tokenizer, state, column=column)
+    tokens = corpora.prepare(data, tokenizer, state, column=column)
+    tests = None
+    if evaluate is not None:
+        tests = corpora.prepare(evaluate, tokenizer, state, column=column)
     moments = None
     if calibrate is not None:
         moments = _moments(student, calibrate, gradients=low_rank_to is not None)
     try:
         result = courses.run(
             student,
-            corpus.tokens,
+            tokens,
             settings,
             plan,
             moments=moments,
             teacher=master,
-            held_out=tests.tokens if tests else None,
+            held_out=tests,
             folder=folder,
         )
     except training.Stopped as error:

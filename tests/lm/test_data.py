@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kronjax.lm import data
 from kronjax.lm.data import Blocks
+from kronjax.lm.text import stream
 
 
 @given(st.integers(2, 60), st.integers(1, 8), st.integers(0, 3))
@@ -73,40 +74,52 @@ def write(path, rows):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_texts_become_files_of_tokens(name, tmp_path, tokenizer):
     write(tmp_path / name, SENTENCES)
-    corpus = data.prepare(tmp_path / name, tokenizer, tmp_path / "tokens")
+    tokens = data.prepare(tmp_path / name, tokenizer, tmp_path / "tokens")
     documents = ["\n".join(SENTENCES)] if name == "a.txt" else SENTENCES
     expected = [x for row in documents for x in (*tokenizer.encode(row), tokenizer.eos)]
-    assert corpus.tokens.dtype == np.uint16
-    assert isinstance(corpus.tokens, np.memmap)
-    np.testing.assert_array_equal(corpus.tokens, expected)
+    assert tokens.dtype == np.uint16
+    assert isinstance(tokens, np.memmap)
+    np.testing.assert_array_equal(tokens, expected)
     (file,) = (tmp_path / "tokens").iterdir()
     written = file.stat().st_mtime_ns
     again = data.prepare(tmp_path / name, tokenizer, tmp_path / "tokens")
     assert file.stat().st_mtime_ns == written
-    np.testing.assert_array_equal(again.tokens, expected)
+    np.testing.assert_array_equal(again, expected)
 
 
-def test_long_texts_are_cut_between_paragraphs(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "_LIMIT", 100)
-    text = "\n\n".join(SENTENCES * 5) + " " + "x" * 300
-    pieces = list(data._pieces(text))
-    assert "".join(pieces) == text and len(pieces) > 3
-    assert all(piece.endswith("\n") for piece in pieces[:-1])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_long_texts_are_read_in_pieces_that_end_with_a_paragraph(name, tmp_path):
+    text = "\n\n".join(SENTENCES * 5) + " " + "é" * 300
+    if name == "a.txt":
+        (tmp_path / name).write_text(text)
+    else:
+        write(tmp_path / name, [text, " ", text])
+    documents = [list(one) for one in stream(tmp_path / name, size=100)]
+    assert len(documents) == (1 if name == "a.txt" else 2)
+    for pieces in documents:
+        assert "".join(pieces) == text and len(pieces) > 3
+        assert all(piece.endswith("\n\n") for piece in pieces[:-1])
 
 
-def test_an_interrupted_file_is_not_taken_for_a_whole_one(
-    tmp_path, tokenizer, monkeypatch
-):
+def test_a_byte_that_is_no_text_is_named_wherever_it_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffé\n".encode() + b"ab\xff\n")
+    with pytest.raises(ValueError, match="byte 8 is 0xff"):
+        [list(one) for one in stream(path)]
+
+
+def test_half_a_file_is_not_taken_for_a_whole_one(tmp_path, tokenizer, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
     write(tmp_path / "a.txt", SENTENCES)
     folder = tmp_path / "tokens"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            data.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full"))
-        )
-        with pytest.raises(OSError, match="cannot write .*tokens-.*full"):
+        patch.setattr(data.os, "fsync", full)
+        with pytest.raises(OSError, match="cannot write .*tokens-.*No space"):
             data.prepare(tmp_path / "a.txt", tokenizer, folder)
     assert list(folder.iterdir()) == []
-    assert len(data.prepare(tmp_path / "a.txt", tokenizer, folder).tokens) > 50
+    assert len(data.prepare(tmp_path / "a.txt", tokenizer, folder)) > 50
 
 
 def test_empty_texts_are_refused(tmp_path, tokenizer):

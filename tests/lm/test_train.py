@@ -17,7 +17,7 @@ from flax import nnx
 from helpers import as_users_run_it
 
 from kronjax import nn
-from kronjax.lm import gpt2, loop, losses, step, train
+from kronjax.lm import gpt2, history, loop, losses, sizes, step, train
 from kronjax.lm.optimizer import Optimizer
 from kronjax.lm.regimen import Settings
 
@@ -299,6 +299,17 @@ def test_a_signal_is_obeyed_once_the_state_is_kept(model, whole, tmp_path):
     assert (tmp_path / train.STATE / "3").is_dir()
     rest = run(model, hook=Setting(3, stop), folder=tmp_path)
     assert curve(rest) == curve(whole)
+
+
+def test_utilisation_is_said_where_the_peak_is_known(model, monkeypatch):
+    monkeypatch.setitem(history.PEAKS, jax.devices()[0].device_kind, (2e9, 1e9))
+    found = run(model)
+    flops = 3 * sizes.count(model).flops
+    for line in found.history.steps:
+        expected = line["tokens_per_second"] * flops / 1e9
+        assert line["utilisation"] == pytest.approx(expected, abs=1e-4, rel=1e-3)
+    table = dict(history.rows(found.record))
+    assert table["model FLOP utilisation"].endswith(" %")
 
 
 # Orbax leaves callbacks behind that find their event loop closed.
