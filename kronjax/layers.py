@@ -21,11 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kronjax.factors import Mask
 from kronjax.kronecker import KroneckerTerms, matmul
-
-
-class Mask(nnx.Variable):
-    """Which entries of a kernel are kept; no parameter, so no gradient reaches it."""
 
 
 class Order(nnx.Variable):
@@ -39,8 +36,9 @@ class KroneckerLinear(nnx.Module):
     `kronjax.permute` finds them; a forward pass then gathers inputs and outputs.
 
     Attributes:
-        a: One `nnx.Param` `[r, m1, n1]` for each configuration.
-        b: One `nnx.Param` `[r, m2, n2]` for each configuration.
+        a: One `nnx.Param` `[r, m1, n1]` for each configuration, or what
+            `kronjax.factors` has for its place.
+        b: One `nnx.Param` `[r, m2, n2]` for each configuration, likewise.
         bias: `nnx.Param` `[n_out]`, or None.
         inputs: `Order` `[n_in]`, the input that comes at each row of the sum, or None.
         outputs: `Order` `[n_out]`, the column of the sum that is each output, or None.

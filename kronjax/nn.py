@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kronjax import factors
+from kronjax.factors import LowRankFactor, Mask, MaskedFactor
 from kronjax.kronecker import KroneckerTerms, matmul_cost
 from kronjax.layers import (
     InterpolativeLinear,
     KroneckerEmbedding,
     KroneckerLinear,
-    Mask,
     MaskedLinear,
     Order,
 )
@@ -36,7 +37,9 @@ __all__ = [
     "KroneckerEmbedding",
     "KroneckerLinear",
     "Layer",
+    "LowRankFactor",
     "Mask",
+    "MaskedFactor",
     "MaskedLinear",
     "Order",
     "Table",
@@ -68,14 +71,16 @@ class Cost:
     """What a layer stores, and what one row of `x` costs.
 
     Attributes:
-        parameters: Numbers that are stored, bias included; of a mask the kept ones.
+        parameters: Numbers that count, bias included; of a mask the kept ones.
         bytes: Bytes that hold them; a masked kernel is held whole, with its mask.
         flops: Multiplications and additions for one row of `x`, `[n_in]`.
+        held: Numbers that are held, masked ones included.
     """
 
     parameters: int
     bytes: int
     flops: int
+    held: int
 
 
 def cost(layer: Layer | Table) -> Cost:
@@ -93,20 +98,25 @@ def cost(layer: Layer | Table) -> Cost:
         if isinstance(layer, KroneckerEmbedding):
             flops = sum(2 * matmul_cost(_turned(one)) for one in layer.terms)
             flops += (len(layer.a) - 1) * layer.num_embeddings
-        return Cost(held, bytes_held, flops)
-    bias = 0 if layer.bias is None else layer.out_features
+        return Cost(held, bytes_held, flops, held)
     if isinstance(layer, KroneckerLinear):
-        held = sum(one.num_parameters for one in layer.factors)
-        held += sum(one.shape[0] for one in layer.scales or ())
-        flops = sum(2 * matmul_cost(one) for one in layer.factors)
+        parts = [*layer.a, *layer.b, *(layer.scales or ())]
+        pairs: Any = zip(layer.a, layer.b, strict=True)
+        # Only the shapes of the two are looked at.
+        flops = sum(2 * matmul_cost(KroneckerTerms(*pair)) for pair in pairs)
         flops += (len(layer.a) - 1) * layer.out_features
-        return Cost(held + bias, bytes_held, flops + bias)
-    if isinstance(layer, InterpolativeLinear):
-        held = math.prod(layer.columns.shape) + math.prod(layer.rest.shape)
-        return Cost(held + bias, bytes_held, 2 * held + bias)
-    dense = layer.in_features * layer.out_features
-    held = int(layer.mask[...].sum()) if isinstance(layer, MaskedLinear) else dense
-    return Cost(held + bias, bytes_held, 2 * dense + bias)
+    elif isinstance(layer, InterpolativeLinear):
+        parts = [layer.columns, layer.rest]
+        flops = 2 * sum(math.prod(one.shape) for one in parts)
+    else:
+        parts = [layer.kernel]
+        flops = 2 * layer.in_features * layer.out_features
+    bias = 0 if layer.bias is None else layer.out_features
+    held = sum(map(factors.num_held, parts))
+    kept = sum(map(factors.num_kept, parts))
+    if isinstance(layer, MaskedLinear):
+        kept = int(layer.mask[...].sum())
+    return Cost(kept + bias, bytes_held, flops + bias, held + bias)
 
 
 def linear_layers(model: nnx.Module) -> dict[str, Layer]:
@@ -217,15 +227,18 @@ def multiplied_out(model: Model) -> Model:
 def describe(layer: Layer | Table) -> dict[str, Any]:
     """Return what a layer is, without its numbers, as values that JSON knows."""
     if isinstance(layer, KroneckerEmbedding):
-        factors = zip(layer.a, layer.b, strict=True)
-        shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in factors]
+        pairs = zip(layer.a, layer.b, strict=True)
+        shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in pairs]
         return {"kind": "kronecker-embedding", "terms": shapes}
     if isinstance(layer, nnx.Embed):
         return {"kind": "dense", "shape": list(shape_of(layer))}
     facts: dict[str, Any] = {"bias": layer.bias is not None}
     if isinstance(layer, KroneckerLinear):
-        factors = zip(layer.a, layer.b, strict=True)
-        shapes = [{"a": list(a.shape), "b": list(b.shape)} for a, b in factors]
+        pairs = zip(layer.a, layer.b, strict=True)
+        shapes = [
+            {"a": list(a.shape), "b": list(b.shape), **_held(a=a, b=b)}
+            for a, b in pairs
+        ]
         facts["rows"], facts["columns"] = (
             order is not None for order in (layer.inputs, layer.outputs)
         )
@@ -234,6 +247,7 @@ def describe(layer: Layer | Table) -> dict[str, Any]:
         return {"kind": "kronecker", "terms": shapes, **facts}
     if isinstance(layer, InterpolativeLinear):
         shape = [layer.in_features, layer.out_features]
+        facts |= _held(columns=layer.columns, rest=layer.rest)
         rank = layer.rest.shape[0]
         return {"kind": "interpolative", "shape": shape, "rank": rank, **facts}
     kind = "masked" if isinstance(layer, MaskedLinear) else "dense"
@@ -260,6 +274,9 @@ def from_description(description: Mapping[str, Any]) -> Layer | Table:
                 scales = [_abstract(one.a.shape[:1]) for one in terms]
             bias = _abstract((n_out,)) if with_bias else None
             made = KroneckerLinear(terms, bias, scales=scales)
+            for i, one in enumerate(description["terms"]):
+                for side in one.get("held", {}):
+                    _hold(getattr(made, _either(side, "a", "b")), i, one["held"][side])
             if description.get("rows"):
                 made.inputs = nnx.data(Order(_abstract((n_in,), jnp.int32)))
             if description.get("columns"):
@@ -270,19 +287,40 @@ def from_description(description: Mapping[str, Any]) -> Layer | Table:
             (rank,) = _sizes([description["rank"]])
             if rank > n_out:
                 raise TypeError(f"rank {rank} of {n_out} outputs")
-            return nnx.eval_shape(
+            made = nnx.eval_shape(
                 InterpolativeLinear._outline,
                 _abstract((n_in, rank)),
                 _abstract((rank, n_out - rank)),
                 _abstract((n_out,)) if with_bias else None,
             )
+            for name, how in description.get("held", {}).items():
+                part = getattr(made, _either(name, "columns", "rest"))
+                setattr(made, name, factors.from_description(how, part.shape))
+            return made
         if kind == "masked":
             mask = jax.ShapeDtypeStruct((n_in, n_out), bool)
             bias = _abstract((n_out,)) if with_bias else None
             return nnx.eval_shape(MaskedLinear, _abstract((n_in, n_out)), mask, bias)
-    except (KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{description!r} describes no layer: {error}") from error
     raise ValueError(f"a layer of kind {kind!r} is unknown; update kronjax")
+
+
+def _held(**parts) -> dict[str, Any]:
+    """Say of those parts of a layer that are not held whole how they are."""
+    said = {name: factors.describe(one) for name, one in parts.items()}
+    said = {name: how for name, how in said.items() if how is not None}
+    return {"held": said} if said else {}
+
+
+def _hold(parts, i, how):
+    parts[i] = factors.from_description(how, parts[i].shape)
+
+
+def _either(name, *names):
+    if name not in names:
+        raise KeyError(name)
+    return name
 
 
 def _turned(terms: KroneckerTerms) -> KroneckerTerms:

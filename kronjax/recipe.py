@@ -38,7 +38,7 @@ from kronjax.kronecker import Configuration, interpolative_rank
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Method = Literal["kronecker", "low-rank", "interpolative", "keep"]
 Weighting = Literal["none", "input", "input+gradient"]
-Start = Literal["van-loan", "rescaled", "pruning"]
+Start = Literal["van-loan", "rescaled", "pruning", "random"]
 
 
 class _Strict(pydantic.BaseModel):
@@ -267,6 +267,27 @@ def resolve(
         if i not in used:
             raise ValueError(_unused(rule, expression, [*shapes, *(tables or {})]))
     return found
+
+
+def matching(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
+    """Return the names that a pattern, or one of several, matches, in their order.
+
+    >>> matching("h.{early}.*", ["h.0.fc", "h.1.fc", "h.2.fc", "lm_head"])
+    ['h.0.fc']
+
+    Raises:
+        ValueError: If a pattern matches none of them.
+    """
+    names = list(names)
+    rules = [
+        Rule(match=one, method="keep")
+        for one in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    expressions = [_expression(rule, names) for rule in rules]
+    for rule, expression in zip(rules, expressions, strict=True):
+        if not any(map(expression.fullmatch, names)):
+            raise ValueError(_unused(rule, expression, names))
+    return [name for name in names if any(x.fullmatch(name) for x in expressions)]
 
 
 def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:

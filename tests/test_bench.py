@@ -27,7 +27,9 @@ KEYS = {
     "precision": {"targets", "on_gpu", "errors", "proven", "batches"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
+    "training": {"targets", "cases"},
     "spectral_norms": {"targets", "ratios", "seconds", "matrices", "failure"},
+    "training_study": {"targets", "rows", "runs", "tokens", "seen"},
 }
 
 SCRIPTS = sorted(
@@ -204,6 +206,28 @@ def check_spectral_norms(results):
             assert row[f"width_{kind}"] <= 1e-3
 
 
+def check_training_study(results):
+    assert results["complete"]
+    runs = results["runs"]
+    sizes = {
+        name: row["linear_parameters"]
+        for name, row in runs.items()
+        if not name.startswith("dense")
+    }
+    # Of the kernels all have half; biases are not pruned.
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
+    trained = [row for row in results["rows"] if row["way"] != "none"]
+    assert {row["way"] for row in trained} >= {"vanilla", "distillation"}
+    for row in trained:
+        if row["method"] in {
+            x["method"] for x in results["rows"] if x["way"] == "none"
+        }:
+            lost = runs[f"{row['method']}|none|0"]["loss"]
+            gain = lost - row["loss"]
+            wanted = gain / (lost - runs["dense"]["loss"])
+            assert row["recovered"] == pytest.approx(wanted)
+
+
 CHECKS = {
     "against_peers": check_against_peers,
     "certificates": check_certificates,
@@ -217,6 +241,7 @@ CHECKS = {
     "scaling": check_scaling,
     "smollm2": check_smollm2,
     "spectral_norms": check_spectral_norms,
+    "training_study": check_training_study,
 }
 
 

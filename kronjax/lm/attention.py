@@ -15,13 +15,20 @@ References: Vaswani et al. (2017); Ainslie et al. (2023) for the groups.
 Array([[0, 0, 1]], dtype=int32)
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
 BLOCK = 256
 """Queries per block: small enough for the scores of a head to stay in a cache."""
+
+_record: contextvars.ContextVar[list[tuple[jax.Array, jax.Array]] | None] = (
+    contextvars.ContextVar("record", default=None)
+)
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +130,39 @@ def locate(
     return Places(positions, valid, 0 if fresh else cache.length)
 
 
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[jax.Array, jax.Array]]]:
+    """Yield a list to which every `attend` inside adds its queries and keys.
+
+    What is traced must be used where it was traced, as with any value of jax.
+    """
+    seen: list[tuple[jax.Array, jax.Array]] = []
+    token = _record.set(seen)
+    try:
+        yield seen
+    finally:
+        _record.reset(token)
+
+
+def log_probabilities(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Return the logarithms of what each query gives to each key, without padding.
+
+    Args:
+        q: `[b, t, h, d]`.
+        k: `[b, t, g, d]`.
+
+    Returns:
+        `[b, h, t, t]`, float32; the lowest number where a key comes after the query.
+    """
+    b, t, h, d = q.shape
+    g = k.shape[2]
+    q = q.reshape(b, t, g, h // g, d)
+    scores = jnp.einsum("btghd,bsgd->bghts", q, k, preferred_element_type=jnp.float32)
+    allowed = jnp.tril(jnp.ones((t, t), bool))[None, None, None]
+    scores = jnp.where(allowed, scores * (d**-0.5), jnp.finfo(jnp.float32).min)
+    return jax.nn.log_softmax(scores, axis=-1).reshape(b, h, t, t)
+
+
 def attend(
     q: jax.Array,
     k: jax.Array,
@@ -144,6 +184,9 @@ def attend(
         the new ones in their slots.
     """
     b, t, h, d = q.shape
+    seen = _record.get()
+    if seen is not None:
+        seen.append((q, k))
     if past is not None:
         assert places.start is not None
         zero = jnp.zeros((), jnp.int32)
@@ -157,12 +200,12 @@ def attend(
     blocks = []
     for first in range(0, t, BLOCK):
         last = min(first + BLOCK, t)
-        seen = last if from_start else k.shape[1]
-        valid = None if places.valid is None else places.valid[:, :seen]
+        end = last if from_start else k.shape[1]
+        valid = None if places.valid is None else places.valid[:, :end]
         rows = jnp.arange(first, last, dtype=jnp.int32)
         rows = rows if from_start else rows + jnp.asarray(places.start)
         blocks.append(
-            _attend_block(q[:, first:last], k[:, :seen], v[:, :seen], rows, valid)
+            _attend_block(q[:, first:last], k[:, :end], v[:, :end], rows, valid)
         )
     y = blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
     return y.reshape(b, t, h * d), (k, v)

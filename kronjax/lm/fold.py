@@ -13,6 +13,8 @@ References: the ports, whose `HIDDEN` names what is elementwise between two laye
 [[0.0, 1.0], [1.0, 0.0]]
 """
 
+from typing import Any
+
 import numpy as np
 from flax import nnx
 
@@ -57,7 +59,9 @@ def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
         return nn.linear(layer.kernel[...][:, order], bias)
     if isinstance(layer, nn.InterpolativeLinear):
         order = np.asarray(layer.outputs[...])[order]
-        return nn.InterpolativeLinear(layer.columns[...], layer.rest[...], order, bias)
+        made = nn.InterpolativeLinear(layer.columns[...], layer.rest[...], order, bias)
+        made.columns, made.rest = layer.columns, layer.rest  # masked ones, too
+        return made
     outputs = np.arange(layer.out_features)
     outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
     rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
@@ -79,7 +83,13 @@ def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
         return nn.linear(layer.kernel[...][order], bias)
     if isinstance(layer, nn.InterpolativeLinear):
         columns, outputs = layer.columns[...][order], layer.outputs[...]
-        return nn.InterpolativeLinear(columns, layer.rest[...], outputs, bias)
+        made = nn.InterpolativeLinear(columns, layer.rest[...], outputs, bias)
+        if isinstance(layer.columns, nn.MaskedFactor):
+            value, mask = layer.columns.value[...], layer.columns.mask[...]
+            masked: Any = nn.MaskedFactor(value[order], mask[order])
+            made.columns = masked
+        made.rest = layer.rest
+        return made
     inputs = np.arange(layer.in_features)
     inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
     columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
@@ -90,9 +100,11 @@ def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
 def _reordered(layer, bias, rows, columns):
     """Return a Kronecker layer with the same factors and other orders."""
     scales = None if layer.scales is None else [one[...] for one in layer.scales]
-    return nn.KroneckerLinear(
+    made = nn.KroneckerLinear(
         layer.factors, bias, rows=rows, columns=columns, scales=scales
     )
+    made.a, made.b = layer.a, layer.b  # masked ones, and those of low rank, too
+    return made
 
 
 def _fold(model, sources, target):

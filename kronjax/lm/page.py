@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kronjax import output
+from kronjax.lm import analysis
 from kronjax.lm.record import EXPONENTS
 
 NAME = "report.html"
@@ -53,6 +54,15 @@ def page(record: dict[str, Any]) -> str:
         "‖(W − K)x‖ ≤ ε‖x‖ holds for every x, with ε in the last column but one.</p>",
         _table(_HEADS, _layers(record), left=(0, 1, 9)),
     ]
+    if record.get("analysis"):
+        parts += [
+            "<h2>Norms and ranks</h2>",
+            f"<p>{html.escape(analysis.verdict(record['analysis']))}</p>",
+            "<p class=quiet>Means over the layers of a kind. The bound (Arora et al., "
+            "2018) holds for plain networks, and compares models of one architecture "
+            "at best.</p>",
+            _table(_SPECTRA, analysis.rows(record["analysis"])),
+        ]
     if record.get("recipe"):
         parts.append(
             "<h2>Recipe</h2><details><summary>What was done, in rules</summary>"
@@ -151,6 +161,17 @@ _HEADS = (
     "spectral",
     "ε",
     "why",
+)
+
+
+_SPECTRA = (
+    "layers",
+    "‖W‖ before",
+    "after",
+    "stable rank before",
+    "after",
+    "rank before",
+    "after",
 )
 
 

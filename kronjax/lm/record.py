@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from kronjax import __version__, nn, output
-from kronjax.lm import calibrate, evaluate, latency
+from kronjax.lm import analysis, calibrate, evaluate, latency
 from kronjax.lm.architecture import LanguageModel
 from kronjax.lm.compression import Result, precise
 from kronjax.lm.sizes import Sizes
@@ -81,6 +81,7 @@ def of(
         "layers": _layers(result, model),
         "probes": [] if plan is None else [list(one) for one in plan.ratios],
         "predicted_nats": _predicted(result),
+        "analysis": analysis.compare(model, result.model).plain(),
         "blocks": result.blocks
         and [one and dataclasses.asdict(one) for one in result.blocks],
         "perplexity": None,

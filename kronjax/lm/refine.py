@@ -142,6 +142,7 @@ def _is_factored(block: nnx.Module) -> bool:
 
 def _is_factor(path: Any, value: Any) -> bool:
     """Say whether a variable is in the `a` or the `b` of a sum, or interpolative."""
+    path = path[:-1] if path[-1] in ("value", "left", "right") else path
     low_rank = path[-1] in ("columns", "rest")
     return isinstance(value, nnx.Param) and (
         low_rank or path[-2] in ("a", "b", "scales")

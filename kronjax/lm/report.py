@@ -19,11 +19,15 @@ Row = tuple[str, Sizes, Perplexity | Lambada]
 
 
 def evaluation(rows: Sequence[Row]) -> Table:
-    """Return a table with a line for each model, all evaluated alike."""
+    """Return a table with a line for each model, all evaluated alike.
+
+    Of masked models `parameters` are the kept ones, beside those that are held.
+    """
     first = rows[0][2]
     table = Table(caption=_how(first), caption_justify="left")
     table.add_column("model")
-    names = ["parameters", "MiB"]
+    masked = any(sizes.held > sizes.parameters for _, sizes, _ in rows)
+    names = ["parameters", *["held"] * masked, "MiB"]
     if isinstance(first, Lambada):
         names += ["accuracy", "last word", "full text"]
     else:
@@ -31,7 +35,8 @@ def evaluation(rows: Sequence[Row]) -> Table:
     for name in [*names, "tokens/s"]:
         table.add_column(name, justify="right", no_wrap=True)
     for model, sizes, result in rows:
-        cells = [millions(sizes.parameters), f"{sizes.bytes / 2**20:,.1f}"]
+        cells = [millions(sizes.parameters), *[millions(sizes.held)] * masked]
+        cells += [f"{sizes.bytes / 2**20:,.1f}"]
         if isinstance(result, Lambada):
             full = result.full_text
             cells += [f"{100 * result.accuracy:.2f} %", f"{result.perplexity:.2f}"]

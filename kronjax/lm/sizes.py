@@ -27,11 +27,12 @@ class LayerSize:
     Attributes:
         name: As `kronjax.nn.linear_layers` gives it.
         kind: `dense`, `masked`, the rank of an interpolative layer, or the
-            configurations of a Kronecker sum.
+            configurations of a Kronecker sum, and how their factors are held.
         shape: `(n_in, n_out)`.
-        parameters: Numbers that are stored, bias included; of a mask the kept ones.
+        parameters: Numbers that count, bias included; of a mask the kept ones.
         bytes: Bytes that hold them.
         flops: For one token.
+        held: Numbers that are held, masked ones included.
     """
 
     name: str
@@ -40,6 +41,7 @@ class LayerSize:
     parameters: int
     bytes: int
     flops: int
+    held: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,10 @@ class Sizes:
         tables: The embeddings; their FLOPs are those of a head that is tied to them.
         embeddings: Parameters of embeddings, a tied one once.
         other: Parameters that are neither: those of norms.
-        parameters: All of them.
+        parameters: All of them; of a mask the kept ones.
         bytes: Bytes that hold them, masks included.
         flops: For one token, those of the head included.
+        held: Numbers that are held, masked ones included.
     """
 
     layers: tuple[LayerSize, ...]
@@ -63,6 +66,7 @@ class Sizes:
     parameters: int
     bytes: int
     flops: int
+    held: int
 
 
 def count(model: LanguageModel) -> Sizes:
@@ -77,8 +81,7 @@ def count(model: LanguageModel) -> Sizes:
     found = nn.linear_layers(model)
     layers, tables = map(_sizes, (found, nn.tables(model)))
     embeddings = sum(one.parameters for one in tables)
-    held = sum(_num_parameters(layer) for layer in found.values())
-    other = _num_parameters(model) - held - embeddings
+    other = _num_parameters(model) - sum(x.held for x in layers) - embeddings
     head = 0
     if model.config.tie_word_embeddings:
         size = model.config.vocab_size
@@ -94,6 +97,7 @@ def count(model: LanguageModel) -> Sizes:
             for x in jax.tree.leaves(nnx.state(model))
         ),
         flops=sum(layer.flops for layer in layers) + head,
+        held=_num_parameters(model),
     )
 
 
@@ -114,13 +118,24 @@ def kind(layer: nn.Layer | nn.Table) -> str:
     '2 × 4x8 ⊗ 3x5'
     """
     if isinstance(layer, nn.KroneckerLinear | nn.KroneckerEmbedding):
-        return " + ".join(
-            "{} × {}x{} ⊗ {}x{}".format(*a.shape, *b.shape[1:])
-            for a, b in zip(layer.a, layer.b, strict=True)
-        )
+        pairs = list(zip(layer.a, layer.b, strict=True))
+        words = " + ".join(f"{a.shape[0]} × {_side(a)} ⊗ {_side(b)}" for a, b in pairs)
+        return words + _masked(one for pair in pairs for one in pair)
     if isinstance(layer, nn.InterpolativeLinear):
-        return f"rank {layer.rest.shape[0]}, interpolative"
+        masked = _masked((layer.columns, layer.rest))
+        return f"rank {layer.rest.shape[0]}, interpolative{masked}"
     return "masked" if isinstance(layer, nn.MaskedLinear) else "dense"
+
+
+def _side(factor) -> str:
+    words = "{}x{}".format(*factor.shape[1:])
+    if isinstance(factor, nn.LowRankFactor):
+        words += f" of rank {factor.rank}"
+    return words
+
+
+def _masked(parts) -> str:
+    return ", masked" if any(isinstance(x, nn.MaskedFactor) for x in parts) else ""
 
 
 def _num_parameters(module: nnx.Module) -> int:

@@ -18,7 +18,7 @@ import importlib
 import io
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -91,25 +91,74 @@ def read(
     if join not in ("none", "blank-lines"):
         raise ValueError(f"join is {join!r}; write none or blank-lines")
     name = str(path_or_name)
-    if name.startswith(DATASET):
-        return _filled(from_rows(_dataset_rows(name, column), source=name))
+    rows = _rows(path_or_name, column)
+    if rows is not None:
+        return _filled(from_rows(rows, source=name))
     path = Path(path_or_name)
+    content = _decode(path, path.read_bytes())
+    # Other characters may end a line to Python's splitlines, but not in a file.
+    lines = list(io.StringIO(content, newline=None))
+    if join == "blank-lines":
+        joined = (line if line.strip() else "" for line in lines)
+        return _filled(from_rows(joined, source=name))
+    kept = tuple(line.rstrip("\n") for line in lines if line.strip())
+    return _filled(Text(kept, content, join, name))
+
+
+def stream(
+    path_or_name: str | Path, *, column: str = "text", size: int = 2**20
+) -> Iterator[Iterator[str]]:
+    """Yield the documents of a text in pieces, without holding all of it.
+
+    Args:
+        path_or_name: As for `read`.
+        column: Where rows have several fields, the one with the text.
+        size: Characters after which a piece ends with the next paragraph.
+
+    Yields:
+        Each row that is not blank, or a text file as the one document that it is: the
+        pieces that make it.
+
+    Raises:
+        ValueError, OSError, ImportError: As `read`, but for a text without any word.
+    """
+    rows = _rows(path_or_name, column)
+    if rows is None:
+        yield _pieces(_lines(Path(path_or_name)), size)
+        return
+    for row in rows:
+        if row.strip():
+            yield _pieces(iter(row.splitlines(keepends=True)), size)
+
+
+def _pieces(lines: Iterator[str], size: int) -> Iterator[str]:
+    """Yield lines joined to pieces that end with a blank one, but for the last."""
+    held: list[str] = []
+    length = 0
+    for line in lines:
+        held.append(line)
+        length += len(line)
+        if length >= size and not line.strip():
+            yield "".join(held)
+            held, length = [], 0
+    if held:
+        yield "".join(held)
+
+
+def _rows(path_or_name: str | Path, column: str) -> Iterator[str] | None:
+    """Return the rows of a file or of a dataset, or None for a text file."""
+    name, path = str(path_or_name), Path(path_or_name)
+    if name.startswith(DATASET):
+        return iter(_dataset_rows(name, column))
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a text file")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}; a dataset is written {_SYNTAX}")
     if path.suffix == ".parquet":
-        return _filled(from_rows(_parquet_rows(path, column), source=name))
+        return _parquet_rows(path, column)
     if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _filled(from_rows(_json_rows(path, column), source=name))
-    content = _decode(path, path.read_bytes())
-    # Other characters may end a line to Python's splitlines, but not in a file.
-    lines = list(io.StringIO(content, newline=None))
-    if join == "blank-lines":
-        rows = (line if line.strip() else "" for line in lines)
-        return _filled(from_rows(rows, source=name))
-    rows = tuple(line.rstrip("\n") for line in lines if line.strip())
-    return _filled(Text(rows, content, join, name))
+        return _json_rows(path, column)
+    return None
 
 
 def _filled(text: Text) -> Text:
@@ -118,29 +167,34 @@ def _filled(text: Text) -> Text:
     return text
 
 
-def _decode(path: Path, content: bytes) -> str:
+def _decode(path: Path, content: bytes, begin: int = 0) -> str:
     try:
         # A mark of the byte order is no text.
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8" if begin else "utf-8-sig")
     except UnicodeDecodeError as error:
+        place, byte = begin + error.start, content[error.start]
         raise ValueError(
-            f"{path} is not UTF-8: byte {error.start} is {content[error.start]:#04x}; "
+            f"{path} is not UTF-8: byte {place} is {byte:#04x}; "
             "convert it first, for example with iconv"
         ) from error
 
 
-def _json_rows(path: Path, column: str) -> list[str]:
-    content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{path}: the file is truncated or not a gzip file ({error})"
-            ) from error
-    rows = []
-    # Not splitlines: JSON may hold other characters that end a line.
-    for number, line in enumerate(_decode(path, content).split("\n"), 1):
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file, gzipped or not, each with the newline that ends it."""
+    begin = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for line in file:
+                yield _decode(path, line, begin)
+                begin += len(line)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"{path}: the file is truncated or not a gzip file ({error})"
+        ) from error
+
+
+def _json_rows(path: Path, column: str) -> Iterator[str]:
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -151,11 +205,10 @@ def _json_rows(path: Path, column: str) -> list[str]:
             raise ValueError(
                 f"{path}, row {number}: no field {column!r}{_instead(fields)}"
             )
-        rows.append(_string(fields[column], f"{path}, row {number}", column))
-    return rows
+        yield _string(fields[column], f"{path}, row {number}", column)
 
 
-def _parquet_rows(path: Path, column: str) -> list[str]:
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -166,17 +219,17 @@ def _parquet_rows(path: Path, column: str) -> list[str]:
             names = file.schema_arrow.names
             if column not in names:
                 raise KeyError(column)
-            values = file.read([column])[column].to_pylist()
+            number = 0
+            for batch in file.iter_batches(columns=[column]):
+                for value in batch[column].to_pylist():
+                    number += 1
+                    yield _string(value, f"{path}, row {number}", column)
     except KeyError as error:
         raise ValueError(f"{path}: no column {column!r}{_instead(names)}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
             f"{path}: the file is truncated or not a Parquet file ({error})"
         ) from error
-    return [
-        _string(value, f"{path}, row {number}", column)
-        for number, value in enumerate(values, 1)
-    ]
 
 
 def _dataset_rows(name: str, column: str) -> list[str]:

@@ -126,7 +126,8 @@ def digest(*parts: Any) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             found.update(repr((part.shape, part.dtype)).encode())
-            found.update(np.ascontiguousarray(part).data)
+            # As bytes: a buffer cannot say that it holds bfloat16.
+            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         else:
             found.update(repr(part).encode())
     return found.hexdigest()[:16]

@@ -6,13 +6,21 @@ import pytest
 from flax import nnx
 from helpers import SENTENCES, as_users_run_it
 
-from kronjax.lm import gpt2
+from kronjax.lm import gpt2, step
 from kronjax.lm.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
 def settings():
     with as_users_run_it():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quickly_compiled():
+    """Programs of training that take a third of the time to make, and run slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "COMPILER", {"xla_backend_optimization_level": 0})
         yield
 
 

@@ -37,6 +37,9 @@ def test_a_budget_and_a_text_make_a_smaller_model_with_a_report(folder, capsys):
     found = json.loads((folder / "small" / "report.json").read_text())
     assert found["after"]["linear_parameters"] < found["before"]["linear_parameters"]
     assert found["perplexity"]["compressed"]["tokens_scored"] > 0
+    assert len(found["analysis"]["layers"]) == 8
+    page = (folder / "small" / "report.html").read_text()
+    assert "Norms and ranks" in page and "mean stable rank" in page
     names = {path.name for path in (folder / "small").iterdir()}
     assert {"config.json", "model.safetensors", "recipe.yaml", "report.html"} <= names
     assert not [name for name in names if name.startswith(".kronjax")]

@@ -256,7 +256,7 @@ def test_rules_and_what_they_need(model, moments, tokens):
         compression.run(done.model, rules, moments)
 
 
-@pytest.mark.parametrize("start", ["rescaled", "pruning"])
+@pytest.mark.parametrize("start", ["rescaled", "pruning", "random"])
 def test_starts_of_the_literature(model, start):
     rules = recipe.Recipe(
         rules=(
@@ -275,11 +275,18 @@ def test_starts_of_the_literature(model, start):
     before, after = kernels(model), kernels(done.model)
     for layer in done.layers:
         w, k = before[layer.name], after[layer.name]
-        if start == "rescaled":
+        if start != "pruning":
             np.testing.assert_allclose(np.linalg.norm(k), np.linalg.norm(w), rtol=1e-4)
-        else:  # every second row is there as it was
+        if start == "random":  # and nothing else of the kernel
+            assert abs(np.sum(k * w)) < 0.1 * np.linalg.norm(w) ** 2
+        if start == "pruning":  # every second row is there as it was
             kept = [np.allclose(k[i::2], w[i::2], atol=1e-6) for i in (0, 1)]
             assert sum(kept) == 1
+    if start == "random":
+        every = [after[layer.name] for layer in done.layers]
+        again = kernels(compression.compress(model, rules))
+        assert np.array_equal(again[done.layers[0].name], every[0])
+        assert not np.allclose(every[0], every[1])
 
 
 @pytest.mark.parametrize("shape", [(24, 72), (72, 24), (24, 24), (7, 5), (1, 6)])

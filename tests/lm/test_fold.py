@@ -68,7 +68,7 @@ def test_a_permuted_layer_multiplies_by_the_permuted_matrix():
         nn.KroneckerLinear([terms], rows=np.zeros(6, int))
 
 
-@pytest.mark.parametrize("kind", ["kronecker", "dense", "masked"])
+@pytest.mark.parametrize("kind", ["kronecker", "dense", "masked", "masked factors"])
 def test_a_reordered_layer_reads_and_writes_in_the_new_order(kind):
     rng = np.random.default_rng(1)
     kernel = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
@@ -76,8 +76,11 @@ def test_a_reordered_layer_reads_and_writes_in_the_new_order(kind):
     layer = nn.MaskedLinear(kernel, kernel > 0, bias)
     if kind == "dense":
         layer = nn.dense(layer)
-    elif kind == "kronecker":
+    elif kind != "masked":
         layer = permuted(layer, rng)
+        if kind == "masked factors":
+            a = layer.a[0][...]
+            layer.a[0] = nn.MaskedFactor(a, a > 0)
     x = rng.normal(size=(3, 4)).astype(np.float32)
     expected = np.asarray(layer(jnp.asarray(x)))
     order = rng.permutation(6)

@@ -50,6 +50,17 @@ def test_a_table_fits_a_terminal(row):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_of_masked_models_both_counts_are_shown(row):
+    name, size, found = row
+    masked = dataclasses.replace(size, held=2 * size.parameters)
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.evaluation([(name, masked, found), row]))
+    text = console.file.getvalue()
+    counts = report.millions(size.parameters), report.millions(2 * size.parameters)
+    assert "held" in text and all(one in text for one in counts)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_last_words_are_those_of_the_harness_with_a_first_token(tiny, tokenizer):
     """A tokenizer that puts a token before every text, as that of OPT does."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]

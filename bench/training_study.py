@@ -1,0 +1,513 @@
+"""Methods × {no training, vanilla, distillation} at equal parameters and tokens.
+
+All linear layers of the bundled model are brought to half of their parameters, by low
+rank, by one Kronecker term (n_in / 2, n_out) ⊗ (2, 1) from several starts, or by
+pruning; then trained on the text that the dense model was trained on, for equally many
+tokens, with the same settings. Losses are those of held-out text, by the protocol
+`krony-pt`; `recovered` is the part of the loss (in log-perplexity) that compression
+added and training took away. It may exceed one: the dense model itself is not fully
+trained, and is trained on for comparison.
+
+A few methods are also trained five times as long, for 2.5 % of the tokens that the
+dense model saw.
+
+What is finished is kept in `--work`, and the same line goes on; `--minutes` ends the
+run in time.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bench import script
+from kronjax import demo, lm, nn
+from kronjax.demo import corpus
+from kronjax.lm import (
+    analysis,
+    calibrate,
+    compression,
+    evaluate,
+    gpt2,
+    prune,
+    sizes,
+    stages,
+    train,
+)
+from kronjax.lm import text as texts
+from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.distillation import Weights
+from kronjax.lm.optimizer import Optimizer
+from kronjax.lm.prune import Gradual, Pruning
+from kronjax.lm.regimen import Settings
+from kronjax.recipe import Recipe, Rule, Term
+
+SEEN = 4_096_000
+"""Tokens that the bundled model saw: see its data sheet."""
+
+HALF = 0.5
+"""Of the parameters of linear layers, what is left."""
+
+CHARACTERS = 80_000
+"""Of the held-out text, to measure on: half of it."""
+
+WAYS = {
+    "vanilla": None,
+    "distillation": Weights(next_token=0.0, logits=1.0),
+}
+"""What is made small: the next-token loss, or the divergence from the dense model."""
+
+NEAR_RATE, FAR_RATE = 2e-4, 1e-3
+"""Largest learning rates: of what begins near the dense model, and of Kronecker terms,
+which begin two nats away. With 1e-3 the dense model, trained on, became worse by 0.09
+nats in 40 steps: it had ended with a fiftieth of that."""
+
+DENSE = "dense, trained on"
+
+LONG = (
+    "pruning, gradual",
+    "Kronecker, pruning start",
+    "low rank, data-aware",
+    DENSE,
+)
+"""What is trained for `long_steps`, too, in this order."""
+
+RECOVERED, NEAR = 0.8, 1.05
+"""Targets: of the loss of compression the part that the best method recovers, and the
+perplexity of pruning over that of the dense model."""
+
+
+@dataclasses.dataclass
+class Study:
+    """What is studied on what.
+
+    Attributes:
+        model: Dense.
+        tokens: `[n]`, to train on.
+        held_out: To judge by.
+        work: The folder that keeps what is finished.
+        steps: Of a training.
+        long_steps: Of the long ones.
+        batch: Windows in a step.
+        length: Of a window.
+        seeds: Orders of the data.
+        calibration: Tokens for moments.
+        only: Names of methods; all of them if there are none.
+        long: What is trained for long, too.
+    """
+
+    model: LanguageModel
+    tokens: np.ndarray
+    held_out: texts.Text
+    work: Path
+    steps: int = 40
+    long_steps: int = 200
+    batch: int = 2
+    length: int = 256
+    seeds: tuple[int, ...] = (0, 1, 2)
+    calibration: int = 16_384
+    only: tuple[str, ...] = ()
+    long: tuple[str, ...] = LONG
+    _moments: Any = None
+
+    def moments(self) -> calibrate.Moments:
+        """What layers see, and what the loss asks of them; measured once."""
+        path = self.work / "moments.safetensors"
+        if self._moments is None:
+            if not path.exists():
+                taken = self.tokens[: self.calibration]
+                made = calibrate.measure(
+                    self.model, taken, gradients=True, progress=False
+                )
+                calibrate.save(made, path)
+            self._moments = calibrate.load(path)
+        return self._moments
+
+    def loss(self, model: LanguageModel) -> float:
+        """Nats per held-out token; dense models of one kind share a program."""
+        dense = nn.multiplied_out(model)
+        dense.recipe, dense.tokenizer = None, self.model.tokenizer
+        found = evaluate.perplexity(dense, self.held_out, "krony-pt", progress=False)
+        return found.nll
+
+    def compressed(self, name: str, rules: Recipe) -> LanguageModel:
+        """The model that rules make, kept in a folder."""
+        folder = self.work / "models" / name.replace(" ", "-").replace(",", "")
+        if not (folder / "config.json").exists():
+            made = compression.run(
+                self.model, rules, self.moments(), progress=False
+            ).model
+            made.tokenizer = self.model.tokenizer
+            lm.save(made, folder)
+        return lm.load(folder, dtype="float32")
+
+    def settings(self, rate: float, way: str, seed: int, steps: int) -> Settings:
+        """How all methods are trained, but for the rate."""
+        return Settings(
+            steps=steps,
+            batch=self.batch,
+            length=self.length,
+            optimizer=Optimizer(rate=rate),
+            weights=WAYS[way] or Weights(),
+            seed=seed,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to half the parameters.
+
+    Attributes:
+        name: In words.
+        start: Returns the smaller model before any training.
+        begin: Where training starts from, if it is somewhere else.
+        hook: Returns what happens between steps, given how many there are.
+        in_stages: Returns the stages, if there are several.
+        ways: Of training.
+        is_extra: Whether one seed has to do.
+        rate: The largest learning rate.
+    """
+
+    name: str
+    start: Callable[[], LanguageModel]
+    begin: Callable[[], LanguageModel] | None = None
+    hook: Callable[[int], Any] | None = None
+    in_stages: Callable[[], list[stages.Stage]] | None = None
+    ways: tuple[str, ...] = tuple(WAYS)
+    is_extra: bool = False
+    rate: float = NEAR_RATE
+
+
+def halves(model: LanguageModel, **options: Any) -> Recipe:
+    """Rules for one term (n_in / 2, n_out) ⊗ (2, 1) in every linear layer."""
+    rules = []
+    for name, layer in nn.linear_layers(model).items():
+        m, n = nn.shape_of(layer)
+        term = Term(a_shape=(m // 2, n))
+        rules.append(Rule(match=name, method="kronecker", terms=(term,), **options))
+    return Recipe(rules=tuple(rules))
+
+
+def low_rank(weighting: Any) -> Recipe:
+    """Rules for low rank in every linear layer."""
+    rule = Rule(
+        match="*",
+        method="low-rank",
+        fraction=HALF,
+        norm="frobenius",
+        weighting=weighting,
+    )
+    return Recipe(rules=(rule,))
+
+
+def methods_of(study: Study) -> list[Method]:
+    """All methods, at one number of parameters."""
+    plain: Any = {"norm": "frobenius", "weighting": "none"}
+    kinds = {
+        "low rank, data-aware": low_rank("input+gradient"),
+        "Kronecker, Van Loan": halves(study.model, **plain),
+        "Kronecker, spectral": halves(study.model, norm="spectral", weighting="none"),
+        "Kronecker, pruning start": halves(study.model, start="pruning", **plain),
+    }
+
+    def copied(**_: Any) -> LanguageModel:
+        return nnx.clone(study.model)
+
+    def pruned(pruning: Pruning, moments: bool, final: bool) -> LanguageModel:
+        model = copied()
+        if final:
+            prune.prune(model, pruning, study.moments() if moments else None)
+        else:
+            prune.begin(model, pruning)
+        return model
+
+    def pruning(name: str, asked: Pruning, moments: bool) -> Method:
+        extra: Any = {"ways": ("distillation",), "is_extra": True} if moments else {}
+        return Method(
+            name,
+            **extra,
+            start=lambda: pruned(asked, moments, True),
+            begin=lambda: pruned(asked, moments, False),
+            hook=lambda steps: Gradual(
+                asked, steps, study.moments() if moments else None
+            ),
+        )
+
+    found = [
+        Method(
+            name,
+            start=lambda n=name, r=rules: study.compressed(n, r),
+            rate=FAR_RATE if name.startswith("Kronecker") else NEAR_RATE,
+        )
+        for name, rules in kinds.items()
+    ]
+    aware_svd, van_loan = found[:2]
+    progressive = Method(
+        "low rank, progressive",
+        start=aware_svd.start,
+        begin=copied,
+        in_stages=lambda: stages.progressive(HALF, 4, moments=study.moments()),
+        ways=("distillation",),
+        is_extra=True,
+    )
+    in_turn = Method(
+        "Kronecker, layer by layer",
+        start=van_loan.start,
+        begin=copied,
+        in_stages=lambda: stages.layer_by_layer(study.model, kinds[van_loan.name]),
+        rate=FAR_RATE,
+        ways=("distillation",),
+        is_extra=True,
+    )
+    return [
+        *found,
+        progressive,
+        in_turn,
+        pruning("pruning, gradual", Pruning(HALF), False),
+        pruning("pruning, data-aware", Pruning(HALF, "output"), True),
+    ]
+
+
+def trained(
+    study: Study, method: Method, way: str, seed: int, steps: int
+) -> LanguageModel:
+    """The model of a method after training."""
+    settings = study.settings(method.rate, way, seed, steps)
+    given: Any = {
+        "teacher": None if WAYS[way] is None else study.model,
+        "held_out": np.zeros(0, np.int32),
+        "progress": False,
+    }
+    model = (method.begin or method.start)()
+    if method.in_stages is not None:
+        done = stages.run(model, method.in_stages(), study.tokens, settings, **given)
+        return done[-1].model
+    hook = None if method.hook is None else method.hook(steps)
+    return train.run(model, study.tokens, settings, hook=hook, **given).model
+
+
+def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Everything that is measured, by name, in the order in which it is."""
+    parts: dict[str, Callable[[], dict[str, Any]]] = {}
+
+    def measured(model: LanguageModel) -> dict[str, Any]:
+        counted = sizes.count(model)
+        linear = sum(x.parameters for x in counted.layers)
+        found = analysis.compare(study.model, model)
+        ranks = np.mean([(x.stable_rank, x.rank) for x in found.after], axis=0)
+        return {
+            "loss": study.loss(model),
+            "linear_parameters": linear,
+            "log10_bound": found.log10_bound,
+            "log10_product": found.log10_product,
+            "stable_rank": ranks[0],
+            "rank": ranks[1],
+        }
+
+    def timed(method: Method, way: str, seed: int, steps: int) -> dict[str, Any]:
+        begun = time.perf_counter()
+        model = trained(study, method, way, seed, steps)
+        seconds = time.perf_counter() - begun
+        return {**measured(model), "steps": steps, "seconds": seconds}
+
+    parts["dense"] = lambda: measured(study.model)
+    methods = methods_of(study)
+    if study.only:
+        methods = [method for method in methods if method.name in study.only]
+    for method in methods:
+        parts[f"{method.name}|none|0"] = lambda m=method: measured(m.start())
+    # From itself the dense model would learn nothing.
+    whole = Method(DENSE, lambda: nnx.clone(study.model), ways=("vanilla",))
+    methods = [whole, *methods]
+    named = {method.name: method for method in methods}
+
+    def train_all(seed: int, extras: bool = False) -> None:
+        for method in methods:
+            for way in method.ways if method.is_extra == extras else ():
+                parts[f"{method.name}|{way}|{seed}"] = lambda m=method, w=way: timed(
+                    m, w, seed, study.steps
+                )
+
+    def train_long(names: Sequence[str]) -> None:
+        for name in names:
+            method, way = named[name], named[name].ways[-1]
+            parts[f"{name}|{way}, long|0"] = lambda m=method, w=way: timed(
+                m, w, 0, study.long_steps
+            )
+
+    # What matters most comes first, where time is short.
+    first, *others = study.seeds
+    train_all(first)
+    train_long(study.long[:1])
+    for seed in others:
+        train_all(seed)
+    train_long(study.long[1:])
+    train_all(first, extras=True)
+    return parts
+
+
+def run(study: Study, minutes: float = math.inf) -> tuple[dict[str, Any], bool]:
+    """Measure what is not kept yet; say whether that was all."""
+    kept = study.work / "results.json"
+    results = json.loads(kept.read_text()) if kept.exists() else {}
+    begun = time.perf_counter()
+    for name, part in parts_of(study).items():
+        if name in results:
+            continue
+        if time.perf_counter() - begun > 60 * minutes:
+            return results, False
+        results[name] = part()
+        script.say(f"{name}: {results[name]['loss']:.4f}")
+        new = kept.with_suffix(".new")
+        new.write_text(json.dumps(results, indent=1))
+        new.replace(kept)
+    return results, True
+
+
+def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Mean, spread and recovered part, by method and way."""
+    dense = results["dense"]["loss"]
+    found: dict[tuple[str, str], list[float]] = {}
+    for key, value in results.items():
+        if key != "dense":
+            name, way, _ = key.split("|")
+            found.setdefault((name, way), []).append(value["loss"])
+    rows = []
+    for (name, way), losses in found.items():
+        mean = float(np.mean(losses))
+        row = {
+            "method": name,
+            "way": way,
+            "seeds": len(losses),
+            "loss": mean,
+            "spread": max(losses) - min(losses),
+            "perplexity": math.exp(mean),
+        }
+        start = results.get(f"{name}|none|0")
+        if way != "none" and start is not None:
+            lost = start["loss"] - dense
+            row["recovered"] = (start["loss"] - mean) / lost
+        rows.append(row)
+    return rows
+
+
+def targets_of(results: dict[str, Any], rows: list[dict[str, Any]]):
+    """What was asked for."""
+    targets = []
+    recovered = [x["recovered"] for x in rows if x.get("recovered") is not None]
+    if recovered:
+        what = "recovered of the loss, best method"
+        targets.append(script.Target(what, max(recovered), RECOVERED, True))
+    dense = math.exp(results["dense"]["loss"])
+    pruned = [
+        row["perplexity"] / dense
+        for row in rows
+        if row["method"].startswith("pruning") and "distillation" in row["way"]
+    ]
+    if pruned:
+        what = "perplexity of pruning with distillation, over dense"
+        targets.append(script.Target(what, min(pruned), NEAR))
+    return targets
+
+
+def draw(results: dict[str, Any], rows: list[dict[str, Any]]):
+    """Nats above the dense model, by method and way."""
+    dense = results["dense"]["loss"]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    ways = ["none", *WAYS, *(f"{way}, long" for way in WAYS)]
+    chart, axes = script.figure(9, 0.55 * len(names) + 1.2)
+    markers = dict(zip(ways, ("o", "s", "D", "^", "v"), strict=True))
+    for way in ways:
+        points = [row for row in rows if row["way"] == way]
+        if points:
+            axes[0, 0].errorbar(
+                [max(row["loss"] - dense, -0.15) for row in points],
+                [names.index(row["method"]) for row in points],
+                xerr=[row["spread"] / 2 for row in points],
+                fmt=markers[way],
+                label="no training" if way == "none" else way,
+            )
+    axes[0, 0].axvline(0, color="black", linewidth=1)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_xscale("symlog", linthresh=0.1)
+    axes[0, 0].set_xlabel("nats per held-out token above the dense model")
+    axes[0, 0].legend(frameon=False)
+    return chart
+
+
+def quick(work: Path) -> Study:
+    """A study of seconds: a random model of two blocks, one seed, a few steps."""
+    bundled = demo.model()
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = dataclasses.replace(bundled.config, **small)
+    model = gpt2.Model(config, rngs=nnx.Rngs(0))
+    model.tokenizer = bundled.tokenizer
+    tokens = texts.tokens_of(model, demo.held_out()[:9_000])
+    held_out = texts.from_rows([demo.held_out()[-3_000:]], source="quick")
+    given: Any = {"steps": 4, "long_steps": 5, "batch": 1, "length": 32}
+    few: Any = {
+        "only": ("low rank, data-aware", *LONG[:2]),
+        "long": LONG[:1],
+    }
+    return Study(
+        model, tokens, held_out, work, **given, seeds=(0,), calibration=512, **few
+    )
+
+
+def full(work: Path) -> Study:
+    """The study."""
+    model = demo.model()
+    path = work / "tokens.npy"
+    if not path.exists():
+        np.save(path, texts.tokens_of(model, corpus.training()))
+    held_out = texts.from_rows(
+        [demo.held_out()[:CHARACTERS]], source="held-out documentation"
+    )
+    return Study(model, np.load(path), held_out, work)
+
+
+def main():
+    parser = script.parser(__doc__)
+    parser.add_argument("--work", type=Path, help="keep here what is done")
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    given = parser.parse_args()
+    if not given.quick and given.work is None:
+        parser.error("--work FOLDER is needed, or --quick")
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary) if given.quick else given.work
+        work.mkdir(parents=True, exist_ok=True)
+        # Three seeds, and several starts, share their programs.
+        jax.config.update("jax_compilation_cache_dir", str(work / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        study = quick(work) if given.quick else full(work)
+        results, complete = run(study, given.minutes)
+    rows = rows_of(results)
+    columns = ("method", "way", "seeds", "loss", "spread", "perplexity", "recovered")
+    cells = [[row.get(name, "") for name in columns] for row in rows]
+    script.table("Held-out text", columns, cells)
+    targets = targets_of(results, rows)
+    script.print_targets(targets)
+    facts = {
+        "quick": given.quick,
+        "complete": complete,
+        "targets": [target.plain() for target in targets],
+        "tokens": study.steps * study.batch * study.length,
+        "long_tokens": study.long_steps * study.batch * study.length,
+        "seen": SEEN,
+        "rows": rows,
+        "runs": results,
+    }
+    script.publish("training_study", facts, draw(results, rows), given.out)
+
+
+if __name__ == "__main__":
+    main()

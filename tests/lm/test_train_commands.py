@@ -1,0 +1,157 @@
+"""`kronjax train` as a user runs it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from flax import nnx
+from helpers import SENTENCES
+
+from kronjax import cli, lm
+from kronjax.lm import checkpoint, gpt2, loop
+from kronjax.lm.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def small(tokenizer):
+    """A GPT-2 of one block: compilation is what takes the time."""
+    config = gpt2.Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    model = gpt2.Model(config, rngs=nnx.Rngs(0))
+    model.tokenizer = tokenizer
+    return model
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    """A folder with a model and a text."""
+    checkpoint.save(checkpoint.cast(small, "bfloat16"), tmp_path / "small")
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES * 60))
+    return tmp_path
+
+
+LINE = ["--batch", "2", "--length", "16", "--rate", "0.01"]
+
+
+def command(folder, *more):
+    here = [str(folder / "small"), "--data", str(folder / "text.txt")]
+    return ["train", *here, *LINE, *more]
+
+
+def curve(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [
+        {k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines
+    ]
+
+
+def test_a_killed_run_goes_on_to_the_bit(folder):
+    """SIGKILL leaves no chance to tidy up."""
+    more = ["--steps", "120", "--checkpoint-every", "20"]
+
+    def start(out):
+        line = command(folder, *more, "--out", str(folder / out))
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "kronjax", *line],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    killed, deadline = start("killed"), time.monotonic() + 300
+    state = folder / "killed" / ".training"
+    while not (state / "40").exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (folder / "killed" / "model.safetensors").exists()
+    for out in ("killed", "whole"):
+        process = start(out)
+        told, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "120 of 120" in told
+    assert not state.exists()
+    assert curve(folder / "killed") == curve(folder / "whole")
+    assert len(curve(folder / "whole")) == 120 + 11
+    one, other = (folder / x / "model.safetensors" for x in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_student_follows_its_teacher(folder, small, capsys):
+    checkpoint.save(small, folder / "teacher")
+    more = ["--steps", "4", "--teacher", str(folder / "teacher"), "--hidden-weight"]
+    more += ["1", "--layer-map", "0:0", "--accumulate", "2", "--remat", "--json"]
+    assert cli.main(command(folder, *more, "--precision", "bfloat16")) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["steps"] == 4
+    assert record["settings"]["weights"]["layers"] == [[0, 0]]
+    out = folder / "small-trained"
+    trained = lm.load(out)
+    assert str(trained.wte.embedding.dtype) == "bfloat16"  # as it was given
+    line = curve(out)[1]
+    assert line["loss"] == pytest.approx(
+        line["next_token"] + line["logits"] + line["hidden"], rel=1e-5
+    )
+    # The student is the teacher but for its rounding.
+    assert line["logits"] < 0.05 and line["hidden"] < 0.05
+    assert cli.main(command(folder, *more)) == 2
+    assert "already holds a model; --force replaces it" in capsys.readouterr().err
+
+
+def test_sigterm_keeps_the_state(folder, monkeypatch, capsys):
+    keep = loop.Loop._test
+
+    def stop(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(self, step)
+
+    monkeypatch.setattr(loop.Loop, "_test", stop)
+    more = ["--steps", "4", "--evaluate-every", "2"]
+    assert cli.main(command(folder, *more)) == 128 + signal.SIGTERM
+    assert "SIGTERM after step 2; the same line goes on" in capsys.readouterr().err
+    assert (folder / "small-trained" / ".training" / "2").is_dir()
+    assert cli.main(command(folder, *more, "--steps", "5")) == 2
+    assert "steps was 4 and is 5" in capsys.readouterr().err
+    assert cli.main(command(folder, *more)) == 0
+    assert "4 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layer-map", "0-1"], "write it like 0:1,1:3"),
+        (["--steps", "5", "--warmup", "9"], "warm-up of 9 steps does not fit"),
+        (["--length", "65"], "the model has a context of 64"),
+        (["--batch", "0"], "batch is 0"),
+        (["--freeze", "nothing"], "nothing is called 'nothing'"),
+    ],
+)
+def test_mistakes_end_with_a_line(folder, capsys, more, message):
+    assert cli.main(command(folder, *more)) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1
+
+
+def test_texts_that_are_too_short_are_refused(folder, capsys):
+    for content, message in (("", "is empty"), ("Tiny.", r"the text has \d+ tokens")):
+        (folder / "text.txt").write_text(content)
+        assert cli.main(command(folder)) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(folder, small, capsys):
+    files = {**small.tokenizer.files}
+    backend = json.loads(files["tokenizer.json"])
+    backend["model"]["merges"] = backend["model"]["merges"][:3]
+    files["tokenizer.json"] = json.dumps(backend).encode()
+    small.tokenizer = Tokenizer(files)
+    checkpoint.save(small, folder / "teacher")
+    assert cli.main(command(folder, "--teacher", str(folder / "teacher"))) == 2
+    assert "the teacher has another tokenizer" in capsys.readouterr().err
