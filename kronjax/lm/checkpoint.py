@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from kronjax import nn
+from kronjax import nn, shards
 from kronjax.lm import gpt2, llama, opt, sources, storage
 from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.tokenizer import Tokenizer, read_tokenizer
@@ -72,7 +72,7 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
         values, tensors, tokenizer = gguf.read(path)
         recipe = None
     else:
-        values = storage.read_json(_config_of(path))
+        values = shards.read_json(_config_of(path))
         tensors, tokenizer = storage.open_tensors(path), read_tokenizer(path)
         recipe_path = path / "recipe.yaml"
         recipe = _text(recipe_path) if recipe_path.is_file() else None
@@ -97,9 +97,9 @@ def outline(source: str | Path) -> LanguageModel:
     """
     path = sources.expanded(source)
     if path.is_file() and path.suffix == ".json":
-        values = storage.read_json(path)
+        values = shards.read_json(path)
     elif path.is_dir():
-        values = storage.read_json(_config_of(path))
+        values = shards.read_json(_config_of(path))
     else:
         graph, state = nnx.split(load(source))
         return nnx.merge(graph, jax.eval_shape(lambda: state))
