@@ -269,6 +269,16 @@ def resolve(
     return found
 
 
+def matches(recipe: Recipe, names: Iterable[str]) -> dict[str, list[int]]:
+    """Return the numbers of all rules that match each name; the first decides."""
+    names = list(names)
+    expressions = [_expression(rule, names) for rule in recipe.rules]
+    return {
+        name: [i for i, one in enumerate(expressions) if one.fullmatch(name)]
+        for name in names
+    }
+
+
 def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
     m, n = shape
     if rule.method in ("low-rank", "interpolative"):
