@@ -169,14 +169,15 @@ def _solve(group, matrices, store, devices, tell):
         tell(f"{group.key}: {spent:,} products", 0)
 
     for found in pool.solve(given(), tick):
-        matrix, begun = held.pop(found.key)
-        _keep(found, matrix, time.perf_counter() - begun, store, devices)
+        task: Any = found.key
+        matrix, begun = held.pop(task)
+        _keep(task, found, matrix, time.perf_counter() - begun, store, devices)
         tell(group.key, 1)
 
 
-def _keep(found: Finished, matrix, seconds, store, devices):
+def _keep(task: Task, found: Finished, matrix, seconds, store, devices):
     """Keep what came of one matrix of a pool."""
-    task, settings = found.key, store.plan.settings
+    settings = store.plan.settings
     effort = {
         "solver": found.status.name.lower(),
         "p": list(found.p),
@@ -287,11 +288,19 @@ def read(task: Task, matrices: Mapping[str, np.ndarray]) -> np.ndarray | None:
 def pool_of(
     group: Group, lanes: int, devices: Sequence[Any], settings: Settings
 ) -> tuple[Pool, int]:
-    """Return a pool that fits into memory, and its lanes: fewer if need be."""
-    limit = _limit(devices)
+    """Return a pool that fits into memory, and its lanes: fewer if need be.
+
+    Args:
+        group: With a problem.
+        lanes: For each device.
+        devices: To use.
+        settings: Of the solves.
+    """
+    problem, limit = group.problem, _limit(devices)
+    assert problem is not None
     while True:
         pool = Pool(
-            group.problem,
+            problem,
             group.dtype,
             lanes=lanes,
             slots=lanes * WAVES if lanes > 1 else 1,

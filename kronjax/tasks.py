@@ -218,7 +218,7 @@ def make(
     for rule in recipe.rules:
         if not is_plain(rule):
             raise ValueError(
-                f"the rule for {_pattern(rule)} needs a model that runs on a text, or "
+                f"the rule for {pattern(rule)} needs a model that runs on a text, or "
                 "is trained later: write `weighting: none` into it, and no start"
             )
     names = sorted(tensors, key=_natural)
@@ -318,7 +318,7 @@ def _task(index: int, one: Assignment, matrix: np.ndarray, is_model: bool) -> Ta
         norm=norm,
         scalars=rule.scalars,
         parameters=parameters,
-        rule=_pattern(rule),
+        rule=pattern(rule),
     )
 
 
@@ -328,7 +328,8 @@ def is_plain(rule: recipes.Rule) -> bool:
     return plain or rule.method == "keep"
 
 
-def _pattern(rule: recipes.Rule) -> str:
+def pattern(rule: recipes.Rule) -> str:
+    """Return what a rule matches, in words."""
     return rule.match if isinstance(rule.match, str) else ", ".join(rule.match)
 
 
@@ -342,7 +343,7 @@ def _refuse_vectors(recipe, tensors, matrices, tables) -> None:
             one = others[names[0]]
             what = f"a tensor of shape {one.shape} and dtype {one.dtype}"
             raise ValueError(
-                f"the rule for {_pattern(rule)} matches no matrix: {names[0]} is {what}"
+                f"the rule for {pattern(rule)} matches no matrix: {names[0]} is {what}"
             )
 
 

@@ -57,6 +57,7 @@ ORDER = [
     "store",
     "batch",
     "forecast",
+    "hosts",
     "outcome",
     "layers",
     "nn",

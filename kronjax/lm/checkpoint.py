@@ -110,6 +110,37 @@ def outline(source: str | Path) -> LanguageModel:
     return nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
 
 
+def opened(folder: Path) -> tuple[LanguageModel, dict[str, np.ndarray]]:
+    """Return a model with abstract arrays, and its numbers, not read yet.
+
+    Args:
+        folder: As for `load`.
+
+    Returns:
+        The outline, and arrays by the paths of parameters, `h.0.mlp.c_fc.kernel`,
+        mapped into memory, in the orientation of the model.
+
+    Raises:
+        ValueError: As `load` does.
+        OSError: If there is nothing to read.
+    """
+    storage.settle(folder)
+    values, tensors = (
+        shards.read_json(_config_of(folder)),
+        storage.open_tensors(folder),
+    )
+    try:
+        port, graph, flat, stored = _described(values, tensors)
+        arrays = {
+            _dotted(path): _oriented(port, name, stored[name], variable)
+            for path, name, variable in flat
+        }
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    variables = [(path, variable) for path, _, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(variables)), arrays
+
+
 def save(model: LanguageModel, folder: str | Path) -> None:
     """Write a model so that `load` returns exactly the same one.
 
@@ -184,6 +215,16 @@ def _assemble(
     values: Mapping[str, Any], tensors: Mapping[str, Any], dtype: Any
 ) -> LanguageModel:
     """Return the model that `config.json` describes, filled with the tensors."""
+    port, graph, flat, stored = _described(values, tensors)
+    filled = [
+        (path, variable.replace(_fit(port, name, stored[name], variable, dtype)))
+        for path, name, variable in flat
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
+    """Return the port of a model, its graph and variables, and the tensors of these."""
     layers: Mapping[str, Any] = {}
     if values.get("model_type") == MODEL_TYPE:
         if values.get("format") != FORMAT:
@@ -209,11 +250,7 @@ def _assemble(
         for path, variable in nnx.to_flat_state(state)
     ]
     _check_names({name for _, name, _ in flat}, set(stored))
-    filled = [
-        (path, variable.replace(_fit(port, name, stored[name], variable, dtype)))
-        for path, name, variable in flat
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return port, graph, flat, stored
 
 
 def _port(values: Mapping[str, Any]) -> Any:
@@ -263,14 +300,7 @@ def _fit(
     port: Any, name: str, array: np.ndarray, variable: Any, dtype: Any
 ) -> jax.Array:
     """Return a stored tensor in the orientation and the dtype of its variable."""
-    shape = variable.get_value().shape
-    turned = _is_turned(port, name, len(shape))
-    expected = shape[::-1] if turned else shape
-    if array.shape != expected:
-        raise ValueError(
-            f"tensor {name} has shape {array.shape}, config.json asks for {expected}"
-        )
-    array = array.T if turned else array
+    array = _oriented(port, name, array, variable)
     if isinstance(variable, nn.Mask):
         return jnp.asarray(np.asarray(array, bool))
     if isinstance(variable, nn.Order):
@@ -283,6 +313,18 @@ def _fit(
             raise ValueError(f"tensor {name} has dtype {array.dtype}, no parameter's")
         dtype = dtype or jnp.float32
     return jnp.asarray(np.ascontiguousarray(array, dtype=dtype))
+
+
+def _oriented(port: Any, name: str, array: np.ndarray, variable: Any) -> np.ndarray:
+    """Return a stored tensor in the orientation of its variable, not copied."""
+    shape = variable.get_value().shape
+    turned = _is_turned(port, name, len(shape))
+    expected = shape[::-1] if turned else shape
+    if array.shape != expected:
+        raise ValueError(
+            f"tensor {name} has shape {array.shape}, config.json asks for {expected}"
+        )
+    return array.T if turned else array
 
 
 def _is_turned(port: Any, name: str, ndim: int) -> bool:
