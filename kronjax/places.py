@@ -160,7 +160,8 @@ class Folder:
     def _checked(self, name: str, kind: Any = stat.S_ISREG) -> Path:
         """Return a path inside, at which there is nothing, or no link."""
         path = self.path / name
-        for one in (path, *path.parents):
+        inside = () if ".." in path.parts[len(self.path.parts) :] else path.parents
+        for one in (path, *inside):
             if one == self.path:
                 return path
             wanted = kind if one == path else stat.S_ISDIR

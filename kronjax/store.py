@@ -4,8 +4,8 @@
     matrices/00007.safetensors    the factors
     matrices/00007.json           the record, written last: errors, bounds, effort
 
-What has a record of this plan, with the digest of the factors as they are there, is
-finished. Whatever else is there counts as absent: cut off, damaged, of another plan.
+What has a record of this plan, sealed by a digest of its own and with that of the
+factors as they are there, is finished. Whatever else is there counts as absent: cut off, damaged, of another plan.
 Only a record of a later version is refused.
 
 >>> file_names(7)
@@ -123,7 +123,8 @@ class Store:
             )
             self.place.write(factors, content)
             told["digest"] = hashlib.sha256(content).hexdigest()
-        text = json.dumps(_plain(told), indent=1, allow_nan=False)
+        told = _plain(told)
+        text = json.dumps({**told, "seal": _seal(told)}, indent=1, allow_nan=False)
         self.place.write(record, text.encode() + b"\n")
 
     def records(self, some: Sequence[Task]) -> dict[int, dict[str, Any]]:
@@ -172,7 +173,7 @@ class Store:
         try:
             told = parse_json(self.place.read(name) or b"")
             version = told["format"]
-            later = isinstance(version, int) and version > FORMAT
+            later = version > FORMAT
         except (ValueError, KeyError, TypeError):
             return None
         if later:
@@ -180,8 +181,9 @@ class Store:
                 f"{self.place}/{name} is of format {version}, and this kronjax reads "
                 f"format {FORMAT}: update kronjax"
             )
-        right = told.get("plan") == self.plan.hash
-        return told if right and told.get("status") in (SOLVED, FAILED) else None
+        if told.pop("seal", None) != _seal(told) or told["plan"] != self.plan.hash:
+            return None
+        return told
 
 
 def file_names(index: int) -> tuple[str, str]:
@@ -198,6 +200,11 @@ def read_plan(place: Folder | Bucket) -> Plan | None:
     """
     content = place.read(PLAN)
     return None if content is None else Plan.of_json(content, f"{place}/{PLAN}")
+
+
+def _seal(told: Mapping[str, Any]) -> str:
+    """Return the digest of a record, by which a damaged one is told."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:
