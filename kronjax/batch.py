@@ -149,7 +149,7 @@ def _solve(group, matrices, store, devices, tell):
     tell(f"compiling {group.key}", 0)
     pool, lanes = pool_of(group, wanted, devices, store.plan.settings)
     if lanes != wanted:
-        store.agree({**store.plan.lanes, key: lanes})
+        store.remember(key, lanes)
     held: dict[Task, tuple[np.ndarray, float]] = {}
     spent = 0
 

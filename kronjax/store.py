@@ -5,8 +5,8 @@
     matrices/00007.json           the record, written last: errors, bounds, effort
 
 What has a record of this plan, sealed by a digest of its own and with that of the
-factors as they are there, is finished. Whatever else is there counts as absent: cut off, damaged, of another plan.
-Only a record of a later version is refused.
+factors as they are there, is finished. Whatever else is there counts as absent: cut
+off, damaged, of another plan. Only a record of a later version is refused.
 
 >>> file_names(7)
 ('matrices/00007.safetensors', 'matrices/00007.json')
@@ -75,6 +75,12 @@ class Store:
             plan = dataclasses.replace(self.plan, lanes=known)
             self.place.write(PLAN, plan.to_json())
         self.plan = dataclasses.replace(self.plan, lanes=known)
+
+    def remember(self, key: str, lanes: int) -> None:
+        """Change how many matrices of a group a device computes at once."""
+        known = {**self.plan.lanes, key: lanes}
+        self.plan = dataclasses.replace(self.plan, lanes=known)
+        self.place.write(PLAN, self.plan.to_json())
 
     def clear(self) -> None:
         """Remove the plan, and then everything that was kept of it."""
