@@ -28,6 +28,7 @@ KEYS = {
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
     "spectral_norms": {"targets", "ratios", "seconds", "matrices", "failure"},
+    "whole_models": {"targets", "counts", "tolerance", "model", "kills", "devices"},
 }
 
 SCRIPTS = sorted(
@@ -204,6 +205,17 @@ def check_spectral_norms(results):
             assert row[f"width_{kind}"] <= 1e-3
 
 
+def check_whole_models(results):
+    model, kills = results["model"], results["kills"]
+    assert len(model["matrices"]) == 2 and 0 < model["gap"] < 1
+    for ours, theirs in zip(model["matrices"], model["loop_errors"], strict=True):
+        # Both end within their tolerance.
+        assert ours["errors"]["spectral"] == pytest.approx(theirs, rel=2e-2)
+    assert kills["complete"] and kills["identical"]
+    assert kills["lost"] == kills["solved_twice"] == 0
+    assert results["devices"]["identical"]
+
+
 CHECKS = {
     "against_peers": check_against_peers,
     "certificates": check_certificates,
@@ -217,6 +229,7 @@ CHECKS = {
     "scaling": check_scaling,
     "smollm2": check_smollm2,
     "spectral_norms": check_spectral_norms,
+    "whole_models": check_whole_models,
 }
 
 
