@@ -362,7 +362,10 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = measure(experiment, real, given.tolerance, folder)
+        figures = ("gap", "memory", "parameters", "share", "loop_ratio")
+        script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
         kills = run_kills(folder, experiment)
+        script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
         devices = run_devices(experiment.small)
     targets = targets_of(model, kills, devices)
     script.print_targets(targets)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def compress(
         if group.process > 0:
             own = [x for x in plan.tasks if x.index % group.processes == group.process]
             return _code(Outcome(plan, kept.records(own)))
-        hosts.wait(place, group, lambda: _missing(kept))
+        hosts.wait(place, group, _missing(kept))
         found = Outcome.of(kept)
         place.write(outcome.FIGURE, outcome.figure(found))
         if opened.model_type is not None:
@@ -183,9 +183,16 @@ def _refuse_strangers(kept: Store, path: Path, force: bool) -> None:
         raise ValueError(f"{place} already holds a model; --force replaces it")
 
 
-def _missing(kept: Store) -> list[int]:
-    done = kept.records(kept.plan.tasks)
-    return [one.index for one in kept.plan.tasks if one.index not in done]
+def _missing(kept: Store) -> Callable[[], list[int]]:
+    """Return a function that tells what is not finished; nothing is read twice."""
+    rest = list(kept.plan.tasks)
+
+    def look() -> list[int]:
+        done = kept.records(rest)
+        rest[:] = [one for one in rest if one.index not in done]
+        return [one.index for one in rest]
+
+    return look
 
 
 def _save(model: Any, place: places.Folder | places.Bucket) -> None:
