@@ -297,13 +297,14 @@ def pool_of(
         settings: Of the solves.
     """
     problem, limit = group.problem, _limit(devices)
+    share = -(-group.count // len(devices))
     assert problem is not None
     while True:
         pool = Pool(
             problem,
             group.dtype,
             lanes=lanes,
-            slots=lanes * WAVES if lanes > 1 else 1,
+            slots=min(lanes * WAVES, share) if lanes > 1 else 1,
             devices=list(devices),
             tolerance=settings.tolerance,
         )
@@ -317,8 +318,9 @@ def _lanes(group, devices, share) -> int:
     most = ENTRIES.get(devices[0].platform, OTHERWISE) // group.tasks[0].size
     held = slots.shapes(group.problem, group.dtype)
     each = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(held))
-    most = min(most, _limit(devices) // (each * (WAVES + 4)), share, MOST_LANES)
-    return 2 ** int(math.log2(max(most, 1)))
+    most = min(most, _limit(devices) // (each * (WAVES + 4)), MOST_LANES)
+    waves = -(-share // max(most, 1))
+    return -(-share // waves)
 
 
 def _limit(devices) -> int:

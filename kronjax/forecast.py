@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,14 @@ import numpy as np
 
 from kronjax import batch
 from kronjax.store import Store
+
+PRODUCTS = 350
+"""That matrices took at a tolerance of 1e-2 from one start, of 12x12 to 768x768."""
+
+DECADE = 250
+"""That each tenth of that tolerance takes more, and `START` each further start."""
+
+START = 100
 
 PROBE = 2.0
 """Seconds for which the solver is tried, to estimate how long it will take."""
@@ -32,7 +41,7 @@ class Estimate:
         group: Which.
         lanes: Matrices of a device in one call.
         memory: Bytes on every device, as compiled; 0 where none is used.
-        seconds: At most, about: all products that may be spent, at the rate of a short
+        seconds: About: the products that matrices usually take, at the rate of a short
             trial, and the compilation.
     """
 
@@ -68,14 +77,14 @@ def of(
 
 
 def _seconds(group, matrices, pool, settings) -> float:
-    """Return the seconds that a group will take at most, after a short trial."""
-    begun, spent, count = time.perf_counter(), 0, 0
+    """Return the seconds that a group will take, after a short trial."""
+    begun, count = time.perf_counter(), 0
     taken = group.tasks[: pool.lanes * pool.mesh.devices.size]
+    ticks: list[tuple[float, int]] = []
 
     def tick(products):
-        nonlocal spent
-        spent += products
-        if time.perf_counter() - begun > PROBE:
+        ticks.append((time.perf_counter(), products))
+        if len(ticks) > 1 and time.perf_counter() - begun > PROBE:
             raise TimeoutError
 
     given = ((x, batch.read(x, matrices), 0) for x in taken)
@@ -84,11 +93,18 @@ def _seconds(group, matrices, pool, settings) -> float:
             count += 1
     except TimeoutError:
         count = 0
-    passed = time.perf_counter() - begun
     if count:
-        return passed * group.count / count
+        return (time.perf_counter() - begun) * group.count / count
+    if len(ticks) < 2:  # nothing to solve
+        return 0.0
+    # The first slice waits for the beginnings, of which there is one for each matrix.
+    (first, _), *rest = ticks
+    each = (rest[-1][0] - first) / max(sum(products for _, products in rest), 1)
     allowed = sum(int(stage.budget) for stage in group.problem.schedule())
-    return passed * allowed * group.count / max(spent, 1)
+    decades = max(math.log10(1e-2 / settings.tolerance), 0)
+    usual = PRODUCTS + DECADE * decades + START * (settings.starts - 1)
+    beginning = (first - begun) / len(taken)
+    return group.count * (beginning + each * min(allowed, usual))
 
 
 def _svd_seconds(group, matrices) -> float:

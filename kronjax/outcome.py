@@ -82,7 +82,7 @@ def table(outcome: Outcome) -> Table:
     made = Table()
     made.add_column("matrices", no_wrap=True)
     made.add_column("becomes", min_width=9)
-    for name in ("done", "of dense", "error", "worst", "gap", "worst", "GEMMs"):
+    for name in ("done", "size", "error", "worst", "gap", "worst", "GEMMs"):
         made.add_column(name, justify="right", no_wrap=True)
     groups: dict[Any, list[Task]] = {}
     for task in outcome.plan.tasks:
@@ -99,7 +99,7 @@ def table(outcome: Outcome) -> Table:
             f"{shape[0]}x{shape[1]}",
             what,
             f"{len(done)}/{len(members)}",
-            f"{share:.1%}",
+            f"{share:.0%}",
             *_mean_and_worst(errors, ".3f"),
             *_mean_and_worst(gaps, ".1%"),
             f"{np.mean(products):,.0f}" if products else "",

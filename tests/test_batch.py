@@ -245,21 +245,21 @@ def test_a_forecast_knows_memory_and_time_and_writes_nothing(matrices, tmp_path)
     kept = Store(places.find(str(tmp_path / "out")), plan)
     found = {x.group.count: x for x in forecast.of(matrices, kept, jax.devices()[:1])}
     assert found[2].memory == 0 and found[7].memory > 7 * 48 * 4
-    assert found[7].lanes == 4 and all(one.seconds > 0 for one in found.values())
+    assert found[7].lanes == 7 and all(one.seconds > 0 for one in found.values())
     assert not (tmp_path / "out").exists()
 
 
 def test_lanes_shrink_where_memory_does_not_suffice(matrices, tmp_path, monkeypatch):
     kept = begin(tmp_path, matrices, POOLED)
     (key,) = kept.plan.lanes
-    assert kept.plan.lanes[key] == 4
+    assert kept.plan.lanes[key] == 7
     monkeypatch.setattr(batch, "_limit", lambda devices: 1)
-    assert set(batch.lanes_of(kept, jax.devices()[:1]).values()) == {4}
+    assert set(batch.lanes_of(kept, jax.devices()[:1]).values()) == {7}
 
-    class Small(batch.Pool):  # compiled for four in any case
+    class Small(batch.Pool):  # compiled for seven in any case
         def __init__(self, *given, lanes, slots, **more):
-            super().__init__(*given, lanes=4, slots=32, **more)
-            self.lanes, self.memory = 4, lanes  # what it would take
+            super().__init__(*given, lanes=7, slots=7, **more)
+            self.lanes, self.memory = 7, lanes  # what it would take
 
     monkeypatch.setattr(batch, "Pool", Small)
     batch.run(matrices, kept, devices=jax.devices()[:1])

@@ -28,6 +28,9 @@ from kronjax.store import Store
 FAILURE = 3
 """Exit code where a matrix failed and stays dense."""
 
+WORDS = 8
+"""Of seven hexadecimal digits, by which processes compare the hashes of their plans."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -74,21 +77,15 @@ def compress(
     Returns:
         0, or `FAILURE` if a matrix failed.
     """
-    opened = whole.open_whole(path)
-    plan = tasks.make(
-        rules,
-        opened.tensors,
-        source=str(path),
-        tables=opened.tables,
-        model_type=opened.model_type,
-        parameters=opened.parameters,
-        settings=options.settings,
-    )
+    try:
+        opened, kept = _planned(path, rules, out, options)
+    except (ValueError, OSError):
+        group.exchange([0] * (1 + WORDS))  # the others wait to hear of it
+        raise
+    plan, place = kept.plan, kept.place
     matrices = {**opened.tables, **opened.tensors}
     if group.process == 0:
         _tell_overlaps(rules, matrices)
-    place = places.find(out)
-    kept = Store(place, plan)
     if options.dry_run:
         _forecast(kept, matrices, options.as_json)
         return 0
@@ -118,6 +115,23 @@ def compress(
     return _code(found)
 
 
+def _planned(
+    path: Path, rules: Recipe, out: str, options: Options
+) -> tuple[whole.Whole, Store]:
+    """Return the model, and where the results of its plan are to be kept."""
+    opened = whole.open_whole(path)
+    plan = tasks.make(
+        rules,
+        opened.tensors,
+        source=str(path),
+        tables=opened.tables,
+        model_type=opened.model_type,
+        parameters=opened.parameters,
+        settings=options.settings,
+    )
+    return opened, Store(places.find(out), plan)
+
+
 def report(place: places.Folder | places.Bucket, as_json: bool) -> int | None:
     """Print what is finished at a place and draw it, or return None if it has no plan.
 
@@ -128,8 +142,8 @@ def report(place: places.Folder | places.Bucket, as_json: bool) -> int | None:
     if plan is None:
         return None
     found = Outcome.of(Store(place, plan))
-    place.write(outcome.FIGURE, outcome.figure(found))
     _show(found, as_json)
+    place.write(outcome.FIGURE, outcome.figure(found))
     if not as_json:
         print(f"{place}/{outcome.FIGURE} shows every matrix.")
     return _code(found)
@@ -146,7 +160,7 @@ def _begin(kept: Store, path: Path, options: Options, group: Hosts, stack) -> No
             kept.agree(lanes)
     except (ValueError, OSError) as error:
         problem = error
-    words = [int(kept.plan.hash[i : i + 7], 16) for i in range(0, 56, 7)]
+    words = [int(kept.plan.hash[7 * i : 7 * i + 7], 16) for i in range(WORDS)]
     told = group.exchange([problem is None, *words])
     if problem is not None:
         raise problem
@@ -252,8 +266,8 @@ def _forecast(kept: Store, matrices, as_json: bool) -> None:
     console.print(made)
     console.print(
         f"{len(plan.tasks):,} matrices; {after:,} of {plan.parameters:,} parameters; "
-        f"{memory / 2**20:,.0f} MiB on every device at its peak, as compiled; at most "
-        f"about {seconds:,.0f} s, by a short trial. Nothing was written.",
+        f"{memory / 2**20:,.0f} MiB on every device at its peak, as compiled; about "
+        f"{seconds:,.0f} s, by a short trial. Nothing was written.",
         soft_wrap=True,
     )
 

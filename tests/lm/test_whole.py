@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from kronjax import cli, lm, nn, places, store
+from kronjax import cli, hosts, lm, nn, places, store
 from kronjax.lm import llama, opt
 from kronjax.lm import whole as wholes
 
@@ -227,6 +227,29 @@ def test_kernels_are_turned_as_the_model_has_them(port, tmp_path):
     assert opened.tensors.keys() == layers.keys() - {"lm_head"}
     for name, kernel in opened.tensors.items():
         np.testing.assert_array_equal(kernel, layers[name].kernel[...])
+
+
+@pytest.mark.parametrize("fault", ["model", "out"])
+def test_who_cannot_begin_lets_the_others_know(folder, fault, monkeypatch, capsys):
+    """Of two processes this one has no model, or cannot write."""
+    told = []
+
+    def exchange(self, words):
+        told.append(list(words))
+        return [[1] * len(words), list(words)]
+
+    def join(*_):
+        return hosts.Hosts(1, 2)
+
+    monkeypatch.setattr(hosts, "join", join)
+    monkeypatch.setattr(hosts.Hosts, "exchange", exchange)
+    if fault == "model":
+        (folder / "dense" / "model.safetensors").unlink()
+    else:
+        (folder / "out").write_text("a file")
+    code, _, err = run(capsys, *compress(folder, "--distributed"))
+    assert code == 2 and ("holds no weights" in err or "cannot write" in err)
+    assert [(len(words), words[0]) for words in told] == [(9, 0)]
 
 
 def free_port():
