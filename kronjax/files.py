@@ -177,12 +177,24 @@ def write_terms(
         metadata: Strings about the factors.
         rest: The factors of further configurations, written as `a1`, `b1`, `a2`, …
     """
-    tensors = {"a": a, "b": b}
-    for number, pair in enumerate(rest, start=1):
-        tensors |= {f"{name}{number}": x for name, x in zip("ab", pair, strict=True)}
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    content = safetensors.numpy.save(tensors, {"format": FORMAT, **metadata})
-    output.write(path, content)
+    output.write(path, terms_bytes([(a, b), *rest], metadata))
+
+
+def terms_bytes(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return what `write_terms` writes.
+
+    Args:
+        pairs: The factors `a` and `b` of every configuration.
+        metadata: Strings about them.
+    """
+    tensors = {
+        f"{name}{number or ''}": np.ascontiguousarray(x)
+        for number, pair in enumerate(pairs)
+        for name, x in zip("ab", pair, strict=True)
+    }
+    return safetensors.numpy.save(tensors, {"format": FORMAT, **metadata})
 
 
 def _open_npy(path: Path, tensor: str | None) -> Source:

@@ -290,6 +290,16 @@ def matching(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(x.fullmatch(name) for x in expressions)]
 
 
+def matches(recipe: Recipe, names: Iterable[str]) -> dict[str, list[int]]:
+    """Return the numbers of all rules that match each name; the first decides."""
+    names = list(names)
+    expressions = [_expression(rule, names) for rule in recipe.rules]
+    return {
+        name: [i for i, one in enumerate(expressions) if one.fullmatch(name)]
+        for name in names
+    }
+
+
 def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
     m, n = shape
     if rule.method in ("low-rank", "interpolative"):

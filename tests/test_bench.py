@@ -30,6 +30,7 @@ KEYS = {
     "training": {"targets", "cases"},
     "spectral_norms": {"targets", "ratios", "seconds", "matrices", "failure"},
     "training_study": {"targets", "rows", "runs", "tokens", "seen"},
+    "whole_models": {"targets", "counts", "tolerance", "model", "kills", "devices"},
 }
 
 SCRIPTS = sorted(
@@ -228,6 +229,17 @@ def check_training_study(results):
             assert row["recovered"] == pytest.approx(wanted)
 
 
+def check_whole_models(results):
+    model, kills = results["model"], results["kills"]
+    assert len(model["matrices"]) == 2 and 0 < model["gap"] < 1
+    for ours, theirs in zip(model["matrices"], model["loop_errors"], strict=True):
+        # Both end within their tolerance.
+        assert ours["errors"]["spectral"] == pytest.approx(theirs, rel=2e-2)
+    assert kills["complete"] and kills["identical"]
+    assert kills["lost"] == kills["solved_twice"] == 0
+    assert results["devices"]["identical"]
+
+
 CHECKS = {
     "against_peers": check_against_peers,
     "certificates": check_certificates,
@@ -242,6 +254,7 @@ CHECKS = {
     "smollm2": check_smollm2,
     "spectral_norms": check_spectral_norms,
     "training_study": check_training_study,
+    "whole_models": check_whole_models,
 }
 
 

@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from kronjax import nn
+from kronjax import nn, shards
 from kronjax.lm import gpt2, llama, opt, sources, storage
 from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.tokenizer import Tokenizer, read_tokenizer
@@ -72,7 +72,7 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
         values, tensors, tokenizer = gguf.read(path)
         recipe = None
     else:
-        values = storage.read_json(_config_of(path))
+        values = shards.read_json(_config_of(path))
         tensors, tokenizer = storage.open_tensors(path), read_tokenizer(path)
         recipe_path = path / "recipe.yaml"
         recipe = _text(recipe_path) if recipe_path.is_file() else None
@@ -97,9 +97,9 @@ def outline(source: str | Path) -> LanguageModel:
     """
     path = sources.expanded(source)
     if path.is_file() and path.suffix == ".json":
-        values = storage.read_json(path)
+        values = shards.read_json(path)
     elif path.is_dir():
-        values = storage.read_json(_config_of(path))
+        values = shards.read_json(_config_of(path))
     else:
         graph, state = nnx.split(load(source))
         return nnx.merge(graph, jax.eval_shape(lambda: state))
@@ -108,6 +108,37 @@ def outline(source: str | Path) -> LanguageModel:
     port = _port(values)
     config = port.Config.from_hugging_face(values)
     return nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
+
+
+def opened(folder: Path) -> tuple[LanguageModel, dict[str, np.ndarray]]:
+    """Return a model with abstract arrays, and its numbers, not read yet.
+
+    Args:
+        folder: As for `load`.
+
+    Returns:
+        The outline, and arrays by the paths of parameters, `h.0.mlp.c_fc.kernel`,
+        mapped into memory, in the orientation of the model.
+
+    Raises:
+        ValueError: As `load` does.
+        OSError: If there is nothing to read.
+    """
+    storage.settle(folder)
+    values, tensors = (
+        shards.read_json(_config_of(folder)),
+        storage.open_tensors(folder),
+    )
+    try:
+        port, graph, flat, stored = _described(values, tensors)
+        arrays = {
+            _dotted(path): _oriented(port, name, stored[name], variable)
+            for path, name, variable in flat
+        }
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    variables = [(path, variable) for path, _, variable in flat]
+    return nnx.merge(graph, nnx.from_flat_state(variables)), arrays
 
 
 def save(model: LanguageModel, folder: str | Path) -> None:
@@ -184,6 +215,16 @@ def _assemble(
     values: Mapping[str, Any], tensors: Mapping[str, Any], dtype: Any
 ) -> LanguageModel:
     """Return the model that `config.json` describes, filled with the tensors."""
+    port, graph, flat, stored = _described(values, tensors)
+    filled = [
+        (path, variable.replace(_fit(port, name, stored[name], variable, dtype)))
+        for path, name, variable in flat
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
+    """Return the port of a model, its graph and variables, and the tensors of these."""
     layers: Mapping[str, Any] = {}
     if values.get("model_type") == MODEL_TYPE:
         if values.get("format") != FORMAT:
@@ -209,11 +250,7 @@ def _assemble(
         for path, variable in nnx.to_flat_state(state)
     ]
     _check_names({name for _, name, _ in flat}, set(stored))
-    filled = [
-        (path, variable.replace(_fit(port, name, stored[name], variable, dtype)))
-        for path, name, variable in flat
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+    return port, graph, flat, stored
 
 
 def _port(values: Mapping[str, Any]) -> Any:
@@ -263,14 +300,7 @@ def _fit(
     port: Any, name: str, array: np.ndarray, variable: Any, dtype: Any
 ) -> jax.Array:
     """Return a stored tensor in the orientation and the dtype of its variable."""
-    shape = variable.get_value().shape
-    turned = _is_turned(port, name, len(shape))
-    expected = shape[::-1] if turned else shape
-    if array.shape != expected:
-        raise ValueError(
-            f"tensor {name} has shape {array.shape}, config.json asks for {expected}"
-        )
-    array = array.T if turned else array
+    array = _oriented(port, name, array, variable)
     if isinstance(variable, nn.Mask):
         return jnp.asarray(np.asarray(array, bool))
     if isinstance(variable, nn.Order):
@@ -283,6 +313,18 @@ def _fit(
             raise ValueError(f"tensor {name} has dtype {array.dtype}, no parameter's")
         dtype = dtype or jnp.float32
     return jnp.asarray(np.ascontiguousarray(array, dtype=dtype))
+
+
+def _oriented(port: Any, name: str, array: np.ndarray, variable: Any) -> np.ndarray:
+    """Return a stored tensor in the orientation of its variable, not copied."""
+    shape = variable.get_value().shape
+    turned = _is_turned(port, name, len(shape))
+    expected = shape[::-1] if turned else shape
+    if array.shape != expected:
+        raise ValueError(
+            f"tensor {name} has shape {array.shape}, config.json asks for {expected}"
+        )
+    return array.T if turned else array
 
 
 def _is_turned(port: Any, name: str, ndim: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from kronjax.lm.commands import Dtype, Model
-from kronjax.options import Flag, Json, option
+from kronjax.options import Flag, Json, Seed, option
 
 Weighting = Annotated[
     Literal["none", "input", "input+gradient"] | None,
@@ -92,7 +92,7 @@ def plan(
 def compress(
     model: Model,
     *,
-    out: Annotated[Path, option("FOLDER")],
+    out: Annotated[str, option("FOLDER")],
     budget: Annotated[str | None, option("B")] = None,
     recipe: Annotated[str | None, option("NAME|FILE")] = None,
     calibrate: Annotated[str | None, option("FILE")] = None,
@@ -103,16 +103,27 @@ def compress(
     evaluate: Annotated[str | None, option("FILE")] = None,
     protocol: Annotated[str, option("NAME")] = "krony-pt",
     dtype: Dtype | None = None,
+    tolerance: Annotated[float, option("X")] = 1e-2,
+    starts: Annotated[int, option("N")] = 1,
+    seed: Seed = 0,
+    dry_run: Flag = False,
+    distributed: Flag = False,
+    coordinator: Annotated[str | None, option("HOST:PORT")] = None,
+    processes: Annotated[int | None, option("N")] = None,
+    process: Annotated[int | None, option("I")] = None,
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
     """Make a smaller model, and a report with the reason for every choice.
 
-    The same line goes on where an interrupted one stopped.
+    The same line goes on where an interrupted one stopped. A recipe without weights is
+    for any safetensors file or folder: what is no language model ends as factors.
 
     Args:
-        model: A folder, a .gguf file, or owner/name on the hub.
-        out: The folder to write: the model, report.json and report.html.
+        model: A folder, a .gguf file, or owner/name on the hub; for a recipe without
+            weights a .safetensors file or a folder of them, too.
+        out: The folder to write: the model, report.json and report.html; by a recipe
+            without weights the factors of every matrix, which may go to a URL.
         budget: 0.8 of the linear layers, or 81M parameters, 160MB, 170MFLOP in all.
         recipe: Rules instead of a budget: the name of a recipe or a .yaml file.
         calibrate: A text to weight errors by; what it holds beyond the tokens read is
@@ -126,24 +137,84 @@ def compress(
         protocol: krony-pt, gptq-2048 or hf-strided.
         dtype: Precision of what is written; by default that of the model. Everything is
             computed in float32.
+        tolerance: Gap that is good enough, for recipes without weights, as are all
+            that follow.
+        starts: Number of starts; the best is taken to the end.
+        seed: Of the perturbed starts.
+        dry_run: Print matrices, memory and time, and stop.
+        distributed: Share the work with the same line on other hosts: on Cloud TPU,
+            under Slurm and MPI they find each other.
+        coordinator: Where process 0 is, elsewhere.
+        processes: How many there are.
+        process: Number of this one, from 0.
         force: Replace the model that is in FOLDER.
         as_json: Print the record as one JSON object.
     """
+    from kronjax import hosts, tasks
     from kronjax import recipe as recipes
-    from kronjax.lm import calibrate as calibration
-    from kronjax.lm import checkpoint, compression, page, record, sources
-    from kronjax.lm import plan as planning
-    from kronjax.lm import protocol as protocols
-    from kronjax.lm import text as texts
+    from kronjax.lm import sources, whole_commands
     from kronjax.lm.budget import Budget
-    from kronjax.lm.work import Work
 
     _one_of(budget, recipe)
     if recipe is not None and weighting:
         raise ValueError("a recipe says itself how layers are weighted")
-    asked: Any = recipes.load(recipe) if recipe else Budget.parse(budget or "")
+    rules = recipes.load(recipe) if recipe else None
+    if rules is not None and not (calibrate or evaluate or refine or sequential):
+        path = _matrices_of(model)
+        if path is not None and whole_commands.is_meant(path, rules):
+            settings = tasks.Settings(tolerance, starts, seed)
+            options = whole_commands.Options(settings, dtype, dry_run, force, as_json)
+            group = hosts.Hosts(0, 1)
+            if distributed and not dry_run:
+                group = hosts.join(coordinator, processes, process)
+            return whole_commands.compress(path, rules, out, options, group)
+    if dry_run or distributed:
+        raise ValueError(
+            "--dry-run and --distributed are for recipes without weights, which need "
+            "no text"
+        )
+    return _calibrated(
+        model,
+        rules or Budget.parse(budget or ""),
+        sources.expanded(out),
+        calibrate=calibrate,
+        tokens=tokens,
+        weighting=weighting,
+        refine=refine,
+        sequential=sequential,
+        evaluate=evaluate,
+        protocol=protocol,
+        dtype=dtype,
+        force=force,
+        as_json=as_json,
+    )
+
+
+def _calibrated(
+    model: str,
+    asked: Any,
+    out: Path,
+    *,
+    calibrate: str | None,
+    tokens: int,
+    weighting: Any,
+    refine: int,
+    sequential: bool,
+    evaluate: str | None,
+    protocol: str,
+    dtype: str | None,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Compress a language model, weighted by what a text shows."""
+    from kronjax.lm import calibrate as calibration
+    from kronjax.lm import checkpoint, compression, page, record
+    from kronjax.lm import plan as planning
+    from kronjax.lm import protocol as protocols
+    from kronjax.lm import text as texts
+    from kronjax.lm.work import Work
+
     protocols.find(protocol)
-    out = sources.expanded(out)
     if (out / "config.json").exists() and not force:
         raise ValueError(f"{out} already holds a model; --force replaces it")
     given = None if calibrate is None else _read(calibrate)
@@ -185,7 +256,7 @@ def compress(
 
 
 def report(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
     *,
     open_it: Annotated[bool, option(name="open")] = False,
     as_json: Json = False,
@@ -193,25 +264,41 @@ def report(
     """Show what came of a compression, and write its page once more.
 
     Args:
-        folder: That kronjax compress wrote.
+        folder: That kronjax compress wrote, or still writes.
         open_it: Open the page in a browser.
         as_json: Print the record as one JSON object.
     """
-    from kronjax.lm import page, record, sources
+    from kronjax import places
+    from kronjax.lm import page, record, sources, whole_commands
 
-    folder = sources.expanded(folder)
-    found = record.read(folder)
+    place = places.find(folder)
+    code = whole_commands.report(place, as_json)
+    if code is not None:
+        return code
+    path = sources.expanded(folder)
+    found = record.read(path)
     if as_json:
         print(json.dumps(found, allow_nan=False))
         return 0
-    path = page.write(found, folder)
-    _tell(found, folder)
+    _tell(found, path)
+    path = page.write(found, path)
     if open_it:
         import webbrowser
 
         if not webbrowser.open(path.resolve().as_uri()):
             print(f"No browser could be opened; the page is {path}.", file=sys.stderr)
     return 0
+
+
+def _matrices_of(model: str) -> Path | None:
+    """Return the file or folder that holds a model, or None if it is in no such."""
+    from kronjax.lm import sources
+
+    path = sources.expanded(model)
+    if path.is_file() and path.suffix == ".safetensors":
+        return path
+    path = sources.find(model)
+    return path if path.is_dir() else None
 
 
 def _one_of(budget: str | None, recipe: str | None) -> None:

@@ -10,7 +10,7 @@ depends on: the same call then goes on after an interruption.
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -318,22 +318,44 @@ def _put(model, made, evaluations, work, advance, moments, assignments) -> list[
         )
         seconds = (time.perf_counter() - begun) / len(group)
         for one, (arrays, facts) in zip(group, pieces, strict=True):
-            layer = layers[one.name]
-            done.append(_replaced(model, layer, one, arrays, facts, made, seconds))
+            done.append(_replaced(model, one, arrays, facts, made, seconds))
         advance(len(group))
     return done
 
 
-def _replaced(model, layer, one, arrays, facts, made, seconds) -> Layer:
-    """Put one sum into the place of a layer, and say what it is."""
-    terms, dtype, bias = _terms(arrays), parameter_dtype(model), None
+def put(
+    model: LanguageModel,
+    name: str,
+    kind: str,
+    terms: Sequence[KroneckerTerms],
+    scalars: bool = False,
+) -> nn.Layer | nn.Table:
+    """Put a sum into the place of a dense layer or table, and return what it became.
+
+    Args:
+        model: Changed in place.
+        name: Of the layer.
+        kind: `interpolative`, or anything else for the sum itself.
+        terms: One for each configuration.
+        scalars: Whether terms get scalars of their own.
+    """
+    layer: Any = {**nn.tables(model), **nn.linear_layers(model)}[name]
+    dtype = parameter_dtype(model)
     if isinstance(layer, nnx.Embed):
         found = nn.KroneckerEmbedding(_held(terms, dtype))
     else:
         bias = None if layer.bias is None else layer.bias[...]
-        scalars = one.rule.scalars and facts["kind"] == "kronecker"
-        found = _layer(facts["kind"], terms, bias, dtype, scalars)
-    nn.replace(model, one.name, found)
+        found = _layer(kind, terms, bias, dtype, scalars)
+    nn.replace(model, name, found)
+    return found
+
+
+def _replaced(model, one, arrays, facts, made, seconds) -> Layer:
+    """Put one sum into the place of a layer, and say what it is."""
+    terms = _terms(arrays)
+    scalars = one.rule.scalars and facts["kind"] == "kronecker"
+    found = put(model, one.name, facts["kind"], terms, scalars)
+    bias = getattr(found, "bias", None)
     chosen = [x for x in made.choices if x.name == one.name] if made else []
     return Layer(
         name=one.name,

@@ -8,13 +8,21 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
+
+
+class Advance(Protocol):
+    """What `bar` yields."""
+
+    def __call__(self, amount: int, text: str | None = None, /) -> None:
+        """Tell how much work was just done, and what is being done now."""
 
 
 @contextlib.contextmanager
 def bar(
     total: int, text: str, *, unit: str = "tokens", wanted: bool | None = None
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Advance]:
     """Yield a function to call with the amount of work that was just done.
 
     Args:
@@ -25,7 +33,7 @@ def bar(
             the work has taken two seconds.
     """
     if wanted is False or (wanted is None and not sys.stderr.isatty()):
-        yield lambda amount: None
+        yield lambda amount, text=None: None
         return
     from rich.console import Console
     from rich.progress import (
@@ -48,11 +56,12 @@ def bar(
     )
     task = drawn.add_task(text, total=total, rate="")
 
-    def advance(amount: int) -> None:
-        drawn.update(task, advance=amount)
+    def advance(amount: int, text: str | None = None, /) -> None:
+        drawn.update(task, advance=amount, description=text or None)
         speed = drawn.tasks[0].speed
         if speed:
-            drawn.update(task, rate=f"{speed:,.0f} {unit}/s")
+            digits = ",.0f" if speed >= 10 else ".2g"
+            drawn.update(task, rate=f"{speed:{digits}} {unit}/s")
 
     timer = threading.Timer(0 if wanted else 2, drawn.start)
     timer.start()

@@ -14,7 +14,6 @@ interruption, to read or to write, finishes the moving.
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kronjax import files
+from kronjax import files, shards
 from kronjax.lm import tokenizer
 
 WEIGHTS = "model.safetensors"
@@ -79,7 +78,7 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
         OSError: If there is nothing to read.
     """
     if (folder / INDEX).is_file():
-        return _open_shards(folder)
+        return shards.open_indexed(folder / INDEX)
     if (folder / WEIGHTS).is_file():
         return files.map_tensors(folder / WEIGHTS)
     if (folder / MSGPACK).is_file():
@@ -90,27 +89,6 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     raise FileNotFoundError(
         f"{folder} holds no weights: no {WEIGHTS}, no {INDEX}, no {MSGPACK}"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file.
-
-    Raises:
-        ValueError: If it is not JSON or no mapping.
-        OSError: If it cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a mapping")
-    return values
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
 
 
 def canonical(tensors: Mapping[str, T], prefixes: tuple[str, ...]) -> dict[str, T]:
@@ -220,32 +198,6 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _open_shards(folder: Path) -> dict[str, np.ndarray]:
-    where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(
-        isinstance(x, str) for x in where.values()
-    ):
-        raise ValueError(f"{folder / INDEX} has no weight_map of names and files")
-    tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(where.values())):
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise ValueError(f"{folder / INDEX} names {shard!r}, outside of its folder")
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder} lacks {shard}, which its index names")
-        held = files.map_tensors(folder / shard)
-        wanted = [name for name, place in where.items() if place == shard]
-        missing = sorted(set(wanted) - set(held))
-        if missing:
-            raise ValueError(
-                f"{folder / shard} lacks {missing[0]}, which the index names"
-            )
-        extra = sorted(set(held) - set(wanted))
-        if extra:
-            raise ValueError(f"{folder / shard} has {extra[0]}, which the index lacks")
-        tensors |= {name: held[name] for name in wanted}
-    return tensors
 
 
 def _open_msgpack(path: Path) -> dict[str, np.ndarray]:

@@ -1,0 +1,385 @@
+"""What does compressing a whole model take, and does it survive being killed?
+
+Matrices of the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of 768 x 3072;
+`--counts` for a part of them) in float32: real ones from `--weights` as far as they go,
+then random ones as in `spectral_norms`, as one safetensors file.  `kronjax compress`
+in a process of its own makes them half as large, by near-square configurations in the
+spectral norm; its wall time, file work and compilation included, is compared with the
+products that it spent at the rate of plain ones, its memory is the peak that the system
+reports.  The same square matrices one by one, by a jitted `kronjax.solve`, are the
+rival.  Then a run of small matrices is killed at random moments and begun again until
+it ends, and compared bit by bit with one that nobody disturbed; and eight simulated
+devices are compared with one.
+
+Products are counted low: of a tall matrix one evaluation has two tall products and the
+rest are small, but only accepted steps are known to have been evaluations.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from bench import script, spectral_norms, timing
+from kronjax import Configuration, solve
+
+GAP = 0.05
+MEMORY = 6.0
+
+RULES = """
+rules:
+- match: "square.*"
+  method: kronecker
+  terms: [{{a_shape: {square}, rank: {ranks[0]}}}]
+  weighting: none
+- match: "tall.*"
+  method: kronecker
+  terms: [{{a_shape: {tall}, rank: {ranks[1]}}}]
+  weighting: none
+- match: "wide.*"
+  method: kronecker
+  terms: [{{a_shape: {wide}, rank: {ranks[1]}}}]
+  weighting: none
+"""
+
+SMALL = """
+rules:
+- match: "*"
+  method: kronecker
+  terms: [{a_shape: [6, 6], rank: 3}]
+  weighting: none
+"""
+
+DEVICES = """
+import json, sys, time
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import numpy as np
+from kronjax import Configuration
+from kronjax.pool import Pool
+from kronjax.problem import Problem
+count, lanes = int(sys.argv[1]), 8
+matrices = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
+problem = Problem.of((36, 36), Configuration((6, 6), 3), starts=1)
+seconds, found = {}, {}
+for devices in (1, 8):
+    pool = Pool(
+        problem, np.dtype(np.float32), lanes=lanes, slots=64 // devices * 8,
+        devices=jax.devices()[:devices], tolerance=1e-2,
+    )
+    def run(some):
+        given = ((i, x, 0) for i, x in enumerate(some))
+        return {x.key: x.terms[0].a.tobytes() for x in pool.solve(given)}
+    run(matrices[:lanes])
+    seconds[devices] = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        found[devices] = run(matrices)
+        seconds[devices].append(time.perf_counter() - begun)
+print(json.dumps({"identical": found[1] == found[8], "seconds": seconds}))
+"""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What to run.
+
+    Attributes:
+        counts: Of square, tall and wide matrices.
+        shapes: Of them.
+        configurations: Shapes of their left factors.
+        ranks: Of the square ones, and of the others.
+        loop: How many square ones the rival solves.
+        kills: How often the small run is killed.
+        small: Its matrices of 36 x 36.
+    """
+
+    counts: tuple[int, int, int] = (48, 12, 12)
+    shapes: tuple = ((768, 768), (3072, 768), (768, 3072))
+    configurations: tuple = ((24, 32), (48, 32), (32, 48))
+    ranks: tuple[int, int] = (192, 384)
+    loop: int = 48
+    kills: int = 20
+    small: int = 256
+
+
+QUICK = Experiment(
+    counts=(2, 0, 0),
+    shapes=((24, 24), (48, 24), (24, 48)),
+    configurations=((4, 6), (6, 6), (6, 6)),
+    ranks=(3, 6),
+    loop=2,
+    kills=1,
+    small=8,
+)
+
+
+def draw_model(experiment, real, path):
+    """Write the matrices of a model into one file; return how many are real."""
+    rng = np.random.default_rng(0)
+    given = [x for x in real.values() if x.shape == experiment.shapes[0]]
+    tensors, used = {}, 0
+    for name, count, shape in zip(
+        ("square", "tall", "wide"), experiment.counts, experiment.shapes, strict=True
+    ):
+        for i in range(count):
+            is_real = name == "square" and i < len(given)
+            used += is_real
+            matrix = given[i] if is_real else spectral_norms.random_matrix(rng, shape)
+            tensors[f"{name}.{i}"] = np.ascontiguousarray(matrix)
+    safetensors.numpy.save_file(tensors, path)
+    return used
+
+
+def compress(folder, name, out, tolerance, environment=None):
+    """Run the command; return its report, wall seconds and peak memory in GiB."""
+    command = line(folder, name, out, tolerance)
+    begun = time.perf_counter()
+    run = subprocess.Popen(
+        [*command, "--json"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **(environment or {})},
+    )
+    told = run.stdout.read()
+    _, status, usage = os.wait4(run.pid, 0)
+    run.returncode = os.waitstatus_to_exitcode(status)
+    if run.returncode:
+        raise RuntimeError(f"kronjax compress ended with {run.returncode}")
+    seconds = time.perf_counter() - begun
+    return json.loads(told), seconds, usage.ru_maxrss / 2**20
+
+
+def line(folder, name, out, tolerance):
+    """The command line that compresses `name.safetensors` by `name.yaml`."""
+    given = [f"{name}.safetensors", "--recipe", f"{name}.yaml", "--out", out]
+    more = ["--tolerance", str(tolerance)]
+    return [sys.executable, "-m", "kronjax", "compress", *given, *more]
+
+
+def flops_of(record):
+    """Operations that the products of a matrix took, counted low."""
+    m, n = max(record["shape"]), min(record["shape"])
+    return 2 * n**3 * record["gemms"] + 4 * n**2 * (m - n) * record["steps"]
+
+
+def run_loop(path, experiment, tolerance):
+    """Seconds of a jitted `solve` for one square matrix after the other, and errors."""
+    matrices = safetensors.numpy.load_file(path)
+    configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
+    single = jax.jit(lambda x: solve(x, configuration, starts=1, tolerance=tolerance))
+    seconds, errors = [], []
+    count = min(experiment.loop, experiment.counts[0])
+    some = [jax.device_put(matrices[f"square.{i}"]) for i in range(count)]
+    program = single.lower(some[0]).compile()
+    for one in some:
+        begun = time.perf_counter()
+        found = jax.block_until_ready(program(one))
+        seconds.append(time.perf_counter() - begun)
+        errors.append(float(found.spectral_error))
+        script.say(f"solve by itself: {len(errors)} of {count}")
+    return seconds, errors
+
+
+def run_kills(folder, experiment):
+    """Kill a run again and again; return what was found in the end."""
+    rng = np.random.default_rng(1)
+    some = rng.standard_normal((experiment.small, 36, 36)).astype(np.float32)
+    tensors = {f"w.{i}": x for i, x in enumerate(some)}
+    safetensors.numpy.save_file(tensors, folder / "small.safetensors")
+    (folder / "small.yaml").write_text(SMALL)
+    # Compiled once: what is killed is not the compiler, most of the time.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    compress(folder, "small", "undisturbed", 1e-2, cache)
+    _, undisturbed, _ = compress(folder, "small", "again", 1e-2, cache)
+    at, finished, seen, twice = [], [], {}, set()
+    for i in range(experiment.kills):
+        run = subprocess.Popen(
+            line(folder, "small", "killed", 1e-2),
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, **cache},
+        )
+        wait = float(rng.uniform(0, undisturbed))
+        try:
+            run.wait(timeout=wait)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+        at.append(wait)
+        finished.append(look(folder / "killed", seen, twice))
+        script.say(f"killed {i + 1} times, {finished[-1]} finished")
+    compress(folder, "small", "killed", 1e-2, cache)
+    look(folder / "killed", seen, twice)
+    after = factors(folder / "killed")
+    wanted = {x.name: x.read_bytes() for x in factors(folder / "undisturbed")}
+    return {
+        "kills": at,
+        "finished": finished,
+        "undisturbed_seconds": undisturbed,
+        "complete": len(after) == experiment.small,
+        "identical": {x.name: x.read_bytes() for x in after} == wanted,
+        "lost": int(np.sum(np.diff([0, *finished]) < 0)),
+        "solved_twice": len(twice),
+    }
+
+
+def look(folder, seen, twice):
+    """Note when what is finished was written, and what was written again since."""
+    found = factors(folder)
+    for path in found:
+        written = path.stat().st_mtime_ns
+        if seen.setdefault(path.name, written) != written:
+            twice.add(path.name)
+    return len(found)
+
+
+def factors(folder):
+    """All files of factors that are finished."""
+    return sorted(
+        x.with_suffix(".safetensors")
+        for x in (folder / "matrices").glob("*.json")
+        if x.with_suffix(".safetensors").exists()
+    )
+
+
+def run_devices(count):
+    """Times of small matrices on one and on eight simulated devices, in one process."""
+    run = subprocess.run(
+        [sys.executable, "-c", DEVICES, str(count)], capture_output=True, text=True
+    )
+    if run.returncode:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(run.stdout)
+
+
+def targets_of(model, kills, devices):
+    """What was asked for."""
+    one, eight = (min(devices["seconds"][key]) for key in ("1", "8"))
+    return [
+        script.Target("largest certified gap", model["gap"], GAP),
+        script.Target("memory, GiB", model["memory"], MEMORY),
+        script.Target("products at the rate of plain ones", model["share"], 0.5, True),
+        script.Target("loop of solve / batch", model["loop_ratio"], 1.3, True),
+        script.Target("killed: complete", kills["complete"], 1, True),
+        script.Target("killed: identical", kills["identical"], 1, True),
+        script.Target("killed: lost", kills["lost"], 0),
+        script.Target("killed: solved twice", kills["solved_twice"], 0),
+        script.Target("eight devices: identical", devices["identical"], 1, True),
+        script.Target("eight devices / one", eight / one, 1.1),
+    ]
+
+
+def measure(experiment, real, tolerance, folder):
+    """Compress the model, and solve its square matrices one by one."""
+    used = draw_model(experiment, real, folder / "model.safetensors")
+    square, tall, wide = map(list, experiment.configurations)
+    rules = RULES.format(square=square, tall=tall, wide=wide, ranks=experiment.ranks)
+    kept = [
+        part
+        for part, count in zip(
+            rules.split("- match")[1:], experiment.counts, strict=True
+        )
+        if count
+    ]
+    (folder / "model.yaml").write_text(
+        "rules:\n" + "".join(f"- match{part}" for part in kept)
+    )
+    size = min(experiment.shapes[0])
+    rates = [timing.gemm_rate(size)]
+    script.say(f"compressing {sum(experiment.counts)} matrices, {used} of them real")
+    told, seconds, memory = compress(folder, "model", "out", tolerance)
+    script.say(f"compressed in {seconds:.0f} s")
+    rates.append(timing.gemm_rate(size))
+    records = told["matrices"]
+    loop, errors = run_loop(folder / "model.safetensors", experiment, tolerance)
+    rates.append(timing.gemm_rate(size))
+    names = [f"square.{i}" for i in range(len(loop))]
+    ours = [one for one in records if one["name"] in names]
+    return {
+        "matrices": records,
+        "real": used,
+        "seconds": seconds,
+        "memory": memory,
+        "rates": rates,
+        "gap": max(one["bounds"]["gap"] for one in records),
+        "parameters": told["after"]["parameters"] / told["before"]["parameters"],
+        "share": sum(map(flops_of, records)) / seconds / np.mean(rates[:2]),
+        "loop_seconds": loop,
+        "loop_errors": errors,
+        "batch_seconds": [one["seconds"] for one in ours],
+        "loop_ratio": sum(loop) / sum(one["seconds"] for one in ours),
+    }
+
+
+def draw(model, kills):
+    """Gaps by the shape of the matrices; what was finished when runs were killed."""
+    chart, ((left, right),) = script.figure(11, 4.2, columns=2)
+    for name in ("square", "tall", "wide"):
+        some = [x for x in model["matrices"] if x["name"].startswith(name)]
+        label = "x".join(map(str, some[0]["shape"])) if some else name
+        gaps = [100 * one["bounds"]["gap"] for one in some]
+        errors = [one["errors"]["relative_spectral"] for one in some]
+        left.plot(errors, gaps, ".", label=label)
+    left.axhline(100 * GAP, color="black", linestyle=":")
+    left.set(xlabel="spectral error / norm", ylabel="certified gap, per cent")
+    left.set(ylim=(0, None), title=f"{len(model['matrices'])} matrices")
+    left.legend(frameon=False)
+    right.step(range(1, len(kills["finished"]) + 1), kills["finished"], where="mid")
+    right.set(xlabel="kill -9", ylabel="matrices finished", ylim=(0, None))
+    return chart
+
+
+def main():
+    """Run it and write `whole_models.json` and `whole_models.png`."""
+    parser = script.parser(__doc__)
+    parser.add_argument(
+        "--weights", type=Path, help="GPT-2 small as .safetensors, some layers or all"
+    )
+    parser.add_argument(
+        "--counts", type=int, nargs=3, metavar="N", help="square, tall and wide ones"
+    )
+    parser.add_argument("--loop", type=int, help="how many the rival solves")
+    parser.add_argument("--tolerance", type=float, default=1e-2)
+    given = parser.parse_args()
+    experiment = QUICK if given.quick else Experiment()
+    changed = {"counts": given.counts and tuple(given.counts), "loop": given.loop}
+    changed = {key: x for key, x in changed.items() if x is not None}
+    experiment = Experiment(**{**experiment.__dict__, **changed})
+    real = spectral_norms.real_matrices(given.weights) if given.weights else {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = measure(experiment, real, given.tolerance, folder)
+        figures = ("gap", "memory", "parameters", "share", "loop_ratio")
+        script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
+        kills = run_kills(folder, experiment)
+        script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
+        devices = run_devices(experiment.small)
+    targets = targets_of(model, kills, devices)
+    script.print_targets(targets)
+    report = {
+        "quick": given.quick,
+        "targets": [target.plain() for target in targets],
+        "counts": experiment.counts,
+        "tolerance": given.tolerance,
+        "model": model,
+        "kills": kills,
+        "devices": devices,
+    }
+    script.publish("whole_models", report, draw(model, kills), given.out)
+
+
+if __name__ == "__main__":
+    main()

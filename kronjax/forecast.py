@@ -1,0 +1,118 @@
+"""What a run will take, before it begins: memory as compiled, time after a short trial.
+
+>>> from kronjax import places, recipe, store, tasks
+>>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
+>>> matrices = {"w": np.eye(4)}
+>>> plan = tasks.make(recipe.loads(f"rules: [{rule}]"), matrices)
+>>> held = store.Store(places.find("memory://forecast"), plan)
+>>> [(one.memory, one.seconds < 1) for one in of(matrices, held)]
+[(0, True)]
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kronjax import batch
+from kronjax.store import Store
+
+PRODUCTS = 350
+"""That matrices took at a tolerance of 1e-2 from one start, of 12x12 to 768x768."""
+
+DECADE = 250
+"""That each tenth of that tolerance takes more, and `START` each further start."""
+
+START = 100
+
+PROBE = 2.0
+"""Seconds for which the solver is tried, to estimate how long it will take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a group will take.
+
+    Attributes:
+        group: Which.
+        lanes: Matrices of a device in one call.
+        memory: Bytes on every device, as compiled; 0 where none is used.
+        seconds: About: the products that matrices usually take, at the rate of a short
+            trial, and the compilation.
+    """
+
+    group: batch.Group
+    lanes: int
+    memory: int
+    seconds: float
+
+
+def of(
+    matrices: Mapping[str, np.ndarray],
+    store: Store,
+    devices: Sequence[Any] | None = None,
+    tell: batch.Tell = lambda text, count: None,
+) -> Iterator[Estimate]:
+    """Yield what each group will take, by compiling it and trying it for a moment."""
+    devices = list(jax.local_devices() if devices is None else devices)
+    plan, lanes = store.plan, batch.lanes_of(store, devices)
+    for group in batch.groups(plan.tasks, plan.settings):
+        tell(group.key, 0)
+        with jax.enable_x64(group.dtype == np.float64):
+            if group.problem is None:
+                found = Estimate(group, 0, 0, _svd_seconds(group, matrices))
+            else:
+                begun = time.perf_counter()
+                count = lanes[batch.lanes_key(group, devices)]
+                pool, count = batch.pool_of(group, count, devices, plan.settings)
+                compiling = time.perf_counter() - begun
+                seconds = compiling + _seconds(group, matrices, pool, plan.settings)
+                found = Estimate(group, count, pool.memory, seconds)
+        tell(group.key, group.count)
+        yield found
+
+
+def _seconds(group, matrices, pool, settings) -> float:
+    """Return the seconds that a group will take, after a short trial."""
+    begun, count = time.perf_counter(), 0
+    taken = group.tasks[: pool.lanes * pool.mesh.devices.size]
+    ticks: list[tuple[float, int]] = []
+
+    def tick(products):
+        ticks.append((time.perf_counter(), products))
+        if len(ticks) > 1 and time.perf_counter() - begun > PROBE:
+            raise TimeoutError
+
+    given = ((x, batch.read(x, matrices), 0) for x in taken)
+    try:
+        for _ in pool.solve((one for one in given if one[1] is not None), tick):
+            count += 1
+    except TimeoutError:
+        count = 0
+    if count:
+        return (time.perf_counter() - begun) * group.count / count
+    if len(ticks) < 2:  # nothing to solve
+        return 0.0
+    # The first slice waits for the beginnings, of which there is one for each matrix.
+    (first, _), *rest = ticks
+    each = (rest[-1][0] - first) / max(sum(products for _, products in rest), 1)
+    allowed = sum(int(stage.budget) for stage in group.problem.schedule())
+    decades = max(math.log10(1e-2 / settings.tolerance), 0)
+    usual = PRODUCTS + DECADE * decades + START * (settings.starts - 1)
+    beginning = (first - begun) / len(taken)
+    return group.count * (beginning + each * min(allowed, usual))
+
+
+def _svd_seconds(group, matrices) -> float:
+    """Return the seconds of the decompositions of a group, after a small one."""
+    m, n = group.tasks[0].shape
+    part = matrices[group.tasks[0].name][:512, :512].astype(group.dtype)
+    begun = time.perf_counter()
+    np.linalg.svd(np.nan_to_num(part), full_matrices=False)
+    passed = time.perf_counter() - begun
+    work = m * n * min(m, n) / (part.size * min(part.shape))
+    return passed * work * group.count

@@ -1,0 +1,310 @@
+"""`kronjax compress` for whole models by rules without weights, and its report.
+
+What is finished is kept one by one, so that the same line goes on after an interruption
+and each of several hosts can do a part.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kronjax import batch, forecast, hosts, outcome, places, recipe, store, tasks
+from kronjax.hosts import Hosts
+from kronjax.lm import checkpoint, whole
+from kronjax.lm.progress import bar
+from kronjax.outcome import Outcome, printable
+from kronjax.recipe import Recipe
+from kronjax.store import Store
+
+FAILURE = 3
+"""Exit code where a matrix failed and stays dense."""
+
+WORDS = 8
+"""Of seven hexadecimal digits, by which processes compare the hashes of their plans."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says beside model, rules and place.
+
+    Attributes:
+        settings: Of the solves.
+        dtype: Of what is written of a model, or None for its own.
+        dry_run: Whether to stop after the plan.
+        force: Whether to replace what is there.
+        as_json: Whether to print JSON.
+    """
+
+    settings: tasks.Settings
+    dtype: str | None = None
+    dry_run: bool = False
+    force: bool = False
+    as_json: bool = False
+
+
+def is_meant(path: Path, rules: Recipe) -> bool:
+    """Say whether a model by its path and some rules are for this way.
+
+    It is for whatever is no language model, and for those whose rules need nothing but
+    the matrices.
+    """
+    if path.suffix == ".gguf":
+        return False
+    return not whole.is_supported(path) or all(map(tasks.is_plain, rules.rules))
+
+
+def compress(
+    path: Path, rules: Recipe, out: str, options: Options, group: Hosts
+) -> int:
+    """Solve all matrices that rules speak of, and make a model of them if it is one.
+
+    Args:
+        path: A safetensors file, or a folder.
+        rules: None of them weighted.
+        out: A folder, or a URL.
+        options: Further ones.
+        group: The processes that share the work.
+
+    Returns:
+        0, or `FAILURE` if a matrix failed.
+    """
+    try:
+        opened, kept = _planned(path, rules, out, options)
+    except (ValueError, OSError):
+        group.exchange([0] * (1 + WORDS))  # the others wait to hear of it
+        raise
+    plan, place = kept.plan, kept.place
+    matrices = {**opened.tables, **opened.tensors}
+    if group.process == 0:
+        _tell_overlaps(rules, matrices)
+    if options.dry_run:
+        _forecast(kept, matrices, options.as_json)
+        return 0
+    with contextlib.ExitStack() as stack:
+        _begin(kept, path, options, group, stack)
+        with bar(len(plan.tasks), "solving", unit="matrices") as advance:
+            batch.run(
+                matrices,
+                kept,
+                process=group.process,
+                processes=group.processes,
+                tell=lambda text, count: advance(count, text),
+            )
+        if group.process > 0:
+            own = [x for x in plan.tasks if x.index % group.processes == group.process]
+            return _code(Outcome(plan, kept.records(own)))
+        hosts.wait(place, group, _missing(kept))
+        found = Outcome.of(kept)
+        place.write(outcome.FIGURE, outcome.figure(found))
+        if opened.model_type is not None:
+            text = recipe.dumps(rules)
+            _save(whole.merge(path, kept, text, options.dtype), place)
+    _show(found, options.as_json)
+    if not options.as_json:
+        what = "The model is" if opened.model_type else "The factors are"
+        print(f"{what} in {place}.")
+    return _code(found)
+
+
+def _planned(
+    path: Path, rules: Recipe, out: str, options: Options
+) -> tuple[whole.Whole, Store]:
+    """Return the model, and where the results of its plan are to be kept."""
+    opened = whole.open_whole(path)
+    plan = tasks.make(
+        rules,
+        opened.tensors,
+        source=str(path),
+        tables=opened.tables,
+        model_type=opened.model_type,
+        parameters=opened.parameters,
+        settings=options.settings,
+    )
+    return opened, Store(places.find(out), plan)
+
+
+def report(place: places.Folder | places.Bucket, as_json: bool) -> int | None:
+    """Print what is finished at a place and draw it, or return None if it has no plan.
+
+    Returns:
+        As `compress` does.
+    """
+    plan = store.read_plan(place)
+    if plan is None:
+        return None
+    found = Outcome.of(Store(place, plan))
+    _show(found, as_json)
+    place.write(outcome.FIGURE, outcome.figure(found))
+    if not as_json:
+        print(f"{place}/{outcome.FIGURE} shows every matrix.")
+    return _code(found)
+
+
+def _begin(kept: Store, path: Path, options: Options, group: Hosts, stack) -> None:
+    """Take hold of the place, and agree with all that is there and all who share it."""
+    place, problem, lanes = kept.place, None, {}
+    try:
+        stack.enter_context(place.hold(group.process))
+        if group.process == 0:
+            _refuse_strangers(kept, path, options.force)
+            lanes = batch.lanes_of(kept, _devices(), group.processes)
+            kept.agree(lanes)
+    except (ValueError, OSError) as error:
+        problem = error
+    words = [int(kept.plan.hash[7 * i : 7 * i + 7], 16) for i in range(WORDS)]
+    told = group.exchange([problem is None, *words])
+    if problem is not None:
+        raise problem
+    for i, (is_well, *others) in enumerate(told):
+        if not is_well:
+            raise ValueError(f"process {i} could not begin, and says why")
+        if others != words:
+            raise ValueError(
+                f"process {i} sees another model or other rules than process "
+                f"{group.process}: give all of them the same"
+            )
+    keys = sorted(batch.lanes_of(kept, _devices(), group.processes))
+    known = group.exchange([0, *(kept.plan.lanes.get(key, 0) for key in keys)])[0][1:]
+    lanes = {**kept.plan.lanes, **dict(zip(keys, known, strict=True))}
+    kept.plan = dataclasses.replace(kept.plan, lanes=lanes)
+    group.part()
+
+
+def _refuse_strangers(kept: Store, path: Path, force: bool) -> None:
+    """Refuse a place with a model, or the results of another plan; or clear it."""
+    place = kept.place
+    if isinstance(place, places.Folder) and path.exists():
+        folder = path if path.is_dir() else path.parent
+        if place.path.exists() and place.path.samefile(folder):
+            raise ValueError(f"{place} holds the model: give --out another folder")
+    if force:
+        with contextlib.suppress(ValueError):
+            plan = store.read_plan(place)
+            if plan is not None and plan.hash == kept.plan.hash:
+                return
+        kept.clear()
+        return
+    if store.read_plan(place) is None and place.read("config.json") is not None:
+        raise ValueError(f"{place} already holds a model; --force replaces it")
+
+
+def _missing(kept: Store) -> Callable[[], list[int]]:
+    """Return a function that tells what is not finished; nothing is read twice."""
+    rest = list(kept.plan.tasks)
+
+    def look() -> list[int]:
+        done = kept.records(rest)
+        rest[:] = [one for one in rest if one.index not in done]
+        return [one.index for one in rest]
+
+    return look
+
+
+def _save(model: Any, place: places.Folder | places.Bucket) -> None:
+    """Write a model into a folder, or through one into a bucket."""
+    if isinstance(place, places.Folder):
+        checkpoint.save(model, place.path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(model, folder)
+        # What says that there is a model comes last.
+        names = sorted(os.listdir(folder), key=lambda name: name == "config.json")
+        for name in names:
+            place.write(name, (Path(folder) / name).read_bytes())
+
+
+def _forecast(kept: Store, matrices, as_json: bool) -> None:
+    plan = kept.plan
+    with bar(len(plan.tasks), "trying", unit="matrices") as advance:
+        tell = lambda text, count: advance(count, text)  # noqa: E731
+        found = list(forecast.of(matrices, kept, tell=tell))
+    seconds = sum(one.seconds for one in found)
+    memory = max((one.memory for one in found), default=0)
+    after = plan.parameters - plan.saved
+    if as_json:
+        groups = [
+            {
+                "group": one.group.key,
+                "matrices": one.group.count,
+                "names": [task.name for task in one.group.tasks],
+                "lanes": one.lanes,
+                "memory": one.memory,
+                "seconds": one.seconds,
+                "before": sum(task.size for task in one.group.tasks),
+                "after": sum(task.parameters for task in one.group.tasks),
+            }
+            for one in found
+        ]
+        totals = {"memory": memory, "seconds": seconds, "plan": plan.hash}
+        sizes = {"before": plan.parameters, "after": after}
+        print(json.dumps({**totals, **sizes, "groups": groups}))
+        return
+    made = Table()
+    made.add_column("group")
+    for name in ("matrices", "before", "after", "at once", "MiB", "seconds"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        made.add_row(
+            one.group.key,
+            f"{one.group.count:,}",
+            f"{sum(task.size for task in one.group.tasks):,}",
+            f"{sum(task.parameters for task in one.group.tasks):,}",
+            f"{one.lanes}" if one.lanes else "-",
+            f"{one.memory / 2**20:,.0f}",
+            f"{one.seconds:,.0f}",
+        )
+    console = Console(highlight=False, markup=False)
+    console.print(made)
+    console.print(
+        f"{len(plan.tasks):,} matrices; {after:,} of {plan.parameters:,} parameters; "
+        f"{memory / 2**20:,.0f} MiB on every device at its peak, as compiled; about "
+        f"{seconds:,.0f} s, by a short trial. Nothing was written.",
+        soft_wrap=True,
+    )
+
+
+def _tell_overlaps(rules: Recipe, names: Iterable[str]) -> None:
+    """Say which rules match what others decide."""
+    counts: dict[tuple[int, int], list[str]] = {}
+    for name, matched in recipe.matches(rules, names).items():
+        for other in matched[1:]:
+            counts.setdefault((matched[0], other), []).append(name)
+    for (first, other), some in sorted(counts.items()):
+        a, b = (tasks.pattern(rules.rules[i]) for i in (first, other))
+        print(
+            f"The rules for {a} and for {b} both match {printable(some[0])}"
+            f"{f' and {len(some) - 1} more' if len(some) > 1 else ''}: the first "
+            "decides.",
+            file=sys.stderr,
+        )
+
+
+def _show(found: Outcome, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.plain(), allow_nan=False))
+        return
+    console = Console(highlight=False, markup=False)
+    console.print(outcome.table(found))
+    console.print(outcome.verdict(found), soft_wrap=True)
+    failures = outcome.failures(found)
+    if failures is not None:
+        console.print(failures)
+
+
+def _code(found: Outcome) -> int:
+    return FAILURE if found.failed else 0
+
+
+def _devices() -> list[Any]:
+    import jax
+
+    return jax.local_devices()
