@@ -24,7 +24,7 @@ _HOMES = {
     "generate": "kronjax.lm.generation",
 }
 
-_MODULES = {"calibrate", "evaluate", "latency", "sizes", "text", "tokenizer"}
+_MODULES = {"calibrate", "evaluate", "latency", "sizes", "text", "tokenizer", "train"}
 
 
 def __getattr__(name):

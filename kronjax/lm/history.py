@@ -15,7 +15,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +86,22 @@ class History:
         if until and path.is_file():
             self.lines = [x for x in _read(path) if x["step"] <= until]
         output.write(path, "".join(map(_line, self.lines)).encode())
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        # Line by line, for whoever looks on.
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Append a line."""
         self.lines.append(dict(line))
-        if self._file is not None:
-            self._file.write(_line(line))
+        with self._explained():
+            if self._file is not None:
+                self._file.write(_line(line))
 
     def flush(self) -> None:
         """Have all lines on disk, before a checkpoint counts on them."""
-        if self._file is None:
-            return
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise type(error)(
-                f"cannot write {METRICS}: {error.strerror or error}"
-            ) from error
+        with self._explained():
+            if self._file is not None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Let go of the file."""
@@ -112,6 +109,14 @@ class History:
             with contextlib.suppress(OSError):  # said before, or of no consequence
                 self._file.close()
             self._file = None
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise type(error)(f"cannot write {METRICS}: {reason}") from error
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -23,14 +23,26 @@ from kronjax.lm import arrays as named
 from kronjax.lm import data, distillation, history, optimizer, sizes
 from kronjax.lm.architecture import LanguageModel, check_vocabulary
 from kronjax.lm.data import Blocks
+from kronjax.lm.distillation import Weights
 from kronjax.lm.history import History
 from kronjax.lm.loop import STATE, Loop, Stopped
+from kronjax.lm.optimizer import Optimizer
 from kronjax.lm.placement import Placement
 from kronjax.lm.regimen import LENGTH, Hook, Settings
 from kronjax.lm.step import Task
 from kronjax.lm.work import digest, fingerprint
 
-__all__ = ["STATE", "Result", "Settings", "Stopped", "run", "steps_of"]
+__all__ = [
+    "STATE",
+    "Hook",
+    "Optimizer",
+    "Result",
+    "Settings",
+    "Stopped",
+    "Weights",
+    "run",
+    "steps_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +105,7 @@ def run(
         "model": fingerprint(model),
         "teacher": teacher and fingerprint(teacher),
         "data": digest(np.asarray(tokens)),
+        "held-out text": None if held_out is None else digest(np.asarray(held_out)),
         "hook": None if hook is None else repr(hook),
     }
     parts = task, settings, training, tests, carry, fixed, theirs
