@@ -72,6 +72,12 @@ nats in 40 steps: it had ended with a fiftieth of that."""
 
 DENSE = "dense, trained on"
 
+BASES = {
+    "low rank, progressive": "low rank, data-aware",
+    "Kronecker, layer by layer": "Kronecker, Van Loan",
+}
+"""What methods with stages would be at once: they recover what that has lost."""
+
 LONG = (
     "pruning, gradual",
     "Kronecker, pruning start",
@@ -323,7 +329,8 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
     if study.only:
         methods = [method for method in methods if method.name in study.only]
     for method in methods:
-        parts[f"{method.name}|none|0"] = lambda m=method: measured(m.start())
+        if method.name not in BASES:
+            parts[f"{method.name}|none|0"] = lambda m=method: measured(m.start())
     # From itself the dense model would learn nothing.
     whole = Method(DENSE, lambda: nnx.clone(study.model), ways=("vanilla",))
     methods = [whole, *methods]
@@ -391,7 +398,7 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
             "spread": max(losses) - min(losses),
             "perplexity": math.exp(mean),
         }
-        start = results.get(f"{name}|none|0")
+        start = results.get(f"{BASES.get(name, name)}|none|0")
         if way != "none" and start is not None:
             lost = start["loss"] - dense
             row["recovered"] = (start["loss"] - mean) / lost

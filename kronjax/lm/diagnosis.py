@@ -17,19 +17,20 @@ from kronjax import nn
 from kronjax.lm import arrays as named
 from kronjax.lm import distillation
 from kronjax.lm.arrays import Arrays
-from kronjax.lm.step import Task
+from kronjax.lm.step import Task, run
 
 
 class _Watched:
-    """A layer that notes its name if what it returns is not finite."""
+    """A layer that notes its name, and whether what it returns is finite."""
 
-    def __init__(self, layer: Any, name: str, found: list[str]) -> None:
+    def __init__(
+        self, layer: Any, name: str, found: list[tuple[str, jax.Array]]
+    ) -> None:
         self._layer, self._name, self._found = layer, name, found
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self._layer(x)
-        if not bool(jnp.isfinite(y).all()):
-            self._found.append(self._name)
+        self._found.append((self._name, jnp.isfinite(y).all()))
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -58,20 +59,26 @@ def locate(
     bad = first_bad(teacher)
     if bad is not None:
         return f"in the parameter {bad} of the teacher"
-    model = named.put(task.form, named.cast(arrays, task.dtype))
-    found: list[str] = []
-    for name, layer in {**nn.linear_layers(model), **nn.tables(model)}.items():
-        nn.put(model, name, _Watched(layer, name, found))
-    tokens = windows[:, :-1]
-    last = distillation.walk(model, tokens).last
-    if not found:
-        model.head(last)
-    if found:
-        return f"behind the layer {found[0]}"
-    gradient, _ = jax.grad(task.loss, has_aux=True)(parameters, fixed, teacher, windows)
+    order: list[str] = []
+
+    def watch(arrays: Arrays, tokens: jax.Array) -> list[jax.Array]:
+        model = named.put(task.form, named.cast(arrays, task.dtype))
+        found: list[tuple[str, jax.Array]] = []
+        for name, layer in {**nn.linear_layers(model), **nn.tables(model)}.items():
+            nn.put(model, name, _Watched(layer, name, found))
+        model.head(distillation.walk(model, tokens).last)
+        order[:] = [name for name, _ in found]
+        return [is_finite for _, is_finite in found]
+
+    flags = run(watch, arrays, windows[:, :-1])
+    for name, is_finite in zip(order, flags, strict=True):
+        if not is_finite:
+            return f"behind the layer {name}"
+    graded = jax.grad(task.loss, has_aux=True)
+    gradient, _ = run(graded, parameters, fixed, teacher, windows)
     # A gradient comes from the last block, and what is not in a block ends it.
-    order = sorted(gradient, key=lambda name: ("." not in name, *_blocks(name)))
-    bad = first_bad({name: gradient[name] for name in order})
+    names = sorted(gradient, key=lambda name: ("." not in name, *_blocks(name)))
+    bad = first_bad({name: gradient[name] for name in names})
     return f"in the gradient of {bad}" if bad else "in the sum of the loss"
 
 

@@ -188,6 +188,11 @@ def compile_evaluation(
         return _compile(program.lower(parameters, fixed, windows))
 
 
+def run(function: Callable[..., Any], *arrays: Any) -> Any:
+    """Return what a function returns, by a program for this one call."""
+    return _compile(jax.jit(function).lower(*arrays))(*arrays)
+
+
 def _compile(lowered: Any) -> Any:
     on_cpu = jax.default_backend() == "cpu"
     return lowered.compile(compiler_options=COMPILER if on_cpu else None)
