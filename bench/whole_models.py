@@ -109,7 +109,7 @@ class Experiment:
     ranks: tuple[int, int] = (192, 384)
     loop: int = 48
     kills: int = 20
-    small: int = 256
+    small: int = 128
 
 
 QUICK = Experiment(
@@ -150,6 +150,7 @@ def compress(folder, name, out, tolerance, environment=None):
         stdout=subprocess.PIPE,
         env={**os.environ, **(environment or {})},
     )
+    assert run.stdout is not None
     told = run.stdout.read()
     _, status, usage = os.wait4(run.pid, 0)
     run.returncode = os.waitstatus_to_exitcode(status)

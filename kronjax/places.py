@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import threading
 import time
@@ -312,6 +313,18 @@ def is_beating(place: Folder | Bucket, number: int) -> bool:
         if place.read(name) not in (None, first):
             return True
     return False
+
+
+def refuse_others(place: Folder | Bucket, processes: int) -> None:
+    """Refuse a place that processes of an earlier run hold, of which there were more.
+
+    Raises:
+        BlockingIOError: If one with a number from `processes` on does.
+    """
+    for name in place.names(""):
+        found = re.fullmatch(r"\.lock-(\d+)", name)
+        if found and int(found[1]) >= processes and place.is_held(int(found[1])):
+            raise BlockingIOError(_refusal(place))
 
 
 def lock_name(number: int) -> str:

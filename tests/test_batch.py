@@ -1,5 +1,6 @@
 """Many matrices, solved and kept one by one: interrupted, damaged, failing, shared."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -312,6 +313,30 @@ def test_a_run_that_is_killed_goes_on(kills, tmp_path):
     assert solved == wanted and len(solved) == 40 * kills + 6
     names = os.listdir(tmp_path / "out" / "matrices")
     assert not [x for x in names if x.startswith(".")]
+
+
+@pytest.mark.slow  # compiles for eight devices
+def test_what_one_device_began_eight_end_bit_by_bit(matrices, whole, tmp_path):
+    safetensors.numpy.save_file(matrices, tmp_path / "model.safetensors")
+    (tmp_path / "rules.yaml").write_text(POOLED)
+    (tmp_path / "out" / "matrices").mkdir(parents=True)
+    plan = dataclasses.replace(whole.plan, source="model.safetensors")
+    (tmp_path / "out" / "plan.json").write_bytes(plan.to_json())
+    for name in ("00001.json", "00001.safetensors"):
+        content = whole.place.read(f"matrices/{name}")
+        (tmp_path / "out" / "matrices" / name).write_bytes(content)
+    line = ["compress", "model.safetensors", "--recipe", "rules.yaml", "--out", "out"]
+    settings = ["--tolerance", "2e-4", "--starts", "4"]
+    run = subprocess.run(
+        [sys.executable, "-m", "kronjax", *line, *settings],
+        cwd=tmp_path,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    kept = Store(places.find(str(tmp_path / "out")), whole.plan)
+    assert contents(kept) == contents(whole)
 
 
 def test_a_quota_ends_a_run_with_a_clear_word(tmp_path):

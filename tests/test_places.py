@@ -56,6 +56,14 @@ def test_a_second_run_is_refused_and_the_next_is_not(place):
         pass
 
 
+def test_processes_of_a_larger_run_that_still_live_are_not_overlooked(place):
+    with place.hold(3), place.hold(0):
+        places.refuse_others(place, 4)
+        with pytest.raises(BlockingIOError, match="another run works in"):
+            places.refuse_others(place, 1)
+    places.refuse_others(place, 1)
+
+
 def test_a_lock_ends_with_its_holder(tmp_path):
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:

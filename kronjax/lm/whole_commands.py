@@ -155,6 +155,7 @@ def _begin(kept: Store, path: Path, options: Options, group: Hosts, stack) -> No
     try:
         stack.enter_context(place.hold(group.process))
         if group.process == 0:
+            places.refuse_others(place, group.processes)
             _refuse_strangers(kept, path, options.force)
             lanes = batch.lanes_of(kept, _devices(), group.processes)
             kept.agree(lanes)
@@ -223,10 +224,12 @@ def _save(model: Any, place: places.Folder | places.Bucket) -> None:
 
 
 def _forecast(kept: Store, matrices, as_json: bool) -> None:
+    """Print what a plan will take."""
     plan = kept.plan
     with bar(len(plan.tasks), "trying", unit="matrices") as advance:
-        tell = lambda text, count: advance(count, text)  # noqa: E731
-        found = list(forecast.of(matrices, kept, tell=tell))
+        found = list(
+            forecast.of(matrices, kept, tell=lambda text, count: advance(count, text))
+        )
     seconds = sum(one.seconds for one in found)
     memory = max((one.memory for one in found), default=0)
     after = plan.parameters - plan.saved
