@@ -45,10 +45,19 @@ BEGIN = 1e-2
 END = 1e-9
 """Of the last one."""
 
-FALL = 0.2
+LARGEST = 5000
+"""Unknowns of the largest dense system; larger ones take conjugate gradients."""
+
+PRODUCTS = 100
+"""Of those, at most, in a step."""
+
+ENOUGH = 0.03
+"""To which part of its length the residual is reduced."""
+
+FALL = 0.1
 """By what μ is multiplied."""
 
-CENTRED = 2.0
+CENTRED = 1.0
 """Newton decrement, over μ, below which μ falls."""
 
 STEPS = 150
@@ -57,8 +66,15 @@ STEPS = 150
 SHORTER = 0.8
 """By what steps are shortened that leave the interior or do not descend."""
 
-SHIFTS = (0.0, 0.02, 0.1, 0.3, 1.0)
-"""What is added to the matrix of a step, as a part of the largest curvature."""
+FLAT = 0.1
+"""Curvature, over the largest of the manifold, that counts at least, at first.
+
+Four times as much after a step that had to be shortened much, and a quarter after one
+that was not.
+"""
+
+FLATTEST = 1e-3
+"""The least it becomes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +87,7 @@ class Inner:
         error: E, `[m, n]`.
         t: More than `‖E‖_2`.
         x: X, `[m + n, m + n]`.
+        steps: Taken.
     """
 
     space: Space
@@ -78,6 +95,7 @@ class Inner:
     error: np.ndarray
     t: float
     x: np.ndarray
+    steps: int = 0
 
     @functools.cached_property
     def inverse(self) -> Blocks:
@@ -135,70 +153,108 @@ def descend(
     t = _level(s, mu, order)
     here = Inner(space, sheets, error, t, np.zeros((0, 0)))
     here = dataclasses.replace(here, x=mu * _whole(here.inverse))
-    shift = 0.0
+    flat = FLAT
     for count in range(steps):
-        xi, rise, shift, decrement = _direction(here, mu, shift)
+        system = _System.of(here, mu)
+        is_dense = space.dimension <= LARGEST
+        xi, rise = system.dense(flat) if is_dense else system.free()
+        decrement = float(system.f @ xi + system.g * rise)
         there, length = _searched(here, mu, xi, rise, decrement)
         if there is None:
             break
         here = there
+        if length < 0.3:
+            flat = min(4 * flat, 1.0)
+        elif length == 1:
+            flat = max(flat / 4, FLATTEST)
         tell(f"interior point {count + 1}: gap {here.gap:.0e}")
-        if decrement < CENTRED * mu and length == 1:
+        is_centred = decrement < CENTRED * mu and here.gap * here.t < 2 * order * mu
+        if is_centred and length == 1:
             if mu <= last:
                 break
             mu = max(FALL * mu, last)
     return here
 
 
-def _direction(here: Inner, mu: float, shift: float):
-    """Return the step, that of t, the shift and the decrement.
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """What a Newton step solves, `[[S + B, c], [cᵀ, e]] [ξ; τ] = [f; g]`."""
 
-    `shift` is the last one that was needed.
-    """
-    space, sheets, inverse = here.space, here.sheets, here.inverse
-    x, order = here.multipliers, sum(here.error.shape)
-    across = x.uu @ inverse.uv + x.uv @ inverse.vv
-    other = inverse.uu @ x.uv + inverse.uv @ x.vv
-    trace = np.trace(inverse.uu) + np.trace(inverse.vv)
-    size = space.dimension
-    system = np.empty((size + 1, size + 1))
-    system[:size, :size] = space.form(sheets, x, inverse)
-    bend = space.bend(sheets, here.dual)
-    system[:size, :size] += bend
-    system[size, :size] = system[:size, size] = space.project(sheets, across + other)
-    both = sum(
-        np.sum(getattr(x, k) * getattr(inverse, k)) * (1 + (k == "uv"))
-        for k in ("uu", "uv", "vv")
-    )
-    system[size, size] = both
-    right = np.append(space.project(sheets, 2 * mu * inverse.uv), mu * trace - 1)
-    largest, diagonal = None, np.arange(size)
-    for part in SHIFTS:
-        if part < shift / 8:
-            continue
-        if part and largest is None:
-            largest = np.linalg.norm(bend, 2)
-        added = part * largest if part else 0.0
-        system[diagonal, diagonal] += added
-        if _is_positive(system) or part == SHIFTS[-1]:
-            break
-        system[diagonal, diagonal] -= added
-    found = np.linalg.solve(system, right)
-    return found[:size], found[size], part, float(found @ right)
+    here: Inner
+    c: np.ndarray
+    e: float
+    f: np.ndarray
+    g: float
+
+    @classmethod
+    def of(cls, here: Inner, mu: float) -> "_System":
+        space, x, z = here.space, here.multipliers, here.inverse
+        across = x.uu @ z.uv + x.uv @ z.vv + z.uu @ x.uv + z.uv @ x.vv
+        c = space.project(here.sheets, across)
+        e = np.sum(x.uu * z.uu) + 2 * np.sum(x.uv * z.uv) + np.sum(x.vv * z.vv)
+        f = 2 * mu * space.project(here.sheets, z.uv)
+        return cls(here, c, float(e), f, mu * (np.trace(z.uu) + np.trace(z.vv)) - 1)
+
+    def dense(self, flat: float):
+        """Solve it; what is not positive is made so, and at least `flat`."""
+        here, size = self.here, len(self.c)
+        bend = here.space.bend(here.sheets, here.dual)
+        matrix = np.empty((size + 1, size + 1))
+        whole = here.space.form(here.sheets, here.multipliers, here.inverse)
+        matrix[:size, :size] = whole + bend
+        matrix[size, :size] = matrix[:size, size] = self.c
+        matrix[size, size] = self.e
+        right = np.append(self.f, self.g)
+        if _is_positive(matrix):
+            found = np.linalg.solve(matrix, right)
+        else:
+            values, vectors = np.linalg.eigh(matrix)
+            moduli = np.maximum(np.abs(values), flat * _norm(bend))
+            found = vectors @ ((right @ vectors) / moduli)
+        return found[:size], float(found[size])
+
+    def free(self):
+        """Solve it by conjugate gradients, until the curvature is negative."""
+        right = self.f - self.c * (self.g / self.e)
+        found, rest, direction = np.zeros(len(right)), right, right
+        size = limit = rest @ rest
+        for _ in range(PRODUCTS):
+            image = self._product(direction)
+            curvature = direction @ image
+            if curvature <= 0:
+                break
+            found = found + size / curvature * direction
+            rest = rest - size / curvature * image
+            size, last = rest @ rest, size
+            if size < ENOUGH**2 * limit:
+                break
+            direction = rest + size / last * direction
+        if not found.any():
+            found = right
+        return found, float((self.g - self.c @ found) / self.e)
+
+    def _product(self, xi):
+        """Return `(S + B − c cᵀ / e) ξ`."""
+        here = self.here
+        image = here.space.curve(here.sheets, here.multipliers, here.inverse, xi)
+        image += here.space.bent(here.sheets, here.dual, xi)
+        return image - self.c * (self.c @ xi / self.e)
 
 
 def _searched(here: Inner, mu, xi, rise, decrement):
     """Return the next point, or None, and how much of the step was taken."""
     value, length = _value(here.error, here.t, mu), 1.0
+    order = sum(here.error.shape)
     while length > 1e-4:
         sheets = here.space.moved(here.sheets, length * xi)
-        t = here.t + length * rise
         if sheets is not None:
             error = here.space.error(sheets)
+            s = np.linalg.svd(error, compute_uv=False)
+            t = _level(s, mu, order)
             slack = 1e-4 * length * decrement - 1e-13 * abs(value)
             if _value(error, t, mu) <= value - slack:
                 x = _multiplied(here, mu, xi, rise)
-                return Inner(here.space, sheets, error, t, x), length
+                return Inner(here.space, sheets, error, t, x, here.steps + 1), length
         length *= SHORTER
     return None, 0.0
 
@@ -238,6 +294,14 @@ def _is_positive(matrix) -> bool:
     except np.linalg.LinAlgError:
         return False
     return True
+
+
+def _norm(symmetric) -> float:
+    """Return about the spectral norm, by the power method."""
+    vector = np.random.default_rng(0).standard_normal(len(symmetric))
+    for _ in range(20):
+        vector = symmetric @ (vector / max(np.linalg.norm(vector), 1e-300))
+    return float(np.linalg.norm(vector))
 
 
 def _level(s, mu, order) -> float:

@@ -135,7 +135,9 @@ class Space:
 
     def moved(self, sheets, xi) -> tuple[Sheet, ...] | None:
         """Retract along coordinates; None where that is not defined."""
-        there = [one.moved(part) for one, part in zip(sheets, self._parts(xi), strict=True)]
+        there = [
+            one.moved(part) for one, part in zip(sheets, self._parts(xi), strict=True)
+        ]
         return None if None in there else tuple(there)
 
     def push(self, sheets, xi) -> np.ndarray:
@@ -157,6 +159,11 @@ class Space:
             result[span, span] = sheet.bend(dual)
             at += sheet.dimension
         return result
+
+    def bent(self, sheets, dual, xi) -> np.ndarray:
+        """Return the product of `bend` with coordinates."""
+        dual, parts = self._gradient(dual), zip(sheets, self._parts(xi), strict=True)
+        return np.concatenate([sheet.bent(dual, part) for sheet, part in parts])
 
     def form(self, sheets, x: Blocks, z: Blocks) -> np.ndarray:
         """Return `tr(X J(D) Z J(D))`, `D = L^{1/2} ξ R^{1/2}`, as a matrix.
@@ -301,37 +308,21 @@ class View:
         z = Blocks(inverse(u), across, inverse(v))
         return space.form(sheets, x, z) + space.bend(sheets, self.dual())
 
-    def step(self, damping: float = 0.0, release: float = 0.0) -> np.ndarray:
+    def step(self) -> np.ndarray:
         """Return the coordinates of the step, `[d]`.
 
         Negative curvature counts as positive: from beside a saddle point the step leads
         away from it.
-
-        Args:
-            damping: Added to all curvatures, as a part of the largest.
-            release: By how much the direction of the least multiplier is to fall below
-                the cluster; to first order the norm falls by that times the multiplier
-                if it is negative.
         """
-        i, j = self._pairs
-        axis = self._axes[:, 0]
-        away = axis[i] * axis[j] * np.where(i == j, 1, math.sqrt(2))
-        fixed = self.gather(release * away)
+        # The least step that brings the cluster together, to first order.
+        spread = self._traceless @ (self._trace * self.cluster.s[self._pairs[0]])
+        fixed = -self._bases[0] @ spread
         values, vectors = self.curvature
         slope = self._trace @ self._rows / self._trace.sum() + self.hessian @ fixed
         scale = np.abs(values).max(initial=0.0)
-        moduli = np.maximum(np.abs(values), 1e-12 * scale) + damping * scale
+        moduli = np.maximum(np.abs(values), 1e-12 * scale)
         free = vectors.T @ (vectors @ slope / np.where(moduli > 0, moduli, 1))
         return fixed - free
-
-    def gather(self, away: np.ndarray | float = 0.0) -> np.ndarray:
-        """Return the least step that brings the cluster together, to first order.
-
-        Args:
-            away: `svec` of what is to be left between its values and `t`.
-        """
-        wanted = self._trace * self.cluster.s[self._pairs[0]] + away
-        return self._bases[0] @ (-self._traceless @ wanted)
 
     @functools.cached_property
     def _bases(self):

@@ -124,10 +124,7 @@ class Sheet:
             normal: N, `[m, n]`.
         """
         r, d1, d2 = self.rank, len(self.left), len(self.right)
-        matrix: Any = normal
-        matrix = np.asarray(rearrange(matrix, self.shapes[0]))
-        inside = self.left[r:] @ matrix @ self.right[r:].T
-        inverse = np.linalg.inv(self.core)
+        inside, inverse = self._outside(normal), np.linalg.inv(self.core)
         # X is stored [r, d1 − r], and Y inside of [r, d2].
         block = np.zeros((r, d1 - r, r, d2))
         block[:, :, :, r:] = -np.einsum("pq,ij->ipjq", inside, inverse)
@@ -137,6 +134,22 @@ class Sheet:
         result[r * d2 :, : r * d2] = block
         result[: r * d2, r * d2 :] = block.T
         return result
+
+    def bent(self, normal: np.ndarray, xi: np.ndarray) -> np.ndarray:
+        """Return the product of `bend` with coordinates."""
+        r, d2 = self.rank, len(self.right)
+        inside, inverse = self._outside(normal), np.linalg.inv(self.core)
+        column, row = xi[r * d2 :].reshape(r, -1), xi[: r * d2].reshape(r, d2)
+        image = np.zeros((r, d2))
+        image[:, r:] = -inverse.T @ column @ inside
+        other = -inverse @ row[:, r:] @ inside.T
+        return np.concatenate([image.ravel(), other.ravel()])
+
+    def _outside(self, normal):
+        """Return `U_pᵀ R(N) V_p`, `[d1 − r, d2 − r]`."""
+        matrix: Any = normal
+        matrix = np.asarray(rearrange(matrix, self.shapes[0]))
+        return self.left[self.rank :] @ matrix @ self.right[self.rank :].T
 
     def push(self, xi: np.ndarray) -> np.ndarray:
         """Return the tangent vector with these coordinates, `[m, n]`."""

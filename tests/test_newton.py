@@ -1,5 +1,3 @@
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -142,21 +140,3 @@ def test_the_hessian_and_the_constraints_are_the_derivatives():
         assert slope == pytest.approx((s[2] - s[0]) / (2 * step), rel=1e-5, abs=1e-8)
         bend = (s[2] - 2 * s[1] + s[0]) / step**2
         assert xi @ view.hessian @ xi == pytest.approx(bend, rel=1e-3, abs=1e-5)
-
-
-def test_pulled_vectors_are_projections():
-    matrix = normal((6, 8), 9)
-    begun = van_loan(matrix, (3, 2), 2)
-    space = Space.of(matrix, (begun,))
-    (sheet,) = space.sheets
-    u, v = normal((2, 6), 10), normal((3, 8), 11)
-    pulled = sheet.pull(u, v)
-    for i, j in itertools.product(range(2), range(3)):
-        xi = np.eye(space.dimension)[4]
-        m, x, y = sheet.split(xi)
-        r = sheet.rank
-        ambient = sheet.left[:r].T @ m @ sheet.right[:r]
-        ambient += sheet.left[r:].T @ x @ sheet.right[:r]
-        ambient += sheet.left[:r].T @ y @ sheet.right[r:]
-        blocks = ambient.reshape(3, 2, 2, 4).transpose(0, 2, 1, 3)
-        assert pulled[i, j, 4] == pytest.approx(u[i] @ blocks.reshape(6, 8) @ v[j])
