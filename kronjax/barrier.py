@@ -42,7 +42,7 @@ from kronjax.sheet import Sheet
 BEGIN = 1e-2
 """Relative gap `(m + n) μ` of the point of the central path that is aimed at first."""
 
-END = 1e-9
+END = 1e-8
 """Of the last one."""
 
 LARGEST = 5000

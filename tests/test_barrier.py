@@ -1,13 +1,16 @@
 import numpy as np
 import pytest
+from helpers import total, van_loan
 
 from kronjax import barrier, newton
 from kronjax.cluster import Space
-from kronjax.kronecker import KroneckerTerms
-from tests.test_newton import normal, total, van_loan
 
 
-def spread(inner):
+def normal(shape, seed):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def norm_of(inner):
     """The norm of the error of a point, at the scale of the matrix."""
     return np.linalg.norm(inner.error, 2) * inner.space.scale
 
@@ -17,7 +20,7 @@ def test_the_end_of_the_path_is_stationary_from_far_away(shape):
     matrix = normal(shape, 3)
     begun = van_loan(matrix, (2, 2), 2)
     found = barrier.descend(Space.of(matrix, (begun,)))
-    assert found.gap < 1e-8
+    assert found.gap < 2 * barrier.END
     assert found.residual < 1e-7
     assert np.linalg.eigvalsh(found.x)[0] > 0
     assert np.trace(found.x) == pytest.approx(1, abs=1e-9)
@@ -25,9 +28,9 @@ def test_the_end_of_the_path_is_stationary_from_far_away(shape):
     nuclear = np.linalg.svd(found.dual, compute_uv=False).sum()
     assert nuclear <= 1 + 1e-9
     assert np.sum(found.dual * found.error) == pytest.approx(
-        spread(found) / found.space.scale, rel=1e-7
+        norm_of(found) / found.space.scale, rel=1e-7
     )
-    assert spread(found) < np.linalg.norm(matrix - total((begun,)), 2)
+    assert norm_of(found) < np.linalg.norm(matrix - total((begun,)), 2)
 
 
 def test_columns_and_products_are_those_of_the_form():
@@ -63,7 +66,7 @@ def test_without_a_matrix_it_gets_as_far(monkeypatch):
     monkeypatch.setattr(barrier, "LARGEST", 0)
     free = barrier.descend(space, end=1e-4)
     assert free.gap < 2e-4
-    assert spread(free) == pytest.approx(spread(dense), rel=1e-3)
+    assert norm_of(free) == pytest.approx(norm_of(dense), rel=1e-3)
 
 
 def test_large_problems_come_back_lower_and_with_a_certificate(monkeypatch):

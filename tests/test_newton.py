@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from helpers import total, van_loan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,22 +10,6 @@ from kronjax.newton import finish
 
 REGRESSION = {1: 9.267008995043, 3: 7.419063837001, 6: 5.953099929932}
 """Local minima reached from Van Loan's start, of the first 36x36 normal matrix."""
-
-
-def van_loan(matrix, a_shape, rank):
-    (m, n), (m1, n1) = matrix.shape, a_shape
-    m2, n2 = m // m1, n // n1
-    blocks = matrix.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3)
-    u, s, vt = np.linalg.svd(blocks.reshape(m1 * n1, -1), full_matrices=False)
-    a = (u[:, :rank] * np.sqrt(s[:rank])).T.reshape(rank, m1, n1)
-    b = (np.sqrt(s[:rank])[:, None] * vt[:rank]).reshape(rank, m2, n2)
-    return KroneckerTerms(a, b)
-
-
-def total(terms):
-    return sum(
-        np.kron(a, b) for one in terms for a, b in zip(one.a, one.b, strict=True)
-    )
 
 
 def normal(shape, seed=0):
