@@ -32,7 +32,7 @@ True
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -128,15 +128,15 @@ class Inner:
         return 1 - float(np.sum(self.dual * self.error)) / self.t
 
 
-def descend(
+def levels(
     space: Space,
     *,
     begin: float = BEGIN,
     end: float = END,
     steps: int = STEPS,
     tell: Callable[[str], None] = lambda text: None,
-) -> Inner:
-    """Return a point near the end of the central path.
+) -> Iterator[Inner]:
+    """Go along the central path; yield a point near it for every μ, and the last one.
 
     Args:
         space: The problem, with the sum to begin with.
@@ -145,13 +145,12 @@ def descend(
         steps: Of Newton's method, at most.
         tell: Told how far it is, after every step.
     """
-    sheets = space.sheets
-    error = space.error(sheets)
+    error = space.error(space.sheets)
     s = np.linalg.svd(error, compute_uv=False)
     order = sum(error.shape)
     mu, last = begin * s[0] / order, end * s[0] / order
     t = _level(s, mu, order)
-    here = Inner(space, sheets, error, t, np.zeros((0, 0)))
+    here = Inner(space, space.sheets, error, t, np.zeros((0, 0)))
     here = dataclasses.replace(here, x=mu * _whole(here.inverse))
     flat = FLAT
     for count in range(steps):
@@ -163,17 +162,24 @@ def descend(
         if there is None:
             break
         here = there
+        tell(f"interior point {count + 1}: gap {here.gap:.0e}")
         if length < 0.3:
             flat = min(4 * flat, 1.0)
         elif length == 1:
             flat = max(flat / 4, FLATTEST)
-        tell(f"interior point {count + 1}: gap {here.gap:.0e}")
         is_centred = decrement < CENTRED * mu and here.gap * here.t < 2 * order * mu
         if is_centred and length == 1:
             if mu <= last:
                 break
+            yield here
             mu = max(FALL * mu, last)
-    return here
+    yield here
+
+
+def descend(space: Space, **keywords) -> Inner:
+    """Return the last of the `levels`."""
+    *_, last = levels(space, **keywords)
+    return last
 
 
 @dataclasses.dataclass(frozen=True)

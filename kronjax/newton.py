@@ -40,14 +40,17 @@ from kronjax.kronecker import KroneckerTerms
 ROUNDS = 40
 """Rounds of Newton's method at most; five are enough where it converges quickly."""
 
-QUICK = 1000
-"""Unknowns up to which Newton's method is tried before the interior-point method."""
+QUICK = 400
+"""Rows and columns, together, up to which Newton's method is tried first."""
 
 SETTLED = 3e-13
 """Spread of the cluster, relative, and KKT residual at which there is no more to do."""
 
 CONVERGED = 1e-9
 """The same, at which a point is stationary."""
+
+NEAR = 2e-4
+"""Gap on the central path from which Newton's method is tried."""
 
 POSITIVE = 1e-8
 """What a relative eigenvalue has to exceed to be positive beyond rounding."""
@@ -121,19 +124,33 @@ def finish(
     if space is None:
         return _as_given(matrix, terms, left_weight, right_weight, "rank_deficient")
     found = _Path(space.cluster(), None, 0)
-    if space.dimension <= QUICK:
+    if sum(space.target.shape) <= QUICK:
         found = _converge(found.here, None, rounds)
     if found.is_settled:
         return found.result(space, None)
-    inner = barrier.descend(space, tell=tell)
-    polished = _Path(space.cluster(inner.sheets), None, 0)
-    if space.dimension <= barrier.LARGEST:
-        tell("Newton's method")
-        size = _revealed(polished.here, inner)
-        polished = _converge(polished.here, size, rounds)
+    inner, polished = _along_the_path(space, rounds, tell)
     if polished.here.s[0] <= found.here.s[0]:
         return polished.result(space, inner)
     return found.result(space, None)
+
+
+def _along_the_path(space: Space, rounds, tell):
+    """Return a point of the central path, and where Newton's method leads from it.
+
+    The first point from which that is a strict minimum, or the last one.
+    """
+    inner, polished = None, None
+    for inner in barrier.levels(space, tell=tell):
+        polished = _Path(space.cluster(inner.sheets), None, 0)
+        if space.dimension > barrier.LARGEST or inner.gap > NEAR:
+            continue
+        tell("Newton's method")
+        size = _revealed(polished.here, inner)
+        polished = _converge(polished.here, size, rounds)
+        if polished.is_strict:
+            break
+    assert polished is not None
+    return inner, polished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +176,13 @@ class _Path:
         return (
             view is not None and view.residual < CONVERGED and view.multipliers[0] >= 0
         )
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether it is a strict minimum, or exact."""
+        if not self.is_settled or self.view is None:
+            return self.is_settled
+        return min(self.view.multipliers[0], self.view.hessian_min()) > POSITIVE
 
     def result(self, space: Space, inner: barrier.Inner | None) -> Finish:
         """Return all of it, after what the interior-point method has left, if any."""
