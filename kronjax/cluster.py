@@ -143,7 +143,8 @@ class Space:
     def push(self, sheets, xi) -> np.ndarray:
         """Return `L^{1/2} ξ R^{1/2}` of coordinates, `[m, n]`."""
         parts = zip(sheets, self._parts(xi), strict=True)
-        return self._whitened(sum(sheet.push(part) for sheet, part in parts))
+        pushed = [sheet.push(part) for sheet, part in parts]
+        return self._whitened(np.sum(pushed, axis=0))
 
     def project(self, sheets, ambient) -> np.ndarray:
         """Return the coordinates of the gradient of `<Y, L^{1/2} K R^{1/2}>`."""

@@ -76,8 +76,8 @@ class Finish:
             cluster together, relative to its norm; infinite if there are none.
         dual: `U_1 Λ V_1ᵀ`, or `2 X_12` of the interior-point method where that is
             nearer to a certificate, `[m, n]`; zeros without a cluster.
-        status: "converged", "stalled", "exact" (nothing is left) or "rank_deficient"
-            (as it came).
+        status: "converged", "stalled", "max_steps", "exact" (nothing is left) or
+            "rank_deficient" (as it came).
     """
 
     terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
@@ -126,7 +126,7 @@ def finish(
     found = _Path(space.cluster(), None, 0)
     if sum(space.target.shape) <= QUICK:
         found = _converge(found.here, None, rounds)
-    if found.is_settled:
+    if found.is_settled or found.is_cut:
         return found.result(space, None)
     inner, polished = _along_the_path(space, rounds, tell)
     if polished.here.s[0] <= found.here.s[0]:
@@ -161,11 +161,13 @@ class _Path:
         here: The last point.
         view: Its cluster, or None.
         steps: Taken.
+        is_cut: Whether there could have been more.
     """
 
     here: Cluster
     view: View | None
     steps: int
+    is_cut: bool = False
 
     @property
     def is_settled(self) -> bool:
@@ -173,9 +175,9 @@ class _Path:
         if self.here.is_exact:
             return True
         view = self.view
-        return (
-            view is not None and view.residual < CONVERGED and view.multipliers[0] >= 0
-        )
+        if view is None:
+            return False
+        return bool(view.residual < CONVERGED and view.multipliers[0] >= 0)
 
     @property
     def is_strict(self) -> bool:
@@ -187,7 +189,8 @@ class _Path:
     def result(self, space: Space, inner: barrier.Inner | None) -> Finish:
         """Return all of it, after what the interior-point method has left, if any."""
         here, view = self.here, self.view
-        dual, residual, status = np.zeros(space.target.shape), 0.0, "stalled"
+        dual, residual = np.zeros(space.target.shape), 0.0
+        status = "max_steps" if self.is_cut else "stalled"
         if here.is_exact:
             view, status = None, "exact"
         if view is not None:
@@ -226,7 +229,8 @@ def _converge(here: Cluster, size: int | None, rounds: int) -> _Path:
         if there is None:
             return _Path(here, view, steps)
         steps, here = steps + count, there
-    return _Path(here, here.view(view.size) if view else None, steps)
+    size = view.size if view else size or _sizes(here)[0]
+    return _Path(here, here.view(size), steps, is_cut=True)
 
 
 def _improve(here: Cluster, sizes: list[int]):

@@ -4,6 +4,7 @@ from helpers import total, van_loan
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kronjax import newton
 from kronjax.cluster import Space
 from kronjax.kronecker import KroneckerTerms
 from kronjax.newton import finish
@@ -125,3 +126,24 @@ def test_the_hessian_and_the_constraints_are_the_derivatives():
         assert slope == pytest.approx((s[2] - s[0]) / (2 * step), rel=1e-5, abs=1e-8)
         bend = (s[2] - 2 * s[1] + s[0]) / step**2
         assert xi @ view.hessian @ xi == pytest.approx(bend, rel=1e-3, abs=1e-5)
+
+
+def test_rounds_limit_the_steps_and_nothing_else_is_tried():
+    matrix = normal((6, 8), 1)
+    begun = van_loan(matrix, (3, 2), 1)
+    runs = [finish(matrix, (begun,), rounds=rounds) for rounds in (0, 1)]
+    assert runs[0].steps == runs[0].path_steps == 0
+    before = np.linalg.norm(matrix - total((begun,)), 2)
+    assert runs[0].spectral_error == pytest.approx(before)
+    assert runs[1].path_steps == 0 or runs[1].status != "max_steps"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_path_leads_on_where_newton_alone_does_not(seed, monkeypatch):
+    matrix = normal((8, 9), seed)
+    begun = van_loan(matrix, (2, 3), 2)
+    monkeypatch.setattr(newton, "QUICK", 0)
+    found = finish(matrix, (begun,))
+    assert found.path_steps > 0
+    assert found.kkt_residual < 1e-9
+    assert found.multipliers_min > -1e-12
