@@ -11,11 +11,17 @@ manifold, a step solves
 
     [[S + B, c], [cᵀ, tr X Z⁻¹]] [ξ; τ] = [2 μ 𝒫(Z⁻¹_12); μ tr Z⁻¹ − 1]
 
-with `c = 2 𝒫(sym(X Z⁻¹)_12)`. Where the matrix is not positive definite a multiple of
-the identity is added: the step then descends `t − μ log det Z`. Nothing needs to be
-known of the leading singular values that will coincide: at the end those are the ones
-of which `X` has not vanished. `2 X_12`, whose nuclear norm is at most one, certifies
-what is reached up to `(m + n) μ`.
+with `c = 2 𝒫(sym(X Z⁻¹)_12)`. Where the matrix is not positive definite its negative
+eigenvalues count as positive: ξ always descends `min_t t − μ log det Z`, and is
+shortened until that falls. The minimising t is taken, not `t + τ`: with it steps that
+follow a curved boundary are several times as long. Nothing needs to be known of the
+leading singular values that will coincide: at the end those are the ones of which `X`
+has not vanished. `2 X_12`, whose nuclear norm is at most one, certifies what is reached
+up to `(m + n) μ`.
+
+All of it is NumPy: the work is in products, Cholesky factors and eigenvalues, which are
+BLAS and LAPACK already. Compiled by jax the products of a step took 1.2 times as long
+at order 768 on a CPU, and three times as long at 36.
 
 References: Helmberg, Rendl, Vanderbei and Wolkowicz (1996); Forsgren, Gill and Wright
 (2002), for the treatment of what is not convex.

@@ -149,7 +149,9 @@ def _along_the_path(space: Space, rounds, tell):
         polished = _converge(polished.here, size, rounds)
         if polished.is_strict:
             break
-    assert polished is not None
+    assert inner is not None and polished is not None
+    if polished.view is None and space.dimension <= barrier.LARGEST:
+        polished = _converge(polished.here, None, rounds)
     return inner, polished
 
 
@@ -253,7 +255,7 @@ def _improve(here: Cluster, sizes: list[int]):
 
 def _revealed(here: Cluster, inner: barrier.Inner) -> int:
     """Return how many multipliers have not vanished, where `λ (t − σ)` is equal."""
-    bound = (inner.gap / sum(inner.error.shape)) ** 0.5
+    bound = (max(inner.gap, 0.0) / sum(inner.error.shape)) ** 0.5
     near = int(np.sum(here.s > (1 - bound) * inner.t))
     return min(max(near, 1), here.space.most, len(here.s))
 
