@@ -2,11 +2,13 @@
 
 The random suite of `distributions`, solved with the defaults, finished and certified:
 local gaps, KKT residuals, steps, and value over global bound.  Then the regression
-values, and one larger matrix (144 x 144, N(0, 1), rank 6).
+values, and one larger matrix (144 x 144, N(0, 1), rank 6). With `--weights`, GPT-2's
+value matrices (768 x 768, rank 1), too: what the finish costs, in SVDs of that size.
 """
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from bench.distributions import (
     Layout,
     draw_suite,
 )
-from kronjax import Configuration, approximate, newton, proof
+from kronjax import Configuration, approximate, files, newton, proof
 from kronjax.kronecker import KroneckerTerms
 
 
@@ -41,7 +43,9 @@ QUICK = Experiment(
 )
 
 
-def certified(matrix, configuration, approximation=None, place=None):
+def certified(
+    matrix, configuration, approximation=None, place=None, tell=lambda text: None
+):
     """One matrix before and after the finish."""
     if approximation is None:
         approximation = approximate(matrix, configuration, starts=1, progress=False)
@@ -50,8 +54,11 @@ def certified(matrix, configuration, approximation=None, place=None):
         terms = tuple(KroneckerTerms(one.a[place], one.b[place]) for one in terms)
     before = proof.of(matrix, terms)
     begun = time.perf_counter()
-    finish = newton.finish(matrix, terms)
+    finish = newton.finish(matrix, terms, tell=tell)
     seconds = time.perf_counter() - begun
+    begun = time.perf_counter()
+    np.linalg.svd(matrix)
+    decomposition = time.perf_counter() - begun
     after = proof.of(matrix, finish.terms, finishes=[finish])
     return {
         "error": float(before.error),
@@ -62,9 +69,11 @@ def certified(matrix, configuration, approximation=None, place=None):
         "global_bound": float(after.global_bound),
         "status": finish.status,
         "steps": finish.steps,
+        "path_steps": finish.path_steps,
         "cluster": finish.cluster,
         "is_strict_minimum": finish.is_strict_minimum,
         "seconds": seconds,
+        "svds": seconds / decomposition,
     }
 
 
@@ -96,7 +105,19 @@ def regression(experiment):
     return rows
 
 
-def targets_of(cases, known, large):
+def real_values(path):
+    """Value matrices of the layers in a file, at rank 1, by name."""
+    rows = {}
+    for layer in (0, 5, 11):
+        joint = files.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
+        name = f"layer {layer} value"
+        value = np.asarray(joint[:, 1536:], np.float64)
+        rows[name] = certified(value, Configuration((24, 32), 1), tell=script.say)
+        script.say(f"{name}: finished and certified")
+    return rows
+
+
+def targets_of(cases, known, large, real):
     """What was asked for."""
     gaps = np.array([case["gap_finished"] for case in cases])
     rises = max(case["error_finished"] / case["error"] - 1 for case in cases)
@@ -108,13 +129,17 @@ def targets_of(cases, known, large):
         script.Target("largest rise of the error by the finish", rises, 1e-12),
     ]
     if known:
-        limits = {"difference": 1e-10, "kkt_residual": 1e-12, "steps": 8}
+        limits = {"difference": 1e-10, "kkt_residual": 1e-12}
+        limits |= {"steps": 8, "path_steps": 0}
         found += [
             script.Target(f"regression, {key}", max(x[key] for x in known.values()), y)
             for key, y in limits.items()
         ]
     if large:
         found.append(script.Target("144 x 144, gap", large["gap_finished"], 1e-8))
+    if real:
+        gap = max(row["gap_finished"] for row in real.values())
+        found.append(script.Target("768 x 768 weights, largest gap", gap, 1e-6))
     return found
 
 
@@ -137,6 +162,7 @@ def main():
     """Run it and write `certificates.json` and `certificates.png`."""
     options = script.parser(__doc__)
     options.add_argument("--samples", type=int, help="matrices of each kind")
+    options.add_argument("--weights", type=Path, help="GPT-2 small as .safetensors")
     given = options.parse_args()
     experiment = QUICK if given.quick else Experiment()
     if given.samples:
@@ -149,7 +175,12 @@ def main():
         matrix = np.random.default_rng(0).standard_normal((side**2, side**2))
         large = certified(matrix, Configuration((side, side), rank))
         script.say("the large matrix is finished")
-    targets = targets_of(cases, known, large)
+    real = real_values(given.weights) if given.weights else {}
+    targets = targets_of(cases, known, large, real)
+    keys = ("gap", "gap_finished", "kkt_residual", "cluster", "path_steps", "svds")
+    if real:
+        rows = [(name, *(row[key] for key in keys)) for name, row in real.items()]
+        script.table("Real weights, rank 1", ("matrix", *keys), rows)
     script.table(
         "Cases by rank",
         ("rank", "median gap", "finished", "median steps", "median value / bound"),
@@ -173,6 +204,7 @@ def main():
         "cases": cases,
         "regression": known,
         "large": large,
+        "real": real,
     }
     script.publish("certificates", results, draw_figure(cases), given.out)
 

@@ -10,11 +10,8 @@ R^{1/2}`. Then
 
 with `J(X) = [[0, X], [Xᵀ, 0]]`, `W = [U_1; V_1] / √2` and `W_o`, `D_o` its other
 eigenpairs: `±σ_j` beyond the cluster and `−σ_j` within. The second line of H is the
-curvature of the manifold. `W_o` is not stored: in the eigenvectors of the multipliers
-Λ, H is a sum over the cluster.
-
-Tangent vectors are given by orthonormal coordinates: `R(ξ) = U M Vᵀ + U_p X Vᵀ + U Y
-V_pᵀ` by the entries of M, X and Y, where `U_p`, `V_p` complete U and V.
+curvature of the manifold. `W_o` is not stored: `Space.form` takes the blocks of
+`W Λ Wᵀ` and of `W_o (tI − D_o)⁻¹ W_oᵀ`. Tangent vectors are coordinates of `Sheet`.
 
 References: Overton (1988); Overton and Womersley (1995).
 
@@ -30,126 +27,27 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
+from kronjax.kronecker import KroneckerTerms
+from kronjax.sheet import Sheet
 from kronjax.weighted import RIDGE
 
 
 @dataclasses.dataclass(frozen=True)
-class Sheet:
-    """The tangent space of one configuration at a point.
+class Blocks:
+    """A symmetric matrix `[[A, B], [Bᵀ, C]]` of order m + n.
 
     Attributes:
-        left: `[d1, d1]`, orthogonal; its first r rows are the vectorised `A_k`.
-        right: `[d2, d2]`, likewise.
-        core: `[r, r]`, with `R(K) = U core Vᵀ`.
-        shapes: `(m1, n1)` and `(m2, n2)`.
+        uu: `[m, m]`, A.
+        uv: `[m, n]`, B.
+        vv: `[n, n]`, C.
     """
 
-    left: np.ndarray
-    right: np.ndarray
-    core: np.ndarray
-    shapes: tuple[tuple[int, int], tuple[int, int]]
-
-    @classmethod
-    def of(cls, a: np.ndarray, core: np.ndarray, b: np.ndarray, shapes):
-        """Complete rows that are independent, of `[r, d1]` and `[r, d2]`."""
-        left, upper = np.linalg.qr(a.T, mode="complete")
-        right, lower = np.linalg.qr(b.T, mode="complete")
-        r = len(core)
-        return cls(left.T, right.T, upper[:r] @ core @ lower[:r].T, shapes)
-
-    @property
-    def rank(self) -> int:
-        """The Kronecker rank."""
-        return len(self.core)
-
-    @property
-    def dimension(self) -> int:
-        """Of the tangent space."""
-        return self.rank * (len(self.left) + len(self.right) - self.rank)
-
-    def matrix(self) -> np.ndarray:
-        """Return K, `[m, n]`."""
-        r = self.rank
-        ambient: Any = self.left[:r].T @ self.core @ self.right[:r]
-        return np.asarray(unrearrange(ambient, *self.shapes))
-
-    def terms(self) -> KroneckerTerms:
-        """Return the Kronecker product SVD."""
-        r, (a_shape, b_shape) = self.rank, self.shapes
-        u, s, vt = np.linalg.svd(self.core)
-        root = np.sqrt(s)[:, None]
-        a, b = root * (u.T @ self.left[:r]), root * (vt @ self.right[:r])
-        held: Any = a.reshape(r, *a_shape), b.reshape(r, *b_shape)
-        return KroneckerTerms(*held)
-
-    def pull(self, us: np.ndarray, vs: np.ndarray) -> np.ndarray:
-        """Return the coordinates of the projections of all `u vᵀ`.
-
-        Args:
-            us: `[p, m]`.
-            vs: `[q, n]`.
-
-        Returns:
-            `[p, q, dimension]`. No matrix `u vᵀ` is formed.
-        """
-        r, ((m1, n1), (m2, n2)) = self.rank, self.shapes
-        p, q = len(us), len(vs)
-        u, v = us.reshape(p, m1, m2), vs.reshape(q, n1, n2)
-        a, b = self.left[:r].reshape(r, m1, n1), self.right[:r].reshape(r, m2, n2)
-        # Against the left factors, [p, q, r, d2], and against the right ones.
-        half = np.einsum("pxi,rxy->priy", u, a, optimize=True)
-        from_a = np.einsum("priy,qyj->pqrij", half, v, optimize=True)
-        from_a = from_a.reshape(-1, m2 * n2) @ self.right.T
-        half = np.einsum("pxi,rij->prxj", u, b, optimize=True)
-        from_b = np.einsum("prxj,qyj->pqrxy", half, v, optimize=True)
-        from_b = from_b.reshape(-1, m1 * n1) @ self.left[r:].T
-        parts = (x.reshape(p, q, -1) for x in (from_a, from_b))
-        return np.concatenate(list(parts), axis=2)
-
-    def split(self, xi: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return `M [r, r]`, `X [d1 − r, r]` and `Y [r, d2 − r]` of coordinates."""
-        r, d2 = self.rank, len(self.right)
-        row = xi[: r * d2].reshape(r, d2)
-        return row[:, :r], xi[r * d2 :].reshape(r, -1).T, row[:, r:]
-
-    def moved(self, xi: np.ndarray) -> "Sheet | None":
-        """Retract orthographically; None where that is not defined."""
-        r = self.rank
-        m, x, y = self.split(xi)
-        core = self.core + m
-        try:
-            inverse = np.linalg.inv(core)
-        except np.linalg.LinAlgError:
-            return None
-        a = self.left[:r] + (x @ inverse).T @ self.left[r:]
-        b = self.right[:r] + inverse @ y @ self.right[r:]
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            return None
-        return Sheet.of(a, core, b, self.shapes)
-
-    def bend(self, normal: np.ndarray) -> np.ndarray:
-        """Return `−2 <N, X C⁻¹ Y>` as a symmetric matrix in the coordinates.
-
-        Args:
-            normal: `R(L^{1/2} U_1 Λ V_1ᵀ R^{1/2})`, `[d1, d2]`.
-        """
-        r, d1, d2 = self.rank, len(self.left), len(self.right)
-        inside = self.left[r:] @ normal @ self.right[r:].T
-        inverse = np.linalg.inv(self.core)
-        # X is stored [r, d1 − r], and Y inside of [r, d2].
-        block = np.zeros((r, d1 - r, r, d2))
-        block[:, :, :, r:] = -np.einsum("pq,ij->ipjq", inside, inverse)
-        block = block.reshape(r * (d1 - r), r * d2)
-        size = self.dimension
-        result = np.zeros((size, size))
-        result[r * d2 :, : r * d2] = block
-        result[: r * d2, r * d2 :] = block.T
-        return result
+    uu: np.ndarray
+    uv: np.ndarray
+    vv: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,12 +109,22 @@ class Space:
     def cluster(self, sheets: tuple[Sheet, ...] | None = None) -> "Cluster":
         """Decompose the error where it begins, or at other sheets."""
         sheets = self.sheets if sheets is None else sheets
-        error = self.target - sum(sheet.matrix() for sheet in sheets)
-        for root, side in zip(self.roots, (0, 1), strict=True):
-            if root is not None:
-                error = root.T @ error if side == 0 else error @ root
-        u, s, vt = np.linalg.svd(error)
+        u, s, vt = np.linalg.svd(self.error(sheets))
         return Cluster(self, sheets, u.T, s, vt)
+
+    def error(self, sheets: tuple[Sheet, ...]) -> np.ndarray:
+        """Return `L^{1/2} (T − K) R^{1/2}` there, `[m, n]`."""
+        return self._whitened(self.target - sum(sheet.matrix() for sheet in sheets))
+
+    def _whitened(self, matrix):
+        left, right = self.roots
+        matrix = matrix if left is None else left.T @ matrix
+        return matrix if right is None else matrix @ right
+
+    def _gradient(self, matrix):
+        left, right = self.roots
+        matrix = matrix if left is None else left @ matrix
+        return matrix if right is None else matrix @ right.T
 
     def pull(self, sheets, us, vs) -> np.ndarray:
         """Return the coordinates of the gradients of all `uᵀ L^{1/2} K R^{1/2} v`."""
@@ -224,6 +132,72 @@ class Space:
         us = us if left is None else us @ left.T
         vs = vs if right is None else vs @ right.T
         return np.concatenate([sheet.pull(us, vs) for sheet in sheets], axis=2)
+
+    def moved(self, sheets, xi) -> tuple[Sheet, ...] | None:
+        """Retract along coordinates; None where that is not defined."""
+        there = [
+            one.moved(part) for one, part in zip(sheets, self._parts(xi), strict=True)
+        ]
+        return None if None in there else tuple(there)
+
+    def push(self, sheets, xi) -> np.ndarray:
+        """Return `L^{1/2} ξ R^{1/2}` of coordinates, `[m, n]`."""
+        parts = zip(sheets, self._parts(xi), strict=True)
+        pushed = [sheet.push(part) for sheet, part in parts]
+        return self._whitened(np.sum(pushed, axis=0))
+
+    def project(self, sheets, ambient) -> np.ndarray:
+        """Return the coordinates of the gradient of `<Y, L^{1/2} K R^{1/2}>`."""
+        ambient = self._gradient(ambient)
+        return np.concatenate([sheet.project(ambient) for sheet in sheets])
+
+    def bend(self, sheets, dual) -> np.ndarray:
+        """Return the Hessian of `<Y, L^{1/2} (T − K) R^{1/2}>`, of the manifold."""
+        dual = self._gradient(dual)
+        result, at = np.zeros((self.dimension,) * 2), 0
+        for sheet in sheets:
+            span = slice(at, at + sheet.dimension)
+            result[span, span] = sheet.bend(dual)
+            at += sheet.dimension
+        return result
+
+    def bent(self, sheets, dual, xi) -> np.ndarray:
+        """Return the product of `bend` with coordinates."""
+        dual, parts = self._gradient(dual), zip(sheets, self._parts(xi), strict=True)
+        return np.concatenate([sheet.bent(dual, part) for sheet, part in parts])
+
+    def form(self, sheets, x: Blocks, z: Blocks) -> np.ndarray:
+        """Return `tr(X J(D) Z J(D))`, `D = L^{1/2} ξ R^{1/2}`, as a matrix.
+
+        For several configurations column by column.
+        """
+        if len(sheets) > 1:
+            basis = np.eye(self.dimension)
+            columns = [self.curve(sheets, x, z, one) for one in basis]
+            return np.array(columns)
+        (sheet,), (left, right) = sheets, self.roots
+
+        def carried(matrix, one, other):
+            matrix = matrix if one is None else one @ matrix
+            return matrix if other is None else matrix @ other.T
+
+        straight = [
+            (carried(one.uu, left, left), carried(other.vv, right, right))
+            for one, other in ((z, x), (x, z))
+        ]
+        crossed = [tuple(carried(one.uv.T, right, left) for one in (x, z))]
+        return sheet.form(straight, crossed)
+
+    def curve(self, sheets, x: Blocks, z: Blocks, xi) -> np.ndarray:
+        """Return the product of `form` with coordinates, by matrix products alone."""
+        d = self.push(sheets, xi)
+        image = z.uu @ d @ x.vv + x.uu @ d @ z.vv
+        image += x.uv @ d.T @ z.uv + z.uv @ d.T @ x.uv
+        return self.project(sheets, image)
+
+    def _parts(self, xi):
+        ends = np.cumsum([sheet.dimension for sheet in self.sheets])
+        return np.split(xi, ends[:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,14 +231,8 @@ class Cluster:
 
     def moved(self, xi: np.ndarray) -> "Cluster | None":
         """Retract along coordinates; None where that is not defined."""
-        sheets, at = [], 0
-        for sheet in self.sheets:
-            there = sheet.moved(xi[at : at + sheet.dimension])
-            if there is None:
-                return None
-            sheets.append(there)
-            at += sheet.dimension
-        return self.space.cluster(tuple(sheets))
+        there = self.space.moved(self.sheets, xi)
+        return None if there is None else self.space.cluster(there)
 
     def view(self, size: int) -> "View":
         """Take so many singular values for the cluster."""
@@ -324,65 +292,38 @@ class View:
         space, sheets = self.cluster.space, self.cluster.sheets
         own, k = slice(self.size), self.size
         u, s, v = self.cluster.u, self.cluster.s, self.cluster.v
-        m, n, least, t = len(u), len(v), len(s), s[0]
-        result = np.zeros((space.dimension,) * 2)
+        least, t = len(s), s[0]
         plus = np.zeros(least)
         plus[k:] = 1 / np.maximum(t - s[k:], 1e-15 * t)
         minus = 1 / (t + s)
-        us, vs = self._axes.T @ u[own], self._axes.T @ v[own]
-        for weight, one_u, one_v in zip(self.multipliers, us, vs, strict=True):
-            left = space.pull(sheets, one_u[None], v)[0]  # uᵀ dE v_j, [n, d]
-            right = space.pull(sheets, u, one_v[None])[:, 0]  # u_jᵀ dE v, [m, d]
-            both, other = left[:least] + right[:least], left[:least] - right[:least]
-            stack = [both * np.sqrt(plus / 2)[:, None]]
-            stack.append(other * np.sqrt(minus / 2)[:, None])
-            stack += [left[least:] / math.sqrt(t)] * (n > least)
-            stack += [right[least:] / math.sqrt(t)] * (m > least)
-            rows = np.concatenate(stack)
-            result += weight * (rows.T @ rows)
-        at, dual = 0, self.dual()
-        left, right = space.roots
-        dual = dual if left is None else left @ dual
-        dual = dual if right is None else dual @ right.T
-        for sheet in sheets:
-            span = slice(at, at + sheet.dimension)
-            ambient: Any = dual
-            ambient = np.asarray(rearrange(ambient, sheet.shapes[0]))
-            result[span, span] += sheet.bend(ambient)
-            at += sheet.dimension
-        return result
 
-    def step(self, damping: float = 0.0, release: float = 0.0) -> np.ndarray:
+        def inverse(vectors):
+            weights = np.full(len(vectors), 1 / t)
+            weights[:least] = (plus + minus) / 2
+            return (vectors.T * weights) @ vectors
+
+        # H = 2 form(X, Z), and X is half of these blocks.
+        inner = self._lambda
+        x = Blocks(*(a[own].T @ inner @ b[own] for a, b in ((u, u), (u, v), (v, v))))
+        across = (u[:least].T * (plus - minus) / 2) @ v[:least]
+        z = Blocks(inverse(u), across, inverse(v))
+        return space.form(sheets, x, z) + space.bend(sheets, self.dual())
+
+    def step(self) -> np.ndarray:
         """Return the coordinates of the step, `[d]`.
 
         Negative curvature counts as positive: from beside a saddle point the step leads
         away from it.
-
-        Args:
-            damping: Added to all curvatures, as a part of the largest.
-            release: By how much the direction of the least multiplier is to fall below
-                the cluster; to first order the norm falls by that times the multiplier
-                if it is negative.
         """
-        i, j = self._pairs
-        axis = self._axes[:, 0]
-        away = axis[i] * axis[j] * np.where(i == j, 1, math.sqrt(2))
-        fixed = self.gather(release * away)
+        # The least step that brings the cluster together, to first order.
+        spread = self._traceless @ (self._trace * self.cluster.s[self._pairs[0]])
+        fixed = -self._bases[0] @ spread
         values, vectors = self.curvature
         slope = self._trace @ self._rows / self._trace.sum() + self.hessian @ fixed
         scale = np.abs(values).max(initial=0.0)
-        moduli = np.maximum(np.abs(values), 1e-12 * scale) + damping * scale
+        moduli = np.maximum(np.abs(values), 1e-12 * scale)
         free = vectors.T @ (vectors @ slope / np.where(moduli > 0, moduli, 1))
         return fixed - free
-
-    def gather(self, away: np.ndarray | float = 0.0) -> np.ndarray:
-        """Return the least step that brings the cluster together, to first order.
-
-        Args:
-            away: `svec` of what is to be left between its values and `t`.
-        """
-        wanted = self._trace * self.cluster.s[self._pairs[0]] + away
-        return self._bases[0] @ (-self._traceless @ wanted)
 
     @functools.cached_property
     def _bases(self):

@@ -1,18 +1,20 @@
-"""Newton's method on the cluster of leading singular values, in float64 on the host.
+"""The second-order finish: to a local minimum, in float64 on the host.
 
 At a minimiser of `‖T − K‖_2` several leading singular values of the error coincide.
 With their vectors `U_1`, `V_1`, a tangent vector ξ and the matrices of `cluster`, each
-step minimises `t + ½ H[ξ, ξ]` subject to the `k` leading values all becoming `t` to
-first order,
+step of Newton's method minimises `t + ½ H[ξ, ξ]` subject to the `k` leading values all
+becoming `t` to first order,
 
     [[H, 𝒜ᵀ, 0], [𝒜, 0, −e], [0, −eᵀ, 0]] [ξ; y; t] = [0; −svec diag(σ_1 … σ_k); −1],
 
 and retracts; it is solved on the null space of 𝒜 less its trace, where negative
-curvature counts as positive. `k` is where the values fall most, or one of its
-neighbours. A step is taken only if the spectral norm falls: what comes back is never
-worse than what came.
-Near a minimiser with positive multipliers and positive projected Hessian the steps
-converge quadratically, in practice to the last digit.
+curvature counts as positive. Near a minimiser with positive multipliers and positive
+projected Hessian the steps converge quadratically, in practice to the last digit.
+
+That needs k. Small problems are tried at once, with k where the values fall most, or
+one of its neighbours. Where this does not lead to positive multipliers, and where
+problems are larger, the central path of `barrier` comes first, which needs no k and at
+whose end it can be read off. What comes back is never worse than what came.
 
 References: Overton (1988); Overton and Womersley (1995); Absil and Malick (2012).
 
@@ -25,39 +27,33 @@ References: Overton (1988); Overton and Womersley (1995); Absil and Malick (2012
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from kronjax.cluster import Cluster, Space
+from kronjax import barrier
+from kronjax.cluster import Cluster, Space, View
 from kronjax.errors import measure
 from kronjax.kronecker import KroneckerTerms
 
 ROUNDS = 40
-"""Steps at most; five are enough where they converge quadratically."""
+"""Rounds of Newton's method at most; five are enough where it converges quickly."""
 
-LARGEST = 5000
-"""Unknowns, coordinates and multipliers together, of the largest dense system."""
+QUICK = 400
+"""Rows and columns, together, up to which Newton's method is tried first."""
 
-SETTLED = 1e-13
+SETTLED = 3e-13
 """Spread of the cluster, relative, and KKT residual at which there is no more to do."""
 
-DAMPING = (0.0, 1e-3, 1e-2, 1e-1)
-"""Parts of the largest curvature that are added to all, one after the other."""
+CONVERGED = 1e-9
+"""The same, at which a point is stationary."""
 
-RELEASES = (0.1, 0.01, 0.001)
-"""By how much what has a negative multiplier is sent below the cluster, relatively."""
-
-LENGTHS = (1.0, 0.3, 0.1)
-"""Parts of a step that are tried."""
+NEAR = 2e-4
+"""Gap on the central path from which Newton's method is tried."""
 
 POSITIVE = 1e-8
 """What a relative eigenvalue has to exceed to be positive beyond rounding."""
-
-GATHERED = 2
-"""Steps back onto the surface where the cluster coincides, after a step along it."""
 
 CHASED = 3
 """Full steps in a row before the norm has to be smaller."""
@@ -70,21 +66,24 @@ class Finish:
     Attributes:
         terms: One `KroneckerTerms` for each that was given, float64.
         spectral_error: `‖L^{1/2} (T − K) R^{1/2}‖_2`.
-        steps: Taken.
+        steps: Of Newton's method on the cluster.
+        path_steps: Of the interior-point method; 0 where it was not needed.
         cluster: Leading singular values that coincide; 0 where none were looked at.
         kkt_residual: Norm of the stationarity residual `𝒜ᵀy` at multipliers of trace
             one, and of the relative spread of the cluster.
         multipliers_min: Smallest eigenvalue of the multipliers, relative to `1 / k`.
         hessian_min: Smallest eigenvalue of the Hessian on the directions that keep the
             cluster together, relative to its norm; infinite if there are none.
-        dual: `U_1 Λ V_1ᵀ`, `[m, n]`: what certifies it; zeros without a cluster.
-        status: "converged", "stalled", "max_steps", "exact" (nothing is left),
-            "too_large" or "rank_deficient" (both as they came).
+        dual: `U_1 Λ V_1ᵀ`, or `2 X_12` of the interior-point method where that is
+            nearer to a certificate, `[m, n]`; zeros without a cluster.
+        status: "converged", "stalled", "max_steps", "exact" (nothing is left) or
+            "rank_deficient" (as it came).
     """
 
     terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
     spectral_error: float
     steps: int
+    path_steps: int
     cluster: int
     kkt_residual: float
     multipliers_min: float
@@ -106,6 +105,7 @@ def finish(
     right_weight: np.ndarray | None = None,
     *,
     rounds: int = ROUNDS,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Finish:
     """Return the local minimum near a sum, or as far as its error could be lowered.
 
@@ -114,7 +114,8 @@ def finish(
         terms: The sum to begin with, one for each configuration.
         left_weight: `[m, m]`, as for `solve`, or None.
         right_weight: `[n, n]`, likewise.
-        rounds: Steps at most.
+        rounds: Steps of Newton's method, at most.
+        tell: Told what is done, every few seconds where a problem is large.
 
     Returns:
         `Finish`; its error is at most that of `terms`.
@@ -122,73 +123,141 @@ def finish(
     space = Space.of(matrix, terms, left_weight, right_weight)
     if space is None:
         return _as_given(matrix, terms, left_weight, right_weight, "rank_deficient")
-    if space.dimension > LARGEST:
-        return _as_given(matrix, terms, left_weight, right_weight, "too_large")
-    here = space.cluster()
-    status, steps = "max_steps", 0
-    if here.is_exact:
-        return _result(here, None, 0, "exact")
-    size = 1
-    for _ in range(rounds):
-        size, count, there = _improve(here)
-        if there is None:
-            status = "stalled"
-            break
-        steps, here = steps + count, there
-        if here.is_exact:
-            return _result(here, None, steps, "exact")
-    found = here.view(size)
-    if found.residual < 1e-9:
-        status = "converged"
-    return _result(here, found, steps, status)
+    found = _Path(space.cluster(), None, 0)
+    if sum(space.target.shape) <= QUICK:
+        found = _converge(found.here, None, rounds)
+    if found.is_settled or found.is_cut:
+        return found.result(space, None)
+    inner, polished = _along_the_path(space, rounds, tell)
+    if polished.here.s[0] <= found.here.s[0]:
+        return polished.result(space, inner)
+    return found.result(space, None)
 
 
-def _improve(here: Cluster):
-    """Return the size of the cluster, steps, and the next one of smaller norm or None.
+def _along_the_path(space: Space, rounds, tell):
+    """Return a point of the central path, and where Newton's method leads from it.
 
-    Full steps first: on a curved manifold one of them may raise the norm and the next
-    one bring it below. Then shorter and damped ones, as far as they lower it at once.
+    The first point from which that is a strict minimum, or the last one.
     """
-    views = sorted(map(here.view, _sizes(here)), key=lambda view: view.residual)
-    first = views[0]
-    if first.residual < SETTLED and first.multipliers[0] >= 0:
-        return first.size, 0, None
-    if first.multipliers[0] < 0 and first.residual < 1e-6:
-        there = _search(here, first, 0.0, RELEASES)
-        if there is not None:
-            return first.size, 1, there
-    best = None
+    inner, polished = None, None
+    for inner in barrier.levels(space, tell=tell):
+        polished = _Path(space.cluster(inner.sheets), None, 0)
+        if space.dimension > barrier.LARGEST or inner.gap > NEAR:
+            continue
+        tell("Newton's method")
+        size = _revealed(polished.here, inner)
+        polished = _converge(polished.here, size, rounds)
+        if polished.is_strict:
+            break
+    assert inner is not None and polished is not None
+    if polished.view is None and space.dimension <= barrier.LARGEST:
+        polished = _converge(polished.here, None, rounds)
+    return inner, polished
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """Where Newton's method has led.
+
+    Attributes:
+        here: The last point.
+        view: Its cluster, or None.
+        steps: Taken.
+        is_cut: Whether there could have been more.
+    """
+
+    here: Cluster
+    view: View | None
+    steps: int
+    is_cut: bool = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is stationary and no multiplier is negative, or exact."""
+        if self.here.is_exact:
+            return True
+        view = self.view
+        if view is None:
+            return False
+        return bool(view.residual < CONVERGED and view.multipliers[0] >= 0)
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether it is a strict minimum, or exact."""
+        if not self.is_settled or self.view is None:
+            return self.is_settled
+        return min(self.view.multipliers[0], self.view.hessian_min()) > POSITIVE
+
+    def result(self, space: Space, inner: barrier.Inner | None) -> Finish:
+        """Return all of it, after what the interior-point method has left, if any."""
+        here, view = self.here, self.view
+        dual, residual = np.zeros(space.target.shape), 0.0
+        status = "max_steps" if self.is_cut else "stalled"
+        if here.is_exact:
+            view, status = None, "exact"
+        if view is not None:
+            dual, residual = view.dual(), float(view.residual)
+            status = "converged" if residual < CONVERGED else status
+        if inner is not None and not self.is_settled:
+            dual, residual = inner.dual, max(inner.residual, inner.gap)
+        return Finish(
+            terms=here.terms(),
+            spectral_error=float(here.s[0] * space.scale),
+            steps=self.steps,
+            path_steps=inner.steps if inner else 0,
+            cluster=view.size if view else 0,
+            kkt_residual=residual,
+            multipliers_min=float(view.size * view.multipliers[0]) if view else 0.0,
+            hessian_min=view.hessian_min() if view else 0.0,
+            dual=dual,
+            status=status,
+        )
+
+
+def _converge(here: Cluster, size: int | None, rounds: int) -> _Path:
+    """Take steps of Newton's method while the norm falls.
+
+    Args:
+        here: Where to begin.
+        size: Of the cluster, if that is known.
+        rounds: At most.
+    """
+    view, steps = None, 0
+    for _ in range(rounds):
+        if here.is_exact:
+            return _Path(here, None, steps)
+        sizes = _sizes(here) if size is None else [size]
+        view, count, there = _improve(here, sizes)
+        if there is None:
+            return _Path(here, view, steps)
+        steps, here = steps + count, there
+    size = view.size if view else size or _sizes(here)[0]
+    return _Path(here, here.view(size), steps, is_cut=True)
+
+
+def _improve(here: Cluster, sizes: list[int]):
+    """Return the best view, steps, and the next point of smaller norm or None.
+
+    On a curved manifold a step may raise the norm and the next one bring it below.
+    """
+    views = sorted(map(here.view, sizes), key=lambda view: view.residual)
+    first, best = views[0], None
+    if first.residual < SETTLED:
+        return first, 0, None
     for view in views:
         count, there = _chase(here, view)
         if there is not None and (best is None or there.s[0] < best[2].s[0]):
-            best = view.size, count, there
+            best = view, count, there
             if _lands(here, there, view.size):
-                return best
-    for damping in DAMPING:
-        there = _search(here, first, damping, (0.0,))
-        if there is not None and (best is None or there.s[0] < best[2].s[0]):
-            return first.size, 1, there
-    if best is None:
-        for view in views:
-            if view.multipliers[0] < 0:
-                there = _search(here, view, 0.0, RELEASES)
-                if there is not None:
-                    return view.size, 1, there
-    return best or (first.size, 0, None)
-
-
-def _search(here: Cluster, view, damping: float, releases):
-    """Shorten a step until the norm falls, once the cluster is gathered again."""
-    for release, length in itertools.product(releases, LENGTHS):
-        step = view.step(damping, release * here.s[0])
-        there = here.moved(length * step)
-        for _ in range(GATHERED):
-            if there is None or there.s[0] < here.s[0]:
                 break
-            there = there.moved(there.view(view.size).gather())
-        if there is not None and there.s[0] < here.s[0]:
-            return there
-    return None
+    return best or (first, 0, None)
+
+
+def _revealed(here: Cluster, inner: barrier.Inner) -> int:
+    """Return how many multipliers have not vanished, where `λ (t − σ)` is equal."""
+    bound = (max(inner.gap, 0.0) / sum(inner.error.shape)) ** 0.5
+    near = int(np.sum(here.s > (1 - bound) * inner.t))
+    return min(max(near, 1), here.space.most, len(here.s))
 
 
 def _chase(here: Cluster, view):
@@ -223,23 +292,8 @@ def _sizes(here: Cluster) -> list[int]:
     return [k for k in dict.fromkeys(around) if 1 <= k <= min(len(s), most)]
 
 
-def _result(here: Cluster, view, steps: int, status: str) -> Finish:
-    space = here.space
-    return Finish(
-        terms=here.terms(),
-        spectral_error=float(here.s[0] * space.scale),
-        steps=steps,
-        cluster=view.size if view else 0,
-        kkt_residual=float(view.residual) if view else 0.0,
-        multipliers_min=float(view.size * view.multipliers[0]) if view else 0.0,
-        hessian_min=view.hessian_min() if view else 0.0,
-        dual=view.dual() if view else np.zeros((len(here.u), len(here.v))),
-        status=status,
-    )
-
-
 def _as_given(matrix, terms, left, right, status: str) -> Finish:
     given = jax.tree.map(lambda x: np.asarray(x, np.float64), tuple(terms))
     error = measure(np.asarray(matrix), given, left, right).spectral
     zeros = np.zeros(np.shape(matrix))
-    return Finish(given, float(error), 0, 0, np.inf, 0.0, 0.0, zeros, status)
+    return Finish(given, float(error), 0, 0, 0, np.inf, 0.0, 0.0, zeros, status)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kronjax.kronecker import KroneckerTerms
+
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "A journey of a thousand miles begins with a single step.",
@@ -61,6 +63,24 @@ def kronecker_sum_reference(a, b):
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     assert len(a) == len(b)
     return sum(np.kron(left, right) for left, right in zip(a, b, strict=True))
+
+
+def van_loan(matrix, a_shape, rank):
+    """The sum that is nearest in the Frobenius norm."""
+    (m, n), (m1, n1) = matrix.shape, a_shape
+    m2, n2 = m // m1, n // n1
+    blocks = matrix.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3)
+    u, s, vt = np.linalg.svd(blocks.reshape(m1 * n1, -1), full_matrices=False)
+    a = (u[:, :rank] * np.sqrt(s[:rank])).T.reshape(rank, m1, n1)
+    b = (np.sqrt(s[:rank])[:, None] * vt[:rank]).reshape(rank, m2, n2)
+    return KroneckerTerms(a, b)
+
+
+def total(terms):
+    """The matrix of several sums, one for each configuration."""
+    return sum(
+        np.kron(a, b) for one in terms for a, b in zip(one.a, one.b, strict=True)
+    )
 
 
 def schatten_reference(matrix, p):

@@ -1,32 +1,16 @@
-import itertools
-
 import numpy as np
 import pytest
+from helpers import total, van_loan
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kronjax import newton
 from kronjax.cluster import Space
 from kronjax.kronecker import KroneckerTerms
 from kronjax.newton import finish
 
 REGRESSION = {1: 9.267008995043, 3: 7.419063837001, 6: 5.953099929932}
 """Local minima reached from Van Loan's start, of the first 36x36 normal matrix."""
-
-
-def van_loan(matrix, a_shape, rank):
-    (m, n), (m1, n1) = matrix.shape, a_shape
-    m2, n2 = m // m1, n // n1
-    blocks = matrix.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3)
-    u, s, vt = np.linalg.svd(blocks.reshape(m1 * n1, -1), full_matrices=False)
-    a = (u[:, :rank] * np.sqrt(s[:rank])).T.reshape(rank, m1, n1)
-    b = (np.sqrt(s[:rank])[:, None] * vt[:rank]).reshape(rank, m2, n2)
-    return KroneckerTerms(a, b)
-
-
-def total(terms):
-    return sum(
-        np.kron(a, b) for one in terms for a, b in zip(one.a, one.b, strict=True)
-    )
 
 
 def normal(shape, seed=0):
@@ -43,7 +27,7 @@ def test_regression_values_to_ten_digits_within_eight_steps(rank):
     )
     found = finish(matrix, near.terms)
     assert found.spectral_error == pytest.approx(REGRESSION[rank], rel=1e-12)
-    assert found.steps <= 8
+    assert found.steps + found.path_steps <= 8
     assert found.kkt_residual <= 1e-12
     assert found.is_strict_minimum
     measured = np.linalg.norm(matrix - total(found.terms), 2)
@@ -144,19 +128,22 @@ def test_the_hessian_and_the_constraints_are_the_derivatives():
         assert xi @ view.hessian @ xi == pytest.approx(bend, rel=1e-3, abs=1e-5)
 
 
-def test_pulled_vectors_are_projections():
-    matrix = normal((6, 8), 9)
-    begun = van_loan(matrix, (3, 2), 2)
-    space = Space.of(matrix, (begun,))
-    (sheet,) = space.sheets
-    u, v = normal((2, 6), 10), normal((3, 8), 11)
-    pulled = sheet.pull(u, v)
-    for i, j in itertools.product(range(2), range(3)):
-        xi = np.eye(space.dimension)[4]
-        m, x, y = sheet.split(xi)
-        r = sheet.rank
-        ambient = sheet.left[:r].T @ m @ sheet.right[:r]
-        ambient += sheet.left[r:].T @ x @ sheet.right[:r]
-        ambient += sheet.left[:r].T @ y @ sheet.right[r:]
-        blocks = ambient.reshape(3, 2, 2, 4).transpose(0, 2, 1, 3)
-        assert pulled[i, j, 4] == pytest.approx(u[i] @ blocks.reshape(6, 8) @ v[j])
+def test_rounds_limit_the_steps_and_nothing_else_is_tried():
+    matrix = normal((6, 8), 1)
+    begun = van_loan(matrix, (3, 2), 1)
+    runs = [finish(matrix, (begun,), rounds=rounds) for rounds in (0, 1)]
+    assert runs[0].steps == runs[0].path_steps == 0
+    before = np.linalg.norm(matrix - total((begun,)), 2)
+    assert runs[0].spectral_error == pytest.approx(before)
+    assert runs[1].path_steps == 0 or runs[1].status != "max_steps"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_path_leads_on_where_newton_alone_does_not(seed, monkeypatch):
+    matrix = normal((8, 9), seed)
+    begun = van_loan(matrix, (2, 3), 2)
+    monkeypatch.setattr(newton, "QUICK", 0)
+    found = finish(matrix, (begun,))
+    assert found.path_steps > 0
+    assert found.kkt_residual < 1e-9
+    assert found.multipliers_min > -1e-12
