@@ -30,7 +30,7 @@ import numpy as np
 import safetensors.numpy
 
 from bench import script, spectral_norms, timing
-from kronjax import Configuration, solve
+from kronjax import Configuration, pool, solve
 
 GAP = 0.05
 MEMORY = 6.0
@@ -259,7 +259,11 @@ def factors(folder):
 def run_devices(count):
     """Times of small matrices on one and on eight simulated devices, in one process."""
     run = subprocess.run(
-        [sys.executable, "-c", DEVICES, str(count)], capture_output=True, text=True
+        [sys.executable, "-c", DEVICES, str(count)],
+        env={**os.environ, pool.THREADS: "16"},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])

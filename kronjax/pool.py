@@ -21,6 +21,7 @@ of lanes, which decides how products are computed. No device talks to another on
 
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -37,6 +38,9 @@ from kronjax.problem import Problem
 
 SLICE = 24
 """Products of the size of `EᵀE` that a lane spends in one call, about."""
+
+THREADS = "PJRT_NPROC"
+"""Environment variable with the number of threads of the processor's pool."""
 
 Matrix = tuple[Hashable, np.ndarray, int]
 """A key, `[m, n]`, and the seed of its perturbed starts."""
@@ -144,9 +148,13 @@ class Pool:
             slots: Matrices of a device in all.
             devices: To use; by default all of this process.
             tolerance: As for `continuation.solve`.
+
+        Raises:
+            ValueError: If simulated devices have too few threads.
         """
         self.problem, self.lanes, self.slots = problem, lanes, max(slots, lanes)
         devices = jax.local_devices() if devices is None else devices
+        _check_threads(devices)
         self.mesh = Mesh(np.array(devices), (programs.AXIS,))
         self._dtype, self._count = dtype, len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
@@ -356,3 +364,18 @@ class Pool:
         given = jax.tree.map(put, arguments)
         self._held, told = self._programs[name](self._held, self._tolerance, *given)
         return jax.tree.map(get, jax.device_get(told))
+
+
+def _check_threads(devices) -> None:
+    """Refuse simulated devices that would wait for each other's threads for ever.
+
+    A decomposition of many matrices waits for threads of the pool that the devices
+    themselves run in: seen with eight devices and two threads.
+    """
+    threads = int(os.environ.get(THREADS) or os.cpu_count() or 1)
+    wanted = 2 * len(devices)
+    if devices[0].platform == "cpu" and len(devices) > 1 and threads < wanted:
+        raise ValueError(
+            f"{len(devices)} simulated devices share {threads} threads, and could wait "
+            f"for each other for ever: set {THREADS}={wanted} before Python starts"
+        )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kronjax import batch, forecast, outcome, output, places, recipe, store, tasks
+from kronjax import batch, forecast, outcome, output, places, pool, recipe, store, tasks
 from kronjax.dense import multiply_out
 from kronjax.store import Store
 
@@ -330,7 +330,12 @@ def test_what_one_device_began_eight_end_bit_by_bit(matrices, whole, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "kronjax", *line, *settings],
         cwd=tmp_path,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            pool.THREADS: "16",
+        },
+        timeout=400,
         capture_output=True,
         text=True,
     )

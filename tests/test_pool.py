@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -174,12 +175,20 @@ def test_no_device_talks_to_another_one(problem, pool):
     assert pool.memory > 4 * pool.slots * np.prod(SHAPE)
 
 
+def test_simulated_devices_without_threads_are_refused(problem, monkeypatch):
+    monkeypatch.setenv(pools.THREADS, "2")
+    (one,) = jax.devices()
+    with pytest.raises(ValueError, match="set PJRT_NPROC=4 before"):
+        Pool(problem, np.dtype(np.float32), lanes=1, slots=1, devices=[one, one])
+
+
 def test_eight_devices_find_what_one_does():
     run = subprocess.run(
         [sys.executable, "-c", COMPARED],
         env={
             **os.environ,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            pools.THREADS: "16",
         },
         capture_output=True,
         text=True,
