@@ -166,9 +166,8 @@ def approximate(
         certify: Prove the gaps, and solve what misses the tolerance again with a
             smaller one; `notes` say how many still miss it. Takes seconds to compile.
         finish: Take the solutions to machine precision by `newton.finish`, on the host:
-            seconds for every matrix of a few dozen rows; for one of 768 rows and one
-            term some 300 times as long as an SVD of it.
-            For the spectral norm in float64.
+            seconds for every matrix of a few dozen rows, minutes for one of 768 rows
+            and one term. For the spectral norm in float64.
         progress: Show a progress bar on standard error; by default when that is a
             terminal and it takes longer than two seconds.
 
