@@ -211,18 +211,19 @@ class Pool:
         waits there for the others.
         """
         full = [max(map(len, one)) >= self.lanes for one in (turning, working)]
-        if any(full) or not any(working):
-            return full[0] or any(turning) and not any(working)
-        stages = [
+        if full[0] or not any(working):
+            return any(turning)
+        if full[1] or not any(turning):
+            return False
+        ended, behind = (
             min(
                 host.held[slots[0]].stage
                 for host, slots in zip(hosts, chosen, strict=True)
                 if slots
             )
             for chosen in (turning, working)
-            if any(chosen)
-        ]
-        return any(turning) and stages[0] < stages[-1]
+        )
+        return ended < behind
 
     def _fill(self, matrices, hosts):
         """Begin with new matrices, as many as there are lanes; say if more may come."""
