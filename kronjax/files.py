@@ -297,7 +297,7 @@ def _multiply_out(path: Path, names: Sequence[str]) -> Source:
     [shape] = shapes
     # Factors of 100000 by 1 and 1 by 100000 are small, and their product is 80 GB; of
     # which there are three in float64 at a time.
-    needed, memory = 3 * 8 * math.prod(shape), _physical_memory()
+    needed, memory = 3 * 8 * math.prod(shape), physical_memory()
     if needed > memory:
         raise ValueError(
             f"{path} multiplies out to a matrix of shape {shape}: that takes "
@@ -321,7 +321,7 @@ def _multiplied_shape(path, a, b):
     return *a.shape[:-3], m1 * m2, n1 * n2
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
     """Return the bytes of memory of this machine, or 64 GiB where it does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

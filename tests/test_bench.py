@@ -207,6 +207,15 @@ def check_spectral_norms(results):
             assert row[f"width_{kind}"] <= 1e-3
 
 
+def check_training(results):
+    (case,) = results["cases"].values()
+    pairs = list(zip(case["loop"], case["by_hand"], strict=True))
+    assert len(pairs) == 3 and all(x > 0 for pair in pairs for x in pair)
+    assert case["overhead"] == pytest.approx(sorted(a / b - 1 for a, b in pairs)[1])
+    (target,) = results["targets"]
+    assert target["met"] == (case["overhead"] <= target["limit"])
+
+
 def check_training_study(results):
     assert results["complete"]
     runs = results["runs"]
@@ -253,6 +262,7 @@ CHECKS = {
     "scaling": check_scaling,
     "smollm2": check_smollm2,
     "spectral_norms": check_spectral_norms,
+    "training": check_training,
     "training_study": check_training_study,
     "whole_models": check_whole_models,
 }

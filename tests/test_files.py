@@ -302,9 +302,9 @@ def test_factors_of_more_than_the_memory_are_not_multiplied_out(tmp_path, monkey
         files.read(path)
     a, b = np.ones((2, 1, 4, 1)), np.ones((2, 1, 1, 4))
     files.write_terms(path, a, b, {})
-    monkeypatch.setattr(files, "_physical_memory", lambda: 3 * 8 * 2 * 16)
+    monkeypatch.setattr(files, "physical_memory", lambda: 3 * 8 * 2 * 16)
     assert files.read(path).matrix.shape == (2, 4, 4)
-    monkeypatch.setattr(files, "_physical_memory", lambda: 3 * 8 * 2 * 16 - 1)
+    monkeypatch.setattr(files, "physical_memory", lambda: 3 * 8 * 2 * 16 - 1)
     with pytest.raises(ValueError, match="multiplies out"):
         files.read(path)
 

@@ -13,7 +13,6 @@ first of them stays, and can be looked into.
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kronjax import files
 from kronjax.lm import arrays as named
 from kronjax.lm import distillation, losses
 from kronjax.lm.arrays import Arrays, Form
@@ -257,13 +257,8 @@ def _check_memory(compiled: Any, shape: tuple[int, int, int]) -> None:
     if facts is None:
         return
     needed = facts.temp_size_in_bytes + facts.argument_size_in_bytes
-    if needed > memory():
+    if needed > files.physical_memory():
         raise ValueError(
             f"{too_large(shape)} (it takes {needed / 2**30:.1f} GiB of "
-            f"{memory() / 2**30:.1f})"
+            f"{files.physical_memory() / 2**30:.1f})"
         )
-
-
-def memory() -> int:
-    """Return the bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from flax import nnx
 from helpers import SENTENCES, as_users_run_it
@@ -49,6 +50,20 @@ def tokenizer():
             "tokenizer_config.json": json.dumps(config).encode(),
         }
     )
+
+
+@pytest.fixture(scope="session")
+def dense():
+    """A GPT-2 that is smaller still, of forty tokens; not to be changed."""
+    config = gpt2.Config(vocab_size=40, n_embd=8, n_layer=2, n_head=2, n_positions=16)
+    with as_users_run_it():
+        return gpt2.Model(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """A text for it, `[400]`."""
+    return np.random.default_rng(0).integers(0, 40, 400).astype(np.int32)
 
 
 @pytest.fixture

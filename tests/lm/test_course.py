@@ -13,18 +13,7 @@ from kronjax.lm.course import Course
 from kronjax.lm.prune import Pruning
 from kronjax.lm.regimen import Settings
 
-CONFIG = gpt2.Config(vocab_size=40, n_embd=8, n_layer=2, n_head=2, n_positions=16)
 SETTINGS = Settings(steps=6, batch=2, length=8)
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return gpt2.Model(CONFIG, rngs=nnx.Rngs(0))
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return np.random.default_rng(0).integers(0, 40, 400).astype(np.int32)
 
 
 def masks(model):

@@ -5,10 +5,9 @@ import pytest
 from flax import nnx
 
 from kronjax import nn, recipe
-from kronjax.lm import gpt2, stages, train, truncate
+from kronjax.lm import stages, train, truncate
 from kronjax.lm.regimen import Settings
 
-CONFIG = gpt2.Config(vocab_size=40, n_embd=8, n_layer=2, n_head=2, n_positions=16)
 RULES = recipe.loads("""
 rules:
   - match: "h.*.mlp.c_fc"
@@ -19,16 +18,6 @@ rules:
   - {match: "*", method: keep}
 """)
 SETTINGS = Settings(steps=5, batch=2, length=8)
-
-
-@pytest.fixture(scope="module")
-def dense():
-    return gpt2.Model(CONFIG, rngs=nnx.Rngs(0))
-
-
-@pytest.fixture(scope="module")
-def tokens():
-    return np.random.default_rng(0).integers(0, 40, 400).astype(np.int32)
 
 
 def kinds(model):

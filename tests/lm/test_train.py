@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from helpers import as_users_run_it
 
-from kronjax import nn
+from kronjax import files, nn
 from kronjax.lm import gpt2, history, loop, losses, sizes, step, train
 from kronjax.lm.optimizer import Optimizer
 from kronjax.lm.regimen import Settings
@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(model, whole, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(model):  # no file can grow beyond this, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, before[1]))
 
     try:
         with pytest.raises(OSError, match=r"step 4 .*too large.*step 2 is intact"):
@@ -380,6 +380,6 @@ def test_teachers_that_do_not_fit_are_refused(model):
 
 
 def test_a_batch_that_is_too_large_asks_for_parts(model, monkeypatch):
-    monkeypatch.setattr(step, "memory", lambda: 1000)
+    monkeypatch.setattr(files, "physical_memory", lambda: 1000)
     with pytest.raises(ValueError, match="4 windows of 16 .*--accumulate 2 makes"):
         run(model)
