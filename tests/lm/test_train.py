@@ -1,10 +1,8 @@
 """The loop: what it computes, what it keeps, and what it refuses."""
 
 import dataclasses
-import gc
 import json
 import os
-import resource
 import shutil
 import signal
 
@@ -311,24 +309,6 @@ def test_utilisation_is_said_where_the_peak_is_known(model, monkeypatch):
         assert line["utilisation"] == pytest.approx(expected, abs=1e-4, rel=1e-3)
     table = dict(history.rows(found.record))
     assert table["model FLOP utilisation"].endswith(" %")
-
-
-# Orbax leaves callbacks behind that find their event loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk_leaves_the_checkpoint_before(model, whole, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill(model):  # no file can grow beyond this, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, before[1]))
-
-    try:
-        with pytest.raises(OSError, match=r"step 4 .*too large.*step 2 is intact"):
-            run(model, folder=tmp_path, hook=Setting(3, fill))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    rest = run(model, folder=tmp_path, hook=Setting(None, fill))
-    gc.collect()
-    assert curve(rest) == curve(whole)
 
 
 def test_a_checkpoint_that_will_not_fit_is_not_begun(model, tmp_path, monkeypatch):

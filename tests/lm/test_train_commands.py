@@ -123,6 +123,42 @@ def test_sigterm_keeps_the_state(folder, monkeypatch, capsys):
     assert "4 of 4" in capsys.readouterr().out
 
 
+# No file can grow beyond the limit, as on a full disk. In a process of its own, because
+# Orbax leaves coroutines behind that nobody will await.
+FULL_FROM_STEP_3 = """
+import resource, sys
+from kronjax import cli
+from kronjax.lm import loop
+
+def fill(self, step, keep=loop.Loop._test):
+    if step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
+    keep(self, step)
+
+loop.Loop._test = fill
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(folder, capsys):
+    more = ["--steps", "6", "--evaluate-every", "3", "--checkpoint-every", "2"]
+    full = command(folder, *more, "--out", str(folder / "full"))
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_FROM_STEP_3, *full],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert re.search(r"step 4 .*too large.*step 2 is intact", done.stderr)
+    assert cli.main(full) == 0
+    assert cli.main(command(folder, *more, "--out", str(folder / "whole"))) == 0
+    for ours, theirs in zip(
+        curve(folder / "full"), curve(folder / "whole"), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
