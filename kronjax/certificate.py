@@ -34,6 +34,7 @@ Teboulle (2009), for the gradients.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,17 +48,39 @@ from kronjax.weighted import Root
 REACH = 100.0
 """How long changes may be, relatively, for local bounds where no limit is known."""
 
-CLUSTER = 256
+CLUSTER = 768
 """Leading singular vectors, at most, whose multipliers are optimised."""
+
+FINE = 256
+"""Of so many, at most, in the precision of the matrix; of more in float32."""
+
+CHUNK = 16
+"""Terms that are summed before they are taken from the matrix."""
 
 EXPONENTS = (4098.0, 1026.0, 514.0, 258.0, 66.0)
 """Schatten norms whose gradients are tried."""
 
-PENALTIES = (30.0, 300.0, 3000.0, 30000.0)
-"""On the tangential part, one after the other."""
 
-ROUNDS = 50
-"""Projected gradient steps with each of them."""
+class Plan(NamedTuple):
+    """How multipliers are optimised.
+
+    Attributes:
+        penalties: On the tangential part, one after the other.
+        rounds: Projected gradient steps with each of them.
+    """
+
+    penalties: tuple[float, ...]
+    rounds: int
+
+
+THOROUGH = Plan((30.0, 300.0, 3000.0, 30000.0), 50)
+"""Of clusters up to `FINE`."""
+
+COARSE = Plan((30.0, 300.0, 3000.0, 30000.0), 20)
+"""Of larger ones."""
+
+HASTE = Plan((300.0, 3000.0), 10)
+"""For `certify_stage`."""
 
 
 @jax.tree_util.register_dataclass
@@ -112,10 +135,8 @@ def certify_stage(
 ) -> Bounds:
     """Return what is proven at the price of two lists of singular values; pure.
 
-    The one candidate for Y is the gradient of the Schatten norm that was minimised
-    last, where it has the smallest tangential part; there is no global bound. At a
-    tolerance of 1e-2 gaps were 4 and 16 % for two 768 x 768 matrices of GPT-2 at rank
-    32, and 14 % on average for normal ones of 36 x 36: `certify` proves more. As
+    Candidates for Y are the gradient of the Schatten norm that was minimised last, and
+    what `HASTE` rounds make of its multipliers; there is no global bound. As
     accelerators are slow in float64, this is made to be computed in float32: rounding
     makes the error larger, and the bound smaller.
 
@@ -125,12 +146,18 @@ def certify_stage(
         squarings: As for `schatten.value_and_gradient`.
     """
     task = _Task.of(matrix, terms)
-    error = task.error
-    s = jnp.linalg.svd(after(error, task.space.slack), compute_uv=False)
+    space, error = task.space, task.error
+    u, s, vt = jnp.linalg.svd(after(error, space.slack), full_matrices=False)
     eps = float(jnp.finfo(error.dtype).eps)
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
-    _, gradient = schatten.value_and_gradient(after(error, norm), squarings)
-    local = jnp.maximum(_proven(task, gradient, task.reach_from(norm)), 0)
+    p = schatten.exponent(squarings).astype(error.dtype)
+    weights = _weights(s, p)
+    found = _multipliers(space, u, s, vt, weights, HASTE)
+    plain = _mm(u * weights[None], vt)
+    values = jax.lax.map(
+        lambda x: _proven(task, x, task.reach_from(norm)), jnp.stack([plain, *found])
+    )
+    local = jnp.maximum(jnp.max(values), 0)
     return task.bounds(norm, local, jnp.zeros_like(local))
 
 
@@ -170,7 +197,9 @@ class _Task:
         for root in (left, right):
             unit = unit if root is None else unit * root.scale
         space = Space.of(plain.shape, terms, left, right)
-        error = plain - sum(one.to_matrix() for one in terms)
+        error = plain
+        for one in terms:
+            error = _less(error, one)
         error = weighted.whiten(error, left, right)
         error = jnp.where(jnp.isfinite(error).all(), error, 0)
         reach = REACH * jnp.linalg.norm(weighted.whiten(plain, left, right))
@@ -179,7 +208,8 @@ class _Task:
         # What the rounding of E is relative to: the norms of its terms, times the
         # lengths of the sums in the products that make it.
         sizes = [jnp.linalg.norm(plain), *map(_length, terms)]
-        size = (8 + sum(one.rank for one in terms)) * sum(sizes[1:], sizes[0])
+        depth = sum(min(one.rank, CHUNK) + -(-one.rank // CHUNK) for one in terms)
+        size = (8 + depth) * sum(sizes[1:], sizes[0])
         for root in (left, right):
             if root is not None:
                 size = size * len(root.factor) * jnp.linalg.norm(root.factor)
@@ -203,10 +233,7 @@ def _local_bound(task, dual):
     space, error = task.space, task.error
     last = sum((jnp.sum(point.b) for point in space.points), jnp.zeros((), error.dtype))
     u, s, vt = jnp.linalg.svd(after(error, last), full_matrices=False)
-    safe = jnp.where(s[0] > 0, s[0], 1)
-    powers = jnp.array(EXPONENTS, error.dtype)[:, None] - 1
-    weights = (s / safe)[None] ** powers
-    weights = weights / jnp.maximum(jnp.sum(weights, axis=1, keepdims=True), 1)
+    weights = jnp.stack([_weights(s, p) for p in EXPONENTS])
     candidates = [_mm(u * one[None], vt) for one in weights]
     reach = task.reach_from(s[0])
 
@@ -214,11 +241,9 @@ def _local_bound(task, dual):
         return _proven(task, ambient, reach)
 
     values = jax.lax.map(value, jnp.stack(candidates))
-    k = min(CLUSTER, len(s))
-    start = jnp.diag(weights[jnp.argmax(values)][:k])
-    basis = u[:, :k], after(s[:k] / safe, values), vt[:k]
-    duals = _multipliers(space, *basis, start)
-    climbed = jax.lax.map(lambda x: value(_mm(u[:, :k], _mm(x, vt[:k]))), duals)
+    start = after(weights[jnp.argmax(values)], values)
+    plan = THOROUGH if len(s) <= FINE else COARSE
+    climbed = jax.lax.map(value, _multipliers(space, u, s, vt, start, plan))
     best = jnp.maximum(jnp.max(values), jnp.max(climbed))
     if dual is not None:
         best = jnp.maximum(best, value(after(dual, best)))
@@ -247,8 +272,27 @@ def _proven(task, ambient, reach):
     return jnp.where((nuclear > 0) & jnp.isfinite(proven), proven, 0)
 
 
-def _multipliers(space, u, s, vt, start):
-    """Return Λ for every penalty, `[penalties, k, k]`, by FISTA on the spectraplex."""
+def _weights(s, p):
+    """Return the singular values of the gradient of a Schatten norm, of sum one."""
+    weights = (s / jnp.where(s[0] > 0, s[0], 1)) ** (p - 1)
+    return weights / jnp.maximum(jnp.sum(weights), 1)
+
+
+def _multipliers(space, u, s, vt, weights, plan):
+    """Return `U Λ Vᵀ` for the Λ after each leg of a plan, `[legs, m, n]`.
+
+    Λ comes by FISTA on the spectraplex. Of large clusters it is computed in float32:
+    whatever it is, `_proven` says in full precision what it proves.
+    """
+    k = min(CLUSTER, len(s))
+    dtype = s.dtype if k <= FINE else jnp.float32
+    given = space, u[:, :k], s[:k] / jnp.where(s[0] > 0, s[0], 1), vt[:k], weights[:k]
+    found = _climb(*jax.tree.map(lambda x: x.astype(dtype), given), plan)
+    return jax.lax.map(lambda x: _mm(u[:, :k], _mm(x, vt[:k])), found.astype(s.dtype))
+
+
+def _climb(space, u, s, vt, weights, plan):
+    """Return Λ after each leg of a plan, `[legs, k, k]`."""
     stretch = _largest(space, _mm(u, vt))
 
     def slope(multipliers, penalty):
@@ -256,7 +300,7 @@ def _multipliers(space, u, s, vt, start):
         gradient = penalty * _mm(u.T, _mm(tangential, vt.T))
         return (gradient + gradient.T) / 2 - jnp.diag(s)
 
-    def rounds(start, penalty):
+    def leg(start, penalty):
         length = 1 / (penalty * stretch)
 
         def step(_, carry):
@@ -266,11 +310,11 @@ def _multipliers(space, u, s, vt, start):
             return there, there + (momentum - 1) / new * (there - here), new
 
         one = jnp.ones((), s.dtype)
-        found = jax.lax.fori_loop(0, ROUNDS, step, (start, start, one))[0]
+        found = jax.lax.fori_loop(0, plan.rounds, step, (start, start, one))[0]
         return found, found
 
-    penalties = jnp.array(PENALTIES, s.dtype)
-    return jax.lax.scan(rounds, start, penalties)[1]
+    penalties = jnp.array(plan.penalties, s.dtype)
+    return jax.lax.scan(leg, jnp.diag(weights), penalties)[1]
 
 
 def _largest(space, start):
@@ -325,6 +369,22 @@ def _scaled(terms: KroneckerTerms, unit):
 def _peak(x):
     peak = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
     return jnp.where(peak > 0, peak, 1)
+
+
+def _less(matrix, terms: KroneckerTerms):
+    """Return the matrix less the sum, `CHUNK` terms at a time.
+
+    The rounding of a sum is relative to its length: two short ones round less.
+    """
+
+    def chunks(x):
+        x = jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0), (0, 0)))
+        return x.reshape(-1, CHUNK, *x.shape[1:])
+
+    def step(rest, some):
+        return rest - some.to_matrix(), None
+
+    return jax.lax.scan(step, matrix, jax.tree.map(chunks, terms))[0]
 
 
 def _length(terms: KroneckerTerms):

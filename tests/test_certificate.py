@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kronjax
-from kronjax import Configuration, certificate, proof
+from kronjax import Configuration, certificate, proof, schatten
 from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
 from kronjax.tangent import Space
 from kronjax.weighted import Root
@@ -300,6 +300,27 @@ def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
         moved = KroneckerTerms(terms.a + length * slope, terms.b)
         reachable.append(np.linalg.norm(matrix - moved.to_matrix(), 2))
     assert 0.5 * error < certified.local_bound <= min(reachable) < 0.99 * error
+
+
+def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(24, 24))
+    found = kronjax.approximate(
+        matrix, Configuration((4, 6), 6), starts=1, tolerance=1e-2, progress=False
+    )
+    last = schatten.squarings_for(float(found.trace.p[-1]))
+
+    def gap():
+        # Another function each time: what is patched is no argument.
+        program = jax.jit(lambda *x: certificate.certify_stage(*x))
+        bounds = program(jnp.asarray(matrix), found.terms, last)
+        return 1 - float(bounds.local_bound / bounds.error)
+
+    thorough = gap()
+    monkeypatch.setattr(certificate, "FINE", 8)  # in float32, as large ones are
+    assert gap() == pytest.approx(thorough, rel=1e-2)
+    monkeypatch.setattr(certificate, "HASTE", certificate.Plan((1.0,), 0))
+    assert thorough < 2e-2 and 2 * thorough < gap()
 
 
 def test_the_cheap_bound_says_nothing_of_what_is_not_finite():
