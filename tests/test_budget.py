@@ -42,19 +42,19 @@ def test_never_worse_than_low_rank_and_homogeneous(seed, parameters):
 
 
 def test_mixing_pays_in_the_spectral_norm():
-    matrix = draw(1, 12, 12)
-    found = search(matrix, 72, starts=1, dtype="float32", progress=False)
+    matrix = draw(1, 6, 6)
+    found = search(matrix, 24, starts=1, dtype="float32", progress=False)
     assert len(found.configurations) > 1
     alone = [t.error for t in found.trials if t.kind in ("low rank", "homogeneous")]
     assert found.trials[0].error < 0.99 * min(alone)
 
 
 def test_weights_reach_every_trial():
-    matrix, right = draw(2, 12, 12), np.diag(np.arange(1, 13.0) ** 4)
-    found = search(matrix, 48, right_weight=right, **FAST)
+    matrix, right = draw(2, 6, 6), np.diag(np.arange(1, 7.0) ** 4)
+    found = search(matrix, 24, right_weight=right, **FAST)
     whitened = (matrix - found.approximation.matrix()) @ np.sqrt(right)
     assert found.trials[0].error == pytest.approx(np.linalg.norm(whitened))
-    plain = search(matrix, 48, **FAST).approximation
+    plain = search(matrix, 24, **FAST).approximation
     unaware = (matrix - plain.matrix()) @ np.sqrt(right)
     assert found.trials[0].error < 0.9 * np.linalg.norm(unaware)
 
@@ -112,7 +112,7 @@ def test_one_product_of_expensive_terms_is_proposed():
 def test_large_matrices_are_tried_in_haste_and_the_best_solved_in_full(monkeypatch):
     monkeypatch.setattr(budget.greedy, "THOROUGH", 100)
     options = {"norm": "schatten:4", "starts": 2, "budget": 40, "dtype": "float32"}
-    found = search(draw(7, 12, 12), 72, progress=False, **options)
+    found = search(draw(7, 8, 8), 40, progress=False, **options)
     best, *others = found.trials
     assert best.is_full
     assert not all(trial.is_full for trial in others)

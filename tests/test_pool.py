@@ -183,11 +183,12 @@ def test_simulated_devices_without_threads_are_refused(problem, monkeypatch):
 
 
 def test_eight_devices_find_what_one_does():
+    flags = os.environ["XLA_FLAGS"]
     run = subprocess.run(
         [sys.executable, "-c", COMPARED],
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
             pools.THREADS: "16",
         },
         capture_output=True,
