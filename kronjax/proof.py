@@ -25,6 +25,7 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.newton import Finish
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
     """What is proven about an approximation; `[...]` for a batch, float64.
