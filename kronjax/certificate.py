@@ -76,7 +76,7 @@ class Plan(NamedTuple):
 THOROUGH = Plan((30.0, 300.0, 3000.0, 30000.0), 50)
 """Of clusters up to `FINE`."""
 
-COARSE = Plan((30.0, 300.0, 3000.0, 30000.0), 20)
+COARSE = Plan((300.0, 3000.0, 30000.0), 50)
 """Of larger ones."""
 
 HASTE = Plan((300.0, 3000.0), 10)
@@ -119,8 +119,8 @@ def certify(
 
     Returns:
         `Bounds`; NaN where the matrix or the terms are not finite. Costs some ten
-        singular value decompositions, and 200 eigenvalue decompositions of the order
-        of the cluster.
+        singular value decompositions, and 150 to 200 eigenvalue decompositions of the
+        order of the cluster.
     """
     task = _Task.of(matrix, terms, left_weight, right_weight)
     norm, local = _local_bound(task, dual)
@@ -133,12 +133,13 @@ def certify(
 def certify_stage(
     matrix: jax.Array, terms: Sequence[KroneckerTerms], squarings
 ) -> Bounds:
-    """Return what is proven at the price of two lists of singular values; pure.
+    """Return what is proven in haste; pure.
 
     Candidates for Y are the gradient of the Schatten norm that was minimised last, and
-    what `HASTE` rounds make of its multipliers; there is no global bound. As
-    accelerators are slow in float64, this is made to be computed in float32: rounding
-    makes the error larger, and the bound smaller.
+    what a few rounds (`HASTE`) make of its multipliers; there is no global bound. That
+    is four singular value decompositions, and 20 eigenvalue decompositions of the order
+    of the cluster. As accelerators are slow in float64, it is made to be computed in
+    float32: rounding makes the error larger, and the bound smaller.
 
     Args:
         matrix: `T`, `[m, n]`.

@@ -10,12 +10,22 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
-from kronjax import Configuration, certificate, continuation, lanczos, norms, spectral
+from kronjax import (
+    Configuration,
+    certificate,
+    continuation,
+    lanczos,
+    norms,
+    slots,
+    spectral,
+)
 from kronjax.kronecker import KroneckerTerms
+from kronjax.problem import Problem
 
 SHAPE = (96, 144)
 ONE = Configuration((8, 12), 2)
@@ -94,10 +104,43 @@ def certify(matrix, a, b, *weights):
     return certificate.certify(matrix, (KroneckerTerms(a, b),), *weights)
 
 
+def certify_stage(matrix, a, b):
+    return certificate.certify_stage(matrix, (KroneckerTerms(a, b),), 7)
+
+
+def pooled(function, *given, lanes=3):
+    """A program of a pool, as one device has it: its function, and its arguments."""
+    problem = Problem.of(SHAPE, ONE, starts=2)
+    stage = jax.tree.map(
+        lambda x: array((1,), bool if isinstance(x, bool) else int),
+        problem.schedule()[0],
+    )
+    known = {
+        "seeds": array((lanes,), int),
+        "stage": stage,
+        "trials": array((1,), int),
+        "matrices": array((lanes, *SHAPE)),
+        "ends": array((1,), bool),
+    }
+    held = jax.tree.map(
+        lambda x: array((2 * lanes, *x.shape), x.dtype),
+        slots.shapes(problem, np.dtype(np.float32)),
+    )
+    order, tolerance = array((lanes,), int), array(())
+    given = (held, tolerance, order, *(known[name] for name in given))
+    return functools.partial(function, problem), given
+
+
+def array(shape, dtype=float):
+    """An argument: numbers have 32 bits."""
+    short = {int: jnp.int32, float: jnp.float32}.get(dtype, dtype)
+    return jax.ShapeDtypeStruct(shape, short)
+
+
 M, N = SHAPE
 BOTH = (M, M), (N, N)
 TERMS = (2, 8, 12), (2, 12, 12)
-# What is exported: a function, and the shapes of its arguments.
+# What is exported: a function, and its arguments or their shapes.
 SOLVES = {
     "plain": (solve(), (SHAPE,)),
     "fixed": (solve(schedule="fixed"), (SHAPE,)),
@@ -119,16 +162,22 @@ BOUNDS = {
 CERTIFICATES = {
     "certificate": (certify, (SHAPE, *TERMS)),
     "weighted certificate": (certify, (SHAPE, *TERMS, *BOTH)),
+    "certificate in haste": (certify_stage, (SHAPE, *TERMS)),
+}
+POOLS = {
+    "work": pooled(slots._work, "stage", "trials"),
+    "turn": pooled(slots._turn, "seeds", "stage", "stage", "ends"),
+    "start": pooled(slots._start, "matrices", "seeds"),
 }
 SMALL = {"small": (solve(Configuration((3, 3), 2)), ((12, 18),))}
-CASES = SOLVES | BOUNDS | CERTIFICATES | SMALL
+CASES = SOLVES | BOUNDS | CERTIFICATES | POOLS | SMALL
 
 
 @functools.cache
 def exported(case, platform, x64=False):
-    function, shapes = CASES[case]
+    function, given = CASES[case]
     with jax.enable_x64(x64):
-        arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        arguments = given if case in POOLS else map(array, given)
         text = jax.export.export(jax.jit(function), platforms=[platform])(
             *arguments
         ).mlir_module()
@@ -194,6 +243,17 @@ def test_solve_decomposes_in_full_nothing_but_weights(case, platform):
 
 
 @platforms
+@pytest.mark.parametrize("case", POOLS)
+def test_what_a_pool_calls_decomposes_in_loops_what_the_rank_makes_small(
+    case, platform
+):
+    found = exported(case, platform)
+    inside = [one for one in found.decompositions if one.loops]
+    assert max(one.size for one in inside) <= spectral.BLOCKS * 6
+    assert found.full(loops=True) == found.full(loops=False) == []
+
+
+@platforms
 def test_small_matrices_are_decomposed_once_a_stage_and_not_in_the_descent(platform):
     found = exported("small", platform)
     large = [one for one in found.decompositions if one.size > 4]
@@ -221,13 +281,11 @@ def test_bounds_of_norms_decompose_nothing_in_full(case, platform):
 @pytest.mark.parametrize("case", CERTIFICATES)
 def test_certificates_decompose_what_their_docstring_says(case, platform):
     found = exported(case, platform)
-    # Of all candidates for the dual, a handful, before the multipliers and after; and
-    # in the iteration for these the cluster, here all singular values.
-    assert sorted(found.full(loops=True)) == [
-        ("eigh", (M, M)),
-        ("svd", SHAPE),
-        ("svd", SHAPE),
-    ]
+    # Of all candidates for the dual, a handful, before the multipliers and after (in
+    # haste only after); and in the iteration for these the cluster, here all singular
+    # values.
+    values = [("svd", SHAPE)] * (1 if "haste" in case else 2)
+    assert sorted(found.full(loops=True)) == [("eigh", (M, M)), *values]
     assert not any(one.loops > 1 for one in found.decompositions if one.name == "svd")
 
 
