@@ -288,12 +288,13 @@ def _multipliers(space, u, s, vt, weights, plan):
     k = min(CLUSTER, len(s))
     dtype = s.dtype if k <= FINE else jnp.float32
     given = space, u[:, :k], s[:k] / jnp.where(s[0] > 0, s[0], 1), vt[:k], weights[:k]
-    found = _climb(*jax.tree.map(lambda x: x.astype(dtype), given), plan)
+    found = _climb(jax.tree.map(lambda x: x.astype(dtype), given), plan)
     return jax.lax.map(lambda x: _mm(u[:, :k], _mm(x, vt[:k])), found.astype(s.dtype))
 
 
-def _climb(space, u, s, vt, weights, plan):
+def _climb(given, plan):
     """Return Λ after each leg of a plan, `[legs, k, k]`."""
+    space, u, s, vt, weights = given
     stretch = _largest(space, _mm(u, vt))
 
     def slope(multipliers, penalty):
