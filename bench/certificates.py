@@ -8,7 +8,6 @@ and six of its matrices at ranks 4 and 32 in float32, without a finish: which ga
 limited number of products can be proven to reach.
 """
 
-import itertools
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import script
-from bench.continuation import MATRICES
+from bench.continuation import real_matrices
 from bench.distributions import (
     LAYOUTS,
     REGRESSION,
@@ -25,6 +24,8 @@ from bench.distributions import (
 )
 from kronjax import Configuration, approximate, files, newton, proof
 from kronjax.kronecker import KroneckerTerms
+
+LAYERS = 0, 5, 11
 
 BUDGET = 207
 """Products per stage, of which there are twelve at most."""
@@ -115,7 +116,7 @@ def regression(experiment):
 def real_values(path):
     """Value matrices of the layers in a file, at rank 1, by name."""
     rows = {}
-    for layer in (0, 5, 11):
+    for layer in LAYERS:
         joint = files.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
         name = f"layer {layer} value"
         value = np.asarray(joint[:, 1536:], np.float64)
@@ -127,9 +128,7 @@ def real_values(path):
 def proven_in_float32(path):
     """Gaps of 768 x 768 matrices by a limited number of products."""
     rows = []
-    for layer, (tensor, columns) in itertools.product((0, 5, 11), MATRICES.items()):
-        name = tensor.format(layer)
-        matrix = np.float32(files.read(path, tensor=name, columns=columns).matrix)
+    for name, matrix in real_matrices(path, LAYERS):
         for rank in (4, 32):
             found = approximate(
                 matrix,

@@ -86,20 +86,25 @@ def random_suite(experiment):
     return rows
 
 
+def real_matrices(path, layers):
+    """Names and matrices, float32, of some layers of GPT-2."""
+    for layer in layers:
+        for tensor, columns in MATRICES.items():
+            name = tensor.format(layer)
+            source = files.read(path, tensor=name, columns=columns)
+            yield name, np.float32(source.matrix)
+
+
 def weight_matrices(experiment):
     """Those of GPT-2, in float32, if there is a file."""
     rows = []
     if experiment.weights is None:
         return rows
-    for layer in experiment.layers:
-        for tensor, columns in MATRICES.items():
-            name = tensor.format(layer)
-            source = files.read(experiment.weights, tensor=name, columns=columns)
-            matrix = np.float32(source.matrix)
-            for configuration in experiment.large:
-                (row,) = compared(matrix, configuration)
-                rows.append({"matrix": name, **row})
-                script.say(f"{name}, rank {configuration.rank}: {row}")
+    for name, matrix in real_matrices(experiment.weights, experiment.layers):
+        for configuration in experiment.large:
+            (row,) = compared(matrix, configuration)
+            rows.append({"matrix": name, **row})
+            script.say(f"{name}, rank {configuration.rank}: {row}")
     return rows
 
 
