@@ -60,9 +60,7 @@ class Experiment:
     batches: tuple[int, ...] = (1, 2, 4, 8)
 
 
-ON_GPU = Experiment(
-    side=1024, solved=24, batch_side=1024, batches=(1, 2, 4, 8, 16, 32, 64)
-)
+ON_GPU = Experiment(side=576, solved=24, batch_side=576, batches=(1, 4, 16, 48))
 QUICK = Experiment(
     side=36, count=1, solved=2, limits=(TOP,), batch_side=36, batches=(1, 2)
 )

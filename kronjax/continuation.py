@@ -303,7 +303,7 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     if problem.is_spectral:
         weight = _weight(path.previous_p, path.p, jnp.inf)
         ahead = _ahead(path.previous, points, weight)
-        limit = in_turn(manifold.retract_metric, points, ahead)
+        limit = in_turn(manifold.retract, points, ahead)
         better = _spectral_error(problem, setting, limit) < path.best_error
         points = select(better, limit, path.best)
     error = _spectral_error(problem, setting, points)

@@ -37,14 +37,14 @@ class Pair:
 
 
 def split(point: Point) -> Pair:
-    """Share the core of a point, diagonal and not negative, between both factors.
+    """Share the core of a point, nearly diagonal and positive, between both factors.
 
     Where it vanishes the left factor is zero and the right one is not, so that the term
     can grow again.
     """
     s = jnp.diagonal(point.core)
     right = jnp.sqrt(jnp.where(s[0] > 0, jnp.maximum(s, 1e-4 * s[0]), 1))
-    return Pair((s / right)[:, None] * point.a, right[:, None] * point.b)
+    return Pair(_mm((point.core / right[None]).T, point.a), right[:, None] * point.b)
 
 
 def join(pair: Pair) -> Point:

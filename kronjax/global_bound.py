@@ -57,7 +57,7 @@ def _climb(ambient, rank, outer: Pair, inner: Pair):
     def ratio(pairs):
         outer, inner = pairs
         image = _scale(ambient, outer, inner)
-        u = spectral.leading_singular(jax.lax.stop_gradient(image), rank)[0]
+        u = spectral.leading(jax.lax.stop_gradient(image), rank)[0]
         # The span of the leading vectors is stationary: no derivative of theirs.
         tail = jnp.sum(image**2) - jnp.sum(_mm(u.T, image) ** 2)
         return _spread(outer, inner, u) / tail

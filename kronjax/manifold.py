@@ -156,25 +156,25 @@ def retract_metric(point: Point, tangent: Tangent) -> Point:
     q = jnp.linalg.qr(left.T)[0]
     # Not by the R of that QR, which is there before Q is: see `lanes`.
     core = _mm(_mm(q.T, left.T), right)
-    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
-    return Point(_mm(q, u[:, :r]).T, jnp.diag(s[:r]), vt[:r])
+    turned, core, vt = spectral.leading(core, r)
+    return Point(_mm(q, turned).T, core, vt)
 
 
 def nearest(ambient: jax.Array, rank: int) -> Point:
     """Return the point of rank `rank` nearest to `ambient` in the Frobenius norm.
 
-    Van Loan's solution, by `spectral.leading_singular`: no full decomposition of a
-    large matrix for a small rank.
+    Van Loan's solution, by `spectral.leading`: no full decomposition of a large matrix
+    for a small rank.
 
     Args:
         ambient: `[d1, d2]`.
         rank: At most `min(d1, d2)`.
 
     Returns:
-        The point, its core diagonal and descending.
+        The point, its core diagonal up to rounding, and descending.
     """
-    u, s, vt = spectral.leading_singular(ambient, rank)
-    return Point(u.T, jnp.diag(s), vt)
+    q, core, vt = spectral.leading(ambient, rank)
+    return Point(q.T, core, vt)
 
 
 def _orthonormalise(core, a, b):

@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kronjax import manifold, weighted
+from kronjax import manifold, spectral, weighted
 from kronjax.kronecker import KroneckerTerms, unrearrange
 from kronjax.lanes import after, in_turn
 from kronjax.problem import Problem
@@ -168,7 +168,7 @@ def to_terms(problem, setting, points, last):
         last: What has to be there before anything is decomposed: see `lanes`.
     """
     cores = tuple(after(point.core, last) for point in points)
-    decomposed = in_turn(jnp.linalg.svd, cores)
+    decomposed = in_turn(spectral.triplets, cores)
     terms = []
     for configuration, frame, point, (u, s, vt) in zip(
         problem.configurations, setting.frames, points, decomposed, strict=True

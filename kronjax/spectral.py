@@ -18,6 +18,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kronjax.lanes import after, any_lane, select
+
 BLOCKS = 4
 """Blocks in one Krylov space, the start included."""
 
@@ -82,32 +84,130 @@ def estimate_map_norm(
     return _lowered(jnp.linalg.norm(image), image.shape[0] + v.shape[0])
 
 
-def leading_singular(
-    matrix: jax.Array, rank: int, *, tolerance: float = 1e-7, restarts: int = 12
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the `rank` leading singular triplets of `matrix`.
+def triplets(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `u s vt`, equal to a matrix up to rounding.
 
-    Matrices so small that the Krylov space would fill a good part of them are
-    decomposed directly. `tolerance` refers to the Frobenius mass captured, relative to
-    that of the matrix.
+    On processors that is a singular value decomposition. Accelerators are slow at those
+    (a GPU takes thirty times as long as for eigenvalues, and of batches of small
+    matrices hundreds of times): there `triplets_by_gram` does it.
+
+    Args:
+        matrix: `[m, n]`, finite.
+
+    Returns:
+        `u: [m, k]`, `s: [k]` descending and `vt: [k, n]`, with `k = min(m, n)`.
+    """
+    return jax.lax.platform_dependent(matrix, cpu=_svd, default=triplets_by_gram)
+
+
+def lengths(matrix: jax.Array) -> jax.Array:
+    """Return `|M v|` for the v of a basis, descending: in sum, no less than `‖M‖_*`.
+
+    They are the singular values where those are quick. Where they are not, the basis is
+    that of `triplets_by_gram`, and what it lacks in orthogonality is added.
+
+    Args:
+        matrix: `[m, n]`, finite.
+    """
+    return jax.lax.platform_dependent(
+        matrix, cpu=lambda x: jnp.linalg.svd(x, compute_uv=False), default=_lengths
+    )
+
+
+def leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `q core vt`, the matrix of a rank that is nearest to `matrix`.
+
+    By block Krylov iteration; or by a decomposition, where the Krylov space would fill
+    a good part of the matrix: as in `triplets`, of singular values or of the Gram
+    matrix. The latter gives way to the former where small values leave doubt.
 
     Args:
         matrix: `[m, n]`.
         rank: At most `min(m, n)`.
-        tolerance: Stop when a restart captures less than this in addition.
-        restarts: Stop after so many restarts at the latest.
 
     Returns:
-        `u: [m, rank]`, `s: [rank]` descending and `vt: [rank, n]`.
+        `q: [m, rank]` and `vt: [rank, n]` orthonormal, `core: [rank, rank]` diagonal up
+        to rounding, and descending.
     """
     width = rank + max(4, rank // 2)
-    if 2 * BLOCKS * width > min(matrix.shape):
-        u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-        return u[:, :rank], s[:rank], vt[:rank]
+    if 2 * BLOCKS * width <= min(matrix.shape):
+        u, s, vt = _leading_by_krylov(matrix, rank, width)
+        return u, jnp.diag(s), vt
+    return jax.lax.platform_dependent(
+        matrix,
+        cpu=lambda x: _leading_by_svd(x, rank),
+        default=lambda x: leading_by_gram(x, rank),
+    )
+
+
+def triplets_by_gram(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the same as `triplets`, by the eigenvectors of the Gram matrix.
+
+    The vectors of the longer side, those of `u` if `m >= n`, are orthogonal up to
+    `eps s_1² / (s_i s_j)` only. The others are orthonormal, every `s` is the length of
+    `M v` for one of them, and the product is right up to rounding of the largest.
+    """
     if matrix.shape[0] < matrix.shape[1]:
-        u, s, vt = leading_singular(
-            matrix.T, rank, tolerance=tolerance, restarts=restarts
-        )
+        u, s, vt = triplets_by_gram(matrix.T)
+        return vt.T, s, u.T
+    largest = jnp.max(jnp.abs(matrix))
+    matrix = matrix / jnp.where(largest > 0, largest, 1)
+    v = jnp.linalg.eigh(_mm(matrix.T, matrix))[1]
+    image = _mm(matrix, v)
+    s = jnp.linalg.norm(image, axis=0)
+    order = jnp.argsort(-s)
+    s, image, v = s[order], image[:, order], v[:, order]
+    return image / jnp.where(s > 0, s, 1)[None], s * largest, v.T
+
+
+def leading_by_gram(
+    matrix: jax.Array, rank: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the same as `leading`, by the eigenvectors of the Gram matrix.
+
+    The angle that rounding turns them by costs, in squared error, at most `eps s_1²`
+    for every pair of values that are as near to each other.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        q, core, vt = leading_by_gram(matrix.T, rank)
+        return vt.T, core.T, q.T
+    u, s, vt = triplets_by_gram(matrix)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    # Of nearly orthogonal vectors the root of a nearly trivial Gram matrix does the
+    # rest.
+    certain = s[-1] > float(jnp.finfo(s.dtype).eps) ** 0.25 * s[0]
+    gram = jnp.where(certain, _mm(u.T, u), jnp.eye(rank, dtype=u.dtype))
+    lower = jnp.linalg.cholesky(gram)
+    q = jax.scipy.linalg.solve_triangular(lower, u.T, lower=True).T
+    quick = q, lower.T * s[None], vt
+
+    def exact():
+        return select(certain, quick, _leading_by_svd(after(matrix, vt), rank))
+
+    return jax.lax.cond(any_lane(~certain), exact, lambda: quick)
+
+
+def _svd(matrix):
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
+def _lengths(matrix):
+    s = triplets_by_gram(matrix)[1]
+    return s * (1 + 8 * len(s) ** 0.5 * float(jnp.finfo(s.dtype).eps))
+
+
+def _leading_by_svd(matrix, rank):
+    u, s, vt = _svd(matrix)
+    return u[:, :rank], jnp.diag(s[:rank]), vt[:rank]
+
+
+def _leading_by_krylov(matrix, rank, width, tolerance=1e-7, restarts=12):
+    """Return the leading singular triplets; what they capture settles to `tolerance`.
+
+    That refers to the squared Frobenius norm, relative to that of the matrix.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        u, s, vt = _leading_by_krylov(matrix.T, rank, width, tolerance, restarts)
         return vt.T, s, u.T
 
     def forward(x):

@@ -75,3 +75,75 @@ def test_float32_works_at_every_scale(scale, shape):
     matrix = np.random.default_rng(4).standard_normal(shape)
     got = float(estimate(jnp.asarray(matrix * scale, jnp.float32)))
     assert got / scale == pytest.approx(np.linalg.norm(matrix, 2), rel=1e-4)
+
+
+def spread(shape, low, dtype, seed=0):
+    """A matrix with singular values from 1 to `low`, evenly on a logarithmic scale."""
+    rng = np.random.default_rng(seed)
+    k = min(shape)
+    u, v = (np.linalg.qr(rng.standard_normal((side, k)))[0] for side in shape)
+    return jnp.asarray((u * np.geomspace(1, low, k)) @ v.T, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+@pytest.mark.parametrize("low", [0.1, 1e-9])
+def test_triplets_by_the_gram_matrix_are_those_of_a_decomposition(shape, low, dtype):
+    matrix = 1e20 * spread(shape, low, dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    u, s, vt = map(doubled, spectral.triplets_by_gram(matrix))
+    exact = np.linalg.svd(doubled(matrix), compute_uv=False)
+    np.testing.assert_allclose((u * s) @ vt, matrix, atol=20 * eps * exact[0])
+    # The large ones to the last digits, the small ones to the root of them.
+    large = exact > eps**0.25 * exact[0]
+    np.testing.assert_allclose(s[large], exact[large], rtol=20 * eps**0.5)
+    np.testing.assert_allclose(s, exact, atol=20 * eps**0.5 * exact[0])
+    shorter = u if shape[0] < shape[1] else vt.T
+    assert np.abs(shorter.T @ shorter - np.eye(20)).max() < 40 * eps
+
+
+@pytest.mark.parametrize("low", [0.3, 1e-9, 0])
+def test_lengths_add_up_to_no_less_than_the_nuclear_norm(low):
+    matrix = spread((40, 30), low or 1, jnp.float32) * np.float32(low > 0)
+    total = float(jnp.sum(spectral._lengths(matrix)))
+    exact = float(np.linalg.norm(doubled(matrix), "nuc"))
+    assert exact <= total <= exact * 1.001
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@given(
+    seed=st.integers(0, 999),
+    low=st.sampled_from([1, 0.3, 1e-3, 1e-9]),
+    shape=st.sampled_from([(30, 20), (20, 30)]),
+)
+def test_what_leads_by_the_gram_matrix_is_nearest(dtype, seed, low, shape):
+    matrix = spread(shape, low, dtype, seed)
+    eps = float(jnp.finfo(dtype).eps)
+    q, core, vt = map(doubled, leading_by_gram(matrix))
+    s = np.linalg.svd(doubled(matrix), compute_uv=False)
+    left = np.linalg.norm(doubled(matrix) - q @ core @ vt)
+    best = np.linalg.norm(s[6:])
+    assert left**2 <= best**2 * (1 + 1e-5) + (100 * eps) ** 2
+    for basis in (q, vt.T):
+        assert np.abs(basis.T @ basis - np.eye(6)).max() < 100 * eps
+
+
+@pytest.mark.parametrize("rank", [0, 2, 6])
+def test_what_leads_by_the_gram_matrix_has_bases_at_lower_rank(rank):
+    rng = np.random.default_rng(5)
+    parts = rng.standard_normal((rank, 20, 1)), rng.standard_normal((rank, 1, 30))
+    matrix = jnp.asarray(np.sum(parts[0] @ parts[1], axis=0))
+    both = jnp.stack([matrix, jnp.asarray(rng.standard_normal((20, 30)))])
+    q, core, vt = jax.vmap(leading_by_gram)(both)
+    np.testing.assert_allclose((q @ core @ vt)[0], matrix, atol=1e-12)
+    gram = jnp.swapaxes(q, 1, 2) @ q
+    np.testing.assert_allclose(gram, np.stack([np.eye(6)] * 2), atol=1e-12)
+
+
+@jax.jit
+def leading_by_gram(matrix):
+    return spectral.leading_by_gram(matrix, 6)
+
+
+def doubled(x):
+    return np.asarray(x, np.float64)

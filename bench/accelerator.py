@@ -1,0 +1,274 @@
+"""What does a GPU make of whole batches: against single solves, SVDs and its own rate?
+
+Square matrices of the shape of OPT-125M's 48 (real ones from `--weights` as far as they
+go, then random ones with decaying singular values), float32, at half of their
+parameters, solved in one pool.  Rivals, in the same run: a jitted `kronjax.solve` for
+one after the other, and the device's own singular value decompositions of the same
+matrices.  Then small matrices, thousands at once, against one at a time.
+
+All is compiled before it is timed.  The parts of a pool are told apart: the start (Van
+Loan's solution), the products, and the end, which proves the gaps.  Runs anywhere;
+without a GPU the output and the JSON say so.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import script, spectral_norms, timing
+from bench.products import is_gpu
+from kronjax import Configuration, solve
+from kronjax.pool import Pool
+from kronjax.problem import Problem
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run.
+
+    Attributes:
+        side: Of the large matrices.
+        a_shape: Of their left factors.
+        rank: Of their sums.
+        count: How many there are.
+        loop: How many of them are solved one by one.
+        tolerance: Of all solves.
+        small: How many matrices of 36 x 36.
+        small_loop: How many of them are solved one by one.
+        repeats: Of what is timed; the best counts.
+    """
+
+    side: int = 768
+    a_shape: tuple[int, int] = (24, 32)
+    rank: int = 192
+    count: int = 48
+    loop: int = 6
+    tolerance: float = 3e-2
+    small: int = 4096
+    small_loop: int = 64
+    repeats: int = 2
+
+
+QUICK = Experiment(
+    side=24, a_shape=(4, 6), rank=3, count=2, loop=1, small=4, small_loop=1, repeats=1
+)
+
+SMALL = Configuration((6, 6), 3)
+
+
+class Timed(Pool):
+    """A pool that knows the seconds of its programs."""
+
+    def __init__(self, *given, **options):
+        """Compile, and time that."""
+        begun = time.perf_counter()
+        super().__init__(*given, **options)
+        self.compile_seconds = time.perf_counter() - begun
+        self.seconds: dict[str, float] = {}
+
+    def _run(self, name, *arguments):
+        begun = time.perf_counter()
+        told = super()._run(name, *arguments)
+        spent = time.perf_counter() - begun
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        return told
+
+
+def run_pool(matrices, configuration, tolerance, repeats):
+    """Solve matrices in one pool, all at once; the fastest run of some."""
+    count, *shape = matrices.shape
+    problem = Problem.of(tuple(shape), configuration, starts=1)
+    pool = Timed(
+        problem,
+        np.dtype(np.float32),
+        lanes=count,
+        slots=count,
+        devices=jax.devices()[:1],
+        tolerance=tolerance,
+    )
+    script.say(f"{count} of {shape[0]}: compiled in {pool.compile_seconds:.0f} s")
+    best = None
+    # The first run loads the programs.
+    for _ in range(repeats + 1):
+        pool.seconds = {}
+        begun = time.perf_counter()
+        found = list(pool.solve((i, x, 0) for i, x in enumerate(matrices)))
+        seconds = time.perf_counter() - begun
+        parts = ", ".join(f"{k} {x:.3f}" for k, x in pool.seconds.items())
+        script.say(f"{count} of {shape[0]}: {seconds:.3f} s; {parts}")
+        if best is None or seconds < best["seconds"]:
+            best = {"seconds": seconds, "parts": dict(pool.seconds)}
+    assert best is not None
+    gaps = [one.local_gap for one in found]
+    return {
+        **best,
+        "compile_seconds": pool.compile_seconds,
+        "memory": pool.memory,
+        "gap": max(gaps),
+        "median_gap": float(np.median(gaps)),
+        "products": sum(one.gemms for one in found),
+        "errors": [one.spectral_error for one in found],
+    }
+
+
+def run_loop(matrices, configuration, tolerance):
+    """Seconds of a jitted `solve` for each of some matrices, one after the other."""
+    single = jax.jit(lambda x: solve(x, configuration, starts=1, tolerance=tolerance))
+    first = jnp.asarray(matrices[0])
+    begun = time.perf_counter()
+    program = single.lower(first).compile()
+    compiling = time.perf_counter() - begun
+    jax.block_until_ready(program(first))
+    seconds, errors = [], []
+    for one in matrices:
+        one = jax.device_put(one)
+        begun = time.perf_counter()
+        found = jax.block_until_ready(program(one))
+        seconds.append(time.perf_counter() - begun)
+        errors.append(float(found.spectral_error))
+    script.say(
+        f"one by one: {np.mean(seconds):.4f} s each; compiled in {compiling:.0f} s"
+    )
+    return {"seconds": seconds, "errors": errors, "compile_seconds": compiling}
+
+
+def run_svds(matrices):
+    """Seconds of all singular value decompositions, the quickest way there is."""
+    ways = {
+        "with vectors": lambda x: jnp.linalg.svd(x, full_matrices=False),
+        "values alone": lambda x: jnp.linalg.svd(x, compute_uv=False),
+    }
+    found = {}
+    for name, way in ways.items():
+        for order, batch in (("at once", jax.vmap(way)), ("in turn", way)):
+            program = jax.jit(batch)
+
+            def run(x, program=program, order=order):
+                if order == "at once":
+                    return program(x)
+                return [program(one) for one in x]
+
+            some = jax.device_put(matrices)
+            jax.block_until_ready(run(some))
+            begun = time.perf_counter()
+            jax.block_until_ready(run(some))
+            found[f"{name}, {order}"] = time.perf_counter() - begun
+            script.say(f"SVD {name}, {order}: {found[f'{name}, {order}']:.3f} s")
+    return found
+
+
+def draw(experiment, weights):
+    """Large matrices, real ones first, `[count, n, n]` float32; how many are real."""
+    real = spectral_norms.real_matrices(weights) if weights else {}
+    some = list(real.values())[: experiment.count]
+    rng = np.random.default_rng(0)
+    shape = experiment.side, experiment.side
+    while len(some) < experiment.count:
+        some.append(spectral_norms.random_matrix(rng, shape))
+    return np.stack(some), min(len(real), experiment.count)
+
+
+def large(experiment, weights):
+    """The large matrices: pool, loop, decompositions, and the rate of products."""
+    matrices, real = draw(experiment, weights)
+    configuration = Configuration(experiment.a_shape, experiment.rank)
+    rate = timing.gemm_rate(experiment.side, jnp.float32, experiment.count)
+    script.say(f"products: {rate / 1e12:.2f} TFLOP/s")
+    pool = run_pool(matrices, configuration, experiment.tolerance, experiment.repeats)
+    svds = run_svds(matrices)
+    loop = run_loop(matrices[: experiment.loop], configuration, experiment.tolerance)
+    flops = 2 * experiment.side**3 * pool["products"]
+    proving = pool["parts"]["finish"]
+    each = float(np.mean(loop["seconds"])) * experiment.count
+    return {
+        "real": real,
+        "gemm_rate": rate,
+        "pool": pool,
+        "loop": loop,
+        "svds": svds,
+        "share": flops / pool["seconds"] / rate,
+        "share_of_work": flops / pool["parts"]["work"] / rate,
+        "loop_ratio": each / (pool["seconds"] - proving),
+        "loop_ratio_proven": each / pool["seconds"],
+        "over_svds": (pool["seconds"] - proving)
+        / min(x for name, x in svds.items() if "vectors" in name),
+    }
+
+
+def small(experiment):
+    """The small ones: pool, and loop."""
+    rng = np.random.default_rng(0)
+    matrices = rng.standard_normal((experiment.small, 36, 36)).astype(np.float32)
+    pool = run_pool(matrices, SMALL, experiment.tolerance, experiment.repeats)
+    some = matrices[: experiment.small_loop]
+    loop = run_loop(some, SMALL, experiment.tolerance)
+    each = float(np.mean(loop["seconds"])) * experiment.small
+    return {
+        "pool": pool,
+        "loop": loop,
+        "loop_ratio": each / (pool["seconds"] - pool["parts"]["finish"]),
+        "loop_ratio_proven": each / pool["seconds"],
+    }
+
+
+def targets_of(many, few):
+    """What was asked for on a GPU."""
+    return [
+        script.Target("large: loop of solve / pool", many["loop_ratio"], 10, True),
+        script.Target("large: pool / SVDs", many["over_svds"], 1),
+        script.Target("large: largest certified gap", many["pool"]["gap"], 0.05),
+        script.Target("small: loop of solve / pool", few["loop_ratio"], 100, True),
+    ]
+
+
+def draw_figure(many, few):
+    """Where the time of a pool goes, and what the rivals take."""
+    chart, axes = script.figure(11, 3.6, columns=2)
+    for ax, one, title in zip(
+        axes[0], (many, few), ("large matrices", "small matrices"), strict=True
+    ):
+        left = 0.0
+        for name in ("start", "work", "turn", "finish"):
+            spent = one["pool"]["parts"].get(name, 0.0)
+            ax.barh("pool", spent, left=left, label=name)
+            left += spent
+        for name, spent in one.get("svds", {}).items():
+            ax.barh(f"SVD, {name}", spent, color=script.COLORS["SVD"])
+        ax.set(xlabel="seconds", title=title)
+        ax.legend(frameon=False)
+    return chart
+
+
+def main():
+    """Run it and write `accelerator.json` and `accelerator.png`."""
+    parser = script.parser(__doc__)
+    parser.add_argument("--weights", type=Path, help="GPT-2 small as .safetensors")
+    given = parser.parse_args()
+    experiment = QUICK if given.quick else Experiment()
+    kind = jax.devices()[0].device_kind
+    note = f"run on a GPU: {kind}" if is_gpu() else f"NOT RUN ON A GPU but on {kind}"
+    script.say(note)
+    few, many = small(experiment), large(experiment, given.weights)
+    for name, one in (("small", few), ("large", many)):
+        keys = [key for key, x in one.items() if isinstance(x, float)]
+        script.table(name, keys, [[one[key] for key in keys]])
+    targets = targets_of(many, few)
+    script.print_targets(targets)
+    report = {
+        "quick": given.quick,
+        "on_gpu": is_gpu(),
+        "note": note,
+        "tolerance": experiment.tolerance,
+        "targets": [target.plain() for target in targets],
+        "large": many,
+        "small": few,
+    }
+    script.publish("accelerator", report, draw_figure(many, few), given.out)
+
+
+if __name__ == "__main__":
+    main()
