@@ -17,10 +17,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Compilation is what the tests spend their time on: half of it goes without LLVM's
 # passes, and of the rest two thirds without the fusion emitters. Later versions of XLA
 # have no others, and end the process that asks.
-flags = ["--xla_backend_optimization_level=0"]
-if metadata.version("jaxlib") < "0.11":
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * (metadata.version("jaxlib") < "0.11")
+)
 
 import hypothesis
 import jax
