@@ -12,7 +12,7 @@ without a GPU the output and the JSON say so.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -40,6 +40,7 @@ class Experiment:
         small: How many matrices of 36 x 36.
         small_loop: How many of them are solved one by one.
         repeats: Of what is timed; the best counts.
+        lanes: Large matrices in one call; all of them if zero.
     """
 
     side: int = 768
@@ -51,6 +52,7 @@ class Experiment:
     small: int = 4096
     small_loop: int = 64
     repeats: int = 2
+    lanes: int = 0
 
 
 QUICK = Experiment(
@@ -78,14 +80,14 @@ class Timed(Pool):
         return told
 
 
-def run_pool(matrices, configuration, tolerance, repeats):
-    """Solve matrices in one pool, all at once; the fastest run of some."""
+def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
+    """Solve matrices in one pool, some or all at once; the fastest run of some."""
     count, *shape = matrices.shape
     problem = Problem.of(tuple(shape), configuration, starts=1)
     pool = Timed(
         problem,
         np.dtype(np.float32),
-        lanes=count,
+        lanes=lanes or count,
         slots=count,
         devices=jax.devices()[:1],
         tolerance=tolerance,
@@ -178,7 +180,13 @@ def large(experiment, weights):
     configuration = Configuration(experiment.a_shape, experiment.rank)
     rate = timing.gemm_rate(experiment.side, jnp.float32, experiment.count)
     script.say(f"products: {rate / 1e12:.2f} TFLOP/s")
-    pool = run_pool(matrices, configuration, experiment.tolerance, experiment.repeats)
+    pool = run_pool(
+        matrices,
+        configuration,
+        experiment.tolerance,
+        experiment.repeats,
+        experiment.lanes,
+    )
     svds = run_svds(matrices)
     loop = run_loop(matrices[: experiment.loop], configuration, experiment.tolerance)
     flops = 2 * experiment.side**3 * pool["products"]
@@ -237,7 +245,7 @@ def draw_figure(many, few):
             ax.barh("pool", spent, left=left, label=name)
             left += spent
         for name, spent in one.get("svds", {}).items():
-            ax.barh(f"SVD, {name}", spent, color=script.COLORS["SVD"])
+            ax.barh(f"SVD, {name}", spent, color="tab:gray")
         ax.set(xlabel="seconds", title=title)
         ax.legend(frameon=False)
     return chart
@@ -247,8 +255,10 @@ def main():
     """Run it and write `accelerator.json` and `accelerator.png`."""
     parser = script.parser(__doc__)
     parser.add_argument("--weights", type=Path, help="GPT-2 small as .safetensors")
+    parser.add_argument("--lanes", type=int, default=0, help="in one call; 0 is all")
     given = parser.parse_args()
     experiment = QUICK if given.quick else Experiment()
+    experiment = replace(experiment, lanes=min(given.lanes, experiment.count))
     kind = jax.devices()[0].device_kind
     note = f"run on a GPU: {kind}" if is_gpu() else f"NOT RUN ON A GPU but on {kind}"
     script.say(note)
@@ -263,6 +273,7 @@ def main():
         "on_gpu": is_gpu(),
         "note": note,
         "tolerance": experiment.tolerance,
+        "lanes": experiment.lanes or experiment.count,
         "targets": [target.plain() for target in targets],
         "large": many,
         "small": few,

@@ -1,4 +1,4 @@
-"""How precise must matrix products be, how many matrices fit at once, how fast is that?
+"""How precise must matrix products be, and how much faster are those that are less so?
 
 For a GPU.  Products of float32 by its tensor cores round the factors (TF32 to 10 bits,
 bfloat16 to 7) or split them (x3, x6: the sum of so many products of parts).  For every
@@ -9,9 +9,6 @@ off by `e` predicts decreases of `e^2` from nothing.  So a mode is surely good e
 the value is right to `tolerance / 200` and the gradient to its root; errors that
 neighbours share do no harm.  Hence whole solves, too, in which all stages up to some p
 use a mode: which gaps, proven in float64, stay within the tolerance?
-
-Then batches: seconds per matrix, of one evaluation at the largest p and of a whole
-solve, and the rate of products over that of plain ones, same shape, dtype and batch.
 
 Without a GPU the modes are emulated, by rounding and splitting factors in float32,
 sizes are small, and no mode is timed.  Output and JSON say so.
@@ -48,22 +45,16 @@ class Experiment:
         count: How many of each kind.
         solved: How many 36x36 matrices are solved and proven in each mode.
         limits: Squarings up to which a mode is used there.
-        batch_side: Of the matrices in batches; a square.
-        batches: How many at once.
     """
 
     side: int = 256
     count: int = 3
     solved: int = 12
     limits: tuple[int, ...] = (3, 7, TOP)
-    batch_side: int = 144
-    batches: tuple[int, ...] = (1, 2, 4, 8)
 
 
-ON_GPU = Experiment(side=576, solved=24, batch_side=576, batches=(1, 4, 16, 48))
-QUICK = Experiment(
-    side=36, count=1, solved=2, limits=(TOP,), batch_side=36, batches=(1, 2)
-)
+ON_GPU = Experiment(side=576, solved=24)
+QUICK = Experiment(side=36, count=1, solved=2, limits=(TOP,))
 
 
 def evaluation(mode):
@@ -186,39 +177,11 @@ def prove(experiment):
     return rows
 
 
-def batch_rows(experiment):
-    """A row for each batch: time per matrix, and the rate over that of products."""
-    side, rows = experiment.batch_side, []
-    program = jax.jit(jax.vmap(lambda matrix: EXACT(matrix, TOP)))
-    flops, products = 2 * side**3, TOP + 2
-    for batch in experiment.batches:
-        script.say(f"{batch} of {side}x{side} at once")
-        matrices = draw(batch, side)
-        rate = timing.gemm_rate(side, jnp.float32, batch)
-        once = timing.measure(program, jnp.asarray(matrices))
-        whole = script.solve(
-            matrices, configuration_of(side), dtype="float32", repeats=1
-        )
-        gemms = float(np.sum(whole.approximation.trace.gemms))
-        rows.append(
-            {
-                "batch": batch,
-                "gemm_rate": rate,
-                "evaluation": once.best / batch,
-                "evaluation_fraction": products * flops * batch / once.best / rate,
-                "solve": whole.seconds / batch,
-                "solve_fraction": gemms * flops / whole.seconds / rate,
-                "compile_seconds": whole.compile_seconds,
-            }
-        )
-    return rows
-
-
 def speeds(experiment):
     """Time of an evaluation in float32 over that in each mode; on a GPU only."""
     if not is_gpu():
         return {}
-    matrices = jnp.asarray(draw(experiment.batches[-1], experiment.batch_side))
+    matrices = jnp.asarray(draw(48, experiment.side))
     best = {}
     for name, mode in MODES.items():
         evaluate = evaluation(mode)
@@ -227,23 +190,17 @@ def speeds(experiment):
     return {name: best["float32"] / seconds for name, seconds in best.items()}
 
 
-def targets_of(rows, batches):
-    """What the highest precision promises, and the rate."""
+def targets_of(rows):
+    """What the highest precision promises."""
     exact = [row for row in rows if row["mode"] == "float32"]
-    best = max(row["evaluation_fraction"] for row in batches)
     return [
-        *(
-            script.Target(
-                f"float32: error of the {what}", max(r[what] for r in exact), x
-            )
-            for what, x in NEEDED.items()
-        ),
-        script.Target("evaluation: fraction of the matrix rate", best, 0.5, True),
+        script.Target(f"float32: error of the {what}", max(r[what] for r in exact), x)
+        for what, x in NEEDED.items()
     ]
 
 
-def chart_of(rows, batches):
-    """Errors against p, and times against the batch."""
+def chart_of(rows, proven):
+    """Errors of gradients against p, and what whole solves in a mode can be proven."""
     chart, ((left, right),) = script.figure(11, 4.2, columns=2)
     for name, mode in MODES.items():
         mine = [row for row in rows if (row["mode"], row["kind"]) == (name, "solved")]
@@ -253,18 +210,16 @@ def chart_of(rows, batches):
     left.set(xlabel="p", ylabel="relative error", title="gradient where it is solved")
     left.set_ylim(top=100)  # room for the legend
     left.legend(frameon=False, ncols=3, loc="upper left")
-    for what in ("evaluation", "solve"):
-        times = np.array([row[what] for row in batches])
-        sizes = [row["batch"] for row in batches]
-        right.plot(sizes, times / times[0], marker=".", label=what)
-    right.set_xscale("log", base=2)
-    right.set_ylim(0)
-    right.set(xlabel="matrices at once", title="time per matrix, over that of one")
-    right.legend(frameon=False)
+    for name, mode in MODES.items():
+        mine = [row for row in proven if row["mode"] == name]
+        p, gaps = ([row[key] for row in mine] for key in ("up_to_p", "median_gap"))
+        right.loglog(p, gaps, color=mode.color, marker="o", label=name)
+    right.axhline(TOLERANCE, color="black", linestyle=":")
+    right.set(xlabel="in a mode up to p", title="median certified gap, 36x36")
     return chart
 
 
-def show(rows, proven, batches, faster, serves):
+def show(rows, proven, faster, serves):
     """Print the tables."""
     errors = {(row["kind"], row["mode"], row["p"]): row for row in rows}
     exponents = sorted({row["p"] for row in rows})
@@ -290,22 +245,6 @@ def show(rows, proven, batches, faster, serves):
         columns,
         [[row[column] for column in columns] for row in proven],
     )
-    times = ("evaluation", "solve")
-    script.table(
-        "Batches: time per matrix over that of one alone, fraction of the matrix rate",
-        ("batch", *(f"{x}{y}" for x in times for y in ("", ", fraction"))),
-        [
-            (
-                row["batch"],
-                *(
-                    y
-                    for x in times
-                    for y in (row[x] / batches[0][x], row[f"{x}_fraction"])
-                ),
-            )
-            for row in batches
-        ],
-    )
 
 
 def main():
@@ -318,10 +257,10 @@ def main():
         note = f"NOT RUN ON A GPU but on {where}: modes are emulated and not timed"
     script.say(note)
     rows = compare(kinds_of(experiment))
-    proven, batches = prove(experiment), batch_rows(experiment)
+    proven = prove(experiment)
     faster, serves = speeds(experiment), served(rows)
-    show(rows, proven, batches, faster, serves)
-    targets = targets_of(rows, batches)
+    show(rows, proven, faster, serves)
+    targets = targets_of(rows)
     script.print_targets(targets)
     script.say(note)
     report = {
@@ -330,7 +269,6 @@ def main():
         "emulated": not is_gpu(),
         "note": note,
         "side": experiment.side,
-        "batch_side": experiment.batch_side,
         "tolerance": TOLERANCE,
         "needed": NEEDED,
         "serves_up_to": serves,
@@ -338,9 +276,8 @@ def main():
         "targets": [target.plain() for target in targets],
         "errors": rows,
         "proven": proven,
-        "batches": batches,
     }
-    script.publish("precision", report, chart_of(rows, batches), given.out)
+    script.publish("precision", report, chart_of(rows, proven), given.out)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def machine():
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "xla_flags": os.environ.get("XLA_FLAGS"),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,

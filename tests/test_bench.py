@@ -16,6 +16,7 @@ from bench import peers, products, script, timing
 ROOT = Path(__file__).resolve().parents[1]
 
 KEYS = {
+    "accelerator": {"targets", "on_gpu", "large", "small"},
     "against_peers": {"met_by", "ranks", "shape", "a_shape", "target"},
     "certificates": {"targets", "cases", "regression", "large"},
     "continuation": {"targets", "tolerance", "random", "gpt2"},
@@ -24,7 +25,7 @@ KEYS = {
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
-    "precision": {"targets", "on_gpu", "errors", "proven", "batches"},
+    "precision": {"targets", "on_gpu", "errors", "proven"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
     "training": {"targets", "cases"},
@@ -93,6 +94,18 @@ def test_script(name, tmp_path):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "met" in done.stdout or name in ("gpt2_values", "smollm2")
     CHECKS[name](results)
+
+
+def check_accelerator(results):
+    assert results["on_gpu"] or results["note"].startswith("NOT RUN ON A GPU")
+    for one in (results["large"], results["small"]):
+        pool, alone = one["pool"], one["loop"]["errors"]
+        assert set(pool["parts"]) == {"start", "work", "turn", "finish"}
+        assert sum(pool["parts"].values()) <= pool["seconds"]
+        assert 0 < pool["median_gap"] <= pool["gap"] < 1
+        # Both end within their tolerance.
+        for ours, theirs in zip(pool["errors"], alone, strict=False):
+            assert ours == pytest.approx(theirs, rel=results["tolerance"])
 
 
 def check_against_peers(results):
@@ -182,7 +195,6 @@ def check_precision(results):
     for row in results["proven"]:
         assert row["products"] > 0
         assert row["within"] == sum(gap <= 2e-4 for gap in row["gaps"])
-    assert [row["batch"] for row in results["batches"]] == [1, 2]
 
 
 def check_scaling(results):
@@ -250,6 +262,7 @@ def check_whole_models(results):
 
 
 CHECKS = {
+    "accelerator": check_accelerator,
     "against_peers": check_against_peers,
     "certificates": check_certificates,
     "continuation": check_continuation,

@@ -259,9 +259,11 @@ def test_small_matrices_are_decomposed_once_a_stage_and_not_in_the_descent(platf
     large = [one for one in found.decompositions if one.size > 4]
     # The start, rearranged, and what estimates the norm: before, in each stage, after.
     assert sorted({(one.name, one.loops, one.shapes[0]) for one in large}) == [
+        ("eigh", 0, (9, 9)),
         ("eigvalsh", 0, (12, 12)),
         ("eigvalsh", 1, (12, 12)),
-        ("svd", 0, (9, 24)),
+        # Where its Gram matrix leaves doubt, which is asked when it runs.
+        ("svd", 0, (24, 9)),
     ]
     assert max(one.loops for one in found.decompositions) == 2
 
@@ -282,10 +284,12 @@ def test_bounds_of_norms_decompose_nothing_in_full(case, platform):
 def test_certificates_decompose_what_their_docstring_says(case, platform):
     found = exported(case, platform)
     # Of all candidates for the dual, a handful, before the multipliers and after (in
-    # haste only after); and in the iteration for these the cluster, here all singular
-    # values.
-    values = [("svd", SHAPE)] * (1 if "haste" in case else 2)
+    # haste only after, and by Gram matrices); and in the iteration for these the
+    # cluster, here all singular values.
+    values = [("eigh", (M, M))] if "haste" in case else [("svd", SHAPE)] * 2
     assert sorted(found.full(loops=True)) == [("eigh", (M, M)), *values]
+    singular = [one for one in found.decompositions if one.name == "svd"]
+    assert not ("haste" in case and singular)
     assert not any(one.loops > 1 for one in found.decompositions if one.name == "svd")
 
 
