@@ -96,8 +96,11 @@ def test_moments_that_do_not_fit_are_measured_in_parts(model, tokens, moments):
     )
     assert set(again.inputs) == set(moments.inputs)
     for name in moments.sources:
-        np.testing.assert_allclose(again.input(name), moments.input(name), rtol=1e-5)
-        np.testing.assert_allclose(again.output(name), moments.output(name), rtol=1e-5)
+        for ours, theirs in (
+            (again.input(name), moments.input(name)),
+            (again.output(name), moments.output(name)),
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.max(theirs))
     assert again.nll == pytest.approx(moments.nll)
 
 
