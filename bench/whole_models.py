@@ -101,6 +101,7 @@ class Experiment:
         loop: How many square ones the rival solves.
         kills: How often the small run is killed.
         small: Its matrices of 36 x 36.
+        shared: Matrices that one device solves, and eight.
     """
 
     counts: tuple[int, int, int] = (48, 12, 12)
@@ -109,7 +110,8 @@ class Experiment:
     ranks: tuple[int, int] = (192, 384)
     loop: int = 48
     kills: int = 20
-    small: int = 128
+    small: int = 512
+    shared: int = 128
 
 
 QUICK = Experiment(
@@ -120,6 +122,7 @@ QUICK = Experiment(
     loop=2,
     kills=1,
     small=8,
+    shared=8,
 )
 
 
@@ -205,10 +208,17 @@ def run_kills(folder, experiment):
     }
     compress(folder, "small", "undisturbed", 1e-2, cache)
     _, undisturbed, _ = compress(folder, "small", "again", 1e-2, cache)
-    at, finished, seen, twice = [], [], {}, set()
-    for i in range(experiment.kills):
+    folders, at, finished, lost, seen, twice = (
+        [folder / "killed 0"],
+        [],
+        [],
+        0,
+        {},
+        set(),
+    )
+    while len(at) < experiment.kills:
         run = subprocess.Popen(
-            line(folder, "small", "killed", 1e-2),
+            line(folder, "small", folders[-1].name, 1e-2),
             cwd=folder,
             stdout=subprocess.DEVNULL,
             env={**os.environ, **cache},
@@ -216,23 +226,30 @@ def run_kills(folder, experiment):
         wait = float(rng.uniform(0, undisturbed))
         try:
             run.wait(timeout=wait)
+            # Who comes to the end cannot be killed: it goes on with a new folder.
+            look(folders[-1], seen, twice)
+            folders.append(folder / f"killed {len(folders)}")
+            continue
         except subprocess.TimeoutExpired:
             run.send_signal(signal.SIGKILL)
             run.wait()
+        before = sum(x.startswith(f"{folders[-1]}{os.sep}") for x in seen)
         at.append(wait)
-        finished.append(look(folder / "killed", seen, twice))
-        script.say(f"killed {i + 1} times, {finished[-1]} finished")
-    compress(folder, "small", "killed", 1e-2, cache)
-    look(folder / "killed", seen, twice)
-    after = factors(folder / "killed")
+        finished.append(look(folders[-1], seen, twice))
+        lost += finished[-1] < before
+        script.say(f"killed {len(at)} times, {finished[-1]} finished")
+    compress(folder, "small", folders[-1].name, 1e-2, cache)
+    look(folders[-1], seen, twice)
     wanted = {x.name: x.read_bytes() for x in factors(folder / "undisturbed")}
+    found = [{x.name: x.read_bytes() for x in factors(one)} for one in folders]
     return {
         "kills": at,
         "finished": finished,
+        "runs": len(folders),
         "undisturbed_seconds": undisturbed,
-        "complete": len(after) == experiment.small,
-        "identical": {x.name: x.read_bytes() for x in after} == wanted,
-        "lost": int(np.sum(np.diff([0, *finished]) < 0)),
+        "complete": all(len(one) == experiment.small for one in found),
+        "identical": all(one == wanted for one in found),
+        "lost": lost,
         "solved_twice": len(twice),
     }
 
@@ -242,8 +259,8 @@ def look(folder, seen, twice):
     found = factors(folder)
     for path in found:
         written = path.stat().st_mtime_ns
-        if seen.setdefault(path.name, written) != written:
-            twice.add(path.name)
+        if seen.setdefault(str(path), written) != written:
+            twice.add(str(path))
     return len(found)
 
 
@@ -371,7 +388,7 @@ def main():
         script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
         kills = run_kills(folder, experiment)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
-        devices = run_devices(experiment.small)
+        devices = run_devices(experiment.shared)
     targets = targets_of(model, kills, devices)
     script.print_targets(targets)
     report = {
