@@ -11,8 +11,10 @@ Loan's solution), the products, and the end, which proves the gaps.  Runs anywhe
 without a GPU the output and the JSON say so.
 """
 
+import itertools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +23,7 @@ import numpy as np
 
 from bench import script, spectral_norms, timing
 from bench.products import is_gpu
-from kronjax import Configuration, solve
+from kronjax import Configuration
 from kronjax.pool import Pool
 from kronjax.problem import Problem
 
@@ -53,6 +55,11 @@ class Experiment:
     small_loop: int = 64
     repeats: int = 2
     lanes: int = 0
+
+    @property
+    def shapes(self):
+        """What `spectral_norms.draw_groups` asks for."""
+        return ((self.count, self.side, self.side),)
 
 
 QUICK = Experiment(
@@ -117,86 +124,42 @@ def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
     }
 
 
-def run_loop(matrices, configuration, tolerance):
-    """Seconds of a jitted `solve` for each of some matrices, one after the other."""
-    single = jax.jit(lambda x: solve(x, configuration, starts=1, tolerance=tolerance))
-    first = jnp.asarray(matrices[0])
-    begun = time.perf_counter()
-    program = single.lower(first).compile()
-    compiling = time.perf_counter() - begun
-    jax.block_until_ready(program(first))
-    seconds, errors = [], []
-    for one in matrices:
-        one = jax.device_put(one)
-        begun = time.perf_counter()
-        found = jax.block_until_ready(program(one))
-        seconds.append(time.perf_counter() - begun)
-        errors.append(float(found.spectral_error))
-    script.say(
-        f"one by one: {np.mean(seconds):.4f} s each; compiled in {compiling:.0f} s"
-    )
-    return {"seconds": seconds, "errors": errors, "compile_seconds": compiling}
-
-
 def run_svds(matrices):
     """Seconds of all singular value decompositions, the quickest way there is."""
     ways = {
         "with vectors": lambda x: jnp.linalg.svd(x, full_matrices=False),
         "values alone": lambda x: jnp.linalg.svd(x, compute_uv=False),
     }
+    orders = {"at once": jax.vmap, "in turn": lambda way: partial(jax.lax.map, way)}
     found = {}
-    for name, way in ways.items():
-        for order, batch in (("at once", jax.vmap(way)), ("in turn", way)):
-            program = jax.jit(batch)
-
-            def run(x, program=program, order=order):
-                if order == "at once":
-                    return program(x)
-                return [program(one) for one in x]
-
-            some = jax.device_put(matrices)
-            jax.block_until_ready(run(some))
-            begun = time.perf_counter()
-            jax.block_until_ready(run(some))
-            found[f"{name}, {order}"] = time.perf_counter() - begun
-            script.say(f"SVD {name}, {order}: {found[f'{name}, {order}']:.3f} s")
+    for (name, way), (order, over) in itertools.product(ways.items(), orders.items()):
+        seconds = timing.measure(over(way), matrices, repeats=1).best
+        found[f"{name}, {order}"] = seconds
+        script.say(f"SVD {name}, {order}: {seconds:.3f} s")
     return found
-
-
-def draw(experiment, weights):
-    """Large matrices, real ones first, `[count, n, n]` float32; how many are real."""
-    real = spectral_norms.real_matrices(weights) if weights else {}
-    some = list(real.values())[: experiment.count]
-    rng = np.random.default_rng(0)
-    shape = experiment.side, experiment.side
-    while len(some) < experiment.count:
-        some.append(spectral_norms.random_matrix(rng, shape))
-    return np.stack(some), min(len(real), experiment.count)
 
 
 def large(experiment, weights):
     """The large matrices: pool, loop, decompositions, and the rate of products."""
-    matrices, real = draw(experiment, weights)
+    real = spectral_norms.real_matrices(weights) if weights else {}
+    ((names, matrices),) = spectral_norms.draw_groups(experiment, real)
     configuration = Configuration(experiment.a_shape, experiment.rank)
+    tolerance = experiment.tolerance
     rate = timing.gemm_rate(experiment.side, jnp.float32, experiment.count)
     script.say(f"products: {rate / 1e12:.2f} TFLOP/s")
     pool = run_pool(
-        matrices,
-        configuration,
-        experiment.tolerance,
-        experiment.repeats,
-        experiment.lanes,
+        matrices, configuration, tolerance, experiment.repeats, experiment.lanes
     )
     svds = run_svds(matrices)
-    loop = run_loop(matrices[: experiment.loop], configuration, experiment.tolerance)
+    loop = script.solve_alone(matrices[: experiment.loop], configuration, tolerance)
     flops = 2 * experiment.side**3 * pool["products"]
     proving = pool["parts"]["finish"]
-    each = float(np.mean(loop["seconds"])) * experiment.count
+    each = float(np.mean(loop.runs)) * experiment.count
     return {
-        "real": real,
+        "real": sum(name in real for name in names),
         "gemm_rate": rate,
         "pool": pool,
-        "loop": loop,
+        "loop": asdict(loop),
         "svds": svds,
         "share": flops / pool["seconds"] / rate,
         "share_of_work": flops / pool["parts"]["work"] / rate,
@@ -213,11 +176,11 @@ def small(experiment):
     matrices = rng.standard_normal((experiment.small, 36, 36)).astype(np.float32)
     pool = run_pool(matrices, SMALL, experiment.tolerance, experiment.repeats)
     some = matrices[: experiment.small_loop]
-    loop = run_loop(some, SMALL, experiment.tolerance)
-    each = float(np.mean(loop["seconds"])) * experiment.small
+    loop = script.solve_alone(some, SMALL, experiment.tolerance)
+    each = float(np.mean(loop.runs)) * experiment.small
     return {
         "pool": pool,
-        "loop": loop,
+        "loop": asdict(loop),
         "loop_ratio": each / (pool["seconds"] - pool["parts"]["finish"]),
         "loop_ratio_proven": each / pool["seconds"],
     }

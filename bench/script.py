@@ -5,11 +5,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench import timing
+from kronjax import solve as solve_purely
 from kronjax.approximation import Approximation, approximate
 
 BEGUN = time.perf_counter()
@@ -81,6 +83,48 @@ def solve(matrices, configuration, *, repeats=3, enough=4.0, **keywords):
         found = approximate(matrices, configuration, **keywords)
         runs.append(found.seconds)
     return Solved(found, float(np.median(runs)), runs, compiling)
+
+
+@dataclass(frozen=True)
+class Alone:
+    """Matrices solved one after the other, by one program.
+
+    Attributes:
+        runs: Seconds of each.
+        errors: Spectral errors of what was found.
+        compile_seconds: Tracing and compiling, once.
+    """
+
+    runs: list[float]
+    errors: list[float]
+    compile_seconds: float
+
+
+def solve_alone(matrices, configuration, tolerance):
+    """Solve matrices by a jitted `kronjax.solve`, one after the other, warm.
+
+    Args:
+        matrices: `[m, n]` each.
+        configuration: A `kronjax.Configuration`.
+        tolerance: Of the solves.
+    """
+
+    def one(matrix):
+        return solve_purely(matrix, configuration, starts=1, tolerance=tolerance)
+
+    some = [jax.device_put(matrix) for matrix in matrices]
+    begun = time.perf_counter()
+    program = jax.jit(one).lower(some[0]).compile()
+    compiling = time.perf_counter() - begun
+    jax.block_until_ready(program(some[0]))
+    runs, errors = [], []
+    for matrix in some:
+        begun = time.perf_counter()
+        found = jax.block_until_ready(program(matrix))
+        runs.append(time.perf_counter() - begun)
+        errors.append(float(found.spectral_error))
+    say(f"one by one: {np.mean(runs):.4f} s each; compiled in {compiling:.0f} s")
+    return Alone(runs, errors, compiling)
 
 
 def parser(doc):

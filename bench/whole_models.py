@@ -17,20 +17,17 @@ rest are small, but only accepted steps are known to have been evaluations.
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 import safetensors.numpy
 
-from bench import script, spectral_norms, timing
-from kronjax import Configuration, pool, solve
+from bench import runs, script, spectral_norms, timing
+from kronjax import Configuration, pool
 
 GAP = 0.05
 MEMORY = 6.0
@@ -48,14 +45,6 @@ rules:
 - match: "wide.*"
   method: kronecker
   terms: [{{a_shape: {wide}, rank: {ranks[1]}}}]
-  weighting: none
-"""
-
-SMALL = """
-rules:
-- match: "*"
-  method: kronecker
-  terms: [{a_shape: [6, 6], rank: 3}]
   weighting: none
 """
 
@@ -143,134 +132,10 @@ def draw_model(experiment, real, path):
     return used
 
 
-def compress(folder, name, out, tolerance, environment=None):
-    """Run the command; return its report, wall seconds and peak memory in GiB."""
-    command = line(folder, name, out, tolerance)
-    begun = time.perf_counter()
-    run = subprocess.Popen(
-        [*command, "--json"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        env={**os.environ, **(environment or {})},
-    )
-    assert run.stdout is not None
-    told = run.stdout.read()
-    _, status, usage = os.wait4(run.pid, 0)
-    run.returncode = os.waitstatus_to_exitcode(status)
-    if run.returncode:
-        raise RuntimeError(f"kronjax compress ended with {run.returncode}")
-    seconds = time.perf_counter() - begun
-    return json.loads(told), seconds, usage.ru_maxrss / 2**20
-
-
-def line(folder, name, out, tolerance):
-    """The command line that compresses `name.safetensors` by `name.yaml`."""
-    given = [f"{name}.safetensors", "--recipe", f"{name}.yaml", "--out", out]
-    more = ["--tolerance", str(tolerance)]
-    return [sys.executable, "-m", "kronjax", "compress", *given, *more]
-
-
 def flops_of(record):
     """Operations that the products of a matrix took, counted low."""
     m, n = max(record["shape"]), min(record["shape"])
     return 2 * n**3 * record["gemms"] + 4 * n**2 * (m - n) * record["steps"]
-
-
-def run_loop(path, experiment, tolerance):
-    """Seconds of a jitted `solve` for one square matrix after the other, and errors."""
-    matrices = safetensors.numpy.load_file(path)
-    configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
-    single = jax.jit(lambda x: solve(x, configuration, starts=1, tolerance=tolerance))
-    seconds, errors = [], []
-    count = min(experiment.loop, experiment.counts[0])
-    some = [jax.device_put(matrices[f"square.{i}"]) for i in range(count)]
-    program = single.lower(some[0]).compile()
-    for one in some:
-        begun = time.perf_counter()
-        found = jax.block_until_ready(program(one))
-        seconds.append(time.perf_counter() - begun)
-        errors.append(float(found.spectral_error))
-        script.say(f"solve by itself: {len(errors)} of {count}")
-    return seconds, errors
-
-
-def run_kills(folder, experiment):
-    """Kill a run again and again; return what was found in the end."""
-    rng = np.random.default_rng(1)
-    some = rng.standard_normal((experiment.small, 36, 36)).astype(np.float32)
-    tensors = {f"w.{i}": x for i, x in enumerate(some)}
-    safetensors.numpy.save_file(tensors, folder / "small.safetensors")
-    (folder / "small.yaml").write_text(SMALL)
-    # Compiled once: what is killed is not the compiler, most of the time.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    compress(folder, "small", "undisturbed", 1e-2, cache)
-    _, undisturbed, _ = compress(folder, "small", "again", 1e-2, cache)
-    folders, at, finished, lost, seen, twice = (
-        [folder / "killed 0"],
-        [],
-        [],
-        0,
-        {},
-        set(),
-    )
-    while len(at) < experiment.kills:
-        run = subprocess.Popen(
-            line(folder, "small", folders[-1].name, 1e-2),
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, **cache},
-        )
-        wait = float(rng.uniform(0, undisturbed))
-        try:
-            run.wait(timeout=wait)
-            # Who comes to the end cannot be killed: it goes on with a new folder.
-            look(folders[-1], seen, twice)
-            folders.append(folder / f"killed {len(folders)}")
-            continue
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-        before = sum(x.startswith(f"{folders[-1]}{os.sep}") for x in seen)
-        at.append(wait)
-        finished.append(look(folders[-1], seen, twice))
-        lost += finished[-1] < before
-        script.say(f"killed {len(at)} times, {finished[-1]} finished")
-    compress(folder, "small", folders[-1].name, 1e-2, cache)
-    look(folders[-1], seen, twice)
-    wanted = {x.name: x.read_bytes() for x in factors(folder / "undisturbed")}
-    found = [{x.name: x.read_bytes() for x in factors(one)} for one in folders]
-    return {
-        "kills": at,
-        "finished": finished,
-        "runs": len(folders),
-        "undisturbed_seconds": undisturbed,
-        "complete": all(len(one) == experiment.small for one in found),
-        "identical": all(one == wanted for one in found),
-        "lost": lost,
-        "solved_twice": len(twice),
-    }
-
-
-def look(folder, seen, twice):
-    """Note when what is finished was written, and what was written again since."""
-    found = factors(folder)
-    for path in found:
-        written = path.stat().st_mtime_ns
-        if seen.setdefault(str(path), written) != written:
-            twice.add(str(path))
-    return len(found)
-
-
-def factors(folder):
-    """All files of factors that are finished."""
-    return sorted(
-        x.with_suffix(".safetensors")
-        for x in (folder / "matrices").glob("*.json")
-        if x.with_suffix(".safetensors").exists()
-    )
 
 
 def run_devices(count):
@@ -322,13 +187,15 @@ def measure(experiment, real, tolerance, folder):
     size = min(experiment.shapes[0])
     rates = [timing.gemm_rate(size)]
     script.say(f"compressing {sum(experiment.counts)} matrices, {used} of them real")
-    told, seconds, memory = compress(folder, "model", "out", tolerance)
+    told, seconds, memory = runs.compress(folder, "model", "out", tolerance)
     script.say(f"compressed in {seconds:.0f} s")
     rates.append(timing.gemm_rate(size))
     records = told["matrices"]
-    loop, errors = run_loop(folder / "model.safetensors", experiment, tolerance)
+    matrices = safetensors.numpy.load_file(folder / "model.safetensors")
+    names = [f"square.{i}" for i in range(min(experiment.loop, experiment.counts[0]))]
+    configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
+    loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
     rates.append(timing.gemm_rate(size))
-    names = [f"square.{i}" for i in range(len(loop))]
     ours = [one for one in records if one["name"] in names]
     return {
         "matrices": records,
@@ -339,10 +206,10 @@ def measure(experiment, real, tolerance, folder):
         "gap": max(one["bounds"]["gap"] for one in records),
         "parameters": told["after"]["parameters"] / told["before"]["parameters"],
         "share": sum(map(flops_of, records)) / seconds / np.mean(rates[:2]),
-        "loop_seconds": loop,
-        "loop_errors": errors,
+        "loop_seconds": loop.runs,
+        "loop_errors": loop.errors,
         "batch_seconds": [one["seconds"] for one in ours],
-        "loop_ratio": sum(loop) / sum(one["seconds"] for one in ours),
+        "loop_ratio": sum(loop.runs) / sum(one["seconds"] for one in ours),
     }
 
 
@@ -386,7 +253,7 @@ def main():
         model = measure(experiment, real, given.tolerance, folder)
         figures = ("gap", "memory", "parameters", "share", "loop_ratio")
         script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
-        kills = run_kills(folder, experiment)
+        kills = runs.kill(folder, experiment.small, experiment.kills)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
         devices = run_devices(experiment.shared)
     targets = targets_of(model, kills, devices)

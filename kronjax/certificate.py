@@ -6,8 +6,7 @@ With `E = L^{1/2} (T − K) R^{1/2}` and `N = min(m, n)`:
   and of all `B_k` alone, leaves `‖E − L^{1/2} ξ R^{1/2}‖_2 ≥ <E, Y> / ‖Y‖_*` for any Y
   that is orthogonal to all `L^{1/2} ξ R^{1/2}`. Candidates are `U Σ^{p−1} Vᵀ` for some
   p, and `U_1 Λ V_1ᵀ` with the leading singular vectors and multipliers `Λ ⪰ 0` of trace
-  one, less their tangential parts; Λ maximises `tr(Λ Σ_1) / σ_1 − c/2 ‖tangential
-  part‖²` by accelerated projected gradients.
+  one, less their tangential parts; `multipliers` finds Λ.
 - global, for one configuration: for every K of Kronecker rank r and any `G = P ⊗ Q`,
   `H = P' ⊗ Q'`, `‖E‖_2² ≥ Σ_{i>r} s_i(R(G T Hᵀ))² / Σ_i σ_i(G)² σ_i(H)²`, maximised
   over the four factors by L-BFGS. Under weights `G` is `L1^{1/2} ⊗ L2^{1/2}` of their
@@ -21,8 +20,7 @@ configuration without weights. With several, or with weights, no such length is 
 the bound is then one for changes up to `REACH ‖L^{1/2} T R^{1/2}‖_F` in the coordinates
 of `weighted.Frame`.
 
-References: Van Loan and Pitsianis (1993); Overton (1988), for the multipliers; Beck and
-Teboulle (2009), for the gradients.
+References: Van Loan and Pitsianis (1993); and those of `multipliers`.
 
 >>> import jax.numpy as jnp
 >>> matrix = jnp.diag(jnp.array([1.0, 0.0, 0.0, 1.0]))
@@ -34,12 +32,11 @@ Teboulle (2009), for the gradients.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kronjax import global_bound, schatten, spectral, weighted
+from kronjax import global_bound, multipliers, schatten, spectral, weighted
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lanes import after
 from kronjax.tangent import Space
@@ -48,39 +45,11 @@ from kronjax.weighted import Root
 REACH = 100.0
 """How long changes may be, relatively, for local bounds where no limit is known."""
 
-CLUSTER = 768
-"""Leading singular vectors, at most, whose multipliers are optimised."""
-
-FINE = 256
-"""Of so many, at most, in the precision of the matrix; of more in float32."""
-
 CHUNK = 16
 """Terms that are summed before they are taken from the matrix."""
 
 EXPONENTS = (4098.0, 1026.0, 514.0, 258.0, 66.0)
 """Schatten norms whose gradients are tried."""
-
-
-class Plan(NamedTuple):
-    """How multipliers are optimised.
-
-    Attributes:
-        penalties: On the tangential part, one after the other.
-        rounds: Projected gradient steps with each of them.
-    """
-
-    penalties: tuple[float, ...]
-    rounds: int
-
-
-THOROUGH = Plan((30.0, 300.0, 3000.0, 30000.0), 50)
-"""Of clusters up to `FINE`."""
-
-COARSE = Plan((300.0, 3000.0, 30000.0), 50)
-"""Of larger ones."""
-
-BALANCED = 12
-"""Conjugate gradient steps for `certify_stage`."""
 
 
 @jax.tree_util.register_dataclass
@@ -136,11 +105,12 @@ def certify_stage(
     """Return what is proven in haste; pure.
 
     Candidates for Y are the gradient of the Schatten norm that was minimised last, and
-    what `_balanced` makes of the one before: by products only, and so that random
-    matrices of 36 rows are proven to be several times as good as by as many rounds of
-    the multipliers; of 768 rows as good at half the parameters, and half as good for a
-    few terms. There is no global bound. As accelerators are slow in float64, it is made
-    to be computed in float32: rounding makes the error larger, and the bound smaller.
+    what `multipliers.balance` makes of the one before, by products only. Against 20
+    rounds of `multipliers.climb` that proves random 36×36, solved to the default
+    tolerance, six times as good; at half the parameters of 768×768 a tenth less; with a
+    few terms there, half as good. There is no global bound. As accelerators are slow in
+    float64, it is made to be computed in float32: rounding makes the error larger, and
+    the bound smaller.
 
     Args:
         matrix: `T`, `[m, n]`.
@@ -153,8 +123,8 @@ def certify_stage(
     eps = float(jnp.finfo(error.dtype).eps)
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
     p = schatten.exponent(squarings).astype(error.dtype)
-    plain = _mm(u * _weights(s, p)[None], vt)
-    balanced = _balanced(space, u, vt, _weights(s, p / 2))
+    plain = _mm(u * multipliers.weights(s, p)[None], vt)
+    balanced = multipliers.balance(space, u, vt, multipliers.weights(s, p / 2))
     reach = task.reach_from(norm)
     values = jax.lax.map(
         lambda x: _proven(task, x, reach, spectral.lengths),
@@ -236,7 +206,7 @@ def _local_bound(task, dual):
     space, error = task.space, task.error
     last = sum((jnp.sum(point.b) for point in space.points), jnp.zeros((), error.dtype))
     u, s, vt = jnp.linalg.svd(after(error, last), full_matrices=False)
-    weights = jnp.stack([_weights(s, p) for p in EXPONENTS])
+    weights = jnp.stack([multipliers.weights(s, p) for p in EXPONENTS])
     candidates = [_mm(u * one[None], vt) for one in weights]
     reach = task.reach_from(s[0])
 
@@ -245,8 +215,7 @@ def _local_bound(task, dual):
 
     values = jax.lax.map(value, jnp.stack(candidates))
     start = after(weights[jnp.argmax(values)], values)
-    plan = THOROUGH if len(s) <= FINE else COARSE
-    climbed = jax.lax.map(value, _multipliers(space, u, s, vt, start, plan))
+    climbed = jax.lax.map(value, multipliers.climb(space, u, s, vt, start))
     best = jnp.maximum(jnp.max(values), jnp.max(climbed))
     if dual is not None:
         best = jnp.maximum(best, value(after(dual, best)))
@@ -278,109 +247,6 @@ def _proven(task, ambient, reach, values=_singular_values):
     nuclear = jnp.sum(s) + 4 * (m + n) ** 0.5 * eps * len(s) * s[0]
     proven = inner / jnp.where(nuclear > 0, nuclear, 1)
     return jnp.where((nuclear > 0) & jnp.isfinite(proven), proven, 0)
-
-
-def _weights(s, p):
-    """Return the singular values of the gradient of a Schatten norm, of sum one."""
-    weights = (s / jnp.where(s[0] > 0, s[0], 1)) ** (p - 1)
-    return weights / jnp.maximum(jnp.sum(weights), 1)
-
-
-def _multipliers(space, u, s, vt, weights, plan):
-    """Return `U Λ Vᵀ` for the Λ after each leg of a plan, `[legs, m, n]`.
-
-    Λ comes by FISTA on the spectraplex. Of large clusters it is computed in float32:
-    whatever it is, `_proven` says in full precision what it proves.
-    """
-    k = min(CLUSTER, len(s))
-    dtype = s.dtype if k <= FINE else jnp.float32
-    given = space, u[:, :k], s[:k] / jnp.where(s[0] > 0, s[0], 1), vt[:k], weights[:k]
-    found = _climb(jax.tree.map(lambda x: x.astype(dtype), given), plan)
-    return jax.lax.map(lambda x: _mm(u[:, :k], _mm(x, vt[:k])), found.astype(s.dtype))
-
-
-def _climb(given, plan):
-    """Return Λ after each leg of a plan, `[legs, k, k]`."""
-    space, u, s, vt, weights = given
-    stretch = _largest(space, _mm(u, vt))
-
-    def slope(multipliers, penalty):
-        tangential = space.push(space.pull(_mm(u, _mm(multipliers, vt))))
-        gradient = penalty * _mm(u.T, _mm(tangential, vt.T))
-        return (gradient + gradient.T) / 2 - jnp.diag(s)
-
-    def leg(start, penalty):
-        length = 1 / (penalty * stretch)
-
-        def step(_, carry):
-            here, ahead, momentum = carry
-            there = _spectraplex(ahead - length * slope(ahead, penalty))
-            new = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
-            return there, there + (momentum - 1) / new * (there - here), new
-
-        one = jnp.ones((), s.dtype)
-        found = jax.lax.fori_loop(0, plan.rounds, step, (start, start, one))[0]
-        return found, found
-
-    penalties = jnp.array(plan.penalties, s.dtype)
-    return jax.lax.scan(leg, jnp.diag(weights), penalties)[1]
-
-
-def _balanced(space, u, vt, weights):
-    """Return `U Λ Vᵀ`, the tangential part of which is small, by products only.
-
-    `Λ = W^{1/2} (I + Z) W^{1/2}` with the diagonal W of weights; Z is symmetric and
-    comes by conjugate gradients. They begin at zero and stop early, so it stays so
-    small that Λ is positive, or nearly.
-    """
-    left, right = u * jnp.sqrt(weights)[None], jnp.sqrt(weights)[:, None] * vt
-
-    def pull(z):
-        return space.pull(_mm(left, _mm(z, right)))
-
-    def slope(tangents):
-        found = _mm(left.T, _mm(space.push(tangents), right.T))
-        return (found + found.T) / 2
-
-    def step(_, carry):
-        z, rest, direction, size = carry
-        image = pull(direction)
-        stretch = space.length(image) ** 2
-        length = size / jnp.where(stretch > 0, stretch, 1)
-        rest = rest - length * slope(image)
-        new = jnp.sum(rest**2)
-        share = new / jnp.where(size > 0, size, 1)
-        return z + length * direction, rest, rest + share * direction, new
-
-    eye = jnp.eye(len(weights), dtype=u.dtype)
-    rest = -slope(pull(eye))
-    start = eye, rest, rest, jnp.sum(rest**2)
-    z = jax.lax.fori_loop(0, BALANCED, step, start)[0]
-    return _mm(left, _mm(z, right))
-
-
-def _largest(space, start):
-    """Return a little more than the largest eigenvalue of push ∘ pull."""
-
-    def power(_, carry):
-        ambient, _ = carry
-        image = space.push(space.pull(ambient))
-        norm = jnp.linalg.norm(image)
-        return image / jnp.where(norm > 0, norm, 1), norm
-
-    start = start / jnp.maximum(jnp.linalg.norm(start), 1e-30)
-    one = jnp.ones((), start.dtype)
-    return jnp.maximum(1.2 * jax.lax.fori_loop(0, 10, power, (start, one))[1], 1)
-
-
-def _spectraplex(symmetric):
-    """Project onto the positive semidefinite matrices of trace one."""
-    values, vectors = jnp.linalg.eigh(symmetric)
-    falling = values[::-1]
-    count = jnp.arange(1, len(values) + 1, dtype=values.dtype)
-    shifts = (jnp.cumsum(falling) - 1) / count
-    shift = shifts[jnp.sum(falling > shifts) - 1]
-    return _mm(vectors * jnp.maximum(values - shift, 0)[None], vectors.T)
 
 
 def _unit(matrix):

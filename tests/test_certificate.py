@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kronjax
-from kronjax import Configuration, certificate, proof, schatten
+from kronjax import Configuration, certificate, multipliers, proof, schatten
 from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
 from kronjax.tangent import Space
 from kronjax.weighted import Root
@@ -317,8 +317,28 @@ def test_a_balanced_gradient_proves_what_it_does_not_as_it_is(monkeypatch):
         return 1 - float(bounds.local_bound / bounds.error)
 
     balanced = gap()
-    monkeypatch.setattr(certificate, "BALANCED", 0)
+    monkeypatch.setattr(multipliers, "BALANCED", 0)
     assert balanced < 2e-2 and 2 * balanced < gap()
+
+
+def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(24, 24))
+    found = kronjax.approximate(
+        matrix, Configuration((4, 6), 6), starts=1, tolerance=1e-2, progress=False
+    )
+
+    def gap():
+        # Another function each time: what is patched is no argument.
+        program = jax.jit(lambda *x: certificate.certify(*x))
+        bounds = program(jnp.asarray(matrix), found.terms)
+        return 1 - float(bounds.local_bound / bounds.error)
+
+    thorough = gap()
+    monkeypatch.setattr(multipliers, "FINE", 8)  # in float32, as large ones are
+    assert gap() == pytest.approx(thorough, rel=1e-2)
+    monkeypatch.setattr(multipliers, "ROUNDS", 0)
+    assert thorough < 2e-2 and 2 * thorough < gap()
 
 
 def test_the_cheap_bound_says_nothing_of_what_is_not_finite():

@@ -40,6 +40,7 @@ ORDER = [
     "newton",
     "tangent",
     "global_bound",
+    "multipliers",
     "certificate",
     "slots",
     "pool",

@@ -105,7 +105,7 @@ def test_triplets_by_the_gram_matrix_are_those_of_a_decomposition(shape, low, dt
 @pytest.mark.parametrize("low", [0.3, 1e-9, 0])
 def test_lengths_add_up_to_no_less_than_the_nuclear_norm(low):
     matrix = spread((40, 30), low or 1, jnp.float32) * np.float32(low > 0)
-    total = float(jnp.sum(spectral._lengths(matrix)))
+    total = float(jnp.sum(spectral.lengths_by_gram(matrix)))
     exact = float(np.linalg.norm(doubled(matrix), "nuc"))
     assert exact <= total <= exact * 1.001
 
@@ -138,6 +138,24 @@ def test_what_leads_by_the_gram_matrix_has_bases_at_lower_rank(rank):
     np.testing.assert_allclose((q @ core @ vt)[0], matrix, atol=1e-12)
     gram = jnp.swapaxes(q, 1, 2) @ q
     np.testing.assert_allclose(gram, np.stack([np.eye(6)] * 2), atol=1e-12)
+
+
+def test_zeros_do_not_send_a_batch_the_slow_way(monkeypatch):
+    called, decompose = [], spectral._leading_by_svd
+
+    def slow(matrix, rank):
+        jax.debug.callback(called.append, rank)
+        return decompose(matrix, rank)
+
+    monkeypatch.setattr(spectral, "_leading_by_svd", slow)
+    regular = spread((30, 20), 0.3, jnp.float64)
+    for other, is_slow in ((0 * regular, False), (spread((30, 20), 1e-9, float), True)):
+        batch = jnp.stack([regular, other])
+        jax.block_until_ready(
+            jax.vmap(lambda x: spectral.leading_by_gram(x, 20))(batch)
+        )
+        jax.effects_barrier()
+        assert bool(called) == is_slow
 
 
 @jax.jit

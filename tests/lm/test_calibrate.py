@@ -100,7 +100,9 @@ def test_moments_that_do_not_fit_are_measured_in_parts(model, tokens, moments):
             (again.input(name), moments.input(name)),
             (again.output(name), moments.output(name)),
         ):
-            np.testing.assert_allclose(ours, theirs, atol=1e-6 * np.max(theirs))
+            # As sums of float32 are: what nearly cancels has the rounding of the rest.
+            atol = 2e-7 * np.max(theirs)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=atol)
     assert again.nll == pytest.approx(moments.nll)
 
 
