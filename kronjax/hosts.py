@@ -1,11 +1,14 @@
-"""Several processes on one or many hosts that share the work on one plan.
+"""Several processes on one or many hosts that share the work.
 
-They speak to each other once, before the work: do all want the same, and may they? Then
-they part, so that none waits for another one, and none ends because another one did.
+They speak to each other before the work: do all want the same, and may they? Those that
+solve matrices then part, so that none waits for another one, and none ends because
+another one did; those that train one model stay together.
 
 >>> alone = Hosts(0, 1)
 >>> alone.exchange([3, 4])
 [[3, 4]]
+>>> alone.in_turn(lambda: "done")
+'done'
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +26,11 @@ from kronjax.places import Bucket, Folder
 
 POLL = 1.0
 """Seconds between two looks at what the others have finished."""
+
+WORDS = 8
+"""Of seven hexadecimal digits, by which processes compare what they want."""
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,11 @@ class Hosts:
     process: int
     processes: int
 
+    @classmethod
+    def here(cls) -> "Hosts":
+        """Return who this process is to jax."""
+        return cls(jax.process_index(), jax.process_count())
+
     def exchange(self, words: Sequence[int]) -> list[list[int]]:
         """Return the words of all processes, which give equally many, below 2^31."""
         if self.processes == 1:
@@ -45,6 +59,51 @@ class Hosts:
         with _errors_only():
             given = np.asarray(words, np.int32)
             return np.asarray(multihost_utils.process_allgather(given)).tolist()
+
+    def agree(self, digest: str = "", problem: Exception | None = None) -> None:
+        """Go on if all processes are well and want the same.
+
+        Args:
+            digest: Of what this one wants, hexadecimal.
+            problem: That keeps it from going on, or None.
+
+        Raises:
+            Exception: `problem`, once the others know that there is one.
+            ValueError: If another one has a problem, or wants something else.
+        """
+        digits = digest[: 7 * WORDS].ljust(7 * WORDS, "0")
+        words = [int(digits[7 * i : 7 * i + 7], 16) for i in range(WORDS)]
+        told = self.exchange([problem is None, *words])
+        if problem is not None:
+            raise problem
+        for i, (is_well, *others) in enumerate(told):
+            if not is_well:
+                raise ValueError(f"process {i} could not begin, and says why")
+            if others != words:
+                raise ValueError(
+                    f"process {i} was given something else than process "
+                    f"{self.process}: give all of them the same"
+                )
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Return what some work returns; process 0 does it first.
+
+        What it leaves, in a file for example, the others find when they do the same.
+
+        Raises:
+            ValueError: As the work does, and if it failed elsewhere.
+            OSError: Likewise.
+        """
+        made: list[T] = []
+        for is_first in (True, False):
+            problem = None
+            if (self.process == 0) == is_first:
+                try:
+                    made.append(work())
+                except (ValueError, OSError) as error:
+                    problem = error
+            self.agree(problem=problem)
+        return made[0]
 
     def part(self) -> None:
         """Be on one's own from here on: nobody is told any longer who has ended."""
@@ -71,7 +130,7 @@ def join(
     try:
         with _errors_only():
             jax.distributed.initialize(coordinator, processes, process)
-            return Hosts(jax.process_index(), jax.process_count())
+            return Hosts.here()
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -1,6 +1,7 @@
 """Independent references in float64 NumPy: slow, and obvious enough to be believed."""
 
 import contextlib
+import socket
 
 import jax
 import jax.numpy as jnp
@@ -130,3 +131,10 @@ def as_users_run_it():
         jax.numpy_rank_promotion("allow"),
     ):
         yield
+
+
+def free_port():
+    """Return a port of this machine that nobody listens to."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

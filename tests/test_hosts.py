@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import free_port
 
 from kronjax import hosts, places
 from kronjax.hosts import Hosts
@@ -20,6 +20,36 @@ def test_who_is_alone_agrees_with_itself():
     alone = Hosts(0, 1)
     assert alone.exchange([1, 2**31 - 1]) == [[1, 2**31 - 1]]
     alone.part()
+
+
+@pytest.mark.parametrize("fault", ["there", "here", None])
+def test_process_0_goes_first_and_nobody_goes_on_alone(monkeypatch, fault):
+    """What a second of two processes does, whose first one is told of by `exchange`."""
+    done, words = [], []
+
+    def exchange(self, given):
+        words.append(list(given))
+        first = fault != "there" or len(words) > 1
+        return [[first, *given[1:]], list(given)]
+
+    def work():
+        assert len(words) == 1  # process 0 has been
+        done.append(1)
+        if fault == "here":
+            raise OSError("no such file")
+        return "found"
+
+    monkeypatch.setattr(Hosts, "exchange", exchange)
+    if fault == "there":
+        with pytest.raises(ValueError, match="process 0 could not begin"):
+            Hosts(1, 2).in_turn(work)
+        assert not done
+    elif fault == "here":
+        with pytest.raises(OSError, match="no such file"):
+            Hosts(1, 2).in_turn(work)
+        assert [one[0] for one in words] == [1, 0]  # the other one hears of it
+    else:
+        assert Hosts(1, 2).in_turn(work) == "found"
 
 
 def test_a_process_waits_for_the_living_and_names_the_dead(tmp_path, monkeypatch):
@@ -69,12 +99,6 @@ def line(folder, process, port):
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])

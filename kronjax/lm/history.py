@@ -71,12 +71,15 @@ class History:
         lines: In order.
     """
 
-    def __init__(self, folder: Path | None = None, *, until: int = 0) -> None:
+    def __init__(
+        self, folder: Path | None = None, *, until: int = 0, writes: bool = True
+    ) -> None:
         """Begin, or go on.
 
         Args:
             folder: For `metrics.jsonl`, or None to keep lines in memory alone.
             until: The step to go on from; what comes after it is forgotten.
+            writes: Whether lines are kept there by this process, and not by another.
         """
         self.lines: list[dict[str, Any]] = []
         self._file: io.TextIOBase | None = None
@@ -85,6 +88,8 @@ class History:
         path = folder / METRICS
         if until and path.is_file():
             self.lines = [x for x in _read(path) if x["step"] <= until]
+        if not writes:
+            return
         output.write(path, "".join(map(_line, self.lines)).encode())
         # Line by line, for whoever looks on.
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115

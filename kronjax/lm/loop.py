@@ -14,13 +14,14 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from kronjax.lm import arrays as named
 from kronjax.lm import diagnosis
@@ -111,17 +112,19 @@ class Loop:
         step = compile_step(self.task, self.carry, self.fixed, self.theirs, self._shape)
         self.compile_seconds += time.perf_counter() - begun
         unit = self.settings.batch * self._shape[2] - self.settings.batch
+        wanted = progress if jax.process_index() == 0 else False
         with (
-            bar(total * unit, "training", wanted=progress) as advance,
-            _signals(self.folder is not None) as received,
+            bar(total * unit, "training", wanted=wanted) as advance,
+            self._signals() as received,
         ):
             advance(first * unit)
             self._clock = time.perf_counter()
             done = first
             for done in range(first + 1, total + 1):
                 with advice(self._shape):
+                    windows = self.task.placement.deal(self._windows(done), 1)
                     self.carry, numbers = step(
-                        self.carry, self.fixed, self.theirs, self._windows(done)
+                        self.carry, self.fixed, self.theirs, windows
                     )
                     self._pending.append((done, numbers))
                     self._fetch(leave=1)
@@ -129,17 +132,19 @@ class Loop:
                 self._change(done)
                 if done % self._every == 0 or done == total:
                     self._test(done)
-                if received or done % self.settings.checkpoint_every == 0:
+                number = received(done)
+                if number or done % self.settings.checkpoint_every == 0:
                     self._keep(done)
-                if received:
-                    raise Stopped(received[0], done)
+                if number:
+                    raise Stopped(number, done)
                 if self._is_patience_over():
                     break
         self._finish(done)
 
     def model(self) -> LanguageModel:
         """Return the model with the parameters as they are."""
-        return named.put(self.task.form, {**self.fixed, **self.carry.parameters})
+        arrays = {**self.fixed, **self.carry.parameters}
+        return named.put(self.task.form, self.task.placement.gather(arrays))
 
     def close(self) -> None:
         """Let go of files."""
@@ -147,15 +152,23 @@ class Loop:
         if self._snapshots is not None:
             self._snapshots.close()
 
+    def _signals(self) -> contextlib.AbstractContextManager[Callable[[int], int]]:
+        """Return what tells, while it is open, the signal to leave after a step."""
+        if self.task.placement.is_shared:
+            return contextlib.nullcontext(_signals_to_any)
+        is_main = threading.current_thread() is threading.main_thread()
+        if self.folder is None or not is_main:
+            return contextlib.nullcontext(lambda step: 0)
+        return _signals()
+
     @property
     def _every(self) -> int:
         return self.settings.evaluate_every or 1
 
-    def _windows(self, step: int) -> jax.Array:
+    def _windows(self, step: int) -> np.ndarray:
         """Return the windows of a step, `[parts, b, t + 1]`."""
         count = self.settings.batch
-        taken = self.training.take((step - 1) * count, count).reshape(self._shape)
-        return jax.device_put(taken, self.task.placement.windows(1))
+        return self.training.take((step - 1) * count, count).reshape(self._shape)
 
     def _fetch(self, *, leave: int = 0) -> None:
         """Wait for the numbers of all steps but the last few, and note them."""
@@ -175,8 +188,9 @@ class Loop:
     def _failure(self, step: int, loss: float) -> str:
         """Say where a step failed; the carry is as it was before."""
         place = None
-        for windows in self._windows(step):
+        for part in self._windows(step):
             parameters = self.carry.parameters
+            windows = self.task.placement.deal(part, 0)
             where = (self.task, parameters, self.fixed, self.theirs, windows)
             place = place or diagnosis.locate(*where)
         kept = ""
@@ -230,7 +244,7 @@ class Loop:
         for first in range(0, len(self.tests), rows):
             part = self.tests[first : first + rows]
             filled = np.resize(part, (rows, part.shape[1]))
-            windows = jax.device_put(filled, self.task.placement.windows(0))
+            windows = self.task.placement.deal(filled, 0)
             sums = self._evaluate(self.carry.parameters, self.fixed, windows)
             total += float(np.sum(np.asarray(sums, np.float64)[: len(part)]))
         loss = total / (self.tests.size - len(self.tests))
@@ -299,13 +313,13 @@ class Loop:
         assert self.folder is not None
         self._snapshots = Snapshots(self.folder / STATE, keep=self.settings.keep)
         newest = self._snapshots.newest
-        lines = self.folder if jax.process_index() == 0 else None
+        writes = jax.process_index() == 0
         if newest is None:
-            self.history = History(lines)
+            self.history = History(self.folder, writes=writes)
             return 0
         facts = self._snapshots.facts(newest)
         _compare(facts["marks"], self.marks, self.folder)
-        self.history = History(lines, until=newest)
+        self.history = History(self.folder, until=newest, writes=writes)
         best = self.history.best()
         if self.settings.patience and best is not None:
             self._take_up(self._snapshots.state(best["step"], self._state()))
@@ -342,15 +356,12 @@ def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -
 
 
 @contextlib.contextmanager
-def _signals(wanted: bool) -> Iterator[list[int]]:
-    """Yield a list that signals to leave are put into, instead of leaving at once.
+def _signals() -> Iterator[Callable[[int], int]]:
+    """Yield what returns the signal to leave after a step, or 0, and have none at once.
 
     A second one leaves at once.
     """
     received: list[int] = []
-    if not wanted or threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
     def note(number: int, _: Any) -> None:
         if received:
@@ -360,7 +371,15 @@ def _signals(wanted: bool) -> Iterator[list[int]]:
     numbers = signal.SIGTERM, signal.SIGINT
     old = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield received
+        yield lambda step: received[0] if received else 0
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _signals_to_any(step: int) -> int:
+    """Return SIGTERM after the same step in all processes, whichever of them got it.
+
+    What jax began when the processes met has noted it, and tells the others.
+    """
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0

@@ -3,7 +3,9 @@
 All devices form one axis, `data`. Windows are dealt out along it; parameters and what
 the optimiser keeps of them are copied to every device (`data`), or cut along their
 longest axis that the devices divide (`full`), as in ZeRO. The compiler adds what has to
-be exchanged, so the step is written as for one device.
+be exchanged, so the step is written as for one device. The devices may be those of
+several processes, each of which makes the same calls with the same numbers and holds
+the parts that are on its own.
 
 References: Rajbhandari et al. (2020); Xu et al. (2021) for the compiler.
 
@@ -15,6 +17,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -54,6 +57,11 @@ class Placement:
         return self.mesh.size
 
     @property
+    def is_shared(self) -> bool:
+        """Whether some of them belong to other processes."""
+        return not self.copied.is_fully_addressable
+
+    @property
     def copied(self) -> NamedSharding:
         """The layout of what every device has."""
         return NamedSharding(self.mesh, PartitionSpec())
@@ -77,4 +85,23 @@ class Placement:
 
     def put(self, tree: Any) -> Any:
         """Return a tree with its arrays laid out; those that are so already as is."""
-        return jax.device_put(tree, self.layouts(tree))
+        return jax.tree.map(self._lay, tree, self.layouts(tree))
+
+    def deal(self, windows: np.ndarray, axis: int) -> jax.Array:
+        """Return windows that lie along an axis, dealt out to the devices."""
+        return self._lay(windows, self.windows(axis))
+
+    def gather(self, tree: Any) -> Any:
+        """Return a tree with arrays that this process holds whole."""
+        if not self.is_shared:
+            return tree
+        whole = jax.jit(lambda x: x, out_shardings=self.copied)(tree)
+        return jax.tree.map(lambda x: jnp.asarray(x.addressable_data(0)), whole)
+
+    def _lay(self, x: Any, layout: NamedSharding) -> jax.Array:
+        if not self.is_shared:
+            return jax.device_put(x, layout)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, layout)
+        held = np.asarray(x)
+        return jax.make_array_from_callback(held.shape, layout, lambda at: held[at])

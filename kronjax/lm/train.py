@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kronjax.hosts import Hosts
 from kronjax.lm import arrays as named
 from kronjax.lm import data, distillation, history, optimizer, sizes
 from kronjax.lm.architecture import LanguageModel, check_vocabulary
@@ -109,6 +110,8 @@ def run(
         "hook": None if hook is None else repr(hook),
     }
     parts = task, settings, training, tests, carry, fixed, theirs
+    if task.placement.is_shared:
+        Hosts.here().agree(digest(marks))
     limit = _limit(model, teacher, task)
     loop = Loop(*parts, hook=hook, folder=folder, marks=marks, limit=limit)
     try:

@@ -60,6 +60,10 @@ def train(
     column: Annotated[str, option("NAME")] = "text",
     seed: Seed = 0,
     dtype: Dtype | None = None,
+    distributed: Flag = False,
+    coordinator: Annotated[str | None, option("HOST:PORT")] = None,
+    processes: Annotated[int | None, option("N")] = None,
+    process: Annotated[int | None, option("I")] = None,
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
@@ -112,14 +116,19 @@ def train(
         column: The field with the text, where rows have several.
         seed: Seed of the order of the data.
         dtype: Precision of what is written; by default that of the model.
+        distributed: Train with the same line on other hosts, which see the same FOLDER:
+            on Cloud TPU, under Slurm and MPI they find each other.
+        coordinator: Where process 0 is, elsewhere.
+        processes: How many there are.
+        process: Number of this one, from 0.
         force: Replace the model that is in FOLDER, and forget an interrupted training.
         as_json: Print the record as one JSON object.
     """
+    from kronjax import hosts
     from kronjax.lm import checkpoint, regimen, sources
     from kronjax.lm import course as courses
-    from kronjax.lm import data as corpora
     from kronjax.lm import train as training
-    from kronjax.lm.architecture import parameter_dtype, tokenizer_of
+    from kronjax.lm.architecture import parameter_dtype
     from kronjax.lm.distillation import Weights
     from kronjax.lm.optimizer import Optimizer
 
@@ -157,19 +166,21 @@ def train(
         )
     folder = sources.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE
-    if force:
+    group = hosts.Hosts(0, 1)
+    if distributed:
+        if shard == "none":
+            raise ValueError("--distributed needs --shard data or full")
+        group = hosts.join(coordinator, processes, process)
+    if force and group.process == 0:
         shutil.rmtree(state, ignore_errors=True)
-    if (folder / "config.json").exists() and not force:
-        raise ValueError(f"{folder} already holds a model; --force replaces it")
-    student = checkpoint.load(model)
-    master = None if teacher is None else checkpoint.load(teacher)
-    tokenizer = tokenizer_of(student)
-    if master is not None:
-        corpora.check_tokenizers(tokenizer, master.tokenizer)
-    tokens = corpora.prepare(data, tokenizer, state, column=column)
-    tests = None
-    if evaluate is not None:
-        tests = corpora.prepare(evaluate, tokenizer, state, column=column)
+
+    def read():
+        if (folder / "config.json").exists() and not force:
+            raise ValueError(f"{folder} already holds a model; --force replaces it")
+        models = _models(model, teacher)
+        return *models, *_texts(models[0], (data, evaluate), state, column)
+
+    student, master, tokens, tests = group.in_turn(read)
     moments = None
     if calibrate is not None:
         moments = _moments(student, calibrate, gradients=low_rank_to is not None)
@@ -187,6 +198,8 @@ def train(
     except training.Stopped as error:
         print(f"kronjax: {error}; the same line goes on", file=sys.stderr)
         return 128 + error.signal
+    if group.process > 0:
+        return 0
     stored = dtype or str(parameter_dtype(student))
     checkpoint.save(checkpoint.cast(result.model, stored), folder)
     shutil.rmtree(state, ignore_errors=True)
@@ -208,6 +221,31 @@ def default_folder(model: str) -> Path:
         path = path.resolve()
         return path.with_name(f"{path.name}-trained")
     return Path(f"{path.name.removesuffix('.gguf')}-trained")
+
+
+def _models(model: str, teacher: str | None) -> tuple[Any, Any]:
+    """Return a model and its teacher, or None, of the same tokens."""
+    from kronjax.lm import checkpoint, data
+    from kronjax.lm.architecture import tokenizer_of
+
+    student = checkpoint.load(model)
+    if teacher is None:
+        return student, None
+    master = checkpoint.load(teacher)
+    data.check_tokenizers(tokenizer_of(student), master.tokenizer)
+    return student, master
+
+
+def _texts(model: Any, names, folder: Path, column: str) -> list[Any]:
+    """Return the tokens of texts, and None for None."""
+    from kronjax.lm import data
+    from kronjax.lm.architecture import tokenizer_of
+
+    tokenizer = tokenizer_of(model)
+    return [
+        None if name is None else data.prepare(name, tokenizer, folder, column=column)
+        for name in names
+    ]
 
 
 def _course(sparsity, pattern, scope, prune_steps, low_rank_to, stages, match) -> Any:

@@ -28,9 +28,6 @@ from kronjax.store import Store
 FAILURE = 3
 """Exit code where a matrix failed and stays dense."""
 
-WORDS = 8
-"""Of seven hexadecimal digits, by which processes compare the hashes of their plans."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -79,8 +76,8 @@ def compress(
     """
     try:
         opened, kept = _planned(path, rules, out, options)
-    except (ValueError, OSError):
-        group.exchange([0] * (1 + WORDS))  # the others wait to hear of it
+    except (ValueError, OSError) as error:
+        group.agree(problem=error)  # the others wait to hear of it
         raise
     plan, place = kept.plan, kept.place
     matrices = {**opened.tables, **opened.tensors}
@@ -161,18 +158,7 @@ def _begin(kept: Store, path: Path, options: Options, group: Hosts, stack) -> No
             kept.agree(lanes)
     except (ValueError, OSError) as error:
         problem = error
-    words = [int(kept.plan.hash[7 * i : 7 * i + 7], 16) for i in range(WORDS)]
-    told = group.exchange([problem is None, *words])
-    if problem is not None:
-        raise problem
-    for i, (is_well, *others) in enumerate(told):
-        if not is_well:
-            raise ValueError(f"process {i} could not begin, and says why")
-        if others != words:
-            raise ValueError(
-                f"process {i} sees another model or other rules than process "
-                f"{group.process}: give all of them the same"
-            )
+    group.agree(kept.plan.hash, problem)
     keys = sorted(batch.lanes_of(kept, _devices(), group.processes))
     known = group.exchange([0, *(kept.plan.lanes.get(key, 0) for key in keys)])[0][1:]
     lanes = {**kept.plan.lanes, **dict(zip(keys, known, strict=True))}

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from flax import nnx
-from helpers import SENTENCES
+from helpers import SENTENCES, free_port
 
 from kronjax import cli, lm
 from kronjax.lm import checkpoint, gpt2, loop
@@ -81,6 +81,64 @@ def test_a_killed_run_goes_on_to_the_bit(folder):
     assert len(curve(folder / "whole")) == 120 + 11
     one, other = (folder / x / "model.safetensors" for x in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_train_together_and_go_on_together(folder):
+    """One is killed, one is asked to leave: the curve is that of one process."""
+    more = ["--steps", "60", "--checkpoint-every", "10", "--shard", "full"]
+    state = folder / "together" / ".training"
+
+    def start(out, *more_still, flags=""):
+        line = command(folder, *more, "--out", str(folder / out), *more_still)
+        return subprocess.Popen(
+            [sys.executable, "-m", "kronjax", *line],
+            env={**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def start_both():
+        where = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}"]
+        where += ["--processes", "2", "--process"]
+        return start("together", *where, "0"), start("together", *where, "1")
+
+    def interrupt(step, who, number):
+        both, deadline = start_both(), time.monotonic() + 300
+        while not (state / step).exists():
+            assert all(one.poll() is None for one in both)
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        both[who].send_signal(number)
+        told = [one.communicate(timeout=300)[1] for one in both]
+        assert not (folder / "together" / "model.safetensors").exists()
+        return [one.returncode for one in both], told
+
+    # The other one cannot go on, and ends.
+    codes, _ = interrupt("10", 0, signal.SIGKILL)
+    assert codes[0] == -signal.SIGKILL and codes[1] != 0
+    codes, told = interrupt("30", 1, signal.SIGTERM)
+    assert codes == [128 + signal.SIGTERM] * 2
+    steps = [re.search(r"stopped by SIGTERM after step (\d+)", x) for x in told]
+    assert steps[0] and steps[1] and steps[0][1] == steps[1][1]
+    assert (state / steps[0][1]).is_dir()
+    first, second = start_both()
+    alone = start("alone", flags=" --xla_force_host_platform_device_count=2")
+    for one, text in ((first, "60 of 60"), (second, ""), (alone, "60 of 60")):
+        told, errors = one.communicate(timeout=300)
+        assert one.returncode == 0, errors
+        assert text in told if text else not told
+    assert not state.exists()
+    for one, other in zip(
+        curve(folder / "together"), curve(folder / "alone"), strict=True
+    ):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_who_trains_together_deals_windows_out(folder, capsys):
+    assert cli.main(command(folder, "--distributed")) == 2
+    assert "--distributed needs --shard data or full" in capsys.readouterr().err
 
 
 def test_a_student_follows_its_teacher(folder, small, capsys):

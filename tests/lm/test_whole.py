@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from helpers import free_port
 
 from kronjax import cli, hosts, lm, nn, places, store
 from kronjax.lm import llama, opt
@@ -252,12 +252,6 @@ def test_who_cannot_begin_lets_the_others_know(folder, fault, monkeypatch, capsy
     assert [(len(words), words[0]) for words in told] == [(9, 0)]
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def start(folder, count, process, port):
     command = [sys.executable, "-m", "kronjax", *map(str, compress(folder, "--json"))]
     command += ["--distributed", "--coordinator", f"127.0.0.1:{port}"]
@@ -297,4 +291,4 @@ def test_processes_that_see_different_rules_part(folder):
     _, err = first.communicate(timeout=300)
     assert second.returncode == first.returncode == 2
     for text in (err, second.stderr):
-        assert "sees another model or other rules" in text
+        assert "was given something else than process" in text
