@@ -52,6 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "plan": compress_commands.plan,
                 "compress": compress_commands.compress,
                 "report": compress_commands.report,
+                "new": train_commands.new,
                 "train": train_commands.train,
                 "evaluate": commands.evaluate,
                 "generate": commands.generate,

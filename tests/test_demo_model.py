@@ -6,7 +6,7 @@ from helpers import as_users_run_it
 
 from kronjax import demo
 from kronjax.demo import build, corpus
-from kronjax.lm import evaluate, gpt2, losses
+from kronjax.lm import evaluate, fresh, gpt2, losses
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +114,7 @@ def loss(model):
 
 
 def test_a_step_of_training_lowers_the_loss():
-    model = build.initialize(TINY, seed=0)
+    model = fresh.draw(TINY, seed=0)
     before = loss(model)
     assert float(before) == pytest.approx(np.log(64), rel=0.05)
     trained = build.train(model, TOKENS, build.Plan(steps=1, batch=4))
@@ -123,7 +123,7 @@ def test_a_step_of_training_lowers_the_loss():
 
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
-    plan, model = build.Plan(steps=4, warmup=1, batch=2), build.initialize(TINY, seed=0)
+    plan, model = build.Plan(steps=4, warmup=1, batch=2), fresh.draw(TINY, seed=0)
     whole = build.train(model, TOKENS, plan)
     kept, windows = tmp_path / "model.training", build._windows
 

@@ -117,6 +117,7 @@ ORDER = [
     "lm.diagnosis",
     "lm.loop",
     "lm.train",
+    "lm.fresh",
     "lm.stages",
     "lm.course",
     "lm.whole",

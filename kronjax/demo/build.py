@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,9 @@ from flax import nnx
 
 from kronjax import lm, output
 from kronjax.demo import corpus
-from kronjax.lm import checkpoint, evaluate, gpt2, losses
+from kronjax.lm import checkpoint, evaluate, fresh, gpt2, losses
+from kronjax.lm import tokenizer as tokenizers
 from kronjax.lm.architecture import LanguageModel, tokenizer_of
-from kronjax.lm.tokenizer import Tokenizer
-
-END = "<|endoftext|>"
-"""The token between the texts of modules."""
 
 # Widths with many divisors: 192 = 2⁶ 3, 576, 768 and 2048.
 CONFIG = gpt2.Config(
@@ -119,12 +115,14 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)  # or fail now, not after the training
     texts = list(corpus.documents())
     if start is None:
-        model = initialize(CONFIG, plan.seed)
-        tokenizer = train_tokenizer(texts, CONFIG.vocab_size)
+        model = fresh.draw(CONFIG, plan.seed)
+        tokenizer = tokenizers.train(
+            texts, CONFIG.vocab_size, context=CONFIG.n_positions
+        )
     else:
         model = lm.load(start, dtype="float32")
         tokenizer = tokenizer_of(model)
-    end = tokenizer.encode(END)
+    end = tokenizer.encode(tokenizers.END)
     tokens = np.concatenate(
         [x for text in texts for x in (tokenizer.encode(text), end)]
     )
@@ -139,35 +137,6 @@ def build(
     )
     print(f"held-out perplexity {result.perplexity:.3f}", flush=True)
     return result
-
-
-def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
-    """Return a byte-level BPE of `size` tokens, as GPT-2's is one of 50257."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "model_max_length": CONFIG.n_positions,
-    }
-    return Tokenizer(
-        {
-            "tokenizer.json": backend.to_str().encode(),
-            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
-        }
-    )
 
 
 def train(
@@ -221,21 +190,6 @@ def train(
                 _keep(kept, mark, step + 1, state)
             clock, values = time.perf_counter(), []
     return nnx.merge(graph, state[0])
-
-
-def initialize(config: gpt2.Config, seed: int) -> gpt2.Model:
-    """Return a model with weights drawn for training.
-
-    Embeddings are small, that all tokens be about equally likely, and so are the maps
-    into the residual stream, to which every block adds.
-    """
-    model = gpt2.Model(config, rngs=nnx.Rngs(seed))
-    for table in (model.wte, model.wpe):
-        table.embedding[...] *= 0.02 * math.sqrt(config.n_embd)
-    for block in model.h:
-        for layer in (block.attn.c_proj, block.mlp.c_proj):
-            layer.kernel[...] /= math.sqrt(2 * config.n_layer)
-    return model
 
 
 def _windows(tokens, context, plan, step):

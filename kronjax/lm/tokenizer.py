@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,12 @@ FILES = (
     "generation_config.json",
 )
 """Names of the files that say what tokens mean, and which of them end a text."""
+
+END = "<|endoftext|>"
+"""The token that ends a text, as GPT-2 calls it."""
+
+SMALLEST = 257
+"""Tokens of the smallest byte-level vocabulary: every byte, and the end of a text."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,8 +187,51 @@ class Tokenizer:
         if isinstance(value, Mapping):
             value = value.get("content")
         if value is None and name in ("bos_token", "eos_token"):
-            return "<|endoftext|>"  # of GPT-2, whose folder does not always say so
+            return END  # the folder of GPT-2 does not always say so
         return value if isinstance(value, str) else None
+
+
+def train(texts: Iterable[str], size: int, *, context: int) -> Tokenizer:
+    """Return a byte-level BPE made of texts, as GPT-2's is one of 50257 tokens.
+
+    Args:
+        texts: Any number of pieces.
+        size: Tokens at most; short texts hold fewer that are worth one.
+        context: Tokens of the longest input of the model that it is for.
+
+    Raises:
+        ValueError: If not even all bytes would be tokens.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if size < SMALLEST:
+        raise ValueError(
+            f"a vocabulary of {size} tokens cannot hold the 256 bytes and the end of a "
+            f"text: take {SMALLEST} or more"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END,
+        "eos_token": END,
+        "model_max_length": context,
+    }
+    return Tokenizer(
+        {
+            "tokenizer.json": backend.to_str().encode(),
+            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+        }
+    )
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:

@@ -1,14 +1,12 @@
 """Language models are tested as users run them: 32 bits, and flax promotes dtypes."""
 
-import json
-
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import SENTENCES, as_users_run_it
 
 from kronjax.lm import gpt2, step
-from kronjax.lm.tokenizer import Tokenizer
+from kronjax.lm.tokenizer import train
 
 
 @pytest.fixture(autouse=True)
@@ -28,28 +26,7 @@ def quickly_compiled():
 @pytest.fixture(scope="session")
 def tokenizer():
     """Byte-level BPE of 300 tokens, as GPT-2's is of 50257."""
-    tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers import decoders, pre_tokenizers, trainers
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        SENTENCES,
-        trainers.BpeTrainer(
-            vocab_size=300,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    return Tokenizer(
-        {
-            "tokenizer.json": backend.to_str().encode(),
-            "tokenizer_config.json": json.dumps(config).encode(),
-        }
-    )
+    return train(SENTENCES, 300, context=64)
 
 
 @pytest.fixture(scope="session")
