@@ -462,7 +462,7 @@ def quick(work: Path) -> Study:
     held_out = texts.from_rows([demo.held_out()[-3_000:]], source="quick")
     given: Any = {"steps": 4, "long_steps": 5, "batch": 1, "length": 32}
     few: Any = {
-        "only": ("low rank, data-aware", *LONG[:2]),
+        "only": ("low rank, data-aware", *LONG[:1]),
         "long": LONG[:1],
     }
     return Study(

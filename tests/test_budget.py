@@ -110,9 +110,9 @@ def test_one_product_of_expensive_terms_is_proposed():
 
 
 def test_large_matrices_are_tried_in_haste_and_the_best_solved_in_full(monkeypatch):
-    monkeypatch.setattr(budget.greedy, "THOROUGH", 100)
+    monkeypatch.setattr(budget.greedy, "THOROUGH", 40)
     options = {"norm": "schatten:4", "starts": 2, "budget": 40, "dtype": "float32"}
-    found = search(draw(7, 12, 12), 72, progress=False, **options)
+    found = search(draw(7, 8, 8), 32, progress=False, **options)
     best, *others = found.trials
     assert best.is_full
     assert not all(trial.is_full for trial in others)
