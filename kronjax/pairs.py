@@ -103,7 +103,7 @@ def _added(pairs, s, y, accepted, *others):
     # In place, and of one row each, where they are the carry of a loop.
     for at, row in ((slot, s), (h + slot, y)):
         vectors = vectors.at[at].set(jnp.where(accepted, row, vectors[at]))
-    new = _mm(vectors, jnp.stack([vectors[slot], vectors[h + slot], *others]).T)
+    new = _mm(jnp.stack([vectors[slot], vectors[h + slot], *others]), vectors.T).T
     # By masks: a scatter is slow where lanes have slots of their own.
     products, rows = pairs.products, jnp.arange(2 * h)
     for column, at in zip(new.T, (slot, h + slot), strict=False):
@@ -128,7 +128,8 @@ def _direction(pairs, gradient, against):
     curvature = pairs.curvature[order]
     filled = curvature > 0
     known = jnp.tile(filled, 2)
-    products = pairs.products[both][:, both]
+    # One gather: two, of rows and of columns, take twice the time.
+    products = pairs.products.reshape(-1)[2 * h * both[:, None] + both[None]]
     products = jnp.where(known[:, None] & known[None], products, 0)
     against = jnp.where(known, against[both], 0)
     sy, yy = products[:h, h:], products[h:, h:]

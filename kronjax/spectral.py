@@ -46,8 +46,9 @@ def estimate_norm(
     largest = jnp.max(jnp.abs(matrix))
     matrix = matrix / jnp.where(largest > 0, largest, 1)
     if min(m, n) <= 16 * BLOCKS:  # cheaper directly
-        gram = _mm(matrix.T, matrix) if m >= n else _mm(matrix, matrix.T)
-        top = jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1])
+        top = jax.lax.platform_dependent(
+            matrix, cpu=lambda x: _singular_values(x)[0], default=_top_by_gram
+        )
         return largest * _lowered(top, m + n)
     return largest * estimate_map_norm(
         lambda x: _mm(matrix, x),
@@ -158,6 +159,12 @@ def triplets_by_gram(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array
     order = jnp.argsort(-s)
     s, image, v = s[order], image[:, order], v[:, order]
     return image / jnp.where(s > 0, s, 1)[None], s * largest, v.T
+
+
+def _top_by_gram(matrix):
+    m, n = matrix.shape
+    gram = _mm(matrix.T, matrix) if m >= n else _mm(matrix, matrix.T)
+    return jnp.sqrt(jnp.linalg.eigvalsh(gram)[-1])
 
 
 def lengths_by_gram(matrix: jax.Array) -> jax.Array:
