@@ -14,7 +14,9 @@ another one did; those that train one model stay together.
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -26,6 +28,9 @@ from kronjax.places import Bucket, Folder
 
 POLL = 1.0
 """Seconds between two looks at what the others have finished."""
+
+PATIENCE = 20.0
+"""Seconds that a process which failed waits for the others to have failed, too."""
 
 WORDS = 8
 """Of seven hexadecimal digits, by which processes compare what they want."""
@@ -60,12 +65,19 @@ class Hosts:
             given = np.asarray(words, np.int32)
             return np.asarray(multihost_utils.process_allgather(given)).tolist()
 
-    def agree(self, digest: str = "", problem: Exception | None = None) -> None:
+    def agree(
+        self,
+        digest: str = "",
+        problem: Exception | None = None,
+        *,
+        what: str = "was given something else",
+    ) -> None:
         """Go on if all processes are well and want the same.
 
         Args:
             digest: Of what this one wants, hexadecimal.
             problem: That keeps it from going on, or None.
+            what: Can be said of one that wants something else.
 
         Raises:
             Exception: `problem`, once the others know that there is one.
@@ -78,11 +90,11 @@ class Hosts:
             raise problem
         for i, (is_well, *others) in enumerate(told):
             if not is_well:
-                raise ValueError(f"process {i} could not begin, and says why")
+                raise ValueError(f"process {i} could not go on, and says why")
             if others != words:
                 raise ValueError(
-                    f"process {i} was given something else than process "
-                    f"{self.process}: give all of them the same"
+                    f"process {i} {what} than process {self.process}: give all of them "
+                    "the same"
                 )
 
     def in_turn(self, work: Callable[[], T]) -> T:
@@ -91,8 +103,8 @@ class Hosts:
         What it leaves, in a file for example, the others find when they do the same.
 
         Raises:
-            ValueError: As the work does, and if it failed elsewhere.
-            OSError: Likewise.
+            Exception: As the work does.
+            ValueError: If it failed elsewhere.
         """
         made: list[T] = []
         for is_first in (True, False):
@@ -100,15 +112,46 @@ class Hosts:
             if (self.process == 0) == is_first:
                 try:
                     made.append(work())
-                except (ValueError, OSError) as error:
+                except Exception as error:  # the others wait to hear of any
                     problem = error
             self.agree(problem=problem)
         return made[0]
+
+    def leave(self, code: int) -> None:
+        """End this process soon, also if the others wait for it somewhere else.
+
+        Those that fail in the same way are given time to say so.
+        """
+        if self.processes > 1:
+            timer = threading.Timer(PATIENCE, os._exit, (code,))
+            timer.daemon = True
+            timer.start()
 
     def part(self) -> None:
         """Be on one's own from here on: nobody is told any longer who has ended."""
         if self.processes > 1:
             jax.distributed.shutdown()
+
+
+def meet(
+    distributed: bool,
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+) -> Hosts:
+    """Return the processes that share the work: this one alone, or those of `join`.
+
+    Raises:
+        ValueError: If something is said of others that are not asked for, or if they
+            cannot be found.
+    """
+    if distributed:
+        return join(coordinator, processes, process)
+    if (coordinator, processes, process) != (None, None, None):
+        raise ValueError(
+            "--coordinator, --processes and --process go with --distributed"
+        )
+    return Hosts(0, 1)
 
 
 def join(
@@ -128,9 +171,15 @@ def join(
         ValueError: If the others cannot be found.
     """
     try:
+        handler = signal.getsignal(signal.SIGTERM)
         with _errors_only():
             jax.distributed.initialize(coordinator, processes, process)
-            return Hosts.here()
+        # jax has SIGTERM noted and nothing else, for a protocol that is not used here.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        met = Hosts.here()
+        met.exchange([0])  # who connects later than others waits for 30 seconds only
+        return met
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(

@@ -128,8 +128,7 @@ def _direction(pairs, gradient, against):
     curvature = pairs.curvature[order]
     filled = curvature > 0
     known = jnp.tile(filled, 2)
-    # One gather: two, of rows and of columns, take twice the time.
-    products = pairs.products.reshape(-1)[2 * h * both[:, None] + both[None]]
+    products = pairs.products[both][:, both]
     products = jnp.where(known[:, None] & known[None], products, 0)
     against = jnp.where(known, against[both], 0)
     sy, yy = products[:h, h:], products[h:, h:]

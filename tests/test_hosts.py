@@ -36,16 +36,16 @@ def test_process_0_goes_first_and_nobody_goes_on_alone(monkeypatch, fault):
         assert len(words) == 1  # process 0 has been
         done.append(1)
         if fault == "here":
-            raise OSError("no such file")
+            raise ImportError("no such library")
         return "found"
 
     monkeypatch.setattr(Hosts, "exchange", exchange)
     if fault == "there":
-        with pytest.raises(ValueError, match="process 0 could not begin"):
+        with pytest.raises(ValueError, match="process 0 could not go on"):
             Hosts(1, 2).in_turn(work)
         assert not done
     elif fault == "here":
-        with pytest.raises(OSError, match="no such file"):
+        with pytest.raises(ImportError, match="no such library"):
             Hosts(1, 2).in_turn(work)
         assert [one[0] for one in words] == [1, 0]  # the other one hears of it
     else:

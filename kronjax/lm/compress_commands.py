@@ -165,8 +165,8 @@ def compress(
             settings = tasks.Settings(tolerance, starts, seed)
             options = whole_commands.Options(settings, dtype, dry_run, force, as_json)
             group = hosts.Hosts(0, 1)
-            if distributed and not dry_run:
-                group = hosts.join(coordinator, processes, process)
+            if not dry_run:
+                group = hosts.meet(distributed, coordinator, processes, process)
             return whole_commands.compress(path, rules, out, options, group)
     if dry_run or distributed:
         raise ValueError(

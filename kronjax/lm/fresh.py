@@ -18,6 +18,7 @@ from flax import nnx
 
 from kronjax.lm import gpt2, sources, tokenizer
 from kronjax.lm import text as texts
+from kronjax.lm.checkpoint import load
 
 PIECE = 2**20
 """Characters of a text that are read at a time, and then to the end of a paragraph."""
@@ -46,16 +47,19 @@ def begin(
         ValueError: If there is no tokenizer, or nothing to make it of.
         OSError: If a file cannot be read.
     """
+    if (text is None) == (given is None):
+        raise ValueError("a tokenizer is made of a text, or given with a model")
     if given is not None:
-        found = tokenizer.read_tokenizer(sources.find(given))
+        path = sources.find(given)
+        is_folder = path.is_dir()
+        found = tokenizer.read_tokenizer(path) if is_folder else load(path).tokenizer
         if found is None:
             raise ValueError(f"{given} has no tokenizer")
-    elif text is not None:
+    else:
+        assert text is not None
         pieces = _filled(texts.stream(text, column=column, size=PIECE), str(text))
         context = config.n_positions
         found = tokenizer.train(pieces, config.vocab_size, context=context)
-    else:
-        raise ValueError("a tokenizer is made of a text, or given with a model")
     # Without these, other programs take the settings of the published GPT-2.
     origin = {
         "bos_token_id": found.bos,

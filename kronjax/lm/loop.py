@@ -14,15 +14,15 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from kronjax.hosts import Hosts
 from kronjax.lm import arrays as named
 from kronjax.lm import diagnosis
 from kronjax.lm.architecture import LanguageModel
@@ -33,6 +33,7 @@ from kronjax.lm.progress import bar
 from kronjax.lm.regimen import Hook, Settings
 from kronjax.lm.snapshots import Snapshots
 from kronjax.lm.step import Carry, Task, advice, compile_evaluation, compile_step
+from kronjax.lm.work import digest
 
 STATE = ".training"
 """The folder with checkpoints, inside the one of the run."""
@@ -94,6 +95,7 @@ class Loop:
         self._pending: collections.deque = collections.deque()
         self._clock = 0.0
         self._evaluate: Any = None
+        self._asked: jax.Array | None = None
         rows, length = self.settings.rows, self.settings.length or 1
         self._shape = (self.settings.accumulate, rows, length + 1)
 
@@ -115,7 +117,7 @@ class Loop:
         wanted = progress if jax.process_index() == 0 else False
         with (
             bar(total * unit, "training", wanted=wanted) as advance,
-            self._signals() as received,
+            _signals(self.folder is not None) as received,
         ):
             advance(first * unit)
             self._clock = time.perf_counter()
@@ -132,7 +134,7 @@ class Loop:
                 self._change(done)
                 if done % self._every == 0 or done == total:
                     self._test(done)
-                number = received(done)
+                number = self._leaves(received)
                 if number or done % self.settings.checkpoint_every == 0:
                     self._keep(done)
                 if number:
@@ -152,14 +154,15 @@ class Loop:
         if self._snapshots is not None:
             self._snapshots.close()
 
-    def _signals(self) -> contextlib.AbstractContextManager[Callable[[int], int]]:
-        """Return what tells, while it is open, the signal to leave after a step."""
-        if self.task.placement.is_shared:
-            return contextlib.nullcontext(_signals_to_any)
-        is_main = threading.current_thread() is threading.main_thread()
-        if self.folder is None or not is_main:
-            return contextlib.nullcontext(lambda step: 0)
-        return _signals()
+    def _leaves(self, received: list[int]) -> int:
+        """Return the signal to leave, or 0; the same in all processes.
+
+        Where there are several, it is known a step after one of them has got it.
+        """
+        if not self.task.placement.is_shared:
+            return received[0] if received else 0
+        asked, self._asked = self._asked, self.task.placement.any(bool(received))
+        return signal.SIGTERM if asked is not None and asked.item() else 0
 
     @property
     def _every(self) -> int:
@@ -313,6 +316,9 @@ class Loop:
         assert self.folder is not None
         self._snapshots = Snapshots(self.folder / STATE, keep=self.settings.keep)
         newest = self._snapshots.newest
+        if self.task.placement.is_shared:
+            what = "finds another checkpoint"
+            Hosts.here().agree(digest(newest), what=what)
         writes = jax.process_index() == 0
         if newest is None:
             self.history = History(self.folder, writes=writes)
@@ -356,12 +362,15 @@ def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[int], int]]:
-    """Yield what returns the signal to leave after a step, or 0, and have none at once.
+def _signals(wanted: bool) -> Iterator[list[int]]:
+    """Yield a list that signals to leave are put into, instead of leaving at once.
 
     A second one leaves at once.
     """
     received: list[int] = []
+    if not wanted or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(number: int, _: Any) -> None:
         if received:
@@ -371,15 +380,7 @@ def _signals() -> Iterator[Callable[[int], int]]:
     numbers = signal.SIGTERM, signal.SIGINT
     old = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield lambda step: received[0] if received else 0
+        yield received
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def _signals_to_any(step: int) -> int:
-    """Return SIGTERM after the same step in all processes, whichever of them got it.
-
-    What jax began when the processes met has noted it, and tells the others.
-    """
-    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0

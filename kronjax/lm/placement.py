@@ -14,6 +14,7 @@ References: Rajbhandari et al. (2020); Xu et al. (2021) for the compiler.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -95,8 +96,16 @@ class Placement:
         """Return a tree with arrays that this process holds whole."""
         if not self.is_shared:
             return tree
-        whole = jax.jit(lambda x: x, out_shardings=self.copied)(tree)
-        return jax.tree.map(lambda x: jnp.asarray(x.addressable_data(0)), whole)
+
+        def whole(x):
+            return jnp.asarray(jax.device_put(x, self.copied).addressable_data(0))
+
+        return jax.tree.map(whole, tree)
+
+    def any(self, flag: bool) -> jax.Array:
+        """Return whether any process raises a flag; not waited for."""
+        given = np.full(self.devices, flag)
+        return _any(self.deal(given, 0), self.copied)
 
     def _lay(self, x: Any, layout: NamedSharding) -> jax.Array:
         if not self.is_shared:
@@ -105,3 +114,8 @@ class Placement:
             return jax.device_put(x, layout)
         held = np.asarray(x)
         return jax.make_array_from_callback(held.shape, layout, lambda at: held[at])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _any(flags: jax.Array, copied: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(flags.any(), copied)

@@ -111,7 +111,7 @@ def run(
     }
     parts = task, settings, training, tests, carry, fixed, theirs
     if task.placement.is_shared:
-        Hosts.here().agree(digest(marks))
+        Hosts.here().agree(digest(marks, settings))
     limit = _limit(model, teacher, task)
     loop = Loop(*parts, hook=hook, folder=folder, marks=marks, limit=limit)
     try:

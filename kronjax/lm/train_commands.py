@@ -168,24 +168,27 @@ def train(
         )
     folder = sources.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE
-    group = hosts.Hosts(0, 1)
-    if distributed:
-        if shard == "none":
-            raise ValueError("--distributed needs --shard data or full")
-        group = hosts.join(coordinator, processes, process)
+    if distributed and shard == "none":
+        raise ValueError("--distributed needs --shard data or full")
+    group = hosts.meet(distributed, coordinator, processes, process)
     if force and group.process == 0:
         shutil.rmtree(state, ignore_errors=True)
 
     def read():
         if (folder / "config.json").exists() and not force:
             raise ValueError(f"{folder} already holds a model; --force replaces it")
-        models = _models(model, teacher)
-        return *models, *_texts(models[0], (data, evaluate), state, column)
+        if group.process > 0 and not state.exists():
+            raise ValueError(
+                f"process {group.process} does not see what is in {folder}"
+            )
+        student, master = _models(model, teacher)
+        texts = _texts(student, (data, evaluate), state, column)
+        moments = None
+        if calibrate is not None:
+            moments = _moments(student, calibrate, gradients=low_rank_to is not None)
+        return student, master, *texts, moments
 
-    student, master, tokens, tests = group.in_turn(read)
-    moments = None
-    if calibrate is not None:
-        moments = _moments(student, calibrate, gradients=low_rank_to is not None)
+    student, master, tokens, tests, moments = group.in_turn(read)
     try:
         result = courses.run(
             student,
@@ -200,11 +203,24 @@ def train(
     except training.Stopped as error:
         print(f"kronjax: {error}; the same line goes on", file=sys.stderr)
         return 128 + error.signal
+    except Exception as error:
+        group.leave(2)
+        if group.processes > 1 and isinstance(error, RuntimeError):
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(
+                f"other processes are out of reach ({reason}): the same line goes on"
+            ) from error
+        raise
+
+    def save():
+        if group.process == 0:
+            stored = dtype or str(parameter_dtype(student))
+            checkpoint.save(checkpoint.cast(result.model, stored), folder)
+            shutil.rmtree(state, ignore_errors=True)
+
+    group.in_turn(save)
     if group.process > 0:
         return 0
-    stored = dtype or str(parameter_dtype(student))
-    checkpoint.save(checkpoint.cast(result.model, stored), folder)
-    shutil.rmtree(state, ignore_errors=True)
     if as_json:
         print(json.dumps(result.record, allow_nan=False))
         return 0
@@ -235,7 +251,7 @@ def new(
         folder: To write.
         data: The text, as for train.
         tokenizer: A model to take the tokenizer of instead.
-        vocabulary: Tokens at most.
+        vocabulary: Tokens at most of a tokenizer made here.
         layers: Number of blocks.
         width: Of the residual stream.
         heads: Of attention in each block.

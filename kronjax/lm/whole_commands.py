@@ -76,8 +76,9 @@ def compress(
     """
     try:
         opened, kept = _planned(path, rules, out, options)
-    except (ValueError, OSError) as error:
-        group.agree(problem=error)  # the others wait to hear of it
+    except Exception as error:
+        with contextlib.suppress(type(error)):
+            group.agree(problem=error)  # the others wait to hear of it
         raise
     plan, place = kept.plan, kept.place
     matrices = {**opened.tables, **opened.tensors}
@@ -156,9 +157,10 @@ def _begin(kept: Store, path: Path, options: Options, group: Hosts, stack) -> No
             _refuse_strangers(kept, path, options.force)
             lanes = batch.lanes_of(kept, _devices(), group.processes)
             kept.agree(lanes)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         problem = error
-    group.agree(kept.plan.hash, problem)
+    what = "sees another model or other rules"
+    group.agree(kept.plan.hash, problem, what=what)
     keys = sorted(batch.lanes_of(kept, _devices(), group.processes))
     known = group.exchange([0, *(kept.plan.lanes.get(key, 0) for key in keys)])[0][1:]
     lanes = {**kept.plan.lanes, **dict(zip(keys, known, strict=True))}

@@ -139,6 +139,8 @@ def test_processes_train_together_and_go_on_together(folder):
 def test_who_trains_together_deals_windows_out(folder, capsys):
     assert cli.main(command(folder, "--distributed")) == 2
     assert "--distributed needs --shard data or full" in capsys.readouterr().err
+    assert cli.main(command(folder, "--processes", "2")) == 2
+    assert "--process go with --distributed" in capsys.readouterr().err
 
 
 def test_a_student_follows_its_teacher(folder, small, capsys):

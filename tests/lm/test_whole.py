@@ -291,4 +291,4 @@ def test_processes_that_see_different_rules_part(folder):
     _, err = first.communicate(timeout=300)
     assert second.returncode == first.returncode == 2
     for text in (err, second.stderr):
-        assert "was given something else than process" in text
+        assert "sees another model or other rules" in text
