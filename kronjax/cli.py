@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 import kronjax
-from kronjax.lm import commands, compress_commands, train_commands
+from kronjax.lm import commands, compress_commands, fresh_commands, train_commands
 from kronjax.options import Flag, Json, Seed, Slice, option
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "plan": compress_commands.plan,
                 "compress": compress_commands.compress,
                 "report": compress_commands.report,
-                "new": train_commands.new,
+                "new": fresh_commands.new,
                 "train": train_commands.train,
                 "evaluate": commands.evaluate,
                 "generate": commands.generate,

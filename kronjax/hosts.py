@@ -97,25 +97,32 @@ class Hosts:
                     "the same"
                 )
 
-    def in_turn(self, work: Callable[[], T]) -> T:
-        """Return what some work returns; process 0 does it first.
-
-        What it leaves, in a file for example, the others find when they do the same.
+    def together(self, work: Callable[[], T]) -> T:
+        """Return what some work returns, once it has been done everywhere.
 
         Raises:
             Exception: As the work does.
             ValueError: If it failed elsewhere.
         """
-        made: list[T] = []
-        for is_first in (True, False):
-            problem = None
-            if (self.process == 0) == is_first:
-                try:
-                    made.append(work())
-                except Exception as error:  # the others wait to hear of any
-                    problem = error
-            self.agree(problem=problem)
+        made, problem = [], None
+        try:
+            made.append(work())
+        except Exception as error:  # the others wait to hear of any
+            problem = error
+        self.agree(problem=problem)
         return made[0]
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """Return the same as `together`; process 0 does the work first.
+
+        What it leaves, in a file for example, the others find when they do the same.
+        """
+        if self.process > 0:
+            self.together(lambda: None)
+        found = self.together(work)
+        if self.process == 0:
+            self.together(lambda: None)
+        return found
 
     def leave(self, code: int) -> None:
         """End this process soon, also if the others wait for it somewhere else.

@@ -128,6 +128,7 @@ ORDER = [
     "lm.commands",
     "lm.whole_commands",
     "lm.compress_commands",
+    "lm.fresh_commands",
     "lm.train_commands",
     "lm",
     "report",

@@ -17,7 +17,6 @@ Radford et al. (2019) for the model.
 import argparse
 import dataclasses
 import hashlib
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,6 @@ CONFIG = gpt2.Config(
     n_embd=192,
     n_layer=4,
     n_head=6,
-    # Without these, other programs take the settings of the published GPT-2.
-    origin=json.dumps(
-        {
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "attn_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0,
-        }
-    ),
 )
 """The model."""
 
@@ -115,10 +104,10 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)  # or fail now, not after the training
     texts = list(corpus.documents())
     if start is None:
-        model = fresh.draw(CONFIG, plan.seed)
         tokenizer = tokenizers.train(
             texts, CONFIG.vocab_size, context=CONFIG.n_positions
         )
+        model = fresh.begin(CONFIG, tokenizer, plan.seed)
     else:
         model = lm.load(start, dtype="float32")
         tokenizer = tokenizer_of(model)

@@ -61,7 +61,7 @@ def prepare(
     path = folder / f"tokens-{mark.hexdigest()[:16]}.npy"
     if not path.is_file():
         documents = texts.stream(source, column=column, size=_LIMIT)
-        _write(path, documents, tokenizer, str(source))
+        _write(path, documents, tokenizer)
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
@@ -166,7 +166,7 @@ def in_order(tokens: np.ndarray, length: int, most: int) -> np.ndarray:
     )
 
 
-def _write(path, documents, tokenizer: Tokenizer, source: str) -> None:
+def _write(path, documents, tokenizer: Tokenizer) -> None:
     """Write the tokens of documents as a `.npy` file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
@@ -177,17 +177,15 @@ def _write(path, documents, tokenizer: Tokenizer, source: str) -> None:
             # The number of tokens is known at the end; its field has a fixed width.
             header = functools.partial(_header, dtype)
             file.write(header(0))
-            count, is_empty = 0, True
+            count = 0
             for document in documents:
                 for part in document:
                     tokens = tokenizer.encode(part, special=False)
                     file.write(tokens.astype(dtype).tobytes())
-                    count, is_empty = count + len(tokens), is_empty and not part.strip()
+                    count += len(tokens)
                 if end is not None:
                     file.write(np.array([end], dtype).tobytes())
                     count += 1
-            if is_empty:
-                raise ValueError(f"{source} is empty")
             file.seek(0)
             file.write(header(count))
             file.flush()

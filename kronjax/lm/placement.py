@@ -86,7 +86,10 @@ class Placement:
 
     def put(self, tree: Any) -> Any:
         """Return a tree with its arrays laid out; those that are so already as is."""
-        return jax.tree.map(self._lay, tree, self.layouts(tree))
+        layouts = self.layouts(tree)
+        if not self.is_shared:
+            return jax.device_put(tree, layouts)  # all at once
+        return jax.tree.map(self._lay, tree, layouts)
 
     def deal(self, windows: np.ndarray, axis: int) -> jax.Array:
         """Return windows that lie along an axis, dealt out to the devices."""

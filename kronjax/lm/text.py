@@ -120,15 +120,25 @@ def stream(
         pieces that make it.
 
     Raises:
-        ValueError, OSError, ImportError: As `read`, but for a text without any word.
+        ValueError, OSError, ImportError: As `read`; for a text without any word once
+            all of it is read.
     """
+    has_words = False
+
+    def watched(lines):
+        nonlocal has_words
+        for piece in _pieces(lines, size):
+            has_words = has_words or bool(piece.strip())
+            yield piece
+
     rows = _rows(path_or_name, column)
     if rows is None:
-        yield _pieces(_lines(Path(path_or_name)), size)
-        return
-    for row in rows:
+        yield watched(_lines(Path(path_or_name)))
+    for row in rows or ():
         if row.strip():
-            yield _pieces(iter(row.splitlines(keepends=True)), size)
+            yield watched(iter(row.splitlines(keepends=True)))
+    if not has_words:
+        raise ValueError(f"{path_or_name} is empty")
 
 
 def _pieces(lines: Iterator[str], size: int) -> Iterator[str]:

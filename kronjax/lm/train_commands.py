@@ -1,4 +1,4 @@
-"""The commands that begin models and train them: new, train.
+"""The command that trains models: train.
 
 What it needs is imported inside, so that `kronjax --help` loads no jax.
 """
@@ -8,8 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
-
-import tyro
 
 from kronjax.lm.commands import Dtype, Model
 from kronjax.options import Flag, Json, Seed, option
@@ -126,6 +124,8 @@ def train(
         force: Replace the model that is in FOLDER, and forget an interrupted training.
         as_json: Print the record as one JSON object.
     """
+    import jax
+
     from kronjax import hosts
     from kronjax.lm import checkpoint, regimen, sources
     from kronjax.lm import course as courses
@@ -174,28 +174,33 @@ def train(
     if force and group.process == 0:
         shutil.rmtree(state, ignore_errors=True)
 
-    def read():
+    def models():
         if (folder / "config.json").exists() and not force:
             raise ValueError(f"{folder} already holds a model; --force replaces it")
+        return _models(model, teacher)
+
+    def texts():
         if group.process > 0 and not state.exists():
             raise ValueError(
                 f"process {group.process} does not see what is in {folder}"
             )
-        student, master = _models(model, teacher)
-        texts = _texts(student, (data, evaluate), state, column)
-        moments = None
-        if calibrate is not None:
-            moments = _moments(student, calibrate, gradients=low_rank_to is not None)
-        return student, master, *texts, moments
+        return _texts(student, (data, evaluate), state, column)
 
-    student, master, tokens, tests, moments = group.in_turn(read)
+    def moments():
+        if calibrate is None:
+            return None
+        return _moments(student, calibrate, gradients=low_rank_to is not None)
+
+    student, master = group.together(models)
+    tokens, tests = group.in_turn(texts)
+    measured = group.together(moments)
     try:
         result = courses.run(
             student,
             tokens,
             settings,
             plan,
-            moments=moments,
+            moments=measured,
             teacher=master,
             held_out=tests,
             folder=folder,
@@ -205,7 +210,7 @@ def train(
         return 128 + error.signal
     except Exception as error:
         group.leave(2)
-        if group.processes > 1 and isinstance(error, RuntimeError):
+        if group.processes > 1 and isinstance(error, jax.errors.JaxRuntimeError):
             reason = " ".join(str(error).split())[:200]
             raise OSError(
                 f"other processes are out of reach ({reason}): the same line goes on"
@@ -218,80 +223,13 @@ def train(
             checkpoint.save(checkpoint.cast(result.model, stored), folder)
             shutil.rmtree(state, ignore_errors=True)
 
-    group.in_turn(save)
+    group.together(save)
     if group.process > 0:
         return 0
     if as_json:
         print(json.dumps(result.record, allow_nan=False))
         return 0
     _show(result.record, folder)
-    return 0
-
-
-def new(
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
-    *,
-    data: Annotated[str | None, option("FILE")] = None,
-    tokenizer: Annotated[str | None, option("MODEL")] = None,
-    vocabulary: Annotated[int, option("N")] = 8192,
-    layers: Annotated[int, option("N")] = 4,
-    width: Annotated[int, option("N")] = 256,
-    heads: Annotated[int, option("N")] = 4,
-    context: Annotated[int, option("N")] = 256,
-    column: Annotated[str, option("NAME")] = "text",
-    seed: Seed = 0,
-    force: Flag = False,
-    as_json: Json = False,
-) -> int:
-    """Begin a GPT-2 with weights drawn at random and a tokenizer made of a text.
-
-    `kronjax train FOLDER` trains it.
-
-    Args:
-        folder: To write.
-        data: The text, as for train.
-        tokenizer: A model to take the tokenizer of instead.
-        vocabulary: Tokens at most of a tokenizer made here.
-        layers: Number of blocks.
-        width: Of the residual stream.
-        heads: Of attention in each block.
-        context: Tokens that the model sees at once.
-        column: The field with the text, where rows have several.
-        seed: Of the weights.
-        force: Replace the model that is in FOLDER.
-        as_json: Print one JSON object.
-    """
-    from kronjax.lm import checkpoint, fresh, gpt2, sizes, sources
-
-    if (data is None) == (tokenizer is None):
-        raise ValueError(
-            "give --data FILE to make a tokenizer of, or --tokenizer MODEL"
-        )
-    for name, value in (("layers", layers), ("heads", heads), ("context", context)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}; it must be at least 1")
-    if width < 1 or width % heads:
-        raise ValueError(f"--width {width} is no multiple of --heads {heads}")
-    folder = sources.expanded(folder)
-    if (folder / "config.json").exists() and not force:
-        raise ValueError(f"{folder} already holds a model; --force replaces it")
-    config = gpt2.Config(
-        vocab_size=vocabulary,
-        n_positions=context,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-    )
-    model = fresh.begin(config, text=data, given=tokenizer, column=column, seed=seed)
-    checkpoint.save(model, folder)
-    count, tokens = sizes.count(model).parameters, model.config.vocab_size
-    if as_json:
-        print(json.dumps({"parameters": count, "vocabulary": tokens}))
-    else:
-        print(
-            f"{folder} holds a GPT-2 of {count:,} parameters, drawn at random, and a "
-            f"tokenizer of {tokens:,} tokens."
-        )
     return 0
 
 

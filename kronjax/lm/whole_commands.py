@@ -74,12 +74,7 @@ def compress(
     Returns:
         0, or `FAILURE` if a matrix failed.
     """
-    try:
-        opened, kept = _planned(path, rules, out, options)
-    except Exception as error:
-        with contextlib.suppress(type(error)):
-            group.agree(problem=error)  # the others wait to hear of it
-        raise
+    opened, kept = group.together(lambda: _planned(path, rules, out, options))
     plan, place = kept.plan, kept.place
     matrices = {**opened.tables, **opened.tensors}
     if group.process == 0:
