@@ -162,12 +162,13 @@ def replace(model: nnx.Module, name: str, layer: Layer | Table) -> None:
     Raises:
         ValueError: If there is no such layer, or the sizes differ.
     """
-    is_table = isinstance(layer, Table)
-    layers: Mapping[str, Any] = tables(model) if is_table else linear_layers(model)
-    if name not in layers:
+    kind = Table if isinstance(layer, Table) else Layer
+    there = _at(model, name.split("."))
+    if not isinstance(there, kind):
+        layers: Mapping[str, Any] = (tables if kind is Table else linear_layers)(model)
         close = difflib.get_close_matches(name, layers, n=3) or list(layers)[:3]
         raise ValueError(f"no layer {name}; did you mean {' or '.join(close)}?")
-    old, new = shape_of(layers[name]), shape_of(layer)
+    old, new = shape_of(there), shape_of(layer)
     if old != new:
         raise ValueError(
             f"{name} maps {old[0]} to {old[1]}, the new layer {new[0]} to {new[1]}"
@@ -184,10 +185,18 @@ def put(model: nnx.Module, name: str, call: Any) -> None:
         call: What the model will call with the input of the layer.
     """
     *path, last = name.split(".")
-    parent: Any = model
+    setattr(_at(model, path), last, call)
+
+
+def _at(model, path) -> Any:
+    """Return what is at a path of names and numbers, or None."""
+    there = model
     for part in path:
-        parent = parent[int(part)] if part.isdigit() else getattr(parent, part)
-    setattr(parent, last, call)
+        try:
+            there = there[int(part)] if part.isdigit() else getattr(there, part)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            return None
+    return there
 
 
 def dense(layer: Layer) -> nnx.Linear:

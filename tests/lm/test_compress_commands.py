@@ -85,7 +85,8 @@ def test_plans_of_gpt2_count_what_the_literature_counts(tmp_path, capsys):
     config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
     config |= {"n_embd": 768, "n_layer": 12, "n_head": 12}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    for a_shape, total in KRONY_PT.items():
+    # All of them: see test_nn.
+    for a_shape, total in list(KRONY_PT.items())[::7]:
         rules = [
             {"match": f"h.*.mlp.{name}", "method": "kronecker", "terms": [term]}
             for name, term in (
