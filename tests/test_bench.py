@@ -134,7 +134,7 @@ def check_compression(results):
 
 
 def check_continuation(results):
-    assert len(results["random"]) == 6
+    assert len(results["random"]) == 3 * 6
     for row in results["random"]:
         assert 0 < row["gemms"] < row["gemms_doubling"]
         assert row["excess"] > -1 and -1e-12 < row["gap"] < 1
