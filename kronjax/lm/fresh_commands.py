@@ -18,7 +18,7 @@ def new(
     *,
     data: Annotated[str | None, option("FILE")] = None,
     tokenizer: Annotated[str | None, option("MODEL")] = None,
-    vocabulary: Annotated[int, option("N")] = 8192,
+    vocabulary: Annotated[int | None, option("N")] = None,
     layers: Annotated[int, option("N")] = 4,
     width: Annotated[int, option("N")] = 256,
     heads: Annotated[int, option("N")] = 4,
@@ -36,7 +36,7 @@ def new(
         folder: To write.
         data: The text, as for train.
         tokenizer: A model to take the tokenizer of instead.
-        vocabulary: Tokens at most of a tokenizer made here.
+        vocabulary: Tokens at most of a tokenizer made here; 8192 by default.
         layers: Number of blocks.
         width: Of the residual stream.
         heads: Of attention in each block.
@@ -54,6 +54,10 @@ def new(
         raise ValueError(
             "give --data FILE to make a tokenizer of, or --tokenizer MODEL"
         )
+    if tokenizer is not None and vocabulary is not None:
+        raise ValueError(
+            "--tokenizer brings its own vocabulary; leave out --vocabulary"
+        )
     for name, value in (("layers", layers), ("heads", heads), ("context", context)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
@@ -63,7 +67,6 @@ def new(
     if (folder / "config.json").exists() and not force:
         raise ValueError(f"{folder} already holds a model; --force replaces it")
     config = gpt2.Config(
-        vocab_size=vocabulary,
         n_positions=context,
         n_embd=width,
         n_layer=layers,
@@ -73,7 +76,8 @@ def new(
         spoken = _tokenizer_of(tokenizer)
     else:
         pieces = itertools.chain.from_iterable(texts.stream(data or "", column=column))
-        spoken = tokenizers.train(pieces, vocabulary, context=context)
+        most = 8192 if vocabulary is None else vocabulary
+        spoken = tokenizers.train(pieces, most, context=context)
     model = fresh.begin(config, spoken, seed)
     checkpoint.save(model, folder)
     count, tokens = sizes.count(model).parameters, model.config.vocab_size

@@ -71,10 +71,14 @@ class Tokenizer:
         """Hash the content of the files."""
         return hash(self.digest)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
-        """Number of tokens, added ones included."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
+        """Rows that a table for it needs: one more than the last token's number.
+
+        More than there are tokens where numbers are left out.
+        """
+        numbers = self._backend.get_vocab(with_added_tokens=True).values()
+        return 1 + max(numbers, default=-1)
 
     @property
     def eos(self) -> int | None:

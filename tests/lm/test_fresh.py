@@ -22,11 +22,11 @@ def text(tmp_path):
 
 def new(folder, *more):
     sizes = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16"]
-    return ["new", str(folder), "--vocabulary", "290", *sizes, *map(str, more)]
+    return ["new", str(folder), *sizes, *map(str, more)]
 
 
 def test_a_model_begins_with_a_tokenizer_of_its_text(tmp_path, text, capsys):
-    more = ("--data", text, "--column", "body")
+    more = ("--data", text, "--column", "body", "--vocabulary", "290")
     assert cli.main(new(tmp_path / "a", *more)) == 0
     assert "a tokenizer of 290 tokens" in capsys.readouterr().out
     model = lm.load(tmp_path / "a")
@@ -66,7 +66,9 @@ def test_a_short_text_makes_a_small_vocabulary():
         (("--data", "TEXT", "--vocabulary", "256"), "take 257 or more"),
         (("--data", "TEXT", "--heads", "3"), "--width 16 is no multiple of --heads 3"),
         (("--data", "TEXT", "--layers", "0"), "--layers is 0"),
+        (("--data", "TEXT", "--vocabulary", "0"), "take 257 or more"),
         (("--tokenizer", "HERE"), "has no tokenizer"),
+        (("--tokenizer", "HERE", "--vocabulary", "290"), "brings its own vocabulary"),
         (("--data", "EMPTY"), "is empty"),
     ],
 )
@@ -80,7 +82,7 @@ def test_mistakes_end_with_a_line(tmp_path, text, capsys, more, message):
 
 
 def test_a_model_that_is_there_stays(tmp_path, text, capsys):
-    more = ("--data", text, "--column", "body")
+    more = ("--data", text, "--column", "body", "--vocabulary", "290")
     assert cli.main(new(tmp_path / "a", *more)) == 0
     before = (tmp_path / "a" / "model.safetensors").read_bytes()
     assert cli.main(new(tmp_path / "a", *more, "--seed", "1")) == 2

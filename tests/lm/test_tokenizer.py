@@ -42,6 +42,13 @@ def test_opt_begins_with_a_token_that_its_folder_asks_for(tokenizer):
     np.testing.assert_array_equal(made.encode(TEXT, special=False), tokens)
 
 
+def test_numbers_may_be_left_out():
+    words = {"type": "WordLevel", "vocab": {"a": 0, "b": 70000}, "unk_token": "a"}
+    made = Tokenizer({"tokenizer.json": json.dumps({"model": words}).encode()})
+    assert made.encode("b").tolist() == [70000]
+    assert made.size == 70001
+
+
 def test_equal_files_are_equal_tokenizers(tokenizer):
     same = Tokenizer(dict(reversed(list(tokenizer.files.items()))))
     assert same == tokenizer and hash(same) == hash(tokenizer)
