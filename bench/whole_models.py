@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 
 from bench import runs, script, spectral_norms, timing
-from kronjax import Configuration, pool
+from kronjax import Configuration, threads
 
 GAP = 0.05
 MEMORY = 6.0
@@ -142,7 +142,7 @@ def run_devices(count):
     """Times of small matrices on one and on eight simulated devices, in one process."""
     run = subprocess.run(
         [sys.executable, "-c", DEVICES, str(count)],
-        env={**os.environ, pool.THREADS: "16"},
+        env={**os.environ, threads.VARIABLE: "16"},
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,7 +1,8 @@
 """Many matrices solved on the devices of this process, and kept one by one.
 
     plan → groups of equal shape, configurations, norm and precision, the largest first
-         → a pool of slots on all devices (or truncated SVD, where that is the answer)
+         → a pool of slots on all devices, on a processor a crew of pools (or truncated
+           SVD, where that is the answer)
          → factors and record into the store, as each matrix is finished
 
 Matrices are read when there is room for them, and only then. Process `i` of `k` solves
@@ -27,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kronjax import __version__, files, slots, store, tasks
+from kronjax import __version__, crew, files, slots, store, tasks
 from kronjax.descent import Status
 from kronjax.errors import Errors, measure
 from kronjax.kronecker import KroneckerTerms
@@ -142,22 +143,22 @@ def run(
 
 
 def _solve(group, matrices, store, devices, tell):
-    """Solve a group in a pool."""
+    """Solve a group by a crew of pools."""
     key = lanes_key(group, devices)
     wanted = store.plan.lanes[key]
     tell(f"compiling {group.key}", 0)
-    pool, lanes = pool_of(group, wanted, devices, store.plan.settings)
+    pools, lanes = pools_of(group, wanted, devices, store.plan.settings)
     if lanes != wanted:
         store.remember(key, lanes)
     held: dict[Task, tuple[np.ndarray, float]] = {}
+    failed: list[Task] = []
     spent = 0
 
     def given():
         for task in group.tasks:
             begun, matrix = time.perf_counter(), read(task, matrices)
             if matrix is None:
-                store.put(task, (), _failed(task, "it holds NaN or infinite entries"))
-                tell(group.key, 1)
+                failed.append(task)
                 continue
             held[task] = matrix, begun
             yield task, matrix, store.plan.settings.seed + task.index
@@ -167,10 +168,13 @@ def _solve(group, matrices, store, devices, tell):
         spent += products
         tell(f"{group.key}: {spent:,} products", 0)
 
-    for found in pool.solve(given(), tick):
+    for found in crew.solve(pools, given(), tick):
         task: Any = found.key
         matrix, begun = held.pop(task)
         _keep(task, found, matrix, time.perf_counter() - begun, store, devices)
+        tell(group.key, 1)
+    for task in failed:
+        store.put(task, (), _failed(task, "it holds NaN or infinite entries"))
         tell(group.key, 1)
 
 
@@ -284,10 +288,10 @@ def read(task: Task, matrices: Mapping[str, np.ndarray]) -> np.ndarray | None:
     return matrix if np.isfinite(matrix).all() else None
 
 
-def pool_of(
+def pools_of(
     group: Group, lanes: int, devices: Sequence[Any], settings: Settings
-) -> tuple[Pool, int]:
-    """Return a pool that fits into memory, and its lanes: fewer if need be.
+) -> tuple[list[Pool], int]:
+    """Return a crew that fits into memory, and the lanes of each: fewer if need be.
 
     Args:
         group: With a problem.
@@ -295,11 +299,12 @@ def pool_of(
         devices: To use.
         settings: Of the solves.
     """
-    problem, limit = group.problem, _limit(devices)
-    share = -(-group.count // len(devices))
+    problem, limit, most = group.problem, _limit(devices), crew.size(devices)
+    share = -(-group.count // (len(devices) * most))
     assert problem is not None
-    while True:
-        pool = Pool(
+
+    def made(lanes):
+        return Pool(
             problem,
             group.dtype,
             lanes=lanes,
@@ -307,9 +312,14 @@ def pool_of(
             devices=list(devices),
             tolerance=settings.tolerance,
         )
-        if pool.memory <= limit or lanes == 1:
-            return pool, lanes
+
+    pool = made(lanes)
+    while pool.memory > limit and lanes > 1:
         lanes = max(min(lanes - 1, lanes * limit // pool.memory), 1)
+        pool = made(lanes)
+    useful = -(-group.count // (len(devices) * lanes))
+    count = max(min(most, useful, limit // max(pool.memory, 1)), 1)
+    return [pool, *(made(lanes) for _ in range(count - 1))], lanes
 
 
 def _lanes(group, devices, share) -> int:

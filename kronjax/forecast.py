@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kronjax import batch
+from kronjax import batch, crew
 from kronjax.store import Store
 
 PRODUCTS = 350
@@ -68,18 +68,20 @@ def of(
             else:
                 begun = time.perf_counter()
                 count = lanes[batch.lanes_key(group, devices)]
-                pool, count = batch.pool_of(group, count, devices, plan.settings)
+                pools, count = batch.pools_of(group, count, devices, plan.settings)
                 compiling = time.perf_counter() - begun
-                seconds = compiling + _seconds(group, matrices, pool, plan.settings)
-                found = Estimate(group, count, pool.memory, seconds)
+                seconds = compiling + _seconds(group, matrices, pools, plan.settings)
+                memory = sum(pool.memory for pool in pools)
+                found = Estimate(group, count, memory, seconds)
         tell(group.key, group.count)
         yield found
 
 
-def _seconds(group, matrices, pool, settings) -> float:
+def _seconds(group, matrices, pools, settings) -> float:
     """Return the seconds that a group will take, after a short trial."""
     begun, count = time.perf_counter(), 0
-    taken = group.tasks[: pool.lanes * pool.mesh.devices.size]
+    lanes = sum(pool.lanes * pool.mesh.devices.size for pool in pools)
+    taken = group.tasks[:lanes]
     ticks: list[tuple[float, int]] = []
 
     def tick(products):
@@ -87,9 +89,10 @@ def _seconds(group, matrices, pool, settings) -> float:
         if len(ticks) > 1 and time.perf_counter() - begun > PROBE:
             raise TimeoutError
 
-    given = ((x, batch.read(x, matrices), 0) for x in taken)
+    read = ((x, batch.read(x, matrices)) for x in taken)
+    finite = ((x, matrix, 0) for x, matrix in read if matrix is not None)
     try:
-        for _ in pool.solve((one for one in given if one[1] is not None), tick):
+        for _ in crew.solve(pools, finite, tick):
             count += 1
     except TimeoutError:
         count = 0

@@ -21,7 +21,6 @@ of lanes, which decides how products are computed. No device talks to another on
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kronjax import schatten
+from kronjax import schatten, threads
 from kronjax import slots as programs
 from kronjax.descent import Status
 from kronjax.kronecker import KroneckerTerms
@@ -38,9 +37,6 @@ from kronjax.problem import Problem
 
 SLICE = 24
 """Products of the size of `EᵀE` that a lane spends in one call, about."""
-
-THREADS = "PJRT_NPROC"
-"""Environment variable with the number of threads of the processor's pool."""
 
 Matrix = tuple[Hashable, np.ndarray, int]
 """A key, `[m, n]`, and the seed of its perturbed starts."""
@@ -370,13 +366,12 @@ class Pool:
 def _check_threads(devices) -> None:
     """Refuse simulated devices that would wait for each other's threads for ever.
 
-    A decomposition of many matrices waits for threads of the pool that the devices
-    themselves run in: seen with eight devices and two threads.
+    Seen with eight devices and two threads: see `threads`.
     """
-    threads = int(os.environ.get(THREADS) or os.cpu_count() or 1)
-    wanted = 2 * len(devices)
-    if devices[0].platform == "cpu" and len(devices) > 1 and threads < wanted:
+    wanted = threads.EACH * len(devices)
+    if devices[0].platform == "cpu" and len(devices) > 1 and threads.count() < wanted:
         raise ValueError(
-            f"{len(devices)} simulated devices share {threads} threads, and could wait "
-            f"for each other for ever: set {THREADS}={wanted} before Python starts"
+            f"{len(devices)} simulated devices share {threads.count()} threads, and "
+            f"could wait for each other for ever: set {threads.VARIABLE}={wanted} "
+            "before Python starts"
         )

@@ -10,6 +10,8 @@ import shutil
 import tempfile
 from importlib import metadata
 
+from kronjax import threads
+
 # Threads of OpenBLAS wait actively: those of one worker slow those of the other by
 # factors of ten and more. It reads this when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -22,6 +24,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0"
     + " --xla_cpu_use_fusion_emitters=false" * (metadata.version("jaxlib") < "0.11")
 )
+
+# Threads for three pools at once, as `kronjax compress` has them on two cores.
+os.environ.setdefault(threads.VARIABLE, str(3 * threads.EACH))
 
 import hypothesis
 import jax

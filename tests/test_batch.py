@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kronjax import batch, forecast, outcome, output, places, pool, recipe, store, tasks
+from kronjax import (
+    batch,
+    forecast,
+    outcome,
+    output,
+    places,
+    recipe,
+    store,
+    tasks,
+    threads,
+)
 from kronjax.dense import multiply_out
 from kronjax.store import Store
 
@@ -334,7 +344,7 @@ def test_what_one_device_began_eight_end_bit_by_bit(matrices, whole, tmp_path):
         env={
             **os.environ,
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-            pool.THREADS: "16",
+            threads.VARIABLE: "16",
         },
         timeout=400,
         capture_output=True,

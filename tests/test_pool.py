@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from kronjax import Configuration, Status, approximate, slots
+from kronjax import Configuration, Status, approximate, slots, threads
 from kronjax import pool as pools
 from kronjax.dense import multiply_out
 from kronjax.pool import Pool
@@ -176,7 +176,7 @@ def test_no_device_talks_to_another_one(problem, pool):
 
 
 def test_simulated_devices_without_threads_are_refused(problem, monkeypatch):
-    monkeypatch.setenv(pools.THREADS, "2")
+    monkeypatch.setenv(threads.VARIABLE, "2")
     (one,) = jax.devices()
     with pytest.raises(ValueError, match="set PJRT_NPROC=4 before"):
         Pool(problem, np.dtype(np.float32), lanes=1, slots=1, devices=[one, one])
@@ -189,7 +189,7 @@ def test_eight_devices_find_what_one_does():
         env={
             **os.environ,
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
-            pools.THREADS: "16",
+            threads.VARIABLE: "16",
         },
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from kronjax import threads
 from kronjax.lm.commands import Dtype, Model
 from kronjax.options import Flag, Json, Seed, option
 
@@ -150,6 +151,8 @@ def compress(
         force: Replace the model that is in FOLDER.
         as_json: Print the record as one JSON object.
     """
+    if recipe is not None:
+        threads.reserve()
     from kronjax import hosts, tasks
     from kronjax import recipe as recipes
     from kronjax.lm import sources, whole_commands

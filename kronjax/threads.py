@@ -1,0 +1,45 @@
+"""The threads that jax computes with on processors; without jax.
+
+Their number is that of the cores, or what `VARIABLE` says when jax first computes. A
+decomposition of several matrices holds one of them while it waits for others: of what
+runs at the same time each needs `EACH`, or all may wait for ever.
+"""
+
+import os
+import sys
+
+VARIABLE = "PJRT_NPROC"
+"""Environment variable with the number of threads."""
+
+EACH = 2
+"""Threads for each program, or simulated device, that runs at the same time."""
+
+MOST = 16
+"""Programs at the same time at most. A guess."""
+
+
+def count() -> int:
+    """Return the number of threads, as far as the environment tells."""
+    return int(os.environ.get(VARIABLE) or os.cpu_count() or 1)
+
+
+def programs() -> int:
+    """Return how many programs keep all cores busy: one more than there are cores.
+
+    Where one decomposes on a single core, others multiply. At most as many as the
+    threads allow for, and at least one.
+    """
+    return max(min(_wanted(), count() // EACH), 1)
+
+
+def reserve() -> None:
+    """Ask for threads enough for as many `programs` as are wanted.
+
+    Where jax is there already it may be too late, and nothing is done.
+    """
+    if "jax" not in sys.modules:
+        os.environ.setdefault(VARIABLE, str(EACH * _wanted()))
+
+
+def _wanted():
+    return min((os.cpu_count() or 1) + 1, MOST)

@@ -1,0 +1,101 @@
+"""Pools side by side: what they find, and how they stop."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from kronjax import Configuration, crew, threads
+from kronjax.pool import Pool
+from kronjax.problem import Problem
+
+LANES = 3
+
+
+@pytest.fixture(scope="module")
+def pools():
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), starts=2)
+    return [Pool(problem, np.dtype(np.float32), lanes=LANES, slots=7) for _ in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def draw(count):
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((count, 12, 18)).astype(np.float32)
+
+
+def given(matrices):
+    return ((i, one, i) for i, one in enumerate(matrices))
+
+
+def test_a_crew_finds_what_one_pool_does(pools):
+    ticks: dict[int, list[int]] = {1: [], 3: []}
+    runs = {
+        count: {
+            one.key: one
+            for one in crew.solve(pools[:count], given(draw(20)), ticks[count].append)
+        }
+        for count in ticks
+    }
+    assert sum(ticks[1]) == sum(ticks[3])
+    assert sorted(runs[3]) == list(range(20))
+    for key, one in runs[1].items():
+        other = runs[3][key]
+        assert (one.spectral_error, one.gemms) == (other.spectral_error, other.gemms)
+        np.testing.assert_array_equal(one.terms[0].a, other.terms[0].a)
+
+
+def test_nothing_comes_of_nothing(pools):
+    assert list(crew.solve(pools, iter(()))) == []
+
+
+@pytest.mark.parametrize("by", ["matrices", "tick"])
+def test_a_mistake_ends_all(pools, by):
+    def broken(*_):
+        raise OSError("the disk is full")
+
+    def matrices():
+        yield from given(draw(4))
+        if by == "matrices":
+            broken()
+
+    with pytest.raises(OSError, match="the disk is full"):
+        list(crew.solve(pools, matrices(), broken if by == "tick" else lambda _: None))
+    # They can be used again.
+    assert len(list(crew.solve(pools, given(draw(5))))) == 5
+
+
+def test_who_has_seen_enough_may_leave(pools):
+    found = crew.solve(pools, given(draw(40)))
+    next(found)
+    found.close()
+
+
+def test_threads_compute_in_the_precision_of_who_calls():
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", starts=1)
+    matrices = draw(4).astype(np.float64)
+    pools = [Pool(problem, np.dtype(np.float64), lanes=1, slots=1) for _ in range(2)]
+    for one in crew.solve(pools, given(matrices)):
+        assert one.terms[0].a.dtype == np.float64
+
+
+def test_one_pool_where_there_are_no_threads_or_many_devices(monkeypatch):
+    (device,) = jax.devices()
+    assert crew.size([device]) >= 1
+    assert crew.size([device, device]) == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    for number, programs in (("2", 1), ("4", 2), ("9", 4), ("64", 5)):
+        monkeypatch.setenv(threads.VARIABLE, number)
+        assert threads.programs() == programs
+    monkeypatch.delenv(threads.VARIABLE)
+    assert threads.programs() == 2
+    # jax is there already: whether threads can still be had nobody knows.
+    threads.reserve()
+    assert threads.count() == 4
