@@ -50,6 +50,17 @@ def compress(folder, name, out, tolerance, environment=None):
     return json.loads(told), seconds, usage.ru_maxrss / 2**20
 
 
+def span(folder, prefix):
+    """Seconds from when the first matrix of a name was read until the last was kept."""
+    begun, ended = [], []
+    for path in (folder / "matrices").glob("*.json"):
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["name"].startswith(prefix):
+            ended.append(path.stat().st_mtime)
+            begun.append(ended[-1] - told["seconds"])
+    return max(ended) - min(begun)
+
+
 def kill(folder, count, kills):
     """Kill runs of matrices of 36 x 36 again and again; what was found in the end."""
     rng = np.random.default_rng(1)

@@ -7,6 +7,7 @@ in a process of its own makes them half as large, by near-square configurations 
 spectral norm; its wall time, file work and compilation included, is compared with the
 products that it spent at the rate of plain ones, its memory is the peak that the system
 reports.  The same square matrices one by one, by a jitted `kronjax.solve`, are the
+rival.  Thousands of small matrices, compilation apart and files, too, have the same
 rival.  Then a run of small matrices is killed at random moments and begun again until
 it ends, and compared bit by bit with one that nobody disturbed; and eight simulated
 devices are compared with one.
@@ -78,6 +79,42 @@ print(json.dumps({"identical": found[1] == found[8], "seconds": seconds}))
 """
 
 
+THOUSANDS = """
+import json, sys, time
+from kronjax import threads
+threads.reserve()
+import jax
+import numpy as np
+from kronjax import Configuration, batch, crew, places, recipe, solve, store, tasks
+count, loop, tolerance = int(sys.argv[1]), int(sys.argv[2]), 1e-2
+drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
+rule = "{match: '*', method: kronecker, terms: [{a_shape: [6, 6], rank: 3}]"
+plan = tasks.make(
+    recipe.loads(f"rules: [{rule}, weighting: none}}]"),
+    {f"w.{i}": x for i, x in enumerate(drawn)},
+    settings=tasks.Settings(tolerance, starts=1),
+)
+(group,), devices = batch.groups(plan.tasks, plan.settings), jax.devices()
+kept = store.Store(places.find("memory://thousands"), plan)
+(lanes,) = batch.lanes_of(kept, devices).values()
+pools, lanes = batch.pools_of(group, lanes, devices, plan.settings)
+alone = jax.jit(
+    lambda x: solve(x, Configuration((6, 6), 3), starts=1, tolerance=tolerance)
+)
+jax.block_until_ready(alone(drawn[0]))
+list(crew.solve(pools, ((i, drawn[i], 0) for i in range(min(count, lanes)))))
+seconds = []
+for some, work in (
+    (count, lambda: list(crew.solve(pools, ((i, x, 0) for i, x in enumerate(drawn))))),
+    (loop, lambda: [jax.block_until_ready(alone(x)) for x in drawn[:loop]]),
+):
+    begun = time.perf_counter()
+    found = work()
+    seconds.append((time.perf_counter() - begun) / some)
+print(json.dumps({"batch": seconds[0], "loop": seconds[1], "pools": len(pools)}))
+"""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What to run.
@@ -91,6 +128,8 @@ class Experiment:
         kills: How often the small run is killed.
         small: Its matrices of 36 x 36.
         shared: Matrices that one device solves, and eight.
+        thousands: Matrices of 36 x 36 that are solved in pools.
+        some: How many of them the rival solves.
     """
 
     counts: tuple[int, int, int] = (48, 12, 12)
@@ -101,6 +140,8 @@ class Experiment:
     kills: int = 20
     small: int = 512
     shared: int = 128
+    thousands: int = 4096
+    some: int = 128
 
 
 QUICK = Experiment(
@@ -112,6 +153,8 @@ QUICK = Experiment(
     kills=1,
     small=8,
     shared=8,
+    thousands=4,
+    some=1,
 )
 
 
@@ -138,11 +181,11 @@ def flops_of(record):
     return 2 * n**3 * record["gemms"] + 4 * n**2 * (m - n) * record["steps"]
 
 
-def run_devices(count):
-    """Times of small matrices on one and on eight simulated devices, in one process."""
+def run_python(code, *arguments, **environment):
+    """Run code in a process of its own; what it prints as JSON."""
     run = subprocess.run(
-        [sys.executable, "-c", DEVICES, str(count)],
-        env={**os.environ, threads.VARIABLE: "16"},
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=900,
@@ -152,7 +195,7 @@ def run_devices(count):
     return json.loads(run.stdout)
 
 
-def targets_of(model, kills, devices):
+def targets_of(model, small, kills, devices):
     """What was asked for."""
     one, eight = (min(devices["seconds"][key]) for key in ("1", "8"))
     return [
@@ -160,6 +203,7 @@ def targets_of(model, kills, devices):
         script.Target("memory, GiB", model["memory"], MEMORY),
         script.Target("products at the rate of plain ones", model["share"], 0.5, True),
         script.Target("loop of solve / batch", model["loop_ratio"], 1.3, True),
+        script.Target("36 x 36: loop / batch", small["loop"] / small["batch"], 4, True),
         script.Target("killed: complete", kills["complete"], 1, True),
         script.Target("killed: identical", kills["identical"], 1, True),
         script.Target("killed: lost", kills["lost"], 0),
@@ -190,13 +234,12 @@ def measure(experiment, real, tolerance, folder):
     told, seconds, memory = runs.compress(folder, "model", "out", tolerance)
     script.say(f"compressed in {seconds:.0f} s")
     rates.append(timing.gemm_rate(size))
-    records = told["matrices"]
+    records, batch = told["matrices"], runs.span(folder / "out", "square")
     matrices = safetensors.numpy.load_file(folder / "model.safetensors")
     names = [f"square.{i}" for i in range(min(experiment.loop, experiment.counts[0]))]
     configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
     loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
     rates.append(timing.gemm_rate(size))
-    ours = [one for one in records if one["name"] in names]
     return {
         "matrices": records,
         "real": used,
@@ -208,8 +251,8 @@ def measure(experiment, real, tolerance, folder):
         "share": sum(map(flops_of, records)) / seconds / np.mean(rates[:2]),
         "loop_seconds": loop.runs,
         "loop_errors": loop.errors,
-        "batch_seconds": [one["seconds"] for one in ours],
-        "loop_ratio": sum(loop.runs) / sum(one["seconds"] for one in ours),
+        "batch_seconds": batch,
+        "loop_ratio": np.mean(loop.runs) * experiment.counts[0] / batch,
     }
 
 
@@ -253,10 +296,13 @@ def main():
         model = measure(experiment, real, given.tolerance, folder)
         figures = ("gap", "memory", "parameters", "share", "loop_ratio")
         script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
+        small = run_python(THOUSANDS, experiment.thousands, experiment.some)
+        script.say(", ".join(f"36 x 36: {key} {x:.3g}" for key, x in small.items()))
         kills = runs.kill(folder, experiment.small, experiment.kills)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
-        devices = run_devices(experiment.shared)
-    targets = targets_of(model, kills, devices)
+        # Of one device and of eight, in one process.
+        devices = run_python(DEVICES, experiment.shared, **{threads.VARIABLE: "16"})
+    targets = targets_of(model, small, kills, devices)
     script.print_targets(targets)
     report = {
         "quick": given.quick,
@@ -264,6 +310,7 @@ def main():
         "counts": experiment.counts,
         "tolerance": given.tolerance,
         "model": model,
+        "small": small,
         "kills": kills,
         "devices": devices,
     }
