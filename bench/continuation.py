@@ -149,12 +149,12 @@ def draw_figure(rows, large):
         ]
         (line,) = axes.plot(*np.median(points, axis=2).T, "o-", label=name)
         axes.plot(*np.hstack(points), ".", color=line.get_color(), alpha=0.2)
+    axes.set_yscale("symlog", linthresh=0.1)
     axes.axhline(0.1, color="gray", linewidth=0.8)
     axes.axvline(0.5, color="gray", linewidth=0.8)
     axes.set(
         xlabel="products, adaptive / doubling",
         ylabel="error above that of doubling, %",
-        ylim=(-0.5, 1),
         title="medians at tolerances "
         + ", ".join(f"{100 * one:g} %" for one in TOLERANCES),
     )

@@ -85,8 +85,8 @@ from kronjax import threads
 threads.reserve()
 import jax
 import numpy as np
-from kronjax import Configuration, batch, crew, places, recipe, solve, store, tasks
-count, loop, tolerance = int(sys.argv[1]), int(sys.argv[2]), 1e-2
+from kronjax import batch, crew, places, recipe, store, tasks
+count, tolerance = int(sys.argv[1]), float(sys.argv[2])
 drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
 rule = "{match: '*', method: kronecker, terms: [{a_shape: [6, 6], rank: 3}]"
 plan = tasks.make(
@@ -98,20 +98,11 @@ plan = tasks.make(
 kept = store.Store(places.find("memory://thousands"), plan)
 (lanes,) = batch.lanes_of(kept, devices).values()
 pools, lanes = batch.pools_of(group, lanes, devices, plan.settings)
-alone = jax.jit(
-    lambda x: solve(x, Configuration((6, 6), 3), starts=1, tolerance=tolerance)
-)
-jax.block_until_ready(alone(drawn[0]))
-list(crew.solve(pools, ((i, drawn[i], 0) for i in range(min(count, lanes)))))
-seconds = []
-for some, work in (
-    (count, lambda: list(crew.solve(pools, ((i, x, 0) for i, x in enumerate(drawn))))),
-    (loop, lambda: [jax.block_until_ready(alone(x)) for x in drawn[:loop]]),
-):
-    begun = time.perf_counter()
-    found = work()
-    seconds.append((time.perf_counter() - begun) / some)
-print(json.dumps({"batch": seconds[0], "loop": seconds[1], "pools": len(pools)}))
+list(crew.solve(pools, ((i, x, 0) for i, x in enumerate(drawn[:lanes]))))
+begun = time.perf_counter()
+list(crew.solve(pools, ((i, x, 0) for i, x in enumerate(drawn))))
+seconds = (time.perf_counter() - begun) / count
+print(json.dumps({"batch": seconds, "pools": len(pools), "lanes": lanes}))
 """
 
 
@@ -193,6 +184,15 @@ def run_python(code, *arguments, **environment):
     if run.returncode:
         raise RuntimeError(run.stderr[-2000:])
     return json.loads(run.stdout)
+
+
+def run_small(experiment, tolerance):
+    """Seconds of each small matrix in pools, and of some of them one by one."""
+    found = run_python(THOUSANDS, experiment.thousands, tolerance)
+    rng = np.random.default_rng(0)
+    drawn = rng.standard_normal((experiment.some, 36, 36)).astype(np.float32)
+    loop = script.solve_alone(drawn, Configuration((6, 6), 3), tolerance)
+    return {**found, "loop": float(np.mean(loop.runs))}
 
 
 def targets_of(model, small, kills, devices):
@@ -296,7 +296,7 @@ def main():
         model = measure(experiment, real, given.tolerance, folder)
         figures = ("gap", "memory", "parameters", "share", "loop_ratio")
         script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
-        small = run_python(THOUSANDS, experiment.thousands, experiment.some)
+        small = run_small(experiment, given.tolerance)
         script.say(", ".join(f"36 x 36: {key} {x:.3g}" for key, x in small.items()))
         kills = runs.kill(folder, experiment.small, experiment.kills)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))

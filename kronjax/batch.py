@@ -168,14 +168,19 @@ def _solve(group, matrices, store, devices, tell):
         spent += products
         tell(f"{group.key}: {spent:,} products", 0)
 
+    def lose():
+        while failed:
+            task = failed.pop()
+            store.put(task, (), _failed(task, "it holds NaN or infinite entries"))
+            tell(group.key, 1)
+
     for found in crew.solve(pools, given(), tick):
+        lose()
         task: Any = found.key
         matrix, begun = held.pop(task)
         _keep(task, found, matrix, time.perf_counter() - begun, store, devices)
         tell(group.key, 1)
-    for task in failed:
-        store.put(task, (), _failed(task, "it holds NaN or infinite entries"))
-        tell(group.key, 1)
+    lose()
 
 
 def _keep(task: Task, found: Finished, matrix, seconds, store, devices):

@@ -2,8 +2,7 @@
 
 On processors one pool leaves cores idle: only large products use all of them, and
 decompositions, which wait for products and are waited for, a single one. Other pools
-fill the gaps: two cores solve matrices of 768 x 768 in two thirds of the time, and of
-36 x 36 in half. What comes of a matrix does not depend on who solves it.
+fill the gaps. What comes of a matrix does not depend on who solves it.
 
 >>> import numpy as np
 >>> from kronjax.kronecker import Configuration
@@ -15,15 +14,20 @@ fill the gaps: two cores solve matrices of 768 x 768 in two thirds of the time, 
 ['no. 0', 'no. 1', 'no. 2']
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kronjax import threads
 from kronjax.pool import Finished, Matrix, Pool
+
+PATIENCE = 0.1
+"""Seconds after which who waits to tell something looks whether all is over."""
 
 
 def size(devices: Sequence[Any]) -> int:
@@ -51,36 +55,41 @@ def solve(
     if len(pools) == 1:
         yield from pools[0].solve(matrices, tick)
         return
-    events: queue.SimpleQueue = queue.SimpleQueue()
+    # Few: who finds more than can be kept has to wait.
+    events: queue.Queue = queue.Queue(len(pools))
     reading, stopped = threading.Lock(), threading.Event()
-    wide = jax.config.read("jax_enable_x64")  # every thread has its own
+    wide = jnp.result_type(float) == jnp.float64  # every thread has its own
+
+    def send(event):
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return events.put(event, timeout=PATIENCE)
+        raise _Stopped
 
     def taken():
         while True:
             with reading:
+                if stopped.is_set():
+                    raise _Stopped
                 one = next(matrices, None)
             if one is None:
                 return
             yield one
 
-    def told(products):
-        if stopped.is_set():
-            raise _Stopped
-        events.put(products)
-
     def work(pool):
         try:
             with jax.enable_x64(wide):
-                for found in pool.solve(taken(), told):
-                    events.put(found)
-            events.put(None)
+                for found in pool.solve(taken(), send):
+                    send(found)
+            send(None)
         except BaseException as error:
-            events.put(error)
+            with contextlib.suppress(_Stopped):
+                send(error)
 
     crew = [threading.Thread(target=work, args=(pool,)) for pool in pools]
-    for one in crew:
-        one.start()
     try:
+        for one in crew:
+            one.start()
         working = len(crew)
         while working:
             event = events.get()
@@ -95,7 +104,8 @@ def solve(
     finally:
         stopped.set()
         for one in crew:
-            one.join()
+            if one.ident is not None:
+                one.join()
 
 
 class _Stopped(Exception):

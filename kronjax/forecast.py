@@ -86,7 +86,8 @@ def _seconds(group, matrices, pools, settings) -> float:
 
     def tick(products):
         ticks.append((time.perf_counter(), products))
-        if len(ticks) > 1 and time.perf_counter() - begun > PROBE:
+        enough = len(ticks) >= 2 * len(pools)
+        if enough and time.perf_counter() - begun > PROBE:
             raise TimeoutError
 
     read = ((x, batch.read(x, matrices)) for x in taken)
@@ -98,10 +99,10 @@ def _seconds(group, matrices, pools, settings) -> float:
         count = 0
     if count:
         return (time.perf_counter() - begun) * group.count / count
-    if len(ticks) < 2:  # nothing to solve
+    if not ticks:  # nothing to solve
         return 0.0
-    # The first slice waits for the beginnings, of which there is one for each matrix.
-    (first, _), *rest = ticks
+    # The first slices wait for the beginnings, of which there is one for each matrix.
+    (first, _), *rest = ticks[len(pools) - 1 :]
     each = (rest[-1][0] - first) / max(sum(products for _, products in rest), 1)
     allowed = sum(int(stage.budget) for stage in group.problem.schedule())
     decades = max(math.log10(1e-2 / settings.tolerance), 0)

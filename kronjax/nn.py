@@ -190,13 +190,21 @@ def put(model: nnx.Module, name: str, call: Any) -> None:
 
 def _at(model, path) -> Any:
     """Return what is at a path of names and numbers, or None."""
-    there = model
+    there: Any = model
     for part in path:
+        inside = getattr(there, "__dict__", {})
         try:
-            there = there[int(part)] if part.isdigit() else getattr(there, part)
-        except (AttributeError, IndexError, KeyError, TypeError):
+            there = inside[part] if part in inside else there[_index(part)]
+        except (IndexError, KeyError, TypeError, ValueError):
             return None
     return there
+
+
+def _index(part: str) -> int:
+    number = int(part)
+    if part != str(abs(number)):
+        raise ValueError(f"{part} is no plain number")
+    return number
 
 
 def dense(layer: Layer) -> nnx.Linear:

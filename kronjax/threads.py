@@ -19,27 +19,32 @@ MOST = 16
 
 
 def count() -> int:
-    """Return the number of threads, as far as the environment tells."""
-    return int(os.environ.get(VARIABLE) or os.cpu_count() or 1)
+    """Return the number of threads, as XLA finds it."""
+    named = os.environ.get(VARIABLE) or os.environ.get("NPROC")
+    return int(named) if named else _cores()
 
 
 def programs() -> int:
-    """Return how many programs keep all cores busy: one more than there are cores.
+    """Return how many programs keep the cores busy: as many as there are cores.
 
-    Where one decomposes on a single core, others multiply. At most as many as the
+    Where one decomposes, on a single core, others multiply. At most as many as the
     threads allow for, and at least one.
     """
-    return max(min(_wanted(), count() // EACH), 1)
+    return max(min(_cores(), MOST, count() // EACH), 1)
 
 
 def reserve() -> None:
-    """Ask for threads enough for as many `programs` as are wanted.
+    """Ask for threads enough for as many `programs` as there are cores.
 
     Where jax is there already it may be too late, and nothing is done.
     """
     if "jax" not in sys.modules:
-        os.environ.setdefault(VARIABLE, str(EACH * _wanted()))
+        wanted = max(_cores(), EACH * min(_cores(), MOST))
+        os.environ.setdefault(VARIABLE, str(wanted))
 
 
-def _wanted():
-    return min((os.cpu_count() or 1) + 1, MOST)
+def _cores():
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -25,8 +25,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false" * (metadata.version("jaxlib") < "0.11")
 )
 
-# Threads for three pools at once, as `kronjax compress` has them on two cores.
-os.environ.setdefault(threads.VARIABLE, str(3 * threads.EACH))
+# Threads for the three pools at once of test_crew.
+os.environ[threads.VARIABLE] = str(3 * threads.EACH)
 
 import hypothesis
 import jax

@@ -1,5 +1,8 @@
 """Pools side by side: what they find, and how they stop."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import jax
@@ -58,44 +61,97 @@ def test_nothing_comes_of_nothing(pools):
 
 @pytest.mark.parametrize("by", ["matrices", "tick"])
 def test_a_mistake_ends_all(pools, by):
+    read = []
+
     def broken(*_):
         raise OSError("the disk is full")
 
     def matrices():
-        yield from given(draw(4))
-        if by == "matrices":
-            broken()
+        for one in given(draw(90)):
+            read.append(one[0])
+            yield one
+            if by == "matrices" and len(read) == 4:
+                broken()
 
     with pytest.raises(OSError, match="the disk is full"):
         list(crew.solve(pools, matrices(), broken if by == "tick" else lambda _: None))
+    assert len(read) < 90
     # They can be used again.
     assert len(list(crew.solve(pools, given(draw(5))))) == 5
 
 
 def test_who_has_seen_enough_may_leave(pools):
-    found = crew.solve(pools, given(draw(40)))
+    read = []
+
+    def matrices():
+        for one in given(draw(90)):
+            read.append(one[0])
+            yield one
+
+    found = crew.solve(pools, matrices())
     next(found)
     found.close()
+    assert len(read) < 90
+
+
+def test_what_has_no_stages_stops_as_well():
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), "frobenius", starts=1)
+    pools = [Pool(problem, np.dtype(np.float32), lanes=1, slots=1) for _ in range(2)]
+    read = []
+
+    def matrices():
+        for one in given(draw(90)):
+            read.append(one[0])
+            yield one
+
+    for _ in crew.solve(pools, matrices()):
+        break
+    assert len(read) < 90
 
 
 def test_threads_compute_in_the_precision_of_who_calls():
     problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", starts=1)
-    matrices = draw(4).astype(np.float64)
-    pools = [Pool(problem, np.dtype(np.float64), lanes=1, slots=1) for _ in range(2)]
-    for one in crew.solve(pools, given(matrices)):
-        assert one.terms[0].a.dtype == np.float64
+    jax.config.update("jax_enable_x64", False)
+    try:
+        with jax.enable_x64(True):
+            pools = [
+                Pool(problem, np.dtype(np.float64), lanes=1, slots=1) for _ in range(2)
+            ]
+            matrices = draw(4).astype(np.float64)
+            found = list(crew.solve(pools, given(matrices)))
+    finally:
+        jax.config.update("jax_enable_x64", True)
+    assert len(found) == 4
+    assert all(one.terms[0].a.dtype == np.float64 for one in found)
 
 
 def test_one_pool_where_there_are_no_threads_or_many_devices(monkeypatch):
     (device,) = jax.devices()
     assert crew.size([device]) >= 1
     assert crew.size([device, device]) == 1
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    for number, programs in (("2", 1), ("4", 2), ("9", 4), ("64", 5)):
+    monkeypatch.setattr(threads, "_cores", lambda: 4)
+    for number, programs in (("2", 1), ("4", 2), ("9", 4), ("64", 4)):
         monkeypatch.setenv(threads.VARIABLE, number)
         assert threads.programs() == programs
     monkeypatch.delenv(threads.VARIABLE)
     assert threads.programs() == 2
-    # jax is there already: whether threads can still be had nobody knows.
+    monkeypatch.setenv("NPROC", "3")
+    assert threads.programs() == 1
+
+
+def test_threads_are_asked_for_before_jax_is_there(monkeypatch):
+    code = """
+import sys
+from kronjax import threads
+threads._cores = lambda: int(sys.argv[1])
+threads.reserve()
+assert "jax" not in sys.modules
+print(threads.count(), threads.programs())
+"""
+    monkeypatch.delenv(threads.VARIABLE)
+    for cores, told in (("1", "2 1"), ("2", "4 2"), ("64", "64 16")):
+        run = [sys.executable, "-c", code, cores]
+        assert subprocess.check_output(run, text=True).strip() == told
+    # jax is here already: whether threads can still be had nobody knows.
     threads.reserve()
-    assert threads.count() == 4
+    assert threads.VARIABLE not in os.environ
