@@ -134,7 +134,7 @@ def compiled(problem: Problem, dtype: np.dtype, mesh: Any, lanes: int, slots: in
         "finish": (_finish, matrix, order),
     }
     for stage in problem.schedule()[:1]:
-        stage = jax.tree.map(lambda x: stacked(1, np.asarray(x)), stage)
+        stage = jax.tree.map(lambda x: stacked(1, jnp.asarray(x)), stage)
         flag = stacked(1, np.asarray(True))
         given |= {
             "work": (_work, stage, once),
