@@ -7,7 +7,7 @@ fill the gaps. What comes of a matrix does not depend on who solves it.
 >>> import numpy as np
 >>> from kronjax.kronecker import Configuration
 >>> from kronjax.problem import Problem
->>> problem = Problem.of((4, 6), Configuration((2, 3), 1), starts=1)
+>>> problem = Problem.of((4, 6), Configuration((2, 3), 1), "frobenius", starts=1)
 >>> pools = [Pool(problem, np.dtype(np.float32), lanes=1, slots=1)]
 >>> matrices = [(f"no. {i}", np.eye(4, 6, i, np.float32), 0) for i in range(3)]
 >>> sorted(found.key for found in solve(pools, iter(matrices)))
