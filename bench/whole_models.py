@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 
 from bench import runs, script, spectral_norms, timing
+from bench.accelerator import SMALL
 from kronjax import Configuration, threads
 
 GAP = 0.05
@@ -86,11 +87,10 @@ threads.reserve()
 import jax
 import numpy as np
 from kronjax import batch, crew, places, recipe, store, tasks
-count, tolerance = int(sys.argv[1]), float(sys.argv[2])
+count, tolerance, rules = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
-rule = "{match: '*', method: kronecker, terms: [{a_shape: [6, 6], rank: 3}]"
 plan = tasks.make(
-    recipe.loads(f"rules: [{rule}, weighting: none}}]"),
+    recipe.loads(rules),
     {f"w.{i}": x for i, x in enumerate(drawn)},
     settings=tasks.Settings(tolerance, starts=1),
 )
@@ -188,10 +188,10 @@ def run_python(code, *arguments, **environment):
 
 def run_small(experiment, tolerance):
     """Seconds of each small matrix in pools, and of some of them one by one."""
-    found = run_python(THOUSANDS, experiment.thousands, tolerance)
+    found = run_python(THOUSANDS, experiment.thousands, tolerance, runs.RULES)
     rng = np.random.default_rng(0)
     drawn = rng.standard_normal((experiment.some, 36, 36)).astype(np.float32)
-    loop = script.solve_alone(drawn, Configuration((6, 6), 3), tolerance)
+    loop = script.solve_alone(drawn, SMALL, tolerance)
     return {**found, "loop": float(np.mean(loop.runs))}
 
 
@@ -241,10 +241,8 @@ def measure(experiment, real, tolerance, folder):
     loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
     rates.append(timing.gemm_rate(size))
     # All squares one by one would take as much longer as they take more products.
-    squares, alone = (
-        sum(one["gemms"] for one in records if one["name"] in some)
-        for some in ({f"square.{i}" for i in range(experiment.counts[0])}, names)
-    )
+    squares = {x["name"]: x["gemms"] for x in records if x["name"].startswith("square")}
+    longer = sum(squares.values()) / sum(squares[name] for name in names)
     return {
         "matrices": records,
         "real": used,
@@ -257,7 +255,7 @@ def measure(experiment, real, tolerance, folder):
         "loop_seconds": loop.runs,
         "loop_errors": loop.errors,
         "batch_seconds": batch,
-        "loop_ratio": sum(loop.runs) * squares / alone / batch,
+        "loop_ratio": sum(loop.runs) * longer / batch,
     }
 
 

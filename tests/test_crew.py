@@ -13,13 +13,11 @@ from kronjax import Configuration, crew, threads
 from kronjax.pool import Pool
 from kronjax.problem import Problem
 
-LANES = 3
-
 
 @pytest.fixture(scope="module")
 def pools():
     problem = Problem.of((12, 18), Configuration((3, 6), 2), starts=2)
-    return [Pool(problem, np.dtype(np.float32), lanes=LANES, slots=7) for _ in range(3)]
+    return [Pool(problem, np.dtype(np.float32), lanes=3, slots=7) for _ in range(3)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +32,12 @@ def draw(count):
     return rng.standard_normal((count, 12, 18)).astype(np.float32)
 
 
-def given(matrices):
-    return ((i, one, i) for i, one in enumerate(matrices))
+def given(matrices, read=None):
+    """Matrices as a pool takes them; `read` gets the numbers of those that it took."""
+    for i, one in enumerate(matrices):
+        if read is not None:
+            read.append(i)
+        yield i, one, i
 
 
 def test_a_crew_finds_what_one_pool_does(pools):
@@ -67,8 +69,7 @@ def test_a_mistake_ends_all(pools, by):
         raise OSError("the disk is full")
 
     def matrices():
-        for one in given(draw(90)):
-            read.append(one[0])
+        for one in given(draw(90), read):
             yield one
             if by == "matrices" and len(read) == 4:
                 broken()
@@ -82,13 +83,7 @@ def test_a_mistake_ends_all(pools, by):
 
 def test_who_has_seen_enough_may_leave(pools):
     read = []
-
-    def matrices():
-        for one in given(draw(90)):
-            read.append(one[0])
-            yield one
-
-    found = crew.solve(pools, matrices())
+    found = crew.solve(pools, given(draw(90), read))
     next(found)
     found.close()
     assert len(read) < 90
@@ -98,13 +93,7 @@ def test_what_has_no_stages_stops_as_well():
     problem = Problem.of((12, 18), Configuration((3, 6), 2), "frobenius", starts=1)
     pools = [Pool(problem, np.dtype(np.float32), lanes=1, slots=1) for _ in range(2)]
     read = []
-
-    def matrices():
-        for one in given(draw(90)):
-            read.append(one[0])
-            yield one
-
-    for _ in crew.solve(pools, matrices()):
+    for _ in crew.solve(pools, given(draw(90), read)):
         break
     assert len(read) < 90
 

@@ -73,6 +73,9 @@ def test_a_table_takes_the_place_of_a_table_alone():
     table = nn.from_description(described)
     with pytest.raises(ValueError, match="no layer h.0.mlp.c_fc"):
         nn.replace(model, "h.0.mlp.c_fc", table)
+    for name in ("h.00.mlp.c_fc", "h.-1.mlp.c_fc", "h.x", "h.0.mlp.c_fc.__class__"):
+        with pytest.raises(ValueError, match="no layer"):
+            nn.replace(model, name, nn.linear(jnp.ones((768, 3072)), None))
     with pytest.raises(ValueError, match="wte maps"):
         nn.replace(model, "wte", table)
     assert nn.describe(table) == described

@@ -152,7 +152,7 @@ def compress(
         as_json: Print the record as one JSON object.
     """
     if recipe is not None:
-        threads.reserve()
+        threads.reserve()  # before jax is there
     from kronjax import hosts, tasks
     from kronjax import recipe as recipes
     from kronjax.lm import sources, whole_commands
