@@ -100,7 +100,10 @@ def certify(
 
 
 def certify_stage(
-    matrix: jax.Array, terms: Sequence[KroneckerTerms], squarings
+    matrix: jax.Array,
+    terms: Sequence[KroneckerTerms],
+    squarings,
+    rounds: int | jax.Array = multipliers.BALANCED,
 ) -> Bounds:
     """Return what is proven in haste; pure.
 
@@ -116,6 +119,7 @@ def certify_stage(
         matrix: `T`, `[m, n]`.
         terms: One for each configuration.
         squarings: As for `schatten.value_and_gradient`.
+        rounds: Of `multipliers.balance`.
     """
     task = _Task.of(matrix, terms)
     space, error = task.space, task.error
@@ -124,7 +128,8 @@ def certify_stage(
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
     p = schatten.exponent(squarings).astype(error.dtype)
     plain = _mm(u * multipliers.weights(s, p)[None], vt)
-    balanced = multipliers.balance(space, u, vt, multipliers.weights(s, p / 2))
+    diagonal = multipliers.weights(s, p / 2)
+    balanced = multipliers.balance(space, u, vt, diagonal, rounds)
     reach = task.reach_from(norm)
     values = jax.lax.map(
         lambda x: _proven(task, x, reach, spectral.lengths),

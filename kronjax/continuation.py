@@ -16,9 +16,8 @@ random matrices, without predictions: with four, eight or sixteen times p per st
 continuations took 5 to 45 % more products than by doubling. p is traced: all stages
 share one compilation.
 
-Where p = 2 is all that is asked for and has no closed form, the factors themselves are
-the unknowns (`factored`): a gradient is then hardly more than one product with a
-weight.
+The unknown is a point of the manifold, or a pair of factors (`factored`) where the
+manifold would cost too much beside a gradient: see `Problem.is_factored`.
 
 `solve` is pure: no state, no host; it goes through `jit`, `vmap`, `scan`, `shard_map`.
 """
@@ -41,11 +40,12 @@ from kronjax.descent import State, Status
 from kronjax.kronecker import (
     Configuration,
     rearrange,
+    unrearrange,
 )
 from kronjax.lanes import any_lane, in_turn, select
 from kronjax.path import Path, Solution, Trace, gather
 from kronjax.problem import Origin, Problem, Stage
-from kronjax.setting import Setting, check_weights, matrices, prepare, to_terms
+from kronjax.setting import Setting, check_weights, prepare, to_terms
 
 
 def solve(
@@ -136,8 +136,9 @@ def start(
     """
     setting, inverses = prepare(problem, matrix, left_weight, right_weight)
     points = leastsquares.begin(problem, setting, inverses)
+    state = _begin(problem, points)
     zero = jnp.array(0)
-    error = setting.target - sum(matrices(problem, setting, points))
+    error = _error(problem, setting, state.points)
     spectral_error = spectral.estimate_norm(error)
     line = Trace(
         p=jnp.full((), 2, error.dtype),
@@ -146,7 +147,6 @@ def start(
         steps=zero,
         gemms=zero,
     )
-    state = _begin(problem, points)
     path = Path(
         state=state,
         p=line.p,
@@ -154,7 +154,7 @@ def start(
         done=jnp.array(False),
         previous=state.points,
         previous_p=line.p,
-        champion=state,
+        champion=state if problem.num_race_stages else None,
         running=zero,
         winner=zero,
         frobenius=points,
@@ -215,7 +215,8 @@ def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, seed) ->
     if problem.is_adaptive:
         known = continues & (path.previous_p > 2)
         weight = _weight(path.previous_p, path.p, p)
-        hint = _ahead(path.previous, previous, jnp.where(known, weight, 0))
+        weight = jnp.where(known, weight, 0)
+        hint = _ahead(problem, path.previous, previous, weight)
     geometry, objective = _task(problem, setting, stage)
     state = descent.restart(objective, state, geometry=geometry, hint=hint)
     # A lane that is done must not keep the others of its batch waiting.
@@ -259,18 +260,21 @@ def leave(
 ) -> Path:
     """Return the path after a stage: compared with what was best, and whether done."""
     state = path.state
-    points = _end(problem, state)
-    spectral_error = _spectral_error(problem, setting, points, 3)
+    spectral_error = _spectral_error(problem, setting, state.points, 3)
     fell = path.error - spectral_error
     settled = (state.status != Status.MAX_STEPS) & (path.p > 6)
     better = spectral_error < path.best_error
-    wins = stage.ends & (state.value < path.champion.value)
+    if path.champion is not None:
+        wins = stage.ends & (state.value < path.champion.value)
+        path = dataclasses.replace(
+            path,
+            champion=select(wins, state, path.champion),
+            winner=jnp.where(wins, path.running, path.winner),
+        )
     return dataclasses.replace(
         path,
         error=spectral_error,
         done=stage.final & settled & (2 * fell <= tolerance * spectral_error),
-        champion=select(wins, state, path.champion),
-        winner=jnp.where(wins, path.running, path.winner),
         best=select(better, state.points, path.best),
         best_error=jnp.where(better, spectral_error, path.best_error),
     )
@@ -280,11 +284,17 @@ def _task(problem, setting, stage):
     """Return the geometry of the unknowns, and the objective of a stage."""
     if problem.is_flat:
         return factored, leastsquares.objective(problem, setting)
-    return manifold, _schatten(problem, setting, stage.squarings)
+    return _geometry(problem), _schatten(problem, setting, stage.squarings)
+
+
+def _geometry(problem):
+    return factored if problem.is_factored else manifold
 
 
 def _origin(problem, path, stage, seed):
     """Return the state where a stage begins."""
+    if path.champion is None:  # and one start, where the path has begun
+        return path.state
     key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
     size = jnp.minimum(stage.begins, 1).astype(path.error.dtype)
     return jax.lax.switch(
@@ -299,14 +309,16 @@ def _origin(problem, path, stage, seed):
 
 def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:
     """Return the solution: for the spectral norm, the best stage or the limit."""
-    points = _end(problem, path.state)
+    points = path.state.points
     if problem.is_spectral:
         weight = _weight(path.previous_p, path.p, jnp.inf)
-        ahead = _ahead(path.previous, points, weight)
-        limit = in_turn(manifold.retract, points, ahead)
+        ahead = _ahead(problem, path.previous, points, weight)
+        limit = in_turn(_geometry(problem).retract, points, ahead)
         better = _spectral_error(problem, setting, limit) < path.best_error
         points = select(better, limit, path.best)
     error = _spectral_error(problem, setting, points)
+    if problem.is_factored:
+        points = in_turn(factored.join, points)
     terms = to_terms(problem, setting, points, error)
     lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
     status = jnp.where(setting.finite, path.state.status, Status.NONFINITE)
@@ -327,24 +339,19 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
 
 def _begin(problem, points):
     """Return the state of a descent from points of the manifold."""
-    if problem.is_flat:
+    if problem.is_factored:
         return descent.init(tuple(map(factored.split, points)), factored)
     return descent.init(points)
 
 
-def _end(problem, state):
-    """Return the points of the manifold where a descent has arrived."""
-    if problem.is_flat:
-        return in_turn(factored.join, state.points)
-    return state.points
-
-
 def _schatten(problem, setting, squarings):
+    geometry = _geometry(problem)
+
     def objective(points):
-        error = setting.target - sum(matrices(problem, setting, points))
+        error = _error(problem, setting, points)
         value, gradient = schatten.value_and_gradient(error, squarings)
         return value, tuple(
-            manifold.project(point, rearrange(-frame.adjoint(gradient), c.a_shape))
+            geometry.project(point, rearrange(-frame.adjoint(gradient), c.a_shape))
             for point, c, frame in zip(
                 points, problem.configurations, setting.frames, strict=True
             )
@@ -354,8 +361,20 @@ def _schatten(problem, setting, squarings):
 
 
 def _spectral_error(problem, setting, points, restarts=12):
-    error = setting.target - sum(matrices(problem, setting, points))
+    error = _error(problem, setting, points)
     return spectral.estimate_norm(error, restarts=restarts)
+
+
+def _error(problem, setting, points):
+    """Return the target less what all points stand for in the weighted problem."""
+    total = jnp.zeros((), setting.target.dtype)
+    for configuration, frame, point in zip(
+        problem.configurations, setting.frames, points, strict=True
+    ):
+        shapes = configuration.a_shape, configuration.b_shape(problem.shape)
+        ambient = _geometry(problem).to_ambient(point)
+        total = total + frame.forward(unrearrange(ambient, *shapes))
+    return setting.target - total
 
 
 def _perturb(points, key, size):
@@ -380,13 +399,7 @@ def _weight(first, second, p):
     return (1 / second - 1 / p) / (1 / first - 1 / second)
 
 
-def _ahead(previous, points, weight):
-    """Return the way from `previous` to `points`, times `weight`, tangent there."""
-
-    def move(old, new):
-        step = manifold.project(
-            new, manifold.to_ambient(new) - manifold.to_ambient(old)
-        )
-        return jax.tree.map(lambda x: weight * x, step)
-
-    return tuple(map(move, previous, points))
+def _ahead(problem, previous, points, weight):
+    """Return the way from `previous` to `points`, times `weight`, as tangents there."""
+    ways = map(_geometry(problem).way, previous, points)
+    return jax.tree.map(lambda x: weight * x, tuple(ways))

@@ -93,6 +93,11 @@ def project(point: Point, ambient: jax.Array) -> Tangent:
     return Tangent(bz - _mm(core.T, point.a), core, az - _mm(core, point.b))
 
 
+def way(begin: Point, end: Point) -> Tangent:
+    """Return the way from one point to another, as far as it is tangent at its end."""
+    return project(end, to_ambient(end) - to_ambient(begin))
+
+
 def transport(point: Point, tangent: Tangent) -> Tangent:
     """Return the tangent vector at a point with the coordinates of one nearby.
 

@@ -35,7 +35,7 @@ ROUNDS = 50
 """Projected gradient steps with each penalty."""
 
 BALANCED = 12
-"""Conjugate gradient steps of `balance`."""
+"""Conjugate gradient steps of `balance`, if nobody says otherwise."""
 
 
 def weights(s: jax.Array, p: float | jax.Array) -> jax.Array:
@@ -70,7 +70,11 @@ def climb(
 
 
 def balance(
-    space: Space, u: jax.Array, vt: jax.Array, diagonal: jax.Array
+    space: Space,
+    u: jax.Array,
+    vt: jax.Array,
+    diagonal: jax.Array,
+    rounds: int | jax.Array = BALANCED,
 ) -> jax.Array:
     """Return `U Λ Vᵀ`, `[m, n]`, the tangential part of which is small.
 
@@ -83,6 +87,7 @@ def balance(
         u: `[m, k]`.
         vt: `[k, n]`.
         diagonal: `[k]`, of W, such as `weights`.
+        rounds: Steps; traced.
     """
     root = jnp.sqrt(diagonal)
     left, right = u * root[None], root[:, None] * vt
@@ -107,7 +112,7 @@ def balance(
     eye = jnp.eye(len(diagonal), dtype=u.dtype)
     rest = -slope(pull(eye))
     start = eye, rest, rest, jnp.sum(rest**2)
-    z = jax.lax.fori_loop(0, BALANCED, step, start)[0]
+    z = jax.lax.fori_loop(0, rounds, step, start)[0]
     return _mm(left, _mm(z, right))
 
 

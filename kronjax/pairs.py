@@ -103,7 +103,7 @@ def _added(pairs, s, y, accepted, *others):
     # In place, and of one row each, where they are the carry of a loop.
     for at, row in ((slot, s), (h + slot, y)):
         vectors = vectors.at[at].set(jnp.where(accepted, row, vectors[at]))
-    new = _mm(jnp.stack([vectors[slot], vectors[h + slot], *others]), vectors.T).T
+    new = _mm(vectors, jnp.stack([vectors[slot], vectors[h + slot], *others]).T)
     # By masks: a scatter is slow where lanes have slots of their own.
     products, rows = pairs.products, jnp.arange(2 * h)
     for column, at in zip(new.T, (slot, h + slot), strict=False):

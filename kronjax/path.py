@@ -69,13 +69,15 @@ class Path:
         p: Its exponent.
         error: Spectral error there, relative to `‖T‖_F`.
         done: Whether that is good enough: further stages change nothing.
-        previous: The points at the p before.
+        previous: The points at the p before, as those of the state.
         previous_p: That p.
-        champion: State of the best start so far, at the end of its part of the race.
+        champion: State of the best start so far, at the end of its part of the race;
+            None if there is no race.
         running: Number of the start that runs.
         winner: Number of the champion's start.
-        frobenius: The points at p = 2.
-        best: The points of the smallest spectral error at the end of a stage.
+        frobenius: The points of the manifold at p = 2.
+        best: The points, as those of the state, of the smallest spectral error at the
+            end of a stage.
         best_error: That error, relative to `‖T‖_F`.
     """
 
@@ -83,13 +85,13 @@ class Path:
     p: jax.Array
     error: jax.Array
     done: jax.Array
-    previous: tuple[Point, ...]
+    previous: tuple
     previous_p: jax.Array
-    champion: descent.State
+    champion: descent.State | None
     running: jax.Array
     winner: jax.Array
     frobenius: tuple[Point, ...]
-    best: tuple[Point, ...]
+    best: tuple
     best_error: jax.Array
 
 

@@ -17,8 +17,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from kronjax import manifold, spectral, weighted
-from kronjax.kronecker import KroneckerTerms, unrearrange
+from kronjax import spectral, weighted
+from kronjax.kronecker import KroneckerTerms
 from kronjax.lanes import after, in_turn
 from kronjax.problem import Problem
 from kronjax.weighted import Frame, Root
@@ -139,15 +139,6 @@ def _normalise(matrix):
     safe = finite & (scale > 0)
     unit = jnp.where(safe, ratios, 0) / jnp.where(safe, norm, 1)
     return unit, jnp.where(safe, scale, 1), finite
-
-
-def matrices(problem, setting, points):
-    """Return what every point stands for in the weighted problem, `[m, n]`, lazily."""
-    for configuration, frame, point in zip(
-        problem.configurations, setting.frames, points, strict=True
-    ):
-        shapes = configuration.a_shape, configuration.b_shape(problem.shape)
-        yield frame.forward(unrearrange(manifold.to_ambient(point), *shapes))
 
 
 def factors(problem, configuration, a, b):

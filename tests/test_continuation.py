@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from kronjax import continuation, solve
 from kronjax.descent import Status
 from kronjax.kronecker import Configuration
+from kronjax.problem import Problem
 
 SMALL = Configuration((3, 4), 2)
 
@@ -49,6 +50,24 @@ def test_regression_values(rank, expected):
     # From Van Loan's start alone: the very minimum of the published value.
     alone = solver(Configuration((6, 6), rank), starts=1)(jnp.asarray(matrix))
     assert errors(matrix, alone)[0] == pytest.approx(expected, rel=2e-4)
+
+
+@pytest.mark.parametrize("schedule", ["adaptive", "fixed"])
+def test_factors_find_what_points_of_the_manifold_find(schedule, monkeypatch):
+    configuration, matrices = Configuration((3, 4), 5), jnp.asarray(draw(5))
+    assert Problem.of((12, 12), configuration).is_factored
+    found = {}
+    for is_factored in (True, False):
+        monkeypatch.setattr(Problem, "is_factored", is_factored)
+        solution = jax.jit(
+            jax.vmap(lambda x: solve(x, configuration, starts=1, schedule=schedule))
+        )(matrices)
+        assert (solution.status == Status.CONVERGED).all()
+        found[is_factored] = errors(matrices, solution)
+        np.testing.assert_allclose(
+            solution.spectral_error, found[is_factored], rtol=1e-5
+        )
+    np.testing.assert_allclose(found[True], found[False], rtol=5e-4)
 
 
 def test_van_loans_critical_point_is_left():

@@ -79,6 +79,18 @@ def test_the_descent_arrives_where_the_closed_form_is(seed):
     np.testing.assert_allclose(2 * state.value, jnp.sum(s[RANK:] ** 2), rtol=1e-9)
 
 
+def test_projecting_is_the_gradient_and_a_way_leads_to_its_end():
+    pair = factored.split(manifold.nearest(draw(3), RANK))
+    ambient, other = draw(4), factored.split(manifold.nearest(draw(5), RANK))
+    np.testing.assert_allclose(factored.to_ambient(pair), product(pair), atol=1e-14)
+    expected = jax.grad(lambda x: jnp.vdot(ambient, product(x)))(pair)
+    found = factored.project(pair, ambient)
+    for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+    moved = factored.retract(pair, factored.way(pair, other))
+    np.testing.assert_allclose(product(moved), product(other), atol=1e-12)
+
+
 def test_vectors_move_as_they_are():
     x = Pair(jnp.ones((RANK, D1)), jnp.ones((RANK, D2)))
     moved = factored.transport(x, x)
