@@ -42,7 +42,7 @@ from kronjax.kronecker import (
     rearrange,
     unrearrange,
 )
-from kronjax.lanes import any_lane, in_turn, select
+from kronjax.lanes import after, any_lane, in_turn, select
 from kronjax.path import Path, Solution, Trace, gather
 from kronjax.problem import Origin, Problem, Stage
 from kronjax.setting import Setting, check_weights, prepare, to_terms
@@ -309,17 +309,21 @@ def _origin(problem, path, stage, seed):
 
 def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:
     """Return the solution: for the spectral norm, the best stage or the limit."""
-    points = path.state.points
+    points, last = path.state.points, path.error
     if problem.is_spectral:
         weight = _weight(path.previous_p, path.p, jnp.inf)
         ahead = _ahead(problem, path.previous, points, weight)
         limit = in_turn(_geometry(problem).retract, points, ahead)
-        better = _spectral_error(problem, setting, limit) < path.best_error
-        points = select(better, limit, path.best)
-    error = _spectral_error(problem, setting, points)
+        last = _spectral_error(problem, setting, limit)
+        points = select(last < path.best_error, limit, path.best)
+    joined = points
     if problem.is_factored:
-        points = in_turn(factored.join, points)
-    terms = to_terms(problem, setting, points, error)
+        joined = in_turn(lambda pair: factored.join(pair, last), points)
+    terms = to_terms(problem, setting, joined, last)
+    frobenius = to_terms(problem, setting, path.frobenius, terms[-1].a)
+    # At the end of the line: who does not ask for it does not wait for it.
+    calm = dataclasses.replace(setting, target=after(setting.target, frobenius[-1].a))
+    error = _spectral_error(problem, calm, points)
     lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
     status = jnp.where(setting.finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
@@ -327,7 +331,7 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     return Solution(
         terms=terms,
         spectral_error=error * setting.unit * lost,
-        frobenius=to_terms(problem, setting, path.frobenius, terms[-1].a),
+        frobenius=frobenius,
         trace=dataclasses.replace(
             trace,
             value=trace.value * lost,

@@ -48,9 +48,15 @@ def split(point: Point) -> Pair:
     return Pair(_mm((point.core / right[None]).T, point.a), right[:, None] * point.b)
 
 
-def join(pair: Pair) -> Point:
-    """Return the point of the manifold that stands for the same sum."""
-    a = jnp.linalg.qr(pair.a.T)[0].T
+def join(pair: Pair, last: jax.Array | None = None) -> Point:
+    """Return the point of the manifold that stands for the same sum.
+
+    Args:
+        pair: Factors.
+        last: What has to be there before anything is decomposed: see `lanes`.
+    """
+    left = pair.a if last is None else after(pair.a, last)
+    a = jnp.linalg.qr(left.T)[0].T
     b = jnp.linalg.qr(after(pair.b, a).T)[0].T
     # Not by the R of those QR, which is there before Q is: see `lanes`.
     return Point(a, _mm(_mm(a, pair.a.T), _mm(pair.b, b.T)), b)

@@ -85,7 +85,12 @@ def _turn(problem, held, tolerance, order, seeds, stage, following, ends):
 
     own_settings, own_paths = _get(held, order)
     new_paths, told = _each(lane)(own_settings, own_paths, seeds)
-    return (settings, _put(paths, order, new_paths)), told
+    turned = _put(paths, order, new_paths)
+    if paths.champion is None:
+        # Between stages nothing is learnt of the curvature, which is not to be moved.
+        state = dataclasses.replace(turned.state, pairs=paths.state.pairs)
+        turned = dataclasses.replace(turned, state=state)
+    return (settings, turned), told
 
 
 def _finish(problem, held, tolerance, order, matrices, last):
