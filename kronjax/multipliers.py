@@ -92,11 +92,22 @@ def balance(
     root = jnp.sqrt(diagonal)
     left, right = u * root[None], root[:, None] * vt
 
+    # The longer side of the matrix is multiplied once only.
+    is_tall = len(left) > right.shape[1]
+
+    def ambient(z):
+        return _mm(left, _mm(z, right)) if is_tall else _mm(_mm(left, z), right)
+
     def pull(z):
-        return space.pull(_mm(left, _mm(z, right)))
+        return space.pull(ambient(z))
 
     def slope(tangents):
-        found = _mm(left.T, _mm(space.push(tangents), right.T))
+        image = space.push(tangents)
+        found = (
+            _mm(_mm(left.T, image), right.T)
+            if is_tall
+            else _mm(left.T, _mm(image, right.T))
+        )
         return (found + found.T) / 2
 
     def step(_, carry):
@@ -113,7 +124,7 @@ def balance(
     rest = -slope(pull(eye))
     start = eye, rest, rest, jnp.sum(rest**2)
     z = jax.lax.fori_loop(0, rounds, step, start)[0]
-    return _mm(left, _mm(z, right))
+    return ambient(z)
 
 
 def _climb(given, penalties):
