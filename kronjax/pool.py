@@ -38,9 +38,6 @@ from kronjax.problem import Problem
 SLICE = 24
 """Products of the size of `EᵀE` that a lane spends in one call, about."""
 
-ALONE = 4
-"""Slices in one call where there is one lane: it has nobody to wait for."""
-
 Matrix = tuple[Hashable, np.ndarray, int]
 """A key, `[m, n]`, and the seed of its perturbed starts."""
 
@@ -158,9 +155,8 @@ class Pool:
         self._dtype, self._count = dtype, len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
         self._stages = problem.schedule()
-        products = SLICE * (ALONE if lanes == 1 else 1)
         self._trials = [
-            max(products // int(schatten.num_products(stage.squarings)), 2)
+            max(SLICE // int(schatten.num_products(stage.squarings)), 2)
             for stage in self._stages
         ]
         self._programs = programs.compiled(

@@ -163,7 +163,8 @@ class Problem:
             one.rank**2 * (math.prod(one.a_shape) + math.prod(one.b_shape(self.shape)))
             for one in self.configurations
         )
-        return self.is_flat or 4 * 7 * size >= 3 * m * n**2
+        is_costly = 4 * 7 * size >= 3 * m * n**2
+        return self.is_flat or (bool(self.squarings) and is_costly)
 
     @property
     def num_race_stages(self) -> int:
