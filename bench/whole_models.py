@@ -251,6 +251,7 @@ def measure(experiment, real, tolerance, folder):
     loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
     rates.append(timing.gemm_rate(size))
     large, thin = np.sum([flops_of(one) for one in records], axis=0)
+    plain = seconds * np.median(rates)  # one of which may meet a busy machine
     # All squares one by one would take as much longer as they take more products.
     squares = {x["name"]: x["gemms"] for x in records if x["name"].startswith("square")}
     longer = sum(squares.values()) / sum(squares[name] for name in names)
@@ -262,8 +263,8 @@ def measure(experiment, real, tolerance, folder):
         "rates": rates,
         "gap": max(one["bounds"]["gap"] for one in records),
         "parameters": told["after"]["parameters"] / told["before"]["parameters"],
-        "share": (large + thin) / seconds / np.mean(rates[:2]),
-        "large": large / seconds / np.mean(rates[:2]),
+        "share": (large + thin) / plain,
+        "large": large / plain,
         "loop_seconds": loop.runs,
         "loop_errors": loop.errors,
         "batch_seconds": batch,
