@@ -28,20 +28,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from kronjax import (
-    descent,
-    factored,
-    leastsquares,
-    manifold,
-    schatten,
-    spectral,
-)
+from kronjax import descent, factored, leastsquares, manifold, schatten, spectral
 from kronjax.descent import State, Status
-from kronjax.kronecker import (
-    Configuration,
-    rearrange,
-    unrearrange,
-)
+from kronjax.kronecker import Configuration, rearrange, unrearrange
 from kronjax.lanes import after, any_lane, in_turn, select
 from kronjax.path import Path, Solution, Trace, gather
 from kronjax.problem import Origin, Problem, Stage
@@ -283,7 +272,7 @@ def leave(
 def _task(problem, setting, stage):
     """Return the geometry of the unknowns, and the objective of a stage."""
     if problem.is_flat:
-        return factored, leastsquares.objective(problem, setting)
+        return _geometry(problem), leastsquares.objective(problem, setting)
     return _geometry(problem), _schatten(problem, setting, stage.squarings)
 
 
@@ -293,7 +282,7 @@ def _geometry(problem):
 
 def _origin(problem, path, stage, seed):
     """Return the state where a stage begins."""
-    if path.champion is None:  # and one start, where the path has begun
+    if path.champion is None:  # no race: the only start is where the path began
         return path.state
     key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
     size = jnp.minimum(stage.begins, 1).astype(path.error.dtype)
@@ -311,14 +300,18 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     """Return the solution: for the spectral norm, the best stage or the limit."""
     points, last = path.state.points, path.error
     if problem.is_spectral:
+        # A champion may have been at the last p before: then there is no line.
         weight = _weight(path.previous_p, path.p, jnp.inf)
+        weight = jnp.where(path.p > path.previous_p, weight, 0)
         ahead = _ahead(problem, path.previous, points, weight)
         limit = in_turn(_geometry(problem).retract, points, ahead)
-        last = _spectral_error(problem, setting, limit)
-        points = select(last < path.best_error, limit, path.best)
+        reached = _spectral_error(problem, setting, limit)
+        points = select(reached < path.best_error, limit, path.best)
+        last = jnp.where(jnp.isfinite(reached), reached, 0)
     joined = points
     if problem.is_factored:
         joined = in_turn(lambda pair: factored.join(pair, last), points)
+        last = joined[-1].core
     terms = to_terms(problem, setting, joined, last)
     frobenius = to_terms(problem, setting, path.frobenius, terms[-1].a)
     # At the end of the line: who does not ask for it does not wait for it.

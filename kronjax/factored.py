@@ -3,9 +3,9 @@
 The sums are those of `manifold`, `R(K) = aᵀ b`, without orthonormal bases. Moving is
 addition, and nothing has to be made orthonormal or tangent: on the manifold that costs
 seven times `r² (d1 + d2)` multiplications in every step, which is little beside a
-gradient for large p, but not at p = 2 or high rank: see `Problem.is_factored`. The
-price, that `(X a, X⁻ᵀ b)` is the same sum, a quasi-Newton method does not notice: it
-never moves along those directions.
+gradient for large p, but not at p = 2 or high rank: see `Problem.is_factored`. That
+`(X a, X⁻ᵀ b)` is the same sum a quasi-Newton method hardly notices: gradients have no
+part along those directions.
 
 >>> import jax.numpy as jnp
 >>> from kronjax import manifold

@@ -87,7 +87,7 @@ def balance(
         u: `[m, k]`.
         vt: `[k, n]`.
         diagonal: `[k]`, of W, such as `weights`.
-        rounds: Steps; traced.
+        rounds: Steps; may be traced.
     """
     root = jnp.sqrt(diagonal)
     left, right = u * root[None], root[:, None] * vt

@@ -36,7 +36,7 @@ AXIS = "matrices"
 """Of the mesh: what the matrices are divided over."""
 
 COARSE = 0.01
-"""Tolerance above which half the effort goes into proofs: on random 36×36, and half the
+"""Tolerance above which proofs have half the rounds: on random 36×36, and half the
 parameters of 768×768, solved to 0.03, gaps are then at most 0.6 points wider."""
 
 

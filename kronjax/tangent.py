@@ -70,15 +70,16 @@ class Space:
         )
         m, n = shape
         frames, inverses = weighted.frames((m, n), configurations, left, right)
-        last = jax.tree.leaves((inverses, left, right))
+        # The terms themselves come from decompositions, of which the last one ends all.
+        last = [*jax.tree.leaves((inverses, left, right)), terms[-1].a]
         points, slack = [], jnp.zeros((), terms[0].a.dtype)
         for one, backs in zip(terms, inverses, strict=True):
             a, b = _coordinates(one, *backs)
             for other in last:
                 a = after(a, other)
             a, turned = _orthonormal(a)
-            b, too = _orthonormal(after(b, a))
-            last, slack = [b], jnp.maximum(slack, jnp.maximum(turned, too))
+            b, too = _orthonormal(after(b, turned))
+            last, slack = [too], jnp.maximum(slack, jnp.maximum(turned, too))
             points.append(Point(a, jnp.eye(len(a), len(b), dtype=a.dtype), b))
         shapes = tuple((one.a.shape[1:], one.b.shape[1:]) for one in terms)
         return cls(tuple(points), frames, inverses, slack, shapes)

@@ -1,7 +1,66 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
+import pytest
 
+from kronjax import certificate, continuation
+from kronjax.kronecker import Configuration
 from kronjax.lanes import after, any_lane, in_turn
+from kronjax.problem import Problem
+
+LAPACK = {"cholesky", "eigh", "geqrf", "householder_product", "lu", "qr", "svd"}
+
+
+def decomposes(equation):
+    """Whether an equation of a jaxpr, or what it calls, decomposes a matrix."""
+    called = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
+    inner = [getattr(x, "jaxpr", x) for x in called]
+    return equation.primitive.name in LAPACK or any(
+        decomposes(one) for x in inner if hasattr(x, "eqns") for one in x.eqns
+    )
+
+
+def side_by_side(function, *arguments):
+    """Return the pairs of decompositions of which neither waits for the other."""
+    made_by, before = {}, []
+    traced = jax.make_jaxpr(function)(*arguments).jaxpr
+
+    def wanted(variables):
+        known = {made_by[v] for v in map(id, variables) if v in made_by}
+        return known.union(*(before[j] for j in known))
+
+    for i, equation in enumerate(traced.eqns):
+        before.append(wanted(equation.invars))
+        made_by |= {id(v): i for v in equation.outvars}
+    # What nobody asks for is not computed.
+    found = [i for i in sorted(wanted(traced.outvars)) if decomposes(traced.eqns[i])]
+    assert len(found) > 1
+    return [(i, j) for i, j in itertools.combinations(found, 2) if i not in before[j]]
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("starts", [1, 2])
+def test_decompositions_wait_for_each_other(rank, starts):
+    configurations = Configuration((3, 4), rank), Configuration((12, 1), rank)
+    problem = Problem.of((12, 12), configurations, starts=starts)
+    assert problem.is_factored == (rank == 4)
+    matrix = jnp.ones((12, 12))
+
+    def begin(matrix):
+        return continuation.start(problem, matrix)
+
+    def end(*given):
+        return continuation.finish(problem, *given)
+
+    def prove(*given):
+        terms = end(*given).terms
+        return terms, certificate.certify_stage(matrix, terms, 3)
+
+    assert not side_by_side(begin, matrix)
+    given = jax.eval_shape(begin, matrix)
+    assert not side_by_side(end, *given)
+    assert not side_by_side(prove, *given)
 
 
 def test_any_lane_is_the_flag_itself_without_a_batch():

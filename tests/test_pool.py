@@ -78,6 +78,18 @@ def test_every_matrix_is_solved_as_by_itself(pool):
         assert one.gemms > one.steps > 0 and one.p[0] == 2 < one.p[-1]
 
 
+def test_coarse_answers_of_high_rank_by_one_lane():
+    problem = Problem.of(SHAPE, Configuration((3, 6), 6), starts=1)
+    assert problem.is_factored
+    pool = Pool(problem, np.dtype(np.float32), lanes=1, slots=1, tolerance=0.03)
+    matrices = draw(3)
+    for one in pool.solve(given(matrices)):
+        alone = approximate(matrices[one.key], problem.configurations, starts=1)
+        assert one.status == Status.CONVERGED and one.p[-1] < 4098
+        assert 0.999 < one.spectral_error / alone.error.spectral < 1.03
+        assert one.local_bound < alone.error.spectral and one.local_gap < 0.1
+
+
 def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
     matrices = draw(11)
     other = Pool(problem, np.dtype(np.float32), lanes=LANES, slots=LANES)
