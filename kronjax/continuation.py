@@ -24,6 +24,7 @@ manifold would cost too much beside a gradient: see `Problem.is_factored`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -276,7 +277,8 @@ def _task(problem, setting, stage):
     return _geometry(problem), _schatten(problem, setting, stage.squarings)
 
 
-def _geometry(problem):
+def _geometry(problem) -> Any:
+    """Return the module that knows how the unknowns move."""
     return factored if problem.is_factored else manifold
 
 

@@ -50,7 +50,7 @@ def in_turn(function: Callable, *tuples: tuple) -> tuple:
     results = []
     for arguments in zip(*tuples, strict=True):
         if results:
-            last = sum(map(jnp.sum, jax.tree.leaves(results[-1])))
+            last = jnp.stack([jnp.sum(x) for x in jax.tree.leaves(results[-1])])
             arguments = jax.tree.map(lambda x, last=last: after(x, last), arguments)
         results.append(function(*arguments))
     return tuple(results)

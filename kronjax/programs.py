@@ -21,8 +21,9 @@ from kronjax.setting import Setting
 @functools.lru_cache(maxsize=64)
 def compiled(problem: Problem, shapes):
     """Compile the parts of a solve for arrays of `shapes`; return them in order."""
-    # A search tries with one start what it then solves with all: compiled once.
-    alike = dataclasses.replace(problem, starts=1, budget=1)
+    # A search tries with one start what it then solves with all: compiled once, and
+    # with room for a champion.
+    alike = dataclasses.replace(problem, starts=2, budget=1)
     programs, (_, paths, first, line), _ = _stages(alike, shapes)
     count = len(problem.schedule())
     lines = jax.eval_shape(lambda x: _stack([x] * count), line) if count else line

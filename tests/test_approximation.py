@@ -221,6 +221,18 @@ def test_parity_of_names():
         kronjax.aproximate  # noqa: B018
 
 
+def test_other_starts_leave_a_critical_point():
+    corner, rest = np.zeros((3, 3)), np.eye(3)
+    corner[0, 0], rest[0, 0] = 1, 0
+    matrix = np.kron(corner, corner) + 1.05 / 2 * np.kron(rest, rest)
+    alone, raced = (
+        approximate(matrix, Configuration((3, 3), 1), starts=starts).error.spectral
+        for starts in (1, 4)
+    )
+    assert alone == pytest.approx(1, abs=1e-6)
+    assert raced < 0.5
+
+
 def test_more_starts_share_what_was_compiled():
     """All but the assembly of the trace, which is small."""
     shapes = (((1, 12, 12), np.dtype("float32")), None, None)
