@@ -273,8 +273,10 @@ def leave(
 def _task(problem, setting, stage):
     """Return the geometry of the unknowns, and the objective of a stage."""
     if problem.is_flat:
-        return _geometry(problem), leastsquares.objective(problem, setting)
-    return _geometry(problem), _schatten(problem, setting, stage.squarings)
+        objective = leastsquares.objective(problem, setting)
+    else:
+        objective = _schatten(problem, setting, stage.squarings)
+    return _geometry(problem), objective
 
 
 def _geometry(problem) -> Any:

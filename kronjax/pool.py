@@ -154,7 +154,11 @@ class Pool:
         self.mesh = Mesh(np.array(devices), (programs.AXIS,))
         self._dtype, self._count = dtype, len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
-        self._stages = problem.schedule()
+        # In the numbers that programs are compiled for.
+        self._stages = [
+            jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), stage)
+            for stage in problem.schedule()
+        ]
         self._trials = [
             max(SLICE // int(schatten.num_products(stage.squarings)), 2)
             for stage in self._stages
@@ -344,7 +348,7 @@ class Pool:
 
     def _stacked(self, stages):
         """Return stages by their numbers as one, with a leading axis."""
-        return jax.tree.map(_numbers, *(self._stages[i] for i in stages))
+        return jax.tree.map(lambda *x: np.array(x), *(self._stages[i] for i in stages))
 
     def _run(self, name, *arguments):
         """Call a program, keep the paths, and return what it tells, as NumPy."""
@@ -359,12 +363,6 @@ class Pool:
         )
         self._held, told = self._programs[name](self._held, self._tolerance, *given)
         return jax.tree.map(get, jax.device_get(told))
-
-
-def _numbers(*some) -> np.ndarray:
-    """Return numbers in what jax would take them for."""
-    stacked = np.array(some)
-    return stacked.astype(jax.dtypes.canonicalize_dtype(stacked.dtype))
 
 
 def _check_threads(devices) -> None:

@@ -36,8 +36,8 @@ AXIS = "matrices"
 """Of the mesh: what the matrices are divided over."""
 
 COARSE = 0.01
-"""Tolerance above which proofs have half the rounds: on random 36×36, and half the
-parameters of 768×768, solved to 0.03, gaps are then at most 0.6 points wider."""
+"""Tolerance above which proofs have half the rounds: gaps of random 36×36, solved to
+0.03, are then 3.4 instead of 2.9 % on average."""
 
 
 def _start(problem, held, tolerance, order, matrices, seeds):

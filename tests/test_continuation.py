@@ -63,6 +63,7 @@ def test_factors_find_what_points_of_the_manifold_find(schedule, starts, monkeyp
     found = {}
     for is_factored in (True, False):
         monkeypatch.setattr(Problem, "is_factored", is_factored)
+        # Another function each time: what is patched is no argument.
         solution = jax.jit(jax.vmap(lambda x: run(x)))(matrices)
         assert (solution.status == Status.CONVERGED).all()
         found[is_factored] = errors(matrices, solution)

@@ -83,7 +83,9 @@ def test_coarse_answers_of_high_rank_by_one_lane():
     assert problem.is_factored
     pool = Pool(problem, np.dtype(np.float32), lanes=1, slots=1, tolerance=0.03)
     matrices = draw(3)
-    for one in pool.solve(given(matrices)):
+    found = list(pool.solve(given(matrices)))
+    assert len(found) == len(matrices)
+    for one in found:
         a, b = (np.float64(x) for x in (one.terms[0].a, one.terms[0].b))
         norm = np.linalg.norm(np.float64(matrices[one.key]) - multiply_out(a, b), 2)
         assert norm <= one.spectral_error <= norm * (1 + 1e-4)
