@@ -28,6 +28,11 @@ import jax.numpy as jnp
 MAX_SQUARINGS = 11
 """The largest exponent in use is p = 4098: beyond it float32 has no digits left."""
 
+HALVED = 384
+"""Columns from which processors compute the upper half only of a symmetric product. Of
+768 in two steps that leaves out three eighths of the operations, and a sixth to a
+quarter of the time."""
+
 
 def exponent(squarings):
     """Return `p = 2^{j+1} + 2`, an integer, or 2 for `j = -1`; `j` may be traced."""
@@ -72,7 +77,7 @@ def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Arr
         return value, gradient.T
     largest = jnp.max(jnp.abs(matrix))
     scaled = matrix / jnp.where(largest > 0, largest, 1)
-    gram = _product(scaled.T, scaled)
+    gram = _gram(scaled)
     trace = _trace(gram)
     gram = gram * (1 / jnp.where(trace > 0, trace, 1))
     power, log_scale = _trace_one_power(gram, squarings)
@@ -108,7 +113,7 @@ def _trace_one_power(gram, squarings):
 
     def square(_, carry):
         power, log_scale = carry
-        power = _product(power, power)
+        power = _gram(power)  # which is symmetric
         trace = _trace(power)
         safe = jnp.where(trace > 0, trace, 1)
         return power * (1 / safe), 2 * log_scale + jnp.log(safe)
@@ -121,6 +126,25 @@ def _trace_one_power(gram, squarings):
     return power, jnp.where(
         is_frobenius, jnp.log(jnp.asarray(n, gram.dtype)), log_scale
     )
+
+
+def _gram(x):
+    """Return `xᵀ x`, `[n, n]` for `[m, n]`."""
+
+    def by_halves(x):
+        n = x.shape[1]
+        if n < HALVED:
+            return _product(x.T, x)
+        left, right = x[:, : n // 2], x[:, n // 2 :]
+        mixed = _product(left.T, right)
+        return jnp.block([[by_halves(left), mixed], [mixed.T, by_halves(right)]])
+
+    def whole(x):
+        return _product(x.T, x)
+
+    if x.shape[1] < HALVED:
+        return whole(x)
+    return jax.lax.platform_dependent(x, cpu=by_halves, default=whole)
 
 
 def _trace(square):

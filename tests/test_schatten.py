@@ -46,6 +46,24 @@ def test_float32_loses_no_more_than_p_roundings(seed, shape, j):
     assert np.vdot(gradient, matrix) == pytest.approx(norm**2, rel=1e-5 + 4e-7 * p)
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (11, 7), (7, 11)])
+def test_halves_of_symmetric_products_are_mirrored(shape, monkeypatch):
+    monkeypatch.setattr(schatten, "HALVED", 3)
+    program = jax.jit(lambda *x: schatten.value_and_gradient(*x))
+    matrix = jnp.asarray(draw(0, shape))
+    lines = program.lower(matrix, 3).as_text().splitlines()
+    products = [x.split("-> tensor<")[1] for x in lines if "dot_general" in x]
+    # Of 7 columns: 3 and 4, of those 1 and 2, 2 and 2; twice, and one whole product.
+    assert len(products) == 2 * 7 + 1
+    assert sum(x.startswith("7x7x") for x in products) == (shape == (7, 7))
+    for j in (-1, 0, 5):
+        value, gradient = program(matrix, j)
+        norm = schatten_reference(matrix, float(schatten.exponent(j)))
+        assert float(value) == pytest.approx(norm**2 / 2, rel=1e-11)
+        expected = gradient_reference(matrix, float(schatten.exponent(j)))
+        np.testing.assert_allclose(gradient, expected, atol=1e-10 * norm)
+
+
 @pytest.mark.parametrize("j", [-1, 0, 3, 11])
 @pytest.mark.parametrize(("dtype", "scale"), [("float32", 1e18), ("float64", 1e150)])
 def test_no_scale_overflows(j, dtype, scale):
