@@ -77,6 +77,11 @@ class Configuration:
                 )
         return shape[0] // self.a_shape[0], shape[1] // self.a_shape[1]
 
+    @property
+    def T(self) -> "Configuration":
+        """What to look for in the transposed matrix."""
+        return Configuration(self.a_shape[::-1], self.rank)
+
     def max_rank(self, shape: tuple[int, int]) -> int:
         """Return the largest Kronecker rank a matrix of `shape` can have here."""
         return min(math.prod(self.a_shape), math.prod(self.b_shape(shape)))
@@ -109,6 +114,11 @@ class KroneckerTerms:
         """Shape `(m1 m2, n1 n2)` of the matrix that the sum stands for."""
         (m1, n1), (m2, n2) = self.a.shape[-2:], self.b.shape[-2:]
         return m1 * m2, n1 * n2
+
+    @property
+    def T(self) -> "KroneckerTerms":
+        """The transposed sum, of the transposed factors."""
+        return KroneckerTerms(self.a.swapaxes(-2, -1), self.b.swapaxes(-2, -1))
 
     @property
     def num_parameters(self) -> int:

@@ -179,8 +179,7 @@ class KroneckerEmbedding(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Return `x @ table.T`: `[..., features]` to `[..., num_embeddings]`."""
-        turned = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), self.terms)
-        first, *rest = (matmul(x, one) for one in turned)
+        first, *rest = (matmul(x, one.T) for one in self.terms)
         return sum(rest, first)
 
 

@@ -53,6 +53,14 @@ def test_to_matrix_agrees_with_kron(seed, shapes):
     assert terms.num_parameters == terms.a.size + terms.b.size
 
 
+@given(st.integers(0, 99), st.sampled_from(SHAPES))
+def test_a_transposed_sum_is_that_of_a_transposed_configuration(seed, shapes):
+    terms, one = draw(seed, *shapes), Configuration(shapes[0], 2)
+    np.testing.assert_array_equal(terms.T.to_matrix(), terms.to_matrix().T)
+    assert terms.T.a.shape[1:] == one.T.a_shape
+    assert terms.T.b.shape[1:] == one.T.b_shape(terms.shape[::-1])
+
+
 def test_batches_of_sums_are_multiplied_out_one_by_one():
     one, two = draw(0, (2, 3), (4, 5)), draw(1, (2, 3), (4, 5))
     both = jax.tree.map(lambda *x: jnp.stack(x), one, two)

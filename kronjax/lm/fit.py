@@ -309,9 +309,9 @@ def solve(
 
 def _transposed(terms: KroneckerTerms) -> KroneckerTerms:
     """Return the transpose of a sum; low rank stays columns times rows."""
-    a, b = (x.swapaxes(1, 2) for x in (terms.a, terms.b))
-    is_rows = a.shape[1] == 1 and b.shape[2] == 1
-    return KroneckerTerms(b, a) if is_rows else KroneckerTerms(a, b)
+    turned = terms.T
+    is_rows = turned.a.shape[1] == 1 and turned.b.shape[2] == 1
+    return KroneckerTerms(turned.b, turned.a) if is_rows else turned
 
 
 @jax.jit
