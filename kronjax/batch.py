@@ -5,7 +5,8 @@
            SVD, where that is the answer)
          → factors and record into the store, as each matrix is finished
 
-Matrices are read when there is room for them, and only then. Process `i` of `k` solves
+Matrices are read when there is room for them, and only then. Wide ones are solved as
+their transposes, in one group with tall ones of those shapes. Process `i` of `k` solves
 the tasks whose index is `i` modulo `k`, and knows nothing of the others. What comes out
 depends on the numbers of a matrix and on how many of them a device computes at once,
 which the store remembers: not on who was finished before an interruption.
@@ -161,7 +162,7 @@ def _solve(group, matrices, store, devices, tell):
                 failed.append(task)
                 continue
             held[task] = matrix, begun
-            yield task, matrix, store.plan.settings.seed + task.index
+            yield task, upright(matrix), store.plan.settings.seed + task.index
 
     def tick(products):
         nonlocal spent
@@ -186,6 +187,7 @@ def _solve(group, matrices, store, devices, tell):
 def _keep(task: Task, found: Finished, matrix, seconds, store, devices):
     """Keep what came of one matrix of a pool."""
     settings = store.plan.settings
+    terms = tuple(one.T if task.is_wide else one for one in found.terms)
     effort = {
         "solver": found.status.name.lower(),
         "p": list(found.p),
@@ -197,14 +199,14 @@ def _keep(task: Task, found: Finished, matrix, seconds, store, devices):
         "seed": settings.seed + task.index,
         "device": devices[0].device_kind,
     }
-    finite = all(np.isfinite(x).all() for one in found.terms for x in (one.a, one.b))
+    finite = all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
     if found.status == Status.NONFINITE or not finite:
         store.put(task, (), {**_failed(task, "the solver diverged"), **effort})
         return
-    error, whole = measure(matrix, found.terms), measure(matrix, ())
+    error, whole = measure(matrix, terms), measure(matrix, ())
     facts = _facts(task, error, whole, found.local_bound, found.local_gap)
     facts["errors"]["van_loan_spectral"] = found.van_loan
-    store.put(task, found.terms, {**facts, **effort})
+    store.put(task, terms, {**facts, **effort})
 
 
 def _truncate(group, matrices, store, tell):
@@ -293,6 +295,12 @@ def read(task: Task, matrices: Mapping[str, np.ndarray]) -> np.ndarray | None:
     return matrix if np.isfinite(matrix).all() else None
 
 
+def upright(matrix: np.ndarray) -> np.ndarray:
+    """Return the matrix as its group solves it: transposed if it is wide."""
+    m, n = matrix.shape
+    return np.ascontiguousarray(matrix.T) if m < n else matrix
+
+
 def pools_of(
     group: Group, lanes: int, devices: Sequence[Any], settings: Settings
 ) -> tuple[list[Pool], int]:
@@ -348,14 +356,20 @@ def _limit(devices) -> int:
 def _problem(task: Task, settings: Settings) -> Problem | None:
     if task.is_closed:
         return None
-    return Problem.of(
-        task.shape, task.configurations, task.norm, starts=settings.starts
-    )
+    shape, configurations = _upright(task)
+    return Problem.of(shape, configurations, task.norm, starts=settings.starts)
+
+
+def _upright(task):
+    """Return the shape of what is solved for a task, and the configurations."""
+    if task.is_closed or not task.is_wide:
+        return task.shape, task.configurations
+    return task.shape[::-1], tuple(one.T for one in task.configurations)
 
 
 def _key(task: Task) -> str:
-    m, n = task.shape
-    what = tasks.describe(task.configurations)
+    (m, n), configurations = _upright(task)
+    what = tasks.describe(configurations)
     way = "svd" if task.is_closed else task.norm
     return f"{m}x{n} ({what}) {way} {task.precision}"
 

@@ -91,7 +91,7 @@ def _seconds(group, matrices, pools, settings) -> float:
             raise TimeoutError
 
     read = ((x, batch.read(x, matrices)) for x in taken)
-    finite = ((x, matrix, 0) for x, matrix in read if matrix is not None)
+    finite = ((x, batch.upright(matrix), 0) for x, matrix in read if matrix is not None)
     try:
         for _ in crew.solve(pools, finite, tick):
             count += 1

@@ -84,6 +84,11 @@ class Task:
         return not rest and (m1, n1) in ((m, 1), (1, n))
 
     @property
+    def is_wide(self) -> bool:
+        """Whether the matrix has fewer rows than columns."""
+        return self.shape[0] < self.shape[1]
+
+    @property
     def precision(self) -> str:
         """What is computed in."""
         return "float64" if self.dtype == "float64" else "float32"

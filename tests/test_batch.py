@@ -226,6 +226,20 @@ def test_the_largest_matrices_come_first(matrices):
     assert [one.problem is None for one in found] == [True, True, False]
 
 
+def test_wide_matrices_are_solved_as_tall_ones_and_turned_back(matrices, tmp_path):
+    given = {"k.0": matrices["k.0"], "k.1": matrices["k.0"].T}
+    rule = POOLED.split("- {")[0]
+    turned = rule.replace("rules:", "").replace("k.*", "k.1").replace("3, 2", "2, 3")
+    # One start: others are drawn by the number of the matrix.
+    kept = begin(tmp_path, given, rule.replace("k.*", "k.0") + turned, starts=1)
+    batch.run(given, kept, devices=jax.local_devices()[:1])
+    (group,) = batch.groups(kept.plan.tasks, kept.plan.settings)
+    assert group.problem.shape == (8, 6) and "8x6 (2x3, 2)" in group.key
+    (wide,), (tall,) = map(kept.terms, kept.plan.tasks)
+    assert wide.a.shape == (2, 3, 2) and tall.a.shape == (2, 2, 3)
+    np.testing.assert_array_equal(wide.to_matrix(), tall.to_matrix().T)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_precision_follows_the_tensors(dtype, tmp_path):
     kept = solve(tmp_path, draw(1, dtype=dtype))
