@@ -285,13 +285,12 @@ def test_certificates_decompose_what_their_docstring_says(case, platform):
     found = exported(case, platform)
     # Of all candidates for the dual, a handful, before the multipliers and after; and
     # in the iteration for these the cluster, here all singular values. In haste there
-    # are two candidates, by Gram matrices, and no multipliers.
-    candidates = [("eigh", (M, M))]
-    if "haste" not in case:
-        candidates += [("svd", SHAPE)] * 2
+    # is one candidate, by Gram matrices, and no multipliers.
+    is_hasty = "haste" in case
+    candidates = [] if is_hasty else [("eigh", (M, M)), *[("svd", SHAPE)] * 2]
     assert sorted(found.full(loops=True)) == candidates
     singular = [one for one in found.decompositions if one.name == "svd"]
-    assert not ("haste" in case and singular)
+    assert not (is_hasty and singular)
     assert not any(one.loops > 1 for one in found.decompositions if one.name == "svd")
 
 
