@@ -16,22 +16,26 @@ random matrices, without predictions: with four, eight or sixteen times p per st
 continuations took 5 to 45 % more products than by doubling. p is traced: all stages
 share one compilation.
 
-The unknown is a point of the manifold, or a pair of factors (`factored`) where the
-manifold would cost too much beside a gradient: see `Problem.is_factored`.
-
 `solve` is pure: no state, no host; it goes through `jit`, `vmap`, `scan`, `shard_map`.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kronjax import descent, factored, leastsquares, manifold, schatten, spectral
+from kronjax import (
+    descent,
+    factored,
+    leastsquares,
+    manifold,
+    objective,
+    schatten,
+    spectral,
+)
 from kronjax.descent import State, Status
-from kronjax.kronecker import Configuration, rearrange, unrearrange
+from kronjax.kronecker import Configuration
 from kronjax.lanes import after, any_lane, in_turn, select
 from kronjax.path import Path, Solution, Trace, gather
 from kronjax.problem import Origin, Problem, Stage
@@ -126,9 +130,9 @@ def start(
     """
     setting, inverses = prepare(problem, matrix, left_weight, right_weight)
     points = leastsquares.begin(problem, setting, inverses)
-    state = _begin(problem, points)
+    state = objective.begin(problem, points)
     zero = jnp.array(0)
-    error = _error(problem, setting, state.points)
+    error = objective.error(problem, setting, state.points)
     spectral_error = spectral.estimate_norm(error)
     line = Trace(
         p=jnp.full((), 2, error.dtype),
@@ -207,8 +211,12 @@ def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, seed) ->
         weight = _weight(path.previous_p, path.p, p)
         weight = jnp.where(known, weight, 0)
         hint = _ahead(problem, path.previous, previous, weight)
-    geometry, objective = _task(problem, setting, stage)
-    state = descent.restart(objective, state, geometry=geometry, hint=hint)
+    state = descent.restart(
+        objective.of(problem, setting, stage),
+        state,
+        geometry=objective.geometry(problem),
+        hint=hint,
+    )
     # A lane that is done must not keep the others of its batch waiting.
     status = jnp.where(path.done, int(Status.CONVERGED), state.status)
     return dataclasses.replace(
@@ -234,7 +242,6 @@ def descend(
 
     It is there when the status is no longer `Status.RUNNING`.
     """
-    geometry, objective = _task(problem, setting, stage)
     products = schatten.num_products(stage.squarings)
     rounding = 10 * float(jnp.finfo(setting.target.dtype).eps)  # its norm is one
     limits = descent.Limits(
@@ -242,7 +249,13 @@ def descend(
         max_evaluations=jnp.maximum(stage.budget // products, 4),
         floor=rounding**2 / 2,
     )
-    return descent.minimize(objective, state, limits, geometry, trials)
+    return descent.minimize(
+        objective.of(problem, setting, stage),
+        state,
+        limits,
+        objective.geometry(problem),
+        trials,
+    )
 
 
 def leave(
@@ -250,7 +263,7 @@ def leave(
 ) -> Path:
     """Return the path after a stage: compared with what was best, and whether done."""
     state = path.state
-    spectral_error = _spectral_error(problem, setting, state.points, 3)
+    spectral_error = objective.spectral_error(problem, setting, state.points, 3)
     fell = path.error - spectral_error
     settled = (state.status != Status.MAX_STEPS) & (path.p > 6)
     better = spectral_error < path.best_error
@@ -270,20 +283,6 @@ def leave(
     )
 
 
-def _task(problem, setting, stage):
-    """Return the geometry of the unknowns, and the objective of a stage."""
-    if problem.is_flat:
-        objective = leastsquares.objective(problem, setting)
-    else:
-        objective = _schatten(problem, setting, stage.squarings)
-    return _geometry(problem), objective
-
-
-def _geometry(problem) -> Any:
-    """Return the module that knows how the unknowns move."""
-    return factored if problem.is_factored else manifold
-
-
 def _origin(problem, path, stage, seed):
     """Return the state where a stage begins."""
     if path.champion is None:  # no race: the only start is where the path began
@@ -294,7 +293,7 @@ def _origin(problem, path, stage, seed):
         stage.origin,
         [
             lambda: path.state,
-            lambda: _begin(problem, _perturb(path.frobenius, key, size)),
+            lambda: objective.begin(problem, _perturb(path.frobenius, key, size)),
             lambda: path.champion,
         ],
     )
@@ -308,8 +307,8 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
         weight = _weight(path.previous_p, path.p, jnp.inf)
         weight = jnp.where(path.p > path.previous_p, weight, 0)
         ahead = _ahead(problem, path.previous, points, weight)
-        limit = in_turn(_geometry(problem).retract, points, ahead)
-        reached = _spectral_error(problem, setting, limit)
+        limit = in_turn(objective.geometry(problem).retract, points, ahead)
+        reached = objective.spectral_error(problem, setting, limit)
         points = select(reached < path.best_error, limit, path.best)
         last = jnp.where(jnp.isfinite(reached), reached, 0)
     joined = points
@@ -320,7 +319,7 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
     frobenius = to_terms(problem, setting, path.frobenius, terms[-1].a)
     # At the end of the line: who does not ask for it does not wait for it.
     calm = dataclasses.replace(setting, target=after(setting.target, frobenius[-1].a))
-    error = _spectral_error(problem, calm, points)
+    error = objective.spectral_error(problem, calm, points)
     lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
     status = jnp.where(setting.finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
@@ -336,46 +335,6 @@ def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solu
         ),
         status=status,
     )
-
-
-def _begin(problem, points):
-    """Return the state of a descent from points of the manifold."""
-    if problem.is_factored:
-        return descent.init(tuple(map(factored.split, points)), factored)
-    return descent.init(points)
-
-
-def _schatten(problem, setting, squarings):
-    geometry = _geometry(problem)
-
-    def objective(points):
-        error = _error(problem, setting, points)
-        value, gradient = schatten.value_and_gradient(error, squarings)
-        return value, tuple(
-            geometry.project(point, rearrange(-frame.adjoint(gradient), c.a_shape))
-            for point, c, frame in zip(
-                points, problem.configurations, setting.frames, strict=True
-            )
-        )
-
-    return objective
-
-
-def _spectral_error(problem, setting, points, restarts=12):
-    error = _error(problem, setting, points)
-    return spectral.estimate_norm(error, restarts=restarts)
-
-
-def _error(problem, setting, points):
-    """Return the target less what all points stand for in the weighted problem."""
-    total = jnp.zeros((), setting.target.dtype)
-    for configuration, frame, point in zip(
-        problem.configurations, setting.frames, points, strict=True
-    ):
-        shapes = configuration.a_shape, configuration.b_shape(problem.shape)
-        ambient = _geometry(problem).to_ambient(point)
-        total = total + frame.forward(unrearrange(ambient, *shapes))
-    return setting.target - total
 
 
 def _perturb(points, key, size):
@@ -402,5 +361,5 @@ def _weight(first, second, p):
 
 def _ahead(problem, previous, points, weight):
     """Return the way from `previous` to `points`, times `weight`, as tangents there."""
-    ways = map(_geometry(problem).way, previous, points)
+    ways = map(objective.geometry(problem).way, previous, points)
     return jax.tree.map(lambda x: weight * x, tuple(ways))

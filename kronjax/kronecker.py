@@ -80,7 +80,8 @@ class Configuration:
     @property
     def T(self) -> "Configuration":
         """What to look for in the transposed matrix."""
-        return Configuration(self.a_shape[::-1], self.rank)
+        m1, n1 = self.a_shape
+        return Configuration((n1, m1), self.rank)
 
     def max_rank(self, shape: tuple[int, int]) -> int:
         """Return the largest Kronecker rank a matrix of `shape` can have here."""

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from kronjax import continuation, solve
 from kronjax.descent import Status
-from kronjax.kronecker import Configuration
+from kronjax.kronecker import Configuration, rearrange
 from kronjax.problem import Problem
 
 SMALL = Configuration((3, 4), 2)
@@ -212,7 +212,7 @@ def test_never_worse_than_van_loan_and_honest_about_the_error():
     ):
         van_loan = matrix - kronecker_sum_reference(a, b)
         assert error <= np.linalg.norm(van_loan, 2)
-        s = np.linalg.svd(continuation.rearrange(matrix, (3, 4)), compute_uv=False)
+        s = np.linalg.svd(rearrange(matrix, (3, 4)), compute_uv=False)
         assert np.linalg.norm(van_loan) == pytest.approx(np.sqrt((s[2:] ** 2).sum()))
     assert (solution.spectral_error <= got).all()
     np.testing.assert_allclose(solution.spectral_error, got, rtol=1e-5)

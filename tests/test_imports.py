@@ -31,6 +31,7 @@ ORDER = [
     "setting",
     "leastsquares",
     "path",
+    "objective",
     "continuation",
     "programs",
     "errors",
