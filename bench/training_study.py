@@ -29,46 +29,18 @@ import numpy as np
 from flax import nnx
 
 from bench import script
-from kronjax import demo, lm, nn
+from bench.training_methods import WAYS, Method, Study, methods_of, trained
+from kronjax import demo
 from kronjax.demo import corpus
-from kronjax.lm import (
-    analysis,
-    calibrate,
-    compression,
-    evaluate,
-    gpt2,
-    prune,
-    sizes,
-    stages,
-    train,
-)
+from kronjax.lm import analysis, gpt2, sizes
 from kronjax.lm import text as texts
 from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.distillation import Weights
-from kronjax.lm.optimizer import Optimizer
-from kronjax.lm.prune import Gradual, Pruning
-from kronjax.lm.regimen import Settings
-from kronjax.recipe import Recipe, Rule, Term
 
 SEEN = 4_096_000
 """Tokens that the bundled model saw: see its data sheet."""
 
-HALF = 0.5
-"""Of the parameters of linear layers, what is left."""
-
 CHARACTERS = 80_000
 """Of the held-out text, to measure on: half of it."""
-
-WAYS = {
-    "vanilla": None,
-    "distillation": Weights(next_token=0.0, logits=1.0),
-}
-"""What is made small: the next-token loss, or the divergence from the dense model."""
-
-NEAR_RATE, FAR_RATE = 2e-4, 1e-3
-"""Largest learning rates: of what begins near the dense model, and of Kronecker terms,
-which begin two nats away. With 1e-3 the dense model, trained on, became worse by 0.09
-nats in 40 steps: it had ended with a fiftieth of that."""
 
 DENSE = "dense, trained on"
 
@@ -89,215 +61,6 @@ LONG = (
 RECOVERED, NEAR = 0.8, 1.05
 """Targets: of the loss of compression the part that the best method recovers, and the
 perplexity of pruning over that of the dense model."""
-
-
-@dataclasses.dataclass
-class Study:
-    """What is studied on what.
-
-    Attributes:
-        model: Dense.
-        tokens: `[n]`, to train on.
-        held_out: To judge by.
-        work: The folder that keeps what is finished.
-        steps: Of a training.
-        long_steps: Of the long ones.
-        batch: Windows in a step.
-        length: Of a window.
-        seeds: Orders of the data.
-        calibration: Tokens for moments.
-        only: Names of methods; all of them if there are none.
-        long: What is trained for long, too.
-    """
-
-    model: LanguageModel
-    tokens: np.ndarray
-    held_out: texts.Text
-    work: Path
-    steps: int = 40
-    long_steps: int = 200
-    batch: int = 2
-    length: int = 256
-    seeds: tuple[int, ...] = (0, 1, 2)
-    calibration: int = 16_384
-    only: tuple[str, ...] = ()
-    long: tuple[str, ...] = LONG
-    _moments: Any = None
-
-    def moments(self) -> calibrate.Moments:
-        """What layers see, and what the loss asks of them; measured once."""
-        path = self.work / "moments.safetensors"
-        if self._moments is None:
-            if not path.exists():
-                taken = self.tokens[: self.calibration]
-                made = calibrate.measure(
-                    self.model, taken, gradients=True, progress=False
-                )
-                calibrate.save(made, path)
-            self._moments = calibrate.load(path)
-        return self._moments
-
-    def loss(self, model: LanguageModel) -> float:
-        """Nats per held-out token; dense models of one kind share a program."""
-        dense = nn.multiplied_out(model)
-        dense.recipe, dense.tokenizer = None, self.model.tokenizer
-        found = evaluate.perplexity(dense, self.held_out, "krony-pt", progress=False)
-        return found.nll
-
-    def compressed(self, name: str, rules: Recipe) -> LanguageModel:
-        """The model that rules make, kept in a folder."""
-        folder = self.work / "models" / name.replace(" ", "-").replace(",", "")
-        if not (folder / "config.json").exists():
-            made = compression.run(
-                self.model, rules, self.moments(), progress=False
-            ).model
-            made.tokenizer = self.model.tokenizer
-            lm.save(made, folder)
-        return lm.load(folder, dtype="float32")
-
-    def settings(self, rate: float, way: str, seed: int, steps: int) -> Settings:
-        """How all methods are trained, but for the rate."""
-        return Settings(
-            steps=steps,
-            batch=self.batch,
-            length=self.length,
-            optimizer=Optimizer(rate=rate),
-            weights=WAYS[way] or Weights(),
-            seed=seed,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way to half the parameters.
-
-    Attributes:
-        name: In words.
-        start: Returns the smaller model before any training.
-        begin: Where training starts from, if it is somewhere else.
-        hook: Returns what happens between steps, given how many there are.
-        in_stages: Returns the stages, if there are several.
-        ways: Of training.
-        is_extra: Whether one seed has to do.
-        rate: The largest learning rate.
-    """
-
-    name: str
-    start: Callable[[], LanguageModel]
-    begin: Callable[[], LanguageModel] | None = None
-    hook: Callable[[int], Any] | None = None
-    in_stages: Callable[[], list[stages.Stage]] | None = None
-    ways: tuple[str, ...] = tuple(WAYS)
-    is_extra: bool = False
-    rate: float = NEAR_RATE
-
-
-def halves(model: LanguageModel, **options: Any) -> Recipe:
-    """Rules for one term (n_in / 2, n_out) ⊗ (2, 1) in every linear layer."""
-    rules = []
-    for name, layer in nn.linear_layers(model).items():
-        m, n = nn.shape_of(layer)
-        term = Term(a_shape=(m // 2, n))
-        rules.append(Rule(match=name, method="kronecker", terms=(term,), **options))
-    return Recipe(rules=tuple(rules))
-
-
-def low_rank(weighting: Any) -> Recipe:
-    """Rules for low rank in every linear layer."""
-    rule = Rule(
-        match="*",
-        method="low-rank",
-        fraction=HALF,
-        norm="frobenius",
-        weighting=weighting,
-    )
-    return Recipe(rules=(rule,))
-
-
-def methods_of(study: Study) -> list[Method]:
-    """All methods, at one number of parameters."""
-    plain: Any = {"norm": "frobenius", "weighting": "none"}
-    kinds = {
-        "low rank, data-aware": low_rank("input+gradient"),
-        "Kronecker, Van Loan": halves(study.model, **plain),
-        "Kronecker, spectral": halves(study.model, norm="spectral", weighting="none"),
-        "Kronecker, pruning start": halves(study.model, start="pruning", **plain),
-    }
-
-    def copied(**_: Any) -> LanguageModel:
-        return nnx.clone(study.model)
-
-    def pruned(pruning: Pruning, moments: bool, final: bool) -> LanguageModel:
-        model = copied()
-        if final:
-            prune.prune(model, pruning, study.moments() if moments else None)
-        else:
-            prune.begin(model, pruning)
-        return model
-
-    def pruning(name: str, asked: Pruning, moments: bool) -> Method:
-        extra: Any = {"ways": ("distillation",), "is_extra": True} if moments else {}
-        return Method(
-            name,
-            **extra,
-            start=lambda: pruned(asked, moments, True),
-            begin=lambda: pruned(asked, moments, False),
-            hook=lambda steps: Gradual(
-                asked, steps, study.moments() if moments else None
-            ),
-        )
-
-    found = [
-        Method(
-            name,
-            start=lambda n=name, r=rules: study.compressed(n, r),
-            rate=FAR_RATE if name.startswith("Kronecker") else NEAR_RATE,
-        )
-        for name, rules in kinds.items()
-    ]
-    aware_svd, van_loan = found[:2]
-    progressive = Method(
-        "low rank, progressive",
-        start=aware_svd.start,
-        begin=copied,
-        in_stages=lambda: stages.progressive(HALF, 4, moments=study.moments()),
-        ways=("distillation",),
-        is_extra=True,
-    )
-    in_turn = Method(
-        "Kronecker, layer by layer",
-        start=van_loan.start,
-        begin=copied,
-        in_stages=lambda: stages.layer_by_layer(study.model, kinds[van_loan.name]),
-        rate=FAR_RATE,
-        ways=("distillation",),
-        is_extra=True,
-    )
-    return [
-        *found,
-        progressive,
-        in_turn,
-        pruning("pruning, gradual", Pruning(HALF), False),
-        pruning("pruning, data-aware", Pruning(HALF, "output"), True),
-    ]
-
-
-def trained(
-    study: Study, method: Method, way: str, seed: int, steps: int
-) -> LanguageModel:
-    """The model of a method after training."""
-    settings = study.settings(method.rate, way, seed, steps)
-    given: Any = {
-        "teacher": None if WAYS[way] is None else study.model,
-        "held_out": np.zeros(0, np.int32),
-        "progress": False,
-    }
-    model = (method.begin or method.start)()
-    if method.in_stages is not None:
-        done = stages.run(model, method.in_stages(), study.tokens, settings, **given)
-        return done[-1].model
-    hook = None if method.hook is None else method.hook(steps)
-    return train.run(model, study.tokens, settings, hook=hook, **given).model
 
 
 def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -479,7 +242,7 @@ def full(work: Path) -> Study:
     held_out = texts.from_rows(
         [demo.held_out()[:CHARACTERS]], source="held-out documentation"
     )
-    return Study(model, np.load(path), held_out, work)
+    return Study(model, np.load(path), held_out, work, long=LONG)
 
 
 def main():
