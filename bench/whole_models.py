@@ -14,7 +14,9 @@ devices are compared with one.
 
 Products are counted low: of a tall matrix one evaluation has two tall products and the
 rest are small, and one of the rank r has three of `r` by what it approximates, but only
-accepted steps and beginnings of stages are known to have been evaluations.
+accepted steps and beginnings of stages are known to have been evaluations. Symmetric
+products count in full, though some of their operations are left out: "computed" is the
+share without those.
 """
 
 import json
@@ -30,7 +32,7 @@ import safetensors.numpy
 
 from bench import runs, script, spectral_norms, timing
 from bench.accelerator import SMALL
-from kronjax import Configuration, threads
+from kronjax import Configuration, schatten, threads
 
 GAP = 0.05
 MEMORY = 6.0
@@ -171,14 +173,24 @@ def flops_of(record):
     """Operations that the products of a matrix took, counted low.
 
     Returns:
-        Of those of the size of `EᵀE`, and of those with factors: the sum itself, and
-        its two gradients.
+        Of those of the size of `EᵀE`; of those with factors: the sum itself, and its
+        two gradients; and what is left out of the former because they are symmetric.
     """
     m, n = max(record["shape"]), min(record["shape"])
     rank = sum(one["rank"] for one in record["configurations"])
     evaluations = record["steps"] + len(record["p"]) - 1
     large = 2 * n**3 * record["gemms"] + 4 * n**2 * (m - n) * evaluations
-    return large, 6 * rank * m * n * evaluations
+    plain = 2 * n**2 * m * evaluations
+    left_out = (large - plain) * (1 - halved(n) / n**2)
+    return large, 6 * rank * m * n * evaluations, left_out
+
+
+def halved(n):
+    """Entries of a symmetric product `[n, n]` that are computed, on processors."""
+    if n < schatten.HALVED:
+        return n**2
+    half = n // 2
+    return halved(half) + half * (n - half) + halved(n - half)
 
 
 def run_python(code, *arguments, **environment):
@@ -250,7 +262,7 @@ def measure(experiment, real, tolerance, folder):
     configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
     loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
     rates.append(timing.gemm_rate(size))
-    large, thin = np.sum([flops_of(one) for one in records], axis=0)
+    large, thin, left_out = np.sum([flops_of(one) for one in records], axis=0)
     plain = seconds * np.median(rates)  # one of which may meet a busy machine
     # All squares one by one would take as much longer as they take more products.
     squares = {x["name"]: x["gemms"] for x in records if x["name"].startswith("square")}
@@ -265,6 +277,7 @@ def measure(experiment, real, tolerance, folder):
         "parameters": told["after"]["parameters"] / told["before"]["parameters"],
         "share": (large + thin) / plain,
         "large": large / plain,
+        "computed": (large + thin - left_out) / plain,
         "loop_seconds": loop.runs,
         "loop_errors": loop.errors,
         "batch_seconds": batch,
@@ -310,7 +323,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = measure(experiment, real, given.tolerance, folder)
-        figures = ("gap", "memory", "parameters", "share", "large", "loop_ratio")
+        shares = ("share", "large", "computed")
+        figures = ("gap", "memory", "parameters", *shares, "loop_ratio")
         script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
         small = run_small(experiment, given.tolerance)
         script.say(", ".join(f"36 x 36: {key} {x:.3g}" for key, x in small.items()))
