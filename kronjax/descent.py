@@ -23,7 +23,7 @@ from jax.flatten_util import ravel_pytree
 
 from kronjax import manifold
 from kronjax import pairs as curvature
-from kronjax.lanes import any_lane, in_turn, select
+from kronjax.lanes import any_lane, in_turn, pick, select
 from kronjax.pairs import MEMORY, Pairs
 
 ARMIJO = 1e-4
@@ -176,12 +176,12 @@ def step(
     )
     direction = _map(geometry.transport, points, back(direction))
     advanced = _advance(state, points, value, gradient, direction, limits, geometry)
-
-    def choose():
-        return select(accepted, advanced, _shorten(state, value, running))
-
     # The pairs know by themselves: they are large, and not to be copied here.
-    state = jax.lax.cond(any_lane(~accepted), choose, lambda: advanced)
+    advanced, shortened = (
+        dataclasses.replace(one, pairs=None)
+        for one in (advanced, _shorten(state, value, running))
+    )
+    state = pick(accepted, advanced, shortened)
     return dataclasses.replace(state, pairs=pairs)
 
 

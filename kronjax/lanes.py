@@ -37,6 +37,22 @@ def select(condition: jax.Array | bool, x, y):
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
 
 
+@jax.custom_batching.custom_vmap
+def pick(condition: jax.Array, x, y):
+    """Return what `select` does; alone as a branch, which copies less of what is large.
+
+    Under `vmap` branches would be worth it only where all lanes agree.
+    """
+    return jax.lax.cond(condition, lambda: x, lambda: y)
+
+
+@pick.def_vmap
+def _pick_batched(axis_size, in_batched, condition, x, y):
+    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
+    mapped = jax.vmap(select, in_axes=tuple(axes), axis_size=axis_size)
+    return mapped(condition, x, y), jax.tree.map(lambda _: True, x)
+
+
 def after(x: jax.Array, other: jax.Array) -> jax.Array:
     """Return `x`, to be computed only once the finite array `other` has been.
 

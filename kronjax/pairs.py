@@ -128,10 +128,10 @@ def _direction(pairs, gradient, against):
     curvature = pairs.curvature[order]
     filled = curvature > 0
     known = jnp.tile(filled, 2)
-    products = pairs.products[both][:, both]
-    products = jnp.where(known[:, None] & known[None], products, 0)
+    of_y = pairs.products[h + order][:, both]
+    of_y = jnp.where(filled[:, None] & known[None], of_y, 0)
     against = jnp.where(known, against[both], 0)
-    sy, yy = products[:h, h:], products[h:, h:]
+    sy, yy = of_y[:, :h].T, of_y[:, h:]
     upper = jnp.triu(sy, 1) + jnp.diag(jnp.where(filled, curvature, 1))
     newest = jnp.max(jnp.where(filled, jnp.arange(h), -1))
     scale = jnp.where(

@@ -72,12 +72,11 @@ def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Arr
         The value, a scalar, and the gradient `[m, n]`, both in the dtype of `matrix`.
     """
     m, n = matrix.shape
-    if m < n:  # the smaller Gram matrix
-        value, gradient = value_and_gradient(matrix.T, squarings)
-        return value, gradient.T
+    # The smaller Gram matrix; of small square ones the quicker.
+    of_rows = m < n or m == n < HALVED
     largest = jnp.max(jnp.abs(matrix))
     scaled = matrix / jnp.where(largest > 0, largest, 1)
-    gram = _gram(scaled)
+    gram = _gram(scaled.T if of_rows else scaled)
     trace = _trace(gram)
     gram = gram * (1 / jnp.where(trace > 0, trace, 1))
     power, log_scale = _trace_one_power(gram, squarings)
@@ -86,7 +85,8 @@ def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Arr
     log_overlap = jnp.log(jnp.where(overlap > 0, overlap, 1))
     norm = largest * jnp.sqrt(trace) * jnp.exp((log_scale + log_overlap) / p)
     factor = jnp.exp(2 / p * log_scale - (p - 2) / p * log_overlap)
-    return norm**2 / 2, _product(matrix, power) * factor
+    gradient = _product(power, matrix) if of_rows else _product(matrix, power)
+    return norm**2 / 2, gradient * factor
 
 
 def norm(matrix: jax.Array, p: float) -> jax.Array:
@@ -113,7 +113,7 @@ def _trace_one_power(gram, squarings):
 
     def square(_, carry):
         power, log_scale = carry
-        power = _gram(power)  # which is symmetric
+        power = _square(power)
         trace = _trace(power)
         safe = jnp.where(trace > 0, trace, 1)
         return power * (1 / safe), 2 * log_scale + jnp.log(safe)
@@ -139,12 +139,18 @@ def _gram(x):
         mixed = _product(left.T, right)
         return jnp.block([[by_halves(left), mixed], [mixed.T, by_halves(right)]])
 
-    def whole(x):
-        return _product(x.T, x)
-
     if x.shape[1] < HALVED:
-        return whole(x)
-    return jax.lax.platform_dependent(x, cpu=by_halves, default=whole)
+        return _product(x.T, x)
+    return jax.lax.platform_dependent(
+        x, cpu=by_halves, default=lambda x: _product(x.T, x)
+    )
+
+
+def _square(symmetric):
+    """Return the square; a small one is quicker without a transpose."""
+    if len(symmetric) < HALVED:
+        return _product(symmetric, symmetric)
+    return _gram(symmetric)
 
 
 def _trace(square):

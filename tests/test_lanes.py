@@ -6,7 +6,7 @@ import pytest
 
 from kronjax import certificate, continuation
 from kronjax.kronecker import Configuration
-from kronjax.lanes import after, any_lane, in_turn
+from kronjax.lanes import after, any_lane, in_turn, pick
 from kronjax.problem import Problem
 
 LAPACK = {"cholesky", "eigh", "geqrf", "householder_product", "lu", "qr", "svd"}
@@ -80,6 +80,21 @@ def test_any_lane_keeps_a_branch_a_branch():
 
     jaxpr = jax.make_jaxpr(jax.vmap(branch))(jnp.ones(3))
     assert any(eqn.primitive.name == "cond" for eqn in jaxpr.eqns)
+
+
+def test_pick_is_a_branch_alone_and_a_selection_in_a_batch():
+    condition, x = jnp.array([True, False]), {"a": jnp.ones((2, 3))}
+
+    def picked(condition, x, y):
+        return pick(condition, x, {"a": y})
+
+    alone = jax.make_jaxpr(picked)(condition[0], {"a": jnp.ones(3)}, jnp.zeros(3))
+    assert "cond[" in str(alone)
+    mapped = jax.vmap(picked, in_axes=(0, 0, None))
+    assert mapped(condition, x, jnp.zeros(3))["a"].tolist() == [[1] * 3, [0] * 3]
+    assert "cond[" not in str(jax.make_jaxpr(mapped)(condition, x, jnp.zeros(3)))
+    twice = jax.vmap(mapped, in_axes=(None, None, 0))
+    assert twice(condition, x, jnp.zeros((4, 3)))["a"].shape == (4, 2, 3)
 
 
 def test_after_changes_nothing_and_is_not_simplified_away():
