@@ -98,11 +98,17 @@ def _finish(problem, held, tolerance, order, matrices, last):
         tolerance > COARSE, multipliers.BALANCED // 2, multipliers.BALANCED
     )
 
+    # The gradient of the last norm; at high rank that of the one before, which proves
+    # 2.3 instead of 2.6 % at half the parameters of 768×768, and with 8 terms of them
+    # 9.8 instead of 7.1 %.
     def lane(setting, path, matrix, squarings):
         zero = jnp.zeros((), matrix.dtype)
         untold = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, gemms=zero)
         found = continuation.finish(problem, setting, path, untold)
-        bounds = certificate.certify_stage(matrix, found.terms, squarings, rounds)
+        p = schatten.exponent(squarings).astype(matrix.dtype)
+        if problem.is_spectral and problem.is_factored:
+            p = p / 2
+        bounds = certificate.certify_stage(matrix, found.terms, p, rounds)
         return found.terms, bounds, found.status
 
     own_settings, own_paths = _get(held, order)

@@ -168,6 +168,12 @@ def test_a_closed_form_needs_no_stage():
         alone = approximate(matrix, ONE, norm="frobenius")
         assert found[i].gemms == 0 and found[i].p == (2,)
         assert found[i].spectral_error == pytest.approx(alone.error.spectral, rel=1e-4)
+        # What is left is orthogonal to the tangent space, and proves this as it is.
+        (terms,) = alone.terms
+        rest = matrix - multiply_out(np.float64(terms.a), np.float64(terms.b))
+        s = np.linalg.svd(rest, compute_uv=False)
+        wanted = np.sum(s**2) / np.sum(s)
+        assert found[i].local_bound == pytest.approx(wanted, rel=1e-3)
 
 
 def test_products_are_told_as_they_are_spent(pool):
