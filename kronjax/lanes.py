@@ -41,16 +41,19 @@ def select(condition: jax.Array | bool, x, y):
 def pick(condition: jax.Array, x, y):
     """Return what `select` does; alone as a branch, which copies less of what is large.
 
-    Under `vmap` branches would be worth it only where all lanes agree.
+    Under `vmap` branches would be worth it only where all lanes agree, as one does.
     """
     return jax.lax.cond(condition, lambda: x, lambda: y)
 
 
 @pick.def_vmap
 def _pick_batched(axis_size, in_batched, condition, x, y):
-    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched)
-    mapped = jax.vmap(select, in_axes=tuple(axes), axis_size=axis_size)
-    return mapped(condition, x, y), jax.tree.map(lambda _: True, x)
+    given, all_batched = (condition, x, y), jax.tree.map(lambda _: True, x)
+    if axis_size == 1:
+        lane = jax.tree.map(lambda x, own: x[0] if own else x, given, tuple(in_batched))
+        return jax.tree.map(lambda x: x[None], pick(*lane)), all_batched
+    axes = jax.tree.map(lambda own: 0 if own else None, tuple(in_batched))
+    return jax.vmap(select, axes, axis_size=axis_size)(*given), all_batched
 
 
 def after(x: jax.Array, other: jax.Array) -> jax.Array:
