@@ -70,9 +70,7 @@ def kill(folder, count, kills):
     (folder / "small.yaml").write_text(RULES)
     # Compiled once: what is killed is not the compiler, most of the time.
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-            "JAX_COMPILATION_CACHE_DIR", str(folder / "cache")
-        ),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     compress(folder, "small", "undisturbed", TOLERANCE, cache)

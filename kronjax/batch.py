@@ -59,7 +59,7 @@ class Group:
     """Tasks that one program solves.
 
     Attributes:
-        key: What they share, in words.
+        key: What they share, in words; of wide matrices, that of their transposes.
         tasks: In the order of the plan.
         problem: What they share, or None where truncated SVD is the answer.
     """
@@ -298,7 +298,7 @@ def read(task: Task, matrices: Mapping[str, np.ndarray]) -> np.ndarray | None:
 def upright(matrix: np.ndarray) -> np.ndarray:
     """Return the matrix as its group solves it: transposed if it is wide."""
     m, n = matrix.shape
-    return np.ascontiguousarray(matrix.T) if m < n else matrix
+    return matrix.T if m < n else matrix
 
 
 def pools_of(

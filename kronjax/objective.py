@@ -4,7 +4,8 @@
 
 The unknowns `x_k`, one for each configuration, are points of the manifold, or pairs of
 factors (`factored`) where the manifold would cost too much beside a gradient: see
-`Problem.is_factored`. At p = 2 alone the objective is that of `leastsquares`.
+`Problem.is_factored`. Where p = 2 is all there is the objective is that of
+`leastsquares`.
 
 >>> from kronjax.kronecker import Configuration
 >>> geometry(Problem.of((4, 6), Configuration((2, 3), 1))).__name__

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import peers, products, script, timing
+from bench import peers, products, script, timing, whole_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,6 +61,19 @@ def numbers_in(value):
             yield from numbers_in(entry)
     elif isinstance(value, float):
         yield value
+
+
+def test_halves_of_symmetric_products_are_counted():
+    assert whole_models.halved(383) == 383**2
+    # 768 is halved twice: of sixteen blocks six are left out.
+    assert whole_models.halved(768) == 10 * 192**2
+    one = {"shape": [3072, 768], "configurations": [{"rank": 4}], "gemms": 8}
+    large, thin, left_out = whole_models.flops_of({**one, "steps": 1, "p": [2, 4]})
+    # Two evaluations by two tall products each; of six small ones more one half.
+    assert large == 2 * 768**2 * (2 * 2 * (3072 - 768) + 8 * 768)
+    assert thin == 2 * 6 * 4 * 3072 * 768
+    gram = 2 * 768**2 * (2 * 3072 + 4 * 768)
+    assert left_out == pytest.approx(0.375 * gram)
 
 
 def test_every_script_is_tested():
@@ -253,6 +266,7 @@ def check_training_study(results):
 def check_whole_models(results):
     model, kills = results["model"], results["kills"]
     assert len(model["matrices"]) == 2 and 0 < model["gap"] < 1
+    assert 0 < model["computed"] <= model["share"]
     for ours, theirs in zip(model["matrices"], model["loop_errors"], strict=True):
         # Both end within their tolerance.
         assert ours["errors"]["spectral"] == pytest.approx(theirs, rel=2e-2)

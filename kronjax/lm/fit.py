@@ -276,10 +276,7 @@ def solve(
     if norm == "auto":
         norm = "frobenius" if has_weights else "spectral"
     if first.is_tall:
-        configurations = [
-            Configuration((one.a_shape[1], one.a_shape[0]), one.rank)
-            for one in configurations
-        ]
+        configurations = [one.T for one in configurations]
     kernels, left, right = (
         None if parts[0] is None else np.stack(parts)
         for parts in zip(*(one.wide.parts for one in several), strict=True)
