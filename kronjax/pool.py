@@ -167,8 +167,7 @@ class Pool:
             problem, dtype, self.mesh, self.lanes, self.slots
         )
         self.memory = max(map(programs.peak, self._programs.values()))
-        # One slot more: that of lanes without a matrix.
-        rows = self._count * (self.slots + 1)
+        rows = self._count * programs.rows(self.slots, self._count)
         sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
         self._held = jax.tree.map(
             lambda x: jnp.zeros((rows, *x.shape), x.dtype, device=sharding),

@@ -2,7 +2,8 @@
 
 A device holds the settings and paths of its slots as one pytree with a leading axis. A
 call gets the numbers of the slots it concerns, takes their lanes out, and puts them
-back; the last slot is that of lanes without a matrix.
+back; the last slot is that of lanes without a matrix. Where there is one slot only,
+that of large matrices, it stays where it is.
 
 - `start`: new matrices into slots, and into their first stage; tells spectral errors;
 - `work`: a slice of trial points; tells whether the stage has ended, and the products;
@@ -128,11 +129,20 @@ def _each(function):
 
 
 def _get(slots, order):
+    if len(jax.tree.leaves(slots)[0]) == 1:
+        return slots
     return jax.tree.map(lambda x: x[order], slots)
 
 
 def _put(slots, order, new):
+    if len(jax.tree.leaves(slots)[0]) == 1:
+        return new
     return jax.tree.map(lambda x, y: x.at[order].set(y), slots, new)
+
+
+def rows(slots: int, devices: int) -> int:
+    """Return the slots of a device, with that of lanes without a matrix if need be."""
+    return 1 if slots == devices == 1 else slots + 1
 
 
 def shapes(problem: Problem, dtype: np.dtype) -> Any:
@@ -151,11 +161,12 @@ def compiled(problem: Problem, dtype: np.dtype, mesh: Any, lanes: int, slots: in
     own, whole = PartitionSpec(AXIS), PartitionSpec()
     sharding = NamedSharding(mesh, own)
 
-    def stacked(rows, x):
-        shape = mesh.devices.size * rows, *x.shape
+    def stacked(count, x):
+        shape = mesh.devices.size * count, *x.shape
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
-    held = jax.tree.map(functools.partial(stacked, slots + 1), shapes(problem, dtype))
+    count = rows(slots, mesh.devices.size)
+    held = jax.tree.map(functools.partial(stacked, count), shapes(problem, dtype))
     scalar = jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, whole))
     integer = jax.ShapeDtypeStruct((), np.int32)
     matrix = stacked(lanes, jax.ShapeDtypeStruct(problem.shape, dtype))

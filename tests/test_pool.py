@@ -81,10 +81,18 @@ def test_every_matrix_is_solved_as_by_itself(pool):
 def test_coarse_answers_of_high_rank_by_one_lane():
     problem = Problem.of(SHAPE, Configuration((3, 6), 6), starts=1)
     assert problem.is_factored
-    pool = Pool(problem, np.dtype(np.float32), lanes=1, slots=1, tolerance=0.03)
+    one_slot, two_slots = (
+        Pool(problem, np.dtype(np.float32), lanes=1, slots=slots, tolerance=0.03)
+        for slots in (1, 2)
+    )
     matrices = draw(3)
-    found = list(pool.solve(given(matrices)))
+    found = list(one_slot.solve(given(matrices)))
     assert len(found) == len(matrices)
+    others = {one.key: one for one in two_slots.solve(given(matrices))}
+    for one in found:  # what stays where it is comes to the same
+        np.testing.assert_array_equal(one.terms[0].a, others[one.key].terms[0].a)
+        assert one.local_bound == others[one.key].local_bound
+    assert one_slot.memory < two_slots.memory
     for one in found:
         a, b = (np.float64(x) for x in (one.terms[0].a, one.terms[0].b))
         norm = np.linalg.norm(np.float64(matrices[one.key]) - multiply_out(a, b), 2)
