@@ -9,7 +9,8 @@ at the end of a run does not fill the lanes.
 
 Lanes do not know of each other. What comes of a matrix depends neither on the slot, the
 device and the others in the call, nor on how often the work was cut: only on the number
-of lanes, which decides how products are computed. No device talks to another one.
+of lanes, which decides how products are computed, and perhaps on whether a slot is the
+only one. No device talks to another one.
 
 >>> from kronjax.kronecker import Configuration
 >>> problem = Problem.of((4, 6), Configuration((2, 3), 1), starts=1)

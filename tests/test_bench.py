@@ -63,17 +63,21 @@ def numbers_in(value):
         yield value
 
 
-def test_halves_of_symmetric_products_are_counted():
+def test_halves_of_symmetric_products_are_counted(monkeypatch):
+    monkeypatch.setattr(whole_models.jax, "default_backend", lambda: "cpu")
     assert whole_models.halved(383) == 383**2
     # 768 is halved twice: of sixteen blocks six are left out.
     assert whole_models.halved(768) == 10 * 192**2
     one = {"shape": [3072, 768], "configurations": [{"rank": 4}], "gemms": 8}
     large, thin, left_out = whole_models.flops_of({**one, "steps": 1, "p": [2, 4]})
-    # Two evaluations by two tall products each; of six small ones more one half.
+    # Two evaluations by two tall products each, one of them symmetric, and four small
+    # squares in all.
     assert large == 2 * 768**2 * (2 * 2 * (3072 - 768) + 8 * 768)
     assert thin == 2 * 6 * 4 * 3072 * 768
     gram = 2 * 768**2 * (2 * 3072 + 4 * 768)
     assert left_out == pytest.approx(0.375 * gram)
+    monkeypatch.setattr(whole_models.jax, "default_backend", lambda: "gpu")
+    assert whole_models.flops_of({**one, "steps": 1, "p": [2, 4]})[2] == 0
 
 
 def test_every_script_is_tested():

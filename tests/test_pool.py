@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from kronjax import Configuration, Status, approximate, slots, threads
+from kronjax import Configuration, Status, approximate, certificate, slots, threads
 from kronjax import pool as pools
 from kronjax.dense import multiply_out
 from kronjax.pool import Pool
@@ -93,6 +93,15 @@ def test_coarse_answers_of_high_rank_by_one_lane():
         np.testing.assert_array_equal(one.terms[0].a, others[one.key].terms[0].a)
         assert one.local_bound == others[one.key].local_bound
     assert one_slot.memory < two_slots.memory
+    # At high rank half of the last p proves more.
+    prove = jax.jit(certificate.certify_stage)
+    for one in found:
+        half, last = (
+            prove(matrices[one.key], one.terms, np.float32(p), np.int32(6)).local_bound
+            for p in (one.p[-1] / 2, one.p[-1])
+        )
+        assert float(half) == pytest.approx(one.local_bound, rel=1e-5)
+        assert abs(float(last) - one.local_bound) > 1e-4 * one.local_bound
     for one in found:
         a, b = (np.float64(x) for x in (one.terms[0].a, one.terms[0].b))
         norm = np.linalg.norm(np.float64(matrices[one.key]) - multiply_out(a, b), 2)
