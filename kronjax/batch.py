@@ -356,11 +356,11 @@ def _limit(devices) -> int:
 def _problem(task: Task, settings: Settings) -> Problem | None:
     if task.is_closed:
         return None
-    shape, configurations = _upright(task)
+    shape, configurations = _as_solved(task)
     return Problem.of(shape, configurations, task.norm, starts=settings.starts)
 
 
-def _upright(task):
+def _as_solved(task):
     """Return the shape of what is solved for a task, and the configurations."""
     if task.is_closed or not task.is_wide:
         return task.shape, task.configurations
@@ -368,7 +368,7 @@ def _upright(task):
 
 
 def _key(task: Task) -> str:
-    (m, n), configurations = _upright(task)
+    (m, n), configurations = _as_solved(task)
     what = tasks.describe(configurations)
     way = "svd" if task.is_closed else task.norm
     return f"{m}x{n} ({what}) {way} {task.precision}"

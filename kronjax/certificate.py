@@ -127,8 +127,8 @@ def certify_stage(
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
     diagonal = multipliers.weights(s, jnp.asarray(p, s.dtype))
     balanced = multipliers.balance(space, u, vt, diagonal, rounds)
-    local = _proven(task, balanced, task.reach_from(norm), spectral.lengths)
-    local = jnp.maximum(local, 0)
+    proven = _proven(task, balanced, task.reach_from(norm), spectral.lengths)
+    local = jnp.maximum(proven, 0)
     return task.bounds(norm, local, jnp.zeros_like(local))
 
 

@@ -128,14 +128,18 @@ def _each(function):
     return mapped
 
 
+def _is_one(slots):
+    return len(jax.tree.leaves(slots)[0]) == 1
+
+
 def _get(slots, order):
-    if len(jax.tree.leaves(slots)[0]) == 1:
+    if _is_one(slots):
         return slots
     return jax.tree.map(lambda x: x[order], slots)
 
 
 def _put(slots, order, new):
-    if len(jax.tree.leaves(slots)[0]) == 1:
+    if _is_one(slots):
         return new
     return jax.tree.map(lambda x, y: x.at[order].set(y), slots, new)
 

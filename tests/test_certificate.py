@@ -342,8 +342,12 @@ def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
 
 def test_the_cheap_bound_says_nothing_of_what_is_not_finite():
     terms = (KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2))),)
-    p = jnp.float64(18)  # whatever the matrix is computed in
-    found = certificate.certify_stage(jnp.eye(4).at[0, 0].set(jnp.nan), terms, p)
+    found = certificate.certify_stage(jnp.eye(4).at[0, 0].set(jnp.nan), terms, 18.0)
     assert np.isnan([found.error, found.local_bound]).all()
+    # The exponent is of no dtype of its own.
+    short = jax.tree.map(jnp.float32, (2 * jnp.eye(4), terms))
+    found = certificate.certify_stage(*short, jnp.float64(18))
+    assert found.local_bound.dtype == jnp.float32
+    assert 0 <= found.local_bound <= found.error
     exact = certificate.certify_stage(jnp.ones((4, 4)), terms, 18.0)
     assert exact.local_bound <= exact.error < 1e-12

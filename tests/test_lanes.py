@@ -93,10 +93,10 @@ def test_pick_is_a_branch_alone_and_a_selection_in_a_batch():
     mapped = jax.vmap(picked, in_axes=(0, 0, None))
     assert mapped(condition, x, jnp.zeros(3))["a"].tolist() == [[1] * 3, [0] * 3]
     assert "cond[" not in str(jax.make_jaxpr(mapped)(condition, x, jnp.zeros(3)))
-    alone = {"a": x["a"][:1]}, jnp.zeros(3)
-    assert "cond[" in str(jax.make_jaxpr(mapped)(condition[:1], *alone))
+    one_lane = {"a": x["a"][:1]}, jnp.zeros(3)
+    assert "cond[" in str(jax.make_jaxpr(mapped)(condition[:1], *one_lane))
     for flag, value in ((True, 1), (False, 0)):
-        assert mapped(jnp.array([flag]), *alone)["a"].tolist() == [[value] * 3]
+        assert mapped(jnp.array([flag]), *one_lane)["a"].tolist() == [[value] * 3]
     twice = jax.vmap(mapped, in_axes=(None, None, 0))
     assert twice(condition, x, jnp.zeros((4, 3)))["a"].shape == (4, 2, 3)
 
