@@ -1,13 +1,15 @@
 """Curvature pairs of L-BFGS: plain linear algebra on coordinates.
 
-A pair is a displacement s and the difference y of the gradients at its ends; `h` of
-them are kept, the oldest gives its place to the next one. The inverse Hessian
+A pair is a displacement s and the difference y of the gradients at its ends; the last
+`h` of them are kept. The inverse Hessian
 
     H = γ I + [S, γ Y] [[R⁻ᵀ (D + γ YᵀY) R⁻¹, −R⁻ᵀ], [−R⁻¹, 0]] [S, γ Y]ᵀ
 
 with `SᵀY = L + R`, R upper triangular with diagonal D, is applied in this compact form.
 All inner products of pairs are kept beside them, so that a step reads the pairs twice:
-once for their products with what is new, and once to add them up.
+once for their products with what is new, and once to add them up. And there is one
+slot more than pairs: what is new is written there without a look at what it replaces,
+and counts once it is accepted. A loop that read there first would copy all pairs.
 
 Tangent vectors are their coordinates here, whatever point they belong to: on a manifold
 pairs keep the coordinates of the point where they were made. Carried along by
@@ -38,11 +40,11 @@ class Pairs:
     """What is remembered of past steps.
 
     Attributes:
-        vectors: `[2h, d]`: `h` displacements, then their `h` differences of gradients;
-            each pair has a slot.
-        products: `[2h, 2h]`, their inner products.
-        curvature: `[h]`, `<s, y>`; zero marks a slot that is empty or useless.
-        count: Pairs seen so far; `count % h` is the slot of the next one.
+        vectors: `[2(h+1), d]`: displacements, then their differences of gradients; each
+            pair has a slot.
+        products: `[2(h+1), 2(h+1)]`, their inner products.
+        curvature: `[h+1]`, `<s, y>`; zero marks a slot that is empty or useless.
+        count: Pairs seen so far; `count % (h+1)` is the slot of the next one.
     """
 
     vectors: jax.Array
@@ -58,10 +60,11 @@ def empty(vector: jax.Array, memory: int = MEMORY) -> Pairs:
         vector: `[d]`, any one, for its shape and dtype.
         memory: `h`.
     """
+    slots = memory + 1
     return Pairs(
-        vectors=jnp.zeros((2 * memory, len(vector)), vector.dtype),
-        products=jnp.zeros((2 * memory, 2 * memory), vector.dtype),
-        curvature=jnp.zeros(memory, vector.dtype),
+        vectors=jnp.zeros((2 * slots, len(vector)), vector.dtype),
+        products=jnp.zeros((2 * slots, 2 * slots), vector.dtype),
+        curvature=jnp.zeros(slots, vector.dtype),
         count=jnp.array(0),
     )
 
@@ -97,21 +100,22 @@ def advance(
 
 def _added(pairs, s, y, accepted, *others):
     """Return the pairs with one more, and the products of all with a vector."""
-    h = len(pairs.curvature)
-    slot = pairs.count % h
+    slots = len(pairs.curvature)
+    slot = pairs.count % slots
+    places = slot, slots + slot
+    # What is not accepted may be infinite, and is to be added up zero times.
+    rows = [jnp.where(accepted, row, 0) for row in (s, y)]
     vectors = pairs.vectors
-    # In place, and of one row each, where they are the carry of a loop.
-    for at, row in ((slot, s), (h + slot, y)):
-        vectors = vectors.at[at].set(jnp.where(accepted, row, vectors[at]))
-    new = _mm(vectors, jnp.stack([vectors[slot], vectors[h + slot], *others]).T)
+    for at, row in zip(places, rows, strict=True):
+        vectors = vectors.at[at].set(row)
+    new = _mm(vectors, jnp.stack([*rows, *others]).T)
     # By masks: a scatter is slow where lanes have slots of their own.
-    products, rows = pairs.products, jnp.arange(2 * h)
-    for column, at in zip(new.T, (slot, h + slot), strict=False):
-        products = jnp.where(rows[:, None] == at, column[None], products)
-        products = jnp.where(rows[None] == at, column[:, None], products)
-    sy, size = new[h + slot, 0], jnp.sqrt(new[slot, 0] * new[h + slot, 1])
+    products, numbers = pairs.products, jnp.arange(2 * slots)
+    for column, at in zip(new.T, places, strict=False):
+        products = jnp.where(numbers[:, None] == at, column[None], products)
+        products = jnp.where(numbers[None] == at, column[:, None], products)
+    sy, size = new[places[1], 0], jnp.sqrt(new[slot, 0] * new[places[1], 1])
     curvature = jnp.where(sy > 1e-8 * size, sy, 0)
-    curvature = jnp.where(accepted, curvature, pairs.curvature[slot])
     return Pairs(
         vectors=vectors,
         products=products,
@@ -121,14 +125,15 @@ def _added(pairs, s, y, accepted, *others):
 
 
 def _direction(pairs, gradient, against):
-    h = len(pairs.curvature)
-    # Slots, the oldest first.
-    order = (pairs.count + jnp.arange(h)) % h
-    both = jnp.concatenate([order, h + order])
+    slots = len(pairs.curvature)
+    h = slots - 1
+    # The oldest first; all but the slot of the next one.
+    order = (pairs.count + 1 + jnp.arange(h)) % slots
+    both = jnp.concatenate([order, slots + order])
     curvature = pairs.curvature[order]
     filled = curvature > 0
     known = jnp.tile(filled, 2)
-    of_y = pairs.products[h + order][:, both]
+    of_y = pairs.products[slots + order][:, both]
     of_y = jnp.where(filled[:, None] & known[None], of_y, 0)
     against = jnp.where(known, against[both], 0)
     sy, yy = of_y[:, :h].T, of_y[:, h:]
@@ -140,7 +145,7 @@ def _direction(pairs, gradient, against):
     solve = jax.scipy.linalg.solve_triangular
     q = solve(upper, against[:h])
     by_s = solve(upper, curvature * q + scale * (_mm(yy, q) - against[h:]), trans=1)
-    weights = jnp.zeros(2 * h, scale.dtype)
+    weights = jnp.zeros(2 * slots, scale.dtype)
     weights = weights.at[both].set(jnp.concatenate([by_s, -scale * q]))
     return -scale * gradient - _mm(weights, pairs.vectors)
 

@@ -177,7 +177,7 @@ def test_fewer_pairs_can_be_kept():
         state = descent.init(points, memory=memory)
         state = descent.restart(objective, state, 1.0)
         state = descent.minimize(objective, state, Limits(1e-14, 400))
-        assert len(state.pairs.curvature) == memory
+        assert len(state.pairs.curvature) == memory + 1
         ends.append(state)
     np.testing.assert_allclose(ends[0].value, ends[1].value, rtol=1e-8)
     assert ends[0].steps >= ends[1].steps

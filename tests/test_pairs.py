@@ -59,11 +59,30 @@ def test_what_is_not_accepted_leaves_no_trace(seed):
     spoiled = np.where(accepted[:, None], y, np.nan)
     found = remember((s, spoiled), accepted)
     assert found.count == 3
-    assert (found.curvature > 0).all()
-    rows = np.array([0, 2, 3])
-    np.testing.assert_array_equal(found.vectors[:MEMORY], s[rows])
+    assert found.curvature.tolist()[3] == 0 < min(found.curvature[:3])
+    rows, places = np.array([0, 2, 3]), np.array([0, 1, 2, 4, 5, 6])
     exact = np.concatenate([s[rows], y[rows]])
-    np.testing.assert_allclose(found.products, exact @ exact.T, rtol=1e-12)
+    np.testing.assert_array_equal(found.vectors[places], exact)
+    products = found.products[places][:, places]
+    np.testing.assert_allclose(products, exact @ exact.T, rtol=1e-12)
+    assert np.isfinite(found.vectors).all()  # what is added up zero times
+
+
+def test_a_loop_does_not_copy_the_pairs():
+    s, y, gradient = draw(0, 1)
+
+    def step(_, carry):
+        known, here = carry
+        return pairs.advance(known, here, y[0] + here, gradient, here[0] > 0)
+
+    def loop(known, here):
+        return jax.lax.fori_loop(0, 5, step, (known, here))
+
+    program = jax.jit(loop, donate_argnums=0)
+    text = program.lower(pairs.empty(s[0], MEMORY), s[0]).compile().as_text()
+    body = f"f64[{2 * (MEMORY + 1)},{D}]{{1,0}} copy("
+    assert "dynamic-update-slice" in text
+    assert body not in text
 
 
 @given(seed=st.integers(0, 99))
