@@ -20,6 +20,10 @@ import jax.numpy as jnp
 
 from kronjax.lanes import after, any_lane, select
 
+SMALL = 256
+"""Shorter sides below which processors decompose for singular values: that takes longer
+than by eigenvectors of the Gram matrix, but little of it, and is exact."""
+
 BLOCKS = 4
 """Blocks in one Krylov space, the start included."""
 
@@ -92,9 +96,11 @@ def estimate_map_norm(
 def triplets(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return `u s vt`, equal to a matrix up to rounding.
 
-    On processors that is a singular value decomposition. A GPU takes thirty times as
-    long for those as for eigenvectors, and for batches of small matrices hundreds of
-    times: there `triplets_by_gram` does it, and on TPUs, where nobody measured either.
+    Of small matrices on processors by a singular value decomposition. A GPU takes
+    thirty times as long for those as for eigenvectors, and for batches of small
+    matrices hundreds of times; processors three times of 3072 x 768, and one and a half
+    times of square ones. There `triplets_by_gram` does it, and on TPUs, where nobody
+    measured either.
 
     Args:
         matrix: `[m, n]`, finite.
@@ -102,7 +108,7 @@ def triplets(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     Returns:
         `u: [m, k]`, `s: [k]` descending and `vt: [k, n]`, with `k = min(m, n)`.
     """
-    return jax.lax.platform_dependent(matrix, cpu=_svd, default=triplets_by_gram)
+    return _decompose(matrix, _svd, triplets_by_gram)
 
 
 def lengths(matrix: jax.Array) -> jax.Array:
@@ -138,10 +144,10 @@ def leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Arr
     if 2 * BLOCKS * width <= min(matrix.shape):
         u, s, vt = _leading_by_krylov(matrix, rank, width)
         return u, jnp.diag(s), vt
-    return jax.lax.platform_dependent(
+    return _decompose(
         matrix,
-        cpu=lambda x: _leading_by_svd(x, rank),
-        default=lambda x: leading_by_gram(x, rank),
+        lambda x: _leading_by_svd(x, rank),
+        lambda x: leading_by_gram(x, rank),
     )
 
 
@@ -199,6 +205,11 @@ def leading_by_gram(
         return select(certain, quick, _leading_by_svd(after(matrix, vt), rank))
 
     return jax.lax.cond(any_lane(~certain), exact, lambda: quick)
+
+
+def _decompose(matrix, exact, quick):
+    on_processors = exact if min(matrix.shape) < SMALL else quick
+    return jax.lax.platform_dependent(matrix, cpu=on_processors, default=quick)
 
 
 def _svd(matrix):

@@ -102,6 +102,20 @@ def test_triplets_by_the_gram_matrix_are_those_of_a_decomposition(shape, low, dt
     assert np.abs(shorter.T @ shorter - np.eye(20)).max() < 40 * eps
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_of_large_matrices_nothing_is_decomposed_for_singular_values(dtype):
+    matrix = spread((280, spectral.SMALL), 0.1, dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    text = jax.jit(spectral.triplets).lower(matrix).compile().as_text()
+    assert "syevd" in text and "gesdd" not in text
+    u, s, vt = map(doubled, spectral.triplets(matrix))
+    np.testing.assert_allclose((u * s) @ vt, matrix, atol=20 * eps)
+    q, core, vt = map(doubled, spectral.leading(matrix, 100))
+    exact = np.linalg.svd(doubled(matrix), compute_uv=False)
+    left = np.linalg.norm(doubled(matrix) - q @ core @ vt)
+    assert left == pytest.approx(np.linalg.norm(exact[100:]), rel=1e-4)
+
+
 @pytest.mark.parametrize("low", [0.3, 1e-9, 0])
 def test_lengths_add_up_to_no_less_than_the_nuclear_norm(low):
     matrix = spread((40, 30), low or 1, jnp.float32) * np.float32(low > 0)
