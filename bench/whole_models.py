@@ -14,7 +14,8 @@ devices are compared with one.
 
 Products are counted low: of a tall matrix one evaluation has two tall products and the
 rest are small, and one of the rank r has three of `r` by what it approximates, but only
-accepted steps and beginnings of stages are known to have been evaluations. Symmetric
+accepted steps and beginnings of stages are known to have been evaluations; proofs have
+those of their rounds, and of one sweep that takes the tangential part out. Symmetric
 products count in full, though processors leave some of their operations out:
 "computed" is the share without those, lower still, for products of evaluations that are
 not known count as symmetric.
@@ -34,7 +35,7 @@ import safetensors.numpy
 
 from bench import runs, script, spectral_norms, timing
 from bench.accelerator import SMALL
-from kronjax import Configuration, schatten, threads
+from kronjax import Configuration, schatten, slots, threads
 
 GAP = 0.05
 MEMORY = 6.0
@@ -176,7 +177,8 @@ def flops_of(record):
 
     Returns:
         Of those of the size of `EᵀE`; of those with factors: the sum itself, and its
-        two gradients; and what is left out of the former because they are symmetric.
+        two gradients; of those of the proof; and what is left out of the first because
+        they are symmetric.
     """
     m, n = max(record["shape"]), min(record["shape"])
     rank = sum(one["rank"] for one in record["configurations"])
@@ -185,7 +187,11 @@ def flops_of(record):
     plain = 2 * n**2 * m * evaluations
     part = halved(n) / n**2 if jax.default_backend() == "cpu" else 1
     left_out = (large - plain) * (1 - part)
-    return large, 6 * rank * m * n * evaluations, left_out
+    thin = 2 * rank * m * n
+    weighted = 2 * n**2 * (m + n)  # a matrix of multipliers, times both sides
+    rounds = int(slots.proof_rounds(record["tolerance"]))
+    proof = (rounds + 1) * (2 * weighted + 4 * thin) + weighted + 8 * thin
+    return large, 3 * thin * evaluations, proof, left_out
 
 
 def halved(n):
@@ -211,27 +217,32 @@ def run_python(code, *arguments, **environment):
 
 
 def run_small(experiment, tolerance):
-    """Seconds of each small matrix in pools, and of some of them one by one."""
+    """Seconds of each small matrix in pools, and of some one by one, proofs apart."""
     found = run_python(THOUSANDS, experiment.thousands, tolerance, runs.RULES)
     rng = np.random.default_rng(0)
     drawn = rng.standard_normal((experiment.some, 36, 36)).astype(np.float32)
     loop = script.solve_alone(drawn, SMALL, tolerance)
-    return {**found, "loop": float(np.mean(loop.runs))}
+    alone = {"loop": np.mean(loop.runs), "proof": np.mean(loop.proofs)}
+    return {**found, **{key: float(x) for key, x in alone.items()}}
 
 
 def targets_of(model, small, kills, devices):
     """What was asked for."""
     one, eight = (min(devices["seconds"][key]) for key in ("1", "8"))
+    proven = small["loop"] + small["proof"]
     return [
         script.Target("largest certified gap", model["gap"], GAP),
         script.Target("memory, GiB", model["memory"], MEMORY),
         script.Target("products at the rate of plain ones", model["share"], 0.5, True),
+        script.Target("those of the descent alone", model["descent"], 0.5, True),
         script.Target("those of the size of EᵀE alone", model["large"], 0.5, True),
         script.Target(
             "operations, without left out ones", model["computed"], 0.5, True
         ),
         script.Target("loop of solve / batch", model["loop_ratio"], 1.3, True),
+        script.Target("and of its proofs", model["loop_ratio_both_proven"], 1.3, True),
         script.Target("36 x 36: loop / batch", small["loop"] / small["batch"], 4, True),
+        script.Target("and of its proofs", proven / small["batch"], 4, True),
         script.Target("killed: complete", kills["complete"], 1, True),
         script.Target("killed: identical", kills["identical"], 1, True),
         script.Target("killed: lost", kills["lost"], 0),
@@ -268,7 +279,8 @@ def measure(experiment, real, tolerance, folder):
     configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
     loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
     rates.append(timing.gemm_rate(size))
-    large, thin, left_out = np.sum([flops_of(one) for one in records], axis=0)
+    counted = np.sum([flops_of(one) for one in records], axis=0)
+    large, thin, proof, left_out = counted
     plain = seconds * np.median(rates)  # one of which may meet a busy machine
     # All squares one by one would take as much longer as they take more products.
     squares = {x["name"]: x["gemms"] for x in records if x["name"].startswith("square")}
@@ -281,13 +293,16 @@ def measure(experiment, real, tolerance, folder):
         "rates": rates,
         "gap": max(one["bounds"]["gap"] for one in records),
         "parameters": told["after"]["parameters"] / told["before"]["parameters"],
-        "share": (large + thin) / plain,
+        "share": (large + thin + proof) / plain,
+        "descent": (large + thin) / plain,
         "large": large / plain,
-        "computed": (large + thin - left_out) / plain,
+        "computed": (large + thin + proof - left_out) / plain,
         "loop_seconds": loop.runs,
+        "loop_proofs": loop.proofs,
         "loop_errors": loop.errors,
         "batch_seconds": batch,
         "loop_ratio": sum(loop.runs) * longer / batch,
+        "loop_ratio_both_proven": sum(loop.runs + loop.proofs) * longer / batch,
     }
 
 
@@ -329,8 +344,9 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = measure(experiment, real, given.tolerance, folder)
-        shares = ("share", "large", "computed")
-        figures = ("gap", "memory", "parameters", *shares, "loop_ratio")
+        shares = ("share", "descent", "large", "computed")
+        loops = ("loop_ratio", "loop_ratio_both_proven")
+        figures = ("gap", "memory", "parameters", *shares, *loops)
         script.say(", ".join(f"{key} {model[key]:.4g}" for key in figures))
         small = run_small(experiment, given.tolerance)
         script.say(", ".join(f"36 x 36: {key} {x:.3g}" for key, x in small.items()))

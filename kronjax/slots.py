@@ -95,9 +95,7 @@ def _turn(problem, held, tolerance, order, seeds, stage, following, ends):
 
 
 def _finish(problem, held, tolerance, order, matrices, last):
-    rounds = jnp.where(
-        tolerance > COARSE, multipliers.BALANCED // 2, multipliers.BALANCED
-    )
+    rounds = proof_rounds(tolerance)
 
     # The gradient of the last norm; at high rank that for half of its p: gaps are then
     # 2.3 instead of 2.6 % at half the parameters of 768×768, but would be 9.8 instead
@@ -142,6 +140,12 @@ def _put(slots, order, new):
     if _is_one(slots):
         return new
     return jax.tree.map(lambda x, y: x.at[order].set(y), slots, new)
+
+
+def proof_rounds(tolerance: float | jax.Array) -> jax.Array:
+    """Return the rounds of `multipliers.balance` in proofs."""
+    fine = multipliers.BALANCED
+    return jnp.where(tolerance > COARSE, fine // 2, fine)
 
 
 def rows(slots: int, devices: int) -> int:

@@ -69,7 +69,8 @@ def test_halves_of_symmetric_products_are_counted(monkeypatch):
     # 768 is halved twice: of sixteen blocks six are left out.
     assert whole_models.halved(768) == 10 * 192**2
     one = {"shape": [3072, 768], "configurations": [{"rank": 4}], "gemms": 8}
-    large, thin, left_out = whole_models.flops_of({**one, "steps": 1, "p": [2, 4]})
+    one |= {"steps": 1, "p": [2, 4], "tolerance": 3e-2}
+    large, thin, proof, left_out = whole_models.flops_of(one)
     # Two evaluations by two tall products each, one of them symmetric, and four small
     # squares in all.
     assert large == 2 * 768**2 * (2 * 2 * (3072 - 768) + 8 * 768)
@@ -77,7 +78,10 @@ def test_halves_of_symmetric_products_are_counted(monkeypatch):
     gram = 2 * 768**2 * (2 * 3072 + 4 * 768)
     assert left_out == pytest.approx(0.375 * gram)
     monkeypatch.setattr(whole_models.jax, "default_backend", lambda: "gpu")
-    assert whole_models.flops_of({**one, "steps": 1, "p": [2, 4]})[2] == 0
+    assert whole_models.flops_of(one)[3] == 0
+    # Above the coarse tolerance the rounds of a proof are six and the first slope.
+    more = whole_models.flops_of({**one, "tolerance": 1e-3})[2] - proof
+    assert more == 6 * (4 * 768**2 * (3072 + 768) + 8 * 4 * 3072 * 768)
 
 
 def test_every_script_is_tested():
@@ -271,6 +275,8 @@ def check_whole_models(results):
     model, kills = results["model"], results["kills"]
     assert len(model["matrices"]) == 2 and 0 < model["gap"] < 1
     assert 0 < model["computed"] <= model["share"]
+    assert 0 < model["large"] < model["descent"] < model["share"]
+    assert 0 < model["loop_ratio"] < model["loop_ratio_both_proven"]
     for ours, theirs in zip(model["matrices"], model["loop_errors"], strict=True):
         # Both end within their tolerance.
         assert ours["errors"]["spectral"] == pytest.approx(theirs, rel=2e-2)
