@@ -136,7 +136,7 @@ class Experiment:
     loop: int = 48
     kills: int = 20
     small: int = 512
-    shared: int = 128
+    shared: int = 512
     thousands: int = 4096
     some: int = 128
 
