@@ -105,7 +105,7 @@ class Alone:
 
 
 def solve_alone(matrices, configuration, tolerance):
-    """Solve matrices by a jitted `kronjax.solve`, one after the other, warm.
+    """Solve matrices by a jitted `kronjax.solve` one after the other, warm; then prove.
 
     Args:
         matrices: `[m, n]` each.

@@ -7,10 +7,11 @@ in a process of its own makes them half as large, by near-square configurations 
 spectral norm; its wall time, file work and compilation included, is compared with the
 products that it spent at the rate of plain ones, its memory is the peak that the system
 reports.  The same square matrices one by one, by a jitted `kronjax.solve`, are the
-rival.  Thousands of small matrices, compilation apart and files, too, have the same
-rival.  Then a run of small matrices is killed at random moments and begun again until
-it ends, and compared bit by bit with one that nobody disturbed; and eight simulated
-devices are compared with one.
+rival, with the seconds that proofs like those of the batch take apart.  Thousands of
+small matrices, compilation apart and files, too, have the same rival.  Then a run of
+small matrices is killed at random moments and begun again until it ends, and compared
+bit by bit with one that nobody disturbed; and eight simulated devices are compared with
+one.
 
 Products are counted low: of a tall matrix one evaluation has two tall products and the
 rest are small, and one of the rank r has three of `r` by what it approximates, but only
@@ -234,15 +235,22 @@ def targets_of(model, small, kills, devices):
         script.Target("largest certified gap", model["gap"], GAP),
         script.Target("memory, GiB", model["memory"], MEMORY),
         script.Target("products at the rate of plain ones", model["share"], 0.5, True),
-        script.Target("those of the descent alone", model["descent"], 0.5, True),
-        script.Target("those of the size of EᵀE alone", model["large"], 0.5, True),
+        script.Target("products of descents alone", model["descent"], 0.5, True),
+        script.Target("products of the size of EᵀE alone", model["large"], 0.5, True),
         script.Target(
             "operations, without left out ones", model["computed"], 0.5, True
         ),
         script.Target("loop of solve / batch", model["loop_ratio"], 1.3, True),
-        script.Target("and of its proofs", model["loop_ratio_both_proven"], 1.3, True),
+        script.Target(
+            "loop of solve and proof / batch",
+            model["loop_ratio_both_proven"],
+            1.3,
+            True,
+        ),
         script.Target("36 x 36: loop / batch", small["loop"] / small["batch"], 4, True),
-        script.Target("and of its proofs", proven / small["batch"], 4, True),
+        script.Target(
+            "36 x 36: loop with proofs / batch", proven / small["batch"], 4, True
+        ),
         script.Target("killed: complete", kills["complete"], 1, True),
         script.Target("killed: identical", kills["identical"], 1, True),
         script.Target("killed: lost", kills["lost"], 0),
@@ -285,6 +293,8 @@ def measure(experiment, real, tolerance, folder):
     # All squares one by one would take as much longer as they take more products.
     squares = {x["name"]: x["gemms"] for x in records if x["name"].startswith("square")}
     longer = sum(squares.values()) / sum(squares[name] for name in names)
+    alone = sum(loop.runs) * longer
+    proofs = float(np.mean(loop.proofs)) * len(squares)
     return {
         "matrices": records,
         "real": used,
@@ -301,8 +311,8 @@ def measure(experiment, real, tolerance, folder):
         "loop_proofs": loop.proofs,
         "loop_errors": loop.errors,
         "batch_seconds": batch,
-        "loop_ratio": sum(loop.runs) * longer / batch,
-        "loop_ratio_both_proven": sum(loop.runs + loop.proofs) * longer / batch,
+        "loop_ratio": alone / batch,
+        "loop_ratio_both_proven": (alone + proofs) / batch,
     }
 
 

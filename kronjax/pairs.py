@@ -43,7 +43,8 @@ class Pairs:
         vectors: `[2(h+1), d]`: displacements, then their differences of gradients; each
             pair has a slot.
         products: `[2(h+1), 2(h+1)]`, their inner products.
-        curvature: `[h+1]`, `<s, y>`; zero marks a slot that is empty or useless.
+        curvature: `[h+1]`, `<s, y>`; zero marks a slot that is empty or useless. What
+            the slot of the next one holds does not count.
         count: Pairs seen so far; `count % (h+1)` is the slot of the next one.
     """
 

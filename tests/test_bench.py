@@ -79,9 +79,12 @@ def test_halves_of_symmetric_products_are_counted(monkeypatch):
     assert left_out == pytest.approx(0.375 * gram)
     monkeypatch.setattr(whole_models.jax, "default_backend", lambda: "gpu")
     assert whole_models.flops_of(one)[3] == 0
-    # Above the coarse tolerance the rounds of a proof are six and the first slope.
-    more = whole_models.flops_of({**one, "tolerance": 1e-3})[2] - proof
-    assert more == 6 * (4 * 768**2 * (3072 + 768) + 8 * 4 * 3072 * 768)
+    # A slope has four products with a basis of singular vectors and four with factors.
+    # Six rounds and the first slope, multipliers once more, and one sweep.
+    weighted, thin = 2 * 768**2 * (3072 + 768), 2 * 4 * 3072 * 768
+    assert proof == 7 * (2 * weighted + 4 * thin) + weighted + 8 * thin
+    finer = whole_models.flops_of({**one, "tolerance": 1e-3})[2]
+    assert finer - proof == 6 * (2 * weighted + 4 * thin)
 
 
 def test_every_script_is_tested():

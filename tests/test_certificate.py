@@ -237,6 +237,23 @@ def test_a_batch_is_its_matrices_one_by_one():
     np.testing.assert_allclose(host.error, both.error, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_large_matrices_are_proven_by_eigenvectors_as_well(monkeypatch, dtype):
+    rng = np.random.default_rng(0)
+    terms = draw(rng, ((16, 16), (16, 16)), 2, dtype)
+    matrix = jnp.asarray(rng.normal(size=(256, 256)), dtype) + terms.to_matrix()
+    by_eigenvectors = certificate.certify_stage(matrix, (terms,), 18.0)
+    monkeypatch.setattr(certificate.spectral, "SMALL", 257)
+    exact = certificate.certify_stage(matrix, (terms,), 18.0)
+    for one, other in zip(*map(jax.tree.leaves, (by_eigenvectors, exact)), strict=True):
+        np.testing.assert_allclose(
+            one, other, rtol=5e-3 if dtype == np.float32 else 1e-7
+        )
+    rest = np.asarray(matrix, float) - np.asarray(terms.to_matrix(), float)
+    assert float(by_eigenvectors.error) >= np.linalg.norm(rest, 2) * (1 - 1e-6)
+    assert 0 < by_eigenvectors.local_bound < by_eigenvectors.error
+
+
 def test_proofs_are_computed_by_the_processor(monkeypatch):
     program, asked = proof._program(), []
 

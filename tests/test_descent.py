@@ -169,6 +169,19 @@ def test_a_restart_keeps_the_curvature_of_the_old_objective():
     assert spent[0].evaluations < spent[1].evaluations
 
 
+def test_no_trial_copies_the_pairs():
+    target, points = draw(7)
+    state = descent.restart(frobenius(target), descent.init(points), 1.0)
+
+    def minimize(state):
+        return descent.minimize(frobenius(target), state, Limits(1e-14, 40))
+
+    text = jax.jit(minimize, donate_argnums=0).lower(state).compile().as_text()
+    m, n = state.pairs.vectors.shape
+    assert f"f64[{m},{n}]" in text
+    assert f"f64[{m},{n}]{{1,0}} copy(" not in text
+
+
 def test_fewer_pairs_can_be_kept():
     target, points = draw(7)
     objective = frobenius(target)
