@@ -123,7 +123,8 @@ def certify_stage(
     """
     task = _Task.of(matrix, terms)
     space, error = task.space, task.error
-    # What belongs to small singular values weighs next to nothing.
+    # Any candidate will do, and the norm is a length: what eigenvectors lack in
+    # orthogonality is harmless.
     is_large = min(error.shape) >= spectral.SMALL
     decompose = spectral.triplets_by_gram if is_large else spectral.triplets
     u, s, vt = decompose(after(error, space.slack))

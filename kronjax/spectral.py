@@ -100,6 +100,8 @@ def triplets(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     On processors that is a singular value decomposition. A GPU takes thirty times as
     long for those as for eigenvectors, and for batches of small matrices hundreds of
     times: there `triplets_by_gram` does it, and on TPUs, where nobody measured either.
+    Vectors that belong to values near rounding are then not orthogonal, which weakens
+    proofs about sums that are of lower rank than they could be.
 
     Args:
         matrix: `[m, n]`, finite.
@@ -129,7 +131,7 @@ def leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
     By block Krylov iteration; or by a decomposition, where the Krylov space would fill
     a good part of the matrix: of singular values for small matrices on processors, else
-    of the Gram matrix. Where that leaves doubt about small values, those beyond a
+    of the Gram matrix. Where that leaves doubt about small values, those below a
     fiftieth of the largest in float32, the former follows, for the whole batch.
 
     Args:

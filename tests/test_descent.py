@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -169,17 +170,21 @@ def test_a_restart_keeps_the_curvature_of_the_old_objective():
     assert spent[0].evaluations < spent[1].evaluations
 
 
-def test_no_trial_copies_the_pairs():
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_no_trial_copies_the_pairs(lanes):
     target, points = draw(7)
     state = descent.restart(frobenius(target), descent.init(points), 1.0)
 
     def minimize(state):
         return descent.minimize(frobenius(target), state, Limits(1e-14, 40))
 
+    if lanes > 1:
+        state = jax.tree.map(lambda x: jnp.stack([x] * lanes), state)
+        minimize = jax.vmap(minimize)
     text = jax.jit(minimize, donate_argnums=0).lower(state).compile().as_text()
-    m, n = state.pairs.vectors.shape
-    assert f"f64[{m},{n}]" in text
-    assert f"f64[{m},{n}]{{1,0}} copy(" not in text
+    shape = ",".join(map(str, state.pairs.vectors.shape))
+    assert f"f64[{shape}]" in text
+    assert not re.search(rf"f64\[{shape}\]\S* copy\(", text)
 
 
 def test_fewer_pairs_can_be_kept():
