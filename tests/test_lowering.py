@@ -133,7 +133,7 @@ def pooled(function, *given, lanes=3):
 
 def array(shape, dtype=float):
     """An argument: numbers have 32 bits."""
-    short = {int: jnp.int32, float: jnp.float32}.get(dtype, dtype)
+    short = {"i": jnp.int32, "f": jnp.float32}.get(np.dtype(dtype).kind, dtype)
     return jax.ShapeDtypeStruct(shape, short)
 
 
