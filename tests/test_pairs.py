@@ -80,9 +80,9 @@ def test_a_loop_does_not_copy_the_pairs():
 
     program = jax.jit(loop, donate_argnums=0)
     text = program.lower(pairs.empty(s[0], MEMORY), s[0]).compile().as_text()
-    body = f"f64[{2 * (MEMORY + 1)},{D}]{{1,0}} copy("
+    copied = f"f64[{2 * (MEMORY + 1)},{D}]{{1,0}} copy("
     assert "dynamic-update-slice" in text
-    assert body not in text
+    assert copied not in text
 
 
 @given(seed=st.integers(0, 99))
