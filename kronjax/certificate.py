@@ -125,9 +125,7 @@ def certify_stage(
     space, error = task.space, task.error
     # Any candidate will do, and the norm is a length: what eigenvectors lack in
     # orthogonality is harmless.
-    is_large = min(error.shape) >= spectral.SMALL
-    decompose = spectral.triplets_by_gram if is_large else spectral.triplets
-    u, s, vt = decompose(after(error, space.slack))
+    u, s, vt = spectral.triplets(after(error, space.slack), orthogonal=False)
     eps = float(jnp.finfo(error.dtype).eps)
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
     diagonal = multipliers.weights(s, jnp.asarray(p, s.dtype))

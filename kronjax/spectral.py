@@ -94,7 +94,9 @@ def estimate_map_norm(
     return _lowered(jnp.linalg.norm(image), image.shape[0] + v.shape[0])
 
 
-def triplets(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def triplets(
+    matrix: jax.Array, *, orthogonal: bool = True
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return `u s vt`, equal to a matrix up to rounding.
 
     On processors that is a singular value decomposition. A GPU takes thirty times as
@@ -105,11 +107,15 @@ def triplets(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
     Args:
         matrix: `[m, n]`, finite.
+        orthogonal: Whether such vectors matter on processors. Where not, large matrices
+            go by `triplets_by_gram` there, too.
 
     Returns:
         `u: [m, k]`, `s: [k]` descending and `vt: [k, n]`, with `k = min(m, n)`.
     """
-    return jax.lax.platform_dependent(matrix, cpu=_svd, default=triplets_by_gram)
+    if orthogonal:
+        return jax.lax.platform_dependent(matrix, cpu=_svd, default=triplets_by_gram)
+    return _by_gram_if_large(matrix, _svd, triplets_by_gram)
 
 
 def lengths(matrix: jax.Array) -> jax.Array:
@@ -146,12 +152,10 @@ def leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Arr
     if 2 * BLOCKS * width <= min(matrix.shape):
         u, s, vt = _leading_by_krylov(matrix, rank, width)
         return u, jnp.diag(s), vt
-    if min(matrix.shape) >= SMALL:
-        return leading_by_gram(matrix, rank)
-    return jax.lax.platform_dependent(
+    return _by_gram_if_large(
         matrix,
-        cpu=lambda x: _leading_by_svd(x, rank),
-        default=lambda x: leading_by_gram(x, rank),
+        lambda x: _leading_by_svd(x, rank),
+        lambda x: leading_by_gram(x, rank),
     )
 
 
@@ -209,6 +213,13 @@ def leading_by_gram(
         return select(certain, quick, _leading_by_svd(after(matrix, vt), rank))
 
     return jax.lax.cond(any_lane(~certain), exact, lambda: quick)
+
+
+def _by_gram_if_large(matrix, direct, by_gram):
+    """Return `direct` of small matrices on processors, `by_gram` of all others."""
+    if min(matrix.shape) >= SMALL:
+        return by_gram(matrix)
+    return jax.lax.platform_dependent(matrix, cpu=direct, default=by_gram)
 
 
 def _svd(matrix):
