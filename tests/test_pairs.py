@@ -68,23 +68,6 @@ def test_what_is_not_accepted_leaves_no_trace(seed):
     assert np.isfinite(found.vectors).all()  # what is added up zero times
 
 
-def test_a_loop_does_not_copy_the_pairs():
-    s, y, gradient = draw(0, 1)
-
-    def step(_, carry):
-        known, here = carry
-        return pairs.advance(known, here, y[0] + here, gradient, here[0] > 0)
-
-    def loop(known, here):
-        return jax.lax.fori_loop(0, 5, step, (known, here))
-
-    program = jax.jit(loop, donate_argnums=0)
-    text = program.lower(pairs.empty(s[0], MEMORY), s[0]).compile().as_text()
-    copied = f"f64[{2 * (MEMORY + 1)},{D}]{{1,0}} copy("
-    assert "dynamic-update-slice" in text
-    assert copied not in text
-
-
 @given(seed=st.integers(0, 99))
 def test_the_newest_pair_satisfies_the_secant_equation(seed):
     s, y, _ = draw(seed, 5)
