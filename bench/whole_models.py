@@ -188,11 +188,20 @@ def flops_of(record):
     plain = 2 * n**2 * m * evaluations
     part = halved(n) / n**2 if jax.default_backend() == "cpu" else 1
     left_out = (large - plain) * (1 - part)
-    thin = 2 * rank * m * n
-    weighted = 2 * n**2 * (m + n)  # a matrix of multipliers, times both sides
     rounds = int(slots.proof_rounds(record["tolerance"]))
-    proof = (rounds + 1) * (2 * weighted + 4 * thin) + weighted + 8 * thin
-    return large, 3 * thin * evaluations, proof, left_out
+    proof = proof_flops(m, n, rank, rounds)
+    return large, 3 * 2 * rank * m * n * evaluations, proof, left_out
+
+
+def proof_flops(m, n, rank, rounds):
+    """Operations of the products in a proof: of its rounds, and of one sweep.
+
+    Each round of `multipliers.balance` multiplies by its multipliers and back, takes
+    the tangential part of the result, and makes a matrix of that.
+    """
+    multiplied = 2 * n**2 * (m + n)
+    tangential = 2 * 2 * rank * m * n
+    return (rounds + 1) * 2 * (multiplied + tangential) + multiplied + 4 * tangential
 
 
 def halved(n):

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bench import peers, products, script, timing, whole_models
+from kronjax import KroneckerTerms, certificate
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -429,6 +431,20 @@ def test_emulated_products_are_as_precise_as_their_parts(mode, bits):
     off = np.max(np.abs(np.asarray(found, np.float64) - exact) / size)
     # Two factors are rounded; three of nine products of parts at most are left out.
     assert 2.0**-bits / 100 < off < 4 * 2.0**-bits
+
+
+def test_products_of_proofs_are_counted_low():
+    matrix, a, b = (
+        jax.ShapeDtypeStruct(shape, np.float32)
+        for shape in ((384, 384), (48, 24, 16), (48, 16, 24))
+    )
+
+    def prove(matrix, a, b):
+        return certificate.certify_stage(matrix, (KroneckerTerms(a, b),), 18.0)
+
+    # Of a loop, which the rounds are, the analysis counts one pass.
+    compiled = jax.jit(prove).lower(matrix, a, b).cost_analysis()["flops"]
+    assert 1 <= compiled / whole_models.proof_flops(384, 384, 48, 1) < 1.3
 
 
 @pytest.mark.parametrize(
