@@ -9,7 +9,8 @@ Matrices are read when there is room for them, and only then. Wide ones are solv
 their transposes, in one group with tall ones of those shapes. Process `i` of `k` solves
 the tasks whose index is `i` modulo `k`, and knows nothing of the others. What comes out
 depends on the numbers of a matrix and on how many of them a device computes at once,
-which the store remembers: not on who was finished before an interruption.
+which the store remembers, and where that is a single one, on whether there are several
+devices: not on who was finished before an interruption.
 
 >>> from kronjax import recipe, tasks
 >>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'

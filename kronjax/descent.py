@@ -159,7 +159,10 @@ def step(
     limits: Limits,
     geometry: ModuleType = manifold,
 ) -> State:
-    """Make one trial: advance to it or shorten the step; a finished state stays."""
+    """Make one trial: advance to it or shorten the step.
+
+    A finished state stays, but for what the slot of its next pair holds.
+    """
     running = _is_running(state, limits)
     # A lane that is done tries its own point: its last trial may have been unsafe.
     length = jnp.where(running, state.step, 0)

@@ -45,7 +45,7 @@ class Pairs:
         products: `[2(h+1), 2(h+1)]`, their inner products.
         curvature: `[h+1]`, `<s, y>`; zero marks a slot that is empty or useless. What
             the slot of the next one holds does not count.
-        count: Pairs seen so far; `count % (h+1)` is the slot of the next one.
+        count: Pairs accepted so far; `count % (h+1)` is the slot of the next one.
     """
 
     vectors: jax.Array
@@ -71,13 +71,13 @@ def empty(vector: jax.Array, memory: int = MEMORY) -> Pairs:
 
 
 def add(pairs: Pairs, s: jax.Array, y: jax.Array, accepted: bool | jax.Array) -> Pairs:
-    """Return the pairs with one more, or as they were where not `accepted`.
+    """Return the pairs with one more, or those that count as they were.
 
     Args:
         pairs: What is known.
         s: `[d]`, a displacement.
         y: `[d]`, how the gradient changed.
-        accepted: Whether the step was made.
+        accepted: Whether the step was made; if not, zeros take the slot of the next.
     """
     return _added(pairs, s, y, accepted)[0]
 
