@@ -123,8 +123,8 @@ def certify_stage(
     """
     task = _Task.of(matrix, terms)
     space, error = task.space, task.error
-    # Any candidate will do, and the norm is a length: what eigenvectors lack in
-    # orthogonality is harmless.
+    # Any candidate will do: what eigenvectors lack in orthogonality is harmless. What
+    # they miss of the norm is less than is added for rounding.
     u, s, vt = spectral.triplets(after(error, space.slack), orthogonal=False)
     eps = float(jnp.finfo(error.dtype).eps)
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size

@@ -9,6 +9,7 @@ from helpers import kronecker_sum_reference
 
 import kronjax
 from kronjax import Configuration, Status, approximate, approximation, programs, proof
+from kronjax.dense import multiply_out
 from kronjax.problem import Problem
 
 SMALL = Configuration((3, 4), rank=2)
@@ -300,3 +301,14 @@ def test_a_tolerance_out_of_reach_is_reported():
     )
     assert "above the tolerance 1e-12" in found.notes[-1]
     assert np.isfinite(found.error.spectral).all()
+
+
+def test_large_sums_that_are_exact_are_found():
+    # By eigenvectors of a Gram matrix: values fall below what is trusted of those.
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 100, 16, 16))
+    for decay in (1.0, 0.97, 0.93):
+        falling = decay ** np.arange(100)
+        exact = multiply_out(a * falling[:, None, None], b).astype(np.float32)
+        found = approximate(exact, Configuration((16, 16), 100), starts=1)
+        assert found.relative.spectral < 100 * np.finfo(np.float32).eps

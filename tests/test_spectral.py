@@ -108,8 +108,8 @@ def test_what_leads_large_matrices_comes_by_the_gram_matrix(dtype):
     def leading(matrix):
         return spectral.leading(matrix, 100)
 
-    small = spread((280, spectral.SMALL - 1), 0.1, dtype)
-    matrix = spread((280, spectral.SMALL), 0.1, dtype)
+    small = spread((280, spectral.LARGE - 1), 0.1, dtype)
+    matrix = spread((280, spectral.LARGE), 0.1, dtype)
     texts = [leading.lower(x).compile().as_text() for x in (small, matrix)]
     assert ["syevd" in text for text in texts] == [False, True]
     q, core, vt = map(doubled, leading(matrix))
