@@ -14,6 +14,8 @@ from bench import timing
 from kronjax import certificate, slots
 from kronjax import solve as solve_purely
 from kronjax.approximation import Approximation, approximate
+from kronjax.errors import measure
+from kronjax.problem import Problem
 
 BEGUN = time.perf_counter()
 
@@ -92,15 +94,19 @@ class Alone:
 
     Attributes:
         runs: Seconds of each.
-        proofs: Seconds that proofs of the kind that pools give take, by a program of
-            their own.
-        errors: Spectral errors of what was found.
+        proofs: Seconds that the proofs of pools take for what was found, by a program
+            of their own.
+        errors: Spectral errors of what was found, in float64.
+        gaps: What was proven, relatively.
+        efforts: Steps, exponents and products of each, as records of runs have them.
         compile_seconds: Tracing and compiling, once.
     """
 
     runs: list[float]
     proofs: list[float]
     errors: list[float]
+    gaps: list[float]
+    efforts: list[dict]
     compile_seconds: float
 
 
@@ -112,34 +118,52 @@ def solve_alone(matrices, configuration, tolerance):
         configuration: A `kronjax.Configuration`.
         tolerance: Of the solves.
     """
+    problem = Problem.of(matrices[0].shape, configuration, starts=1)
 
     def one(matrix):
-        return solve_purely(matrix, configuration, starts=1, tolerance=tolerance)
+        found = solve_purely(matrix, configuration, starts=1, tolerance=tolerance)
+        return found.terms, found.trace
 
     @jax.jit
-    def prove(matrix, found):
-        rounds = slots.proof_rounds(tolerance)
-        return certificate.certify_stage(matrix, found.terms, found.trace.p[-1], rounds)
+    def prove(matrix, terms, last):
+        p, rounds = slots.proof_exponent(problem, last), slots.proof_rounds(tolerance)
+        return certificate.certify_stage(matrix, terms, p, rounds)
 
-    some = [jax.device_put(matrix) for matrix in matrices]
     begun = time.perf_counter()
-    program = jax.jit(one).lower(some[0]).compile()
+    program = jax.jit(one).lower(matrices[0]).compile()
     compiling = time.perf_counter() - begun
-    jax.block_until_ready(prove(some[0], program(some[0])))
-    runs, proofs, errors = [], [], []
-    for matrix in some:
+    told = []
+    for i, matrix in enumerate([matrices[0], *map(jax.device_put, matrices)]):
         begun = time.perf_counter()
-        found = jax.block_until_ready(program(matrix))
-        runs.append(time.perf_counter() - begun)
-        errors.append(float(found.spectral_error))
-        begun = time.perf_counter()
-        jax.block_until_ready(prove(matrix, found))
-        proofs.append(time.perf_counter() - begun)
+        terms, trace = jax.block_until_ready(program(matrix))
+        solved = time.perf_counter()
+        bounds = jax.block_until_ready(prove(matrix, terms, trace.p[-1]))
+        proven = time.perf_counter()
+        if i:  # the first one compiles what proves
+            told.append((solved - begun, proven - solved, terms, trace, bounds))
+    runs, proofs, sums, traces, bounds = zip(*told, strict=True)
     say(
         f"one by one: {np.mean(runs):.4f} s each, and {np.mean(proofs):.4f} s to prove;"
         f" compiled in {compiling:.0f} s"
     )
-    return Alone(runs, proofs, errors, compiling)
+    return Alone(
+        runs=list(runs),
+        proofs=list(proofs),
+        errors=[
+            float(measure(np.asarray(matrix), terms).spectral)
+            for matrix, terms in zip(matrices, sums, strict=True)
+        ],
+        gaps=[1 - float(one.local_bound / one.error) for one in bounds],
+        efforts=[
+            {
+                "steps": int(one.steps.sum()),
+                "p": np.unique(one.p).tolist(),
+                "gemms": int(one.gemms.sum()),
+            }
+            for one in traces
+        ],
+        compile_seconds=compiling,
+    )
 
 
 def parser(doc):

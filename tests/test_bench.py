@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from bench import peers, products, script, timing, whole_models
-from kronjax import KroneckerTerms, certificate
+from kronjax import KroneckerTerms, multipliers
+from kronjax.tangent import Space
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,6 +130,11 @@ def check_accelerator(results):
         assert set(pool["parts"]) == {"start", "work", "turn", "finish"}
         assert sum(pool["parts"].values()) <= pool["seconds"]
         assert 0 < pool["median_gap"] <= pool["gap"] < 1
+        assert all(0 < gap < 1 for gap in one["loop"]["gaps"])
+        parts = [np.mean(one["loop"][key]) for key in ("runs", "proofs")]
+        spent = np.cumsum(parts) * len(pool["errors"]) / pool["seconds"]
+        ratios = one["loop_over_pool"]
+        assert [ratios["the pool proves"], ratios["both prove"]] == pytest.approx(spent)
         # Both end within their tolerance.
         for ours, theirs in zip(pool["errors"], alone, strict=False):
             assert ours == pytest.approx(theirs, rel=results["tolerance"])
@@ -279,10 +285,14 @@ def check_training_study(results):
 def check_whole_models(results):
     model, kills = results["model"], results["kills"]
     assert len(model["matrices"]) == 2 and 0 < model["gap"] < 1
-    assert 0 < model["computed"] <= model["share"]
-    assert 0 < model["large"] < model["descent"] < model["share"]
-    assert 0 < model["loop_ratio"] < model["loop_ratio_both_proven"]
-    for ours, theirs in zip(model["matrices"], model["loop_errors"], strict=True):
+    assert 0 < model["computed"] <= model["descent"] < model["share"]
+    loop, batch = model["loop"], model["batch_seconds"]
+    # Both squares are in the loop: nothing is scaled.
+    spent = np.cumsum([sum(loop["runs"]), sum(loop["proofs"])]) / batch
+    ratios = [model["loop_ratio"], model["loop_ratio_both_proven"]]
+    assert ratios == pytest.approx(spent)
+    assert all(0 < gap < 1 for gap in loop["gaps"])
+    for ours, theirs in zip(model["matrices"], loop["errors"], strict=True):
         # Both end within their tolerance.
         assert ours["errors"]["spectral"] == pytest.approx(theirs, rel=2e-2)
     assert kills["complete"] and kills["identical"]
@@ -433,18 +443,21 @@ def test_emulated_products_are_as_precise_as_their_parts(mode, bits):
     assert 2.0**-bits / 100 < off < 4 * 2.0**-bits
 
 
-def test_products_of_proofs_are_counted_low():
-    matrix, a, b = (
-        jax.ShapeDtypeStruct(shape, np.float32)
-        for shape in ((384, 384), (48, 24, 16), (48, 16, 24))
-    )
+@pytest.mark.parametrize("m", [384, 768])
+def test_products_of_proofs_are_counted_as_compiled(m):
+    n, a, b = 384, (48, m // 16, 16), (48, 16, 24)
+    shapes = (m, n), (n, n), (n,), a, b
+    given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
 
-    def prove(matrix, a, b):
-        return certificate.certify_stage(matrix, (KroneckerTerms(a, b),), 18.0)
+    def balance(u, vt, diagonal, a, b):
+        space = Space.of((m, n), (KroneckerTerms(a, b),))
+        return multipliers.balance(space, u, vt, diagonal)
 
     # Of a loop, which the rounds are, the analysis counts one pass.
-    compiled = jax.jit(prove).lower(matrix, a, b).cost_analysis()["flops"]
-    assert 1 <= compiled / whole_models.proof_flops(384, 384, 48, 1) < 1.3
+    compiled = jax.jit(balance).lower(*given).cost_analysis()["flops"]
+    sweep = 4 * 4 * 48 * m * n
+    counted = whole_models.proof_flops(m, n, 48, rounds=1) - sweep
+    assert 1 <= compiled / counted < 1.03
 
 
 @pytest.mark.parametrize(
