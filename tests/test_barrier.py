@@ -15,14 +15,21 @@ def norm_of(inner):
     return np.linalg.norm(inner.error, 2) * inner.space.scale
 
 
-@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (4, 12)])
-def test_the_end_of_the_path_is_stationary_from_far_away(shape):
-    # Where one singular value leads alone and its minimum is flat, 1e-5 can be left.
-    matrix = normal(shape, 4)
+@pytest.mark.parametrize(
+    ("shape", "seed", "residual"),
+    [
+        ((6, 8), 4, 1e-12),
+        ((8, 6), 4, 1e-12),
+        ((4, 12), 4, 1e-12),
+        ((4, 12), 3, 1e-4),  # flat, and one singular value leads alone
+    ],
+)
+def test_the_end_of_the_path_is_stationary_from_far_away(shape, seed, residual):
+    matrix = normal(shape, seed)
     begun = van_loan(matrix, (2, 2), 2)
     found = barrier.descend(Space.of(matrix, (begun,)))
     assert found.gap < 2 * barrier.END
-    assert found.residual < 1e-12
+    assert found.residual < residual
     assert np.linalg.eigvalsh(found.x)[0] > 0
     assert np.trace(found.x) == pytest.approx(1, abs=1e-9)
     # So much a change of all left, or of all right, factors could gain.

@@ -75,9 +75,13 @@ def test_factors_find_what_points_of_the_manifold_find(schedule, starts, monkeyp
     np.testing.assert_allclose(found[True], found[False], rtol=close)
 
 
-def test_factors_of_several_configurations_under_a_weight(monkeypatch):
+@pytest.mark.parametrize(
+    ("seed", "close"),
+    [(1, 1e-3), (6, 3e-2)],  # the latter ends in two minima
+)
+def test_factors_of_several_configurations_under_a_weight(seed, close, monkeypatch):
     configurations = Configuration((3, 4), 4), Configuration((12, 1), 2)
-    matrix, roots = draw(1, 2)  # both end in one minimum, as they need not
+    matrix, roots = draw(seed, 2)
     weight = jnp.asarray(roots @ roots.T)
     assert Problem.of((12, 12), configurations).is_factored
     values = {}
@@ -93,7 +97,7 @@ def test_factors_of_several_configurations_under_a_weight(monkeypatch):
         )
         values[is_factored] = schatten_reference(error @ roots, 6)
         assert found.trace.value[-1] == pytest.approx(values[is_factored], rel=1e-4)
-    assert values[True] == pytest.approx(values[False], rel=1e-3)
+    assert values[True] == pytest.approx(values[False], rel=close)
 
 
 @pytest.mark.parametrize("rank", [1, 4])
