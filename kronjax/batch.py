@@ -200,12 +200,11 @@ def _keep(task: Task, found: Finished, matrix, seconds, store, devices):
         "seed": settings.seed + task.index,
         "device": devices[0].device_kind,
     }
-    finite = all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
-    if found.status == Status.NONFINITE or not finite:
+    if found.status == Status.NONFINITE or not _is_finite(terms):
         store.put(task, (), {**_failed(task, "the solver diverged"), **effort})
         return
     error, whole = measure(matrix, terms), measure(matrix, ())
-    facts = _facts(task, error, whole, found.local_bound, found.local_gap)
+    facts = _facts(task, error, whole, found.local_bound)
     facts["errors"]["van_loan_spectral"] = found.van_loan
     store.put(task, terms, {**facts, **effort})
 
@@ -219,10 +218,10 @@ def _truncate(group, matrices, store, tell):
             tell(group.key, 1)
             continue
         terms, bound = truncated(matrix, task)
-        error, whole = measure(matrix, terms), measure(matrix, ())
-        spectral = float(error.spectral)
-        gap = max(1 - bound / spectral, 0.0) if spectral > 0 else 0.0
-        facts = _facts(task, error, whole, bound, gap)
+        facts = _failed(task, "its singular values are out of range")
+        if terms:
+            error, whole = measure(matrix, terms), measure(matrix, ())
+            facts = _facts(task, error, whole, bound)
         effort = {"solver": "svd", "seconds": time.perf_counter() - begun}
         store.put(task, terms, {**facts, **effort})
         tell(group.key, 1)
@@ -232,11 +231,17 @@ def truncated(matrix, task: Task) -> tuple[tuple[KroneckerTerms, ...], float]:
     """Return the best sum of low rank, and what no other of that rank is below.
 
     The bound is the first singular value that is left out (Eckart and Young, 1936),
-    less what rounding may have added.
+    less what rounding may have added. There is no sum where numbers overflow.
     """
     (one,) = task.configurations
     m, n = task.shape
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    except np.linalg.LinAlgError:
+        return (), 0.0
+    if not np.isfinite(s).all():
+        return (), 0.0
     r, eps = one.rank, float(np.finfo(matrix.dtype).eps)
     left = (u[:, :r] * np.sqrt(s[:r])).T.reshape(r, m, 1)
     right = (np.sqrt(s[:r, None]) * vt[:r]).reshape(r, 1, n)
@@ -247,9 +252,14 @@ def truncated(matrix, task: Task) -> tuple[tuple[KroneckerTerms, ...], float]:
     return (made(a, b),), bound
 
 
-def _facts(task, error: Errors, whole: Errors, bound, gap) -> dict[str, Any]:
+def _is_finite(terms) -> bool:
+    return all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
+
+
+def _facts(task, error: Errors, whole: Errors, bound) -> dict[str, Any]:
     """Return what there is to say about the solution of a task."""
-    relative = error.over(whole)
+    relative, spectral = error.over(whole), float(error.spectral)
+    gap = max(1 - bound / spectral, 0.0) if spectral > 0 else 0.0
     return {
         "status": store.SOLVED,
         **_about(task),

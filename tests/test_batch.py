@@ -190,6 +190,23 @@ def test_a_solver_that_diverges_leaves_a_record(matrices, tmp_path, monkeypatch)
     assert [(x.name, y) for x, y in found.failed] == [("k.1", "the solver diverged")]
 
 
+def test_what_overflows_is_recorded_and_harms_nobody(tmp_path):
+    matrices = draw(3)
+    matrices["w.1"] = np.full((9, 8), 3e38, np.float32)
+    found = outcome.Outcome.of(solve(tmp_path, matrices))
+    assert [task.name for task, _ in found.failed] == ["w.1"]
+    assert "out of range" in found.failed[0][1]
+    assert len(found.solved) == 2
+
+
+def test_what_underflows_has_no_gap_of_zero(tmp_path):
+    tiny = {"k.0": np.full((6, 8), 1e-44, np.float32), **draw(1)}
+    tiny["k.0"][::2, ::3] = 3e-44
+    (_, one), _ = outcome.Outcome.of(solve(tmp_path, tiny, POOLED)).solved
+    assert one["errors"]["relative_spectral"] == 1
+    assert one["bounds"] == {"local": 0, "gap": 1}
+
+
 def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
     matrices, calls = draw(9), []
     write = output.write
