@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,11 @@ class Settings:
     tolerance: float = 2e-4
     starts: int = 4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a tolerance that nothing can be solved to."""
+        if not 0 < self.tolerance < math.inf:
+            raise ValueError(f"the tolerance is {self.tolerance}: it must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Plan:
     def to_json(self) -> bytes:
         """Return the plan as JSON, with its hash."""
         facts = {"hash": self.hash, **self.plain()}
-        return json.dumps(facts, indent=1).encode() + b"\n"
+        return json.dumps(facts, indent=1, allow_nan=False).encode() + b"\n"
 
     @classmethod
     def of_json(cls, content: bytes, where: str) -> "Plan":
@@ -165,8 +171,8 @@ class Plan:
                 return _plan(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{where} is damaged ({error}): --force begins anew, or write --out "
-                "with another folder"
+                f"{where} is damaged ({error}): remove it to keep what is finished of "
+                "this plan; --force begins anew"
             ) from error
         raise ValueError(
             f"{where} is of format {version}, and this kronjax reads format {FORMAT}: "

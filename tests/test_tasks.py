@@ -149,3 +149,9 @@ def test_all_rules_that_match_a_name_are_told():
     rules = recipe.loads(RULES + "- {match: '*', method: keep}")
     found = recipe.matches(rules, ["a.w", "b"])
     assert found == {"a.w": [0, 2], "b": [2]}
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, np.nan, np.inf])
+def test_a_tolerance_is_positive(tolerance):
+    with pytest.raises(ValueError, match="must be positive"):
+        tasks.Settings(tolerance)
