@@ -290,14 +290,25 @@ def matching(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if any(x.fullmatch(name) for x in expressions)]
 
 
-def matches(recipe: Recipe, names: Iterable[str]) -> dict[str, list[int]]:
-    """Return the numbers of all rules that match each name; the first decides."""
+def matches(
+    recipe: Recipe, names: Iterable[str], tables: Iterable[str] = ()
+) -> dict[str, list[int]]:
+    """Return the numbers of all rules that match each name; the first decides.
+
+    Args:
+        recipe: The rules.
+        names: Of layers.
+        tables: Names of embeddings, which patterns do not match.
+    """
     names = list(names)
     expressions = [_expression(rule, names) for rule in recipe.rules]
-    return {
-        name: [i for i, one in enumerate(expressions) if one.fullmatch(name)]
-        for name in names
+    found = {
+        name: [i for i, rule in enumerate(recipe.rules) if name in _patterns(rule)]
+        for name in tables
     }
+    for name in names:
+        found[name] = [i for i, one in enumerate(expressions) if one.fullmatch(name)]
+    return found
 
 
 def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
@@ -342,7 +353,8 @@ def _expression(rule: Rule, names: Iterable[str]) -> re.Pattern[str]:
         int(part) for name in names for part in name.split(".") if part.isdigit()
     ]
     blocks = max(numbers, default=-1) + 1
-    return re.compile("|".join(_translate(one, blocks) for one in _patterns(rule)))
+    text = "|".join(_translate(one, blocks) for one in _patterns(rule))
+    return re.compile(text, re.DOTALL)  # names of tensors may hold anything
 
 
 def _patterns(rule: Rule) -> tuple[str, ...]:
@@ -360,7 +372,7 @@ def _translate(pattern: str, blocks: int) -> str:
         "late": third[second:blocks],
     }
     parts = []
-    for token in re.findall(r"\{[^{}]*\}|.", pattern):
+    for token in re.findall(r"\{[^{}]*\}|.", pattern, re.DOTALL):
         if token == "*":
             parts.append(".*")
         elif token == "?":

@@ -70,6 +70,11 @@ def test_thirds_make_a_whole(blocks):
     assert parts == list(names)
 
 
+def test_any_name_can_be_matched():
+    assert recipe.matching("*", ["a\nb", ""]) == ["a\nb", ""]
+    assert recipe.matching("a?b", ["a\nb", "ab"]) == ["a\nb"]
+
+
 def test_a_dot_in_a_pattern_is_a_dot():
     with pytest.raises(ValueError, match="matches no layer"):
         matched("h.0.mlpxc_fc")
@@ -177,6 +182,9 @@ def test_an_embedding_is_meant_by_its_name_alone():
     )
     found = recipe.resolve(both, GPT2, tables=TABLES)
     assert [one.name for one in found] == ["wte", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    rules = "rules: [{match: '*', method: keep}, {match: wte, method: keep}]"
+    told = recipe.matches(recipe.loads(rules), ["h.0.fc"], ["wte"])
+    assert told == {"h.0.fc": [0], "wte": [1]}
     weighted = recipe.loads("rules: [{match: wte, method: low-rank, rank: 2}]")
     with pytest.raises(ValueError, match="no inputs to weight by"):
         recipe.resolve(weighted, GPT2, tables=TABLES)
