@@ -19,6 +19,7 @@ import tyro
 import kronjax
 from kronjax.lm import commands, compress_commands, fresh_commands, train_commands
 from kronjax.options import Flag, Json, Seed, Slice, option
+from kronjax.output import printable
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
@@ -383,4 +384,4 @@ def _one_line(error: Exception) -> str:
         text = error.strerror
         if error.filename:
             text = f"{error.filename}: {text}"
-    return " ".join(text.split()).rstrip(".")
+    return printable(" ".join(text.split())).rstrip(".")

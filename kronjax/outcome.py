@@ -1,9 +1,6 @@
-r"""What came of a plan so far: a table, a figure, and values that JSON holds.
+"""What came of a plan so far: a table, a figure, and values that JSON holds.
 
 Made of what a store holds and of nothing else, at any moment of a run.
-
->>> printable("a\x1b[31m b")
-'a\\x1b[31m b'
 """
 
 import dataclasses
@@ -15,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from kronjax import tasks
+from kronjax.output import printable
 from kronjax.store import FAILED, SOLVED, Store
 from kronjax.tasks import Plan, Task
 
@@ -162,13 +160,6 @@ def figure(outcome: Outcome) -> bytes:
     buffer = io.BytesIO()
     FigureCanvasAgg(chart).print_png(buffer)
     return buffer.getvalue()
-
-
-def printable(name: str) -> str:
-    """Return a name with everything that a terminal would obey spelt out."""
-    return "".join(
-        x if x.isprintable() else x.encode("unicode_escape").decode() for x in name
-    )
 
 
 def _mean_and_worst(values, form):

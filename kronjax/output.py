@@ -1,10 +1,12 @@
-"""Files written as a whole or not at all, without jax.
+r"""Files written as a whole or not at all, and text that is safe to print; without jax.
 
 Every write goes to a temporary name in the same folder and is renamed when complete, so
 that an interruption leaves what was there.
 
 >>> readable(Path("demo.png"))
 'demo.png'
+>>> printable("a\x1b[31m b")
+'a\\x1b[31m b'
 """
 
 import os
@@ -35,14 +37,26 @@ def check_output(path: Path, suffix: str, source: Path | None = None) -> None:
             raise ValueError(f"cannot write {path}: it is the input")
         if not os.access(path, os.W_OK):
             raise PermissionError(f"cannot write {path}: it is read-only")
+    _try(path, path)
+
+
+def check_folder(path: Path) -> None:
+    """Find out now whether files can be written into a folder later.
+
+    Raises:
+        OSError: If not.
+    """
+    _try(path / "trial", path)
+
+
+def _try(path, what):
     # Access bits say little on network and read-only file systems; a trial does.
     probe = _temporary_name(path)
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
-        raise type(error)(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        probe.unlink(missing_ok=True)
+        raise type(error)(f"cannot write {what}: {error.strerror}") from error
+    probe.unlink()
 
 
 def write(path: Path, content: bytes) -> None:
@@ -78,6 +92,13 @@ def readable(path: Path) -> str:
     surrogates, which neither a terminal nor the metadata of safetensors can encode.
     """
     return os.fsencode(path).decode(errors="replace")
+
+
+def printable(name: str) -> str:
+    """Return a name with everything that a terminal would obey spelt out."""
+    return "".join(
+        x if x.isprintable() else x.encode("unicode_escape").decode() for x in name
+    )
 
 
 def _temporary_name(path: Path) -> Path:

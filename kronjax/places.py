@@ -45,7 +45,19 @@ def find(where: str) -> "Folder | Bucket":
     """Return the place that a path or a URL means; nothing is made yet."""
     if where.startswith("file://"):
         return Folder(Path(where.removeprefix("file://")))
-    return Bucket(where) if "://" in where else Folder(Path(where).expanduser())
+    return Bucket(where) if "://" in where else Folder(expanded(where))
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path with the home folder in the place of `~`.
+
+    Raises:
+        OSError: If it names a user who is not there.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{path}: there is no such user") from error
 
 
 class Folder:
@@ -110,7 +122,7 @@ class Folder:
         except OSError as error:
             reason = error.strerror or error
             raise type(error)(f"cannot write {self.path}: {reason}") from error
-        output.check_output(self.path / "any.json", ".json")
+        output.check_folder(self.path)
         try:
             handle = self._locked(number)
         except OSError as error:

@@ -165,6 +165,8 @@ def test_what_cannot_be_written_is_said_in_one_line(tmp_path):
     place = places.find(str(tmp_path / "file" / "out"))
     with pytest.raises(OSError, match="cannot write"), place.hold(0):
         pass
+    with pytest.raises(OSError, match="there is no such user"):
+        places.find("~nobody-of-this-name/x")
     with pytest.raises((ValueError, OSError)):
         place.write("x", b"")
     with pytest.raises((ValueError, ImportError)):

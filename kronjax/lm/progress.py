@@ -11,6 +11,9 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+SILENCE = 30.0
+"""Seconds between two lines where there is no terminal."""
+
 
 class Advance(Protocol):
     """What `bar` yields."""
@@ -30,10 +33,14 @@ def bar(
         text: What is being done.
         unit: Of the work; the bar shows how much of it is done in a second.
         wanted: Whether to draw the bar. By default it is drawn on a terminal, once
-            the work has taken two seconds.
+            the work has taken two seconds; elsewhere a line tells now and then how far
+            it is.
     """
-    if wanted is False or (wanted is None and not sys.stderr.isatty()):
+    if wanted is False:
         yield lambda amount, text=None: None
+        return
+    if wanted is None and not sys.stderr.isatty():
+        yield _lines(total, text, unit)
         return
     from rich.console import Console
     from rich.progress import (
@@ -71,6 +78,21 @@ def bar(
         timer.cancel()
         timer.join()
         drawn.stop()
+
+
+def _lines(total: int, what: str, unit: str) -> Advance:
+    """Return what prints a line every `SILENCE` seconds at most."""
+    done, last = 0, time.perf_counter()
+
+    def advance(amount: int, text: str | None = None, /) -> None:
+        nonlocal done, last
+        done += amount
+        if time.perf_counter() - last >= SILENCE:
+            last = time.perf_counter()
+            so_far = f"{text or what}; {done:,} of {total:,} {unit}"
+            print(so_far, file=sys.stderr, flush=True)
+
+    return advance
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from kronjax.lm import storage
+from kronjax.places import expanded
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 """What is fetched of a model on the hub; never a pickle."""
@@ -36,18 +37,6 @@ def find(source: str | Path) -> Path:
             "example openai-community/gpt2"
         )
     return _fetch(name)
-
-
-def expanded(path: str | Path) -> Path:
-    """Return a path with the home folder in the place of `~`.
-
-    Raises:
-        OSError: If it names a user who is not there.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{path}: there is no such user") from error
 
 
 def _fetch(name: str) -> Path:
