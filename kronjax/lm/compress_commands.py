@@ -298,7 +298,9 @@ def _matrices_of(model: str) -> Path | None:
     from kronjax.lm import sources
 
     path = sources.expanded(model)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
         return path
     path = sources.find(model)
     return path if path.is_dir() else None

@@ -21,7 +21,8 @@ from kronjax import batch, forecast, hosts, outcome, places, recipe, store, task
 from kronjax.hosts import Hosts
 from kronjax.lm import checkpoint, whole
 from kronjax.lm.progress import bar
-from kronjax.outcome import Outcome, printable
+from kronjax.outcome import Outcome
+from kronjax.output import printable
 from kronjax.recipe import Recipe
 from kronjax.store import Store
 
@@ -78,7 +79,7 @@ def compress(
     plan, place = kept.plan, kept.place
     matrices = {**opened.tables, **opened.tensors}
     if group.process == 0:
-        _tell_overlaps(rules, matrices)
+        _tell_overlaps(rules, opened.tensors, opened.tables)
     if options.dry_run:
         _forecast(kept, matrices, options.as_json)
         return 0
@@ -97,10 +98,10 @@ def compress(
             return _code(Outcome(plan, kept.records(own)))
         hosts.wait(place, group, _missing(kept))
         found = Outcome.of(kept)
-        place.write(outcome.FIGURE, outcome.figure(found))
         if opened.model_type is not None:
             text = recipe.dumps(rules)
             _save(whole.merge(path, kept, text, options.dtype), place)
+        _draw(found, place)
     _show(found, options.as_json)
     if not options.as_json:
         what = "The model is" if opened.model_type else "The factors are"
@@ -136,8 +137,7 @@ def report(place: places.Folder | places.Bucket, as_json: bool) -> int | None:
         return None
     found = Outcome.of(Store(place, plan))
     _show(found, as_json)
-    place.write(outcome.FIGURE, outcome.figure(found))
-    if not as_json:
+    if _draw(found, place) and not as_json:
         print(f"{place}/{outcome.FIGURE} shows every matrix.")
     return _code(found)
 
@@ -258,10 +258,10 @@ def _forecast(kept: Store, matrices, as_json: bool) -> None:
     )
 
 
-def _tell_overlaps(rules: Recipe, names: Iterable[str]) -> None:
+def _tell_overlaps(rules: Recipe, names: Iterable[str], tables: Iterable[str]) -> None:
     """Say which rules match what others decide."""
     counts: dict[tuple[int, int], list[str]] = {}
-    for name, matched in recipe.matches(rules, names).items():
+    for name, matched in recipe.matches(rules, names, tables).items():
         for other in matched[1:]:
             counts.setdefault((matched[0], other), []).append(name)
     for (first, other), some in sorted(counts.items()):
@@ -279,11 +279,25 @@ def _show(found: Outcome, as_json: bool) -> None:
         print(json.dumps(found.plain(), allow_nan=False))
         return
     console = Console(highlight=False, markup=False)
-    console.print(outcome.table(found))
+    made = outcome.table(found)
+    # Rather a line that a terminal breaks than one without its last digits.
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(made, options=wide).minimum)
+    console.print(made)
     console.print(outcome.verdict(found), soft_wrap=True)
     failures = outcome.failures(found)
     if failures is not None:
         console.print(failures)
+
+
+def _draw(found: Outcome, place: places.Folder | places.Bucket) -> bool:
+    """Write the figure, which is no reason to fail, and say whether it is there."""
+    try:
+        place.write(outcome.FIGURE, outcome.figure(found))
+    except (OSError, ValueError) as error:
+        print(f"There is no figure: {printable(str(error))}", file=sys.stderr)
+        return False
+    return True
 
 
 def _code(found: Outcome) -> int:

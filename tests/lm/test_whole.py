@@ -133,6 +133,52 @@ def test_a_bag_of_matrices_ends_as_factors_and_a_report(folder, capsys):
     assert (folder / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_bag_replaces_a_model(folder, capsys):
+    run(capsys, *compress(folder))
+    given = compress(folder, "--force", model="bag.safetensors", rules="bag.yaml")
+    code, _, err = run(capsys, *given)
+    assert code == 3, err
+    with pytest.raises(OSError):
+        lm.load(folder / "out")
+
+
+def test_a_figure_that_cannot_be_written_is_no_failure(folder, capsys):
+    (folder / "out" / "report.png").mkdir(parents=True)
+    code, out, err = run(capsys, *compress(folder))
+    assert code == 0 and "The model is in" in out
+    assert "There is no figure" in err
+    lm.load(folder / "out")
+    code, out, err = run(capsys, "report", folder / "out")
+    assert code == 0 and "9 of 9" in out and "There is no figure" in err
+
+
+def test_a_table_keeps_its_digits(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    run(capsys, *compress(folder, model="bag.safetensors", rules="bag.yaml"))
+    _, out, _ = run(capsys, "report", folder / "out")
+    lines = [line for line in out.splitlines() if "6x8" in line]
+    assert lines and all("4/5" in line and line.endswith("│") for line in lines)
+
+
+def test_what_is_missing_or_damaged_is_told(folder, capsys):
+    code, _, err = run(capsys, *compress(folder, model="no.safetensors"))
+    assert code == 2 and "there is no file" in err and "no.safetensors" in err
+    code, _, err = run(capsys, *compress(folder, "--tolerance", "nan"))
+    assert code == 2 and "must be positive" in err
+    assert not (folder / "out").exists()
+    run(capsys, *compress(folder))
+    kept = folder / "out" / "matrices" / "00000.json"
+    before = kept.stat().st_mtime_ns
+    plan = folder / "out" / "plan.json"
+    plan.write_bytes(plan.read_bytes()[:100])
+    code, _, err = run(capsys, *compress(folder))
+    assert code == 2 and "remove it to keep what is finished" in err
+    plan.unlink()
+    (folder / "out" / "config.json").unlink()
+    assert run(capsys, *compress(folder))[0] == 0
+    assert kept.stat().st_mtime_ns == before
+
+
 def test_names_cannot_command_a_terminal(folder, capsys):
     path = folder / "bag.safetensors"
     bag = {k: np.array(x) for k, x in safetensors.numpy.load_file(path).items()}
