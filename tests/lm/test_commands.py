@@ -9,6 +9,7 @@ from flax import nnx
 
 from kronjax import cli, lm, nn
 from kronjax.kronecker import KroneckerTerms
+from kronjax.lm import progress
 
 TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n" * 12
 
