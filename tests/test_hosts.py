@@ -65,6 +65,24 @@ def test_a_process_waits_for_the_living_and_names_the_dead(tmp_path, monkeypatch
         hosts.wait(place, Hosts(0, 1), lambda: [3])
 
 
+def test_of_others_no_more_is_asked_than_is_needed(monkeypatch):
+    class Slow:
+        """To see whether one lives takes a while."""
+
+        asked = []
+
+        def is_held(self, number):
+            self.asked.append(number)
+            return number == 1
+
+    monkeypatch.setattr(hosts, "POLL", 0)
+    left = [[5, 6, 7], [9], []]
+    hosts.wait(Slow(), Hosts(0, 4), lambda: left.pop(0))
+    assert Slow.asked == [1, 1] and not left
+    hosts.wait(Slow(), Hosts(0, 4), list)
+    assert Slow.asked == [1, 1]
+
+
 def test_who_finishes_before_it_lets_go_is_not_taken_for_dead(tmp_path):
     """Between two looks process 1 writes its last record, and ends."""
     place, order = places.find(str(tmp_path)), []

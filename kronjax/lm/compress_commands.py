@@ -144,7 +144,7 @@ def compress(
         seed: Of the perturbed starts.
         dry_run: Print matrices, memory and time, and stop.
         distributed: Share the work with the same line on other hosts: on Cloud TPU,
-            under Slurm and MPI they find each other.
+            under Slurm and Open MPI 4 they find each other.
         coordinator: Where process 0 is, elsewhere.
         processes: How many there are.
         process: Number of this one, from 0.

@@ -117,7 +117,7 @@ def train(
         seed: Seed of the order of the data.
         dtype: Precision of what is written; by default that of the model.
         distributed: Train with the same line on other hosts, which see the same FOLDER:
-            on Cloud TPU, under Slurm and MPI they find each other.
+            on Cloud TPU, under Slurm and Open MPI 4 they find each other.
         coordinator: Where process 0 is, elsewhere.
         processes: How many there are.
         process: Number of this one, from 0.
