@@ -30,6 +30,10 @@ from kronjax.problem import Problem
 SHAPE = (96, 144)
 ONE = Configuration((8, 12), 2)
 TWO = (ONE, Configuration((96, 1), 1))
+# With nearly half the parameters: the unknowns are factors.
+HIGH = Configuration((8, 12), 28)
+# Matrices in a call to a pool.
+LANES = 3
 
 HIGHEST = "[{0}, {0}]".format("#stablehlo<precision HIGHEST>")
 DECOMPOSITIONS = {"svd", "eigh", "eigvalsh", "qr", "cholesky", "inv"}
@@ -108,25 +112,27 @@ def certify_stage(matrix, a, b):
     return certificate.certify_stage(matrix, (KroneckerTerms(a, b),), 258.0)
 
 
-def pooled(function, *given, lanes=3):
+def pooled(function, *given, configuration=ONE):
     """A program of a pool, as one device has it: its function, and its arguments."""
-    problem = Problem.of(SHAPE, ONE, starts=2)
+    problem = Problem.of(SHAPE, configuration, starts=2)
+    assert problem.is_factored == (configuration == HIGH)
     stage = jax.tree.map(
         lambda x: array((1,), bool if isinstance(x, bool) else int),
         problem.schedule()[0],
     )
     known = {
-        "seeds": array((lanes,), int),
+        "seeds": array((LANES,), int),
         "stage": stage,
         "trials": array((1,), int),
-        "matrices": array((lanes, *SHAPE)),
+        "matrices": array((LANES, *SHAPE)),
+        "last": array((LANES,), int),
         "ends": array((1,), bool),
     }
     held = jax.tree.map(
-        lambda x: array((2 * lanes, *x.shape), x.dtype),
+        lambda x: array((2 * LANES, *x.shape), x.dtype),
         slots.shapes(problem, np.dtype(np.float32)),
     )
-    order, tolerance = array((lanes,), int), array(())
+    order, tolerance = array((LANES,), int), array(())
     given = (held, tolerance, order, *(known[name] for name in given))
     return functools.partial(function, problem), given
 
@@ -164,10 +170,15 @@ CERTIFICATES = {
     "weighted certificate": (certify, (SHAPE, *TERMS, *BOTH)),
     "certificate in haste": (certify_stage, (SHAPE, *TERMS)),
 }
-POOLS = {
-    "work": pooled(slots._work, "stage", "trials"),
-    "turn": pooled(slots._turn, "seeds", "stage", "stage", "ends"),
-    "start": pooled(slots._start, "matrices", "seeds"),
+PROGRAMS = {
+    "work": (slots._work, "stage", "trials"),
+    "turn": (slots._turn, "seeds", "stage", "stage", "ends"),
+    "start": (slots._start, "matrices", "seeds"),
+    "finish": (slots._finish, "matrices", "last"),
+}
+POOLS = {name: pooled(*one) for name, one in PROGRAMS.items()} | {
+    f"{name} at high rank": pooled(*one, configuration=HIGH)
+    for name, one in PROGRAMS.items()
 }
 SMALL = {"small": (solve(Configuration((3, 3), 2)), ((12, 18),))}
 CASES = SOLVES | BOUNDS | CERTIFICATES | POOLS | SMALL
@@ -244,13 +255,42 @@ def test_solve_decomposes_in_full_nothing_but_weights(case, platform):
 
 @platforms
 @pytest.mark.parametrize("case", POOLS)
-def test_what_a_pool_calls_decomposes_in_loops_what_the_rank_makes_small(
+def test_what_a_pool_calls_decomposes_in_loops_what_is_small_at_any_rank(
     case, platform
 ):
     found = exported(case, platform)
     inside = [one for one in found.decompositions if one.loops]
-    assert max(one.size for one in inside) <= spectral.BLOCKS * 6
-    assert found.full(loops=True) == found.full(loops=False) == []
+    # At high rank there are the norm's Krylov spaces alone, and none in the descent.
+    width = 4 if "high" in case else 6
+    sizes = [one.size for one in inside]
+    assert max(sizes, default=0) <= spectral.BLOCKS * width
+    assert bool(sizes) == (case != "work at high rank")
+
+
+@platforms
+def test_the_descent_at_high_rank_decomposes_nothing(platform):
+    assert exported("work at high rank", platform).decompositions == []
+
+
+@platforms
+@pytest.mark.parametrize("case", POOLS)
+def test_what_a_pool_calls_decomposes_in_full_for_proofs_and_starts(case, platform):
+    found = exported(case, platform)
+    gram = "eigh", (LANES, M, M)
+    wanted = {
+        # The error, and the candidate for the dual: see `certify_stage`.
+        "finish": [gram, gram],
+        "finish at high rank": [gram, gram],
+        # The start, rearranged, which is as large; singular values where its Gram
+        # matrix leaves doubt. At low rank there is a Krylov space for it.
+        "start at high rank": [gram, ("svd", (LANES, N, M))],
+    }
+    assert found.full(loops=True) == []
+    assert sorted(found.full(loops=False)) == wanted.get(case, [])
+    # Else there are two bases at once, or that of a Krylov space with its four more.
+    rank = HIGH.rank if "high" in case else ONE.rank
+    rest = [one.size for one in found.decompositions if not one.loops and one.size < M]
+    assert max(rest, default=0) <= max(2 * rank, rank + 4)
 
 
 @platforms

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from kronjax import Configuration, Status, approximate, certificate, slots, threads
+from kronjax import Configuration, Status, approximate, certificate, threads
 from kronjax import pool as pools
 from kronjax.dense import multiply_out
 from kronjax.pool import Pool
@@ -15,27 +15,56 @@ from kronjax.problem import Problem
 
 SHAPE, ONE, LANES = (12, 18), Configuration((3, 6), 2), 3
 
-COMPARED = """
+EIGHT = """
 import json
 import numpy as np
 import jax
-from kronjax import Configuration
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from kronjax import Configuration, slots
 from kronjax.pool import Pool
 from kronjax.problem import Problem
+
+dtype = np.dtype(np.float32)
 rng = np.random.default_rng(0)
-matrices = rng.standard_normal((20, 12, 18)).astype(np.float32)
-problem = Problem.of((12, 18), Configuration((3, 6), 2), starts=1)
+matrices = rng.standard_normal((20, 12, 18)).astype(dtype)
+low, high = (
+    Problem.of((12, 18), Configuration((3, 6), rank), starts=1) for rank in (2, 6)
+)
 found = {}
 for count in (1, 8):
-    pool = Pool(
-        problem, np.dtype(np.float32), lanes=3, slots=6, devices=jax.devices()[:count]
-    )
+    pool = Pool(low, dtype, lanes=3, slots=6, devices=jax.devices()[:count])
     given = ((i, x, 0) for i, x in enumerate(matrices))
     found[count] = {
         one.key: [one.spectral_error, one.local_bound, *map(float, one.terms[0].a.flat)]
         for one in pool.solve(given)
     }
-print(json.dumps([len(jax.devices()), len(found[1]), found[1] == found[8]]))
+
+# What devices say to each other, and that in a sum over all of them they are heard.
+words = ["all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-"]
+words += [" send(", " recv("]
+own = NamedSharding(pool.mesh, PartitionSpec(slots.AXIS))
+programs = {
+    f"{name} of {rank} rank": program
+    for rank, problem in (("low", low), ("high", high))
+    for name, program in slots.compiled(
+        problem, dtype, pool.mesh, pool.lanes, pool.slots
+    ).items()
+}
+programs["sum"] = (
+    jax.jit(jnp.sum).lower(jax.ShapeDtypeStruct((8,), dtype, sharding=own)).compile()
+)
+texts = {name: program.as_text() for name, program in programs.items()}
+told = {
+    "devices": len(jax.devices()),
+    "found": len(found[1]),
+    "same": found[1] == found[8],
+    "factored": [low.is_factored, high.is_factored],
+    "said": {name: [x for x in words if x in text] for name, text in texts.items()},
+    "divided": ["num_partitions=8" in text for text in texts.values()],
+    "loops": [name for name, text in texts.items() if "while" in text],
+}
+print(json.dumps(told))
 """
 
 
@@ -201,16 +230,7 @@ def test_products_are_told_as_they_are_spent(pool):
     assert 0 < sum(told) < sum(one.gemms for one in found)
 
 
-def test_no_device_talks_to_another_one(problem, pool):
-    programs = slots.compiled(
-        problem, np.dtype(np.float32), pool.mesh, pool.lanes, pool.slots
-    )
-    assert set(programs) == {"start", "work", "turn", "finish"}
-    for program in programs.values():
-        text = program.as_text()
-        assert "while" in text
-        for word in ("all-reduce", "all-gather", "collective", "all-to-all"):
-            assert word not in text
+def test_the_memory_has_room_for_all_slots(pool):
     assert pool.memory > 4 * pool.slots * np.prod(SHAPE)
 
 
@@ -221,10 +241,12 @@ def test_simulated_devices_without_threads_are_refused(problem, monkeypatch):
         Pool(problem, np.dtype(np.float32), lanes=1, slots=1, devices=[one, one])
 
 
-def test_eight_devices_find_what_one_does():
+@pytest.fixture(scope="module")
+def eight():
+    """What a process with eight simulated devices tells."""
     flags = os.environ["XLA_FLAGS"]
     run = subprocess.run(
-        [sys.executable, "-c", COMPARED],
+        [sys.executable, "-c", EIGHT],
         env={
             **os.environ,
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
@@ -235,4 +257,23 @@ def test_eight_devices_find_what_one_does():
         timeout=400,
     )
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == [8, 20, True]
+    told = json.loads(run.stdout)
+    assert told["devices"] == 8
+    return told
+
+
+def test_eight_devices_find_what_one_does(eight):
+    assert eight["found"] == 20 and eight["same"]
+
+
+def test_no_device_talks_to_another_one(eight):
+    assert eight["factored"] == [False, True]
+    names = {
+        f"{name} of {rank} rank"
+        for name in ("start", "work", "turn", "finish")
+        for rank in ("low", "high")
+    }
+    # A sum over all devices shows that talk would be noticed.
+    assert eight["said"] == {"sum": ["all-reduce"], **{name: [] for name in names}}
+    assert all(eight["divided"])
+    assert {"work of low rank", "work of high rank"} <= set(eight["loops"])
