@@ -200,7 +200,8 @@ def _keep(task: Task, found: Finished, matrix, seconds, store, devices):
         "seed": settings.seed + task.index,
         "device": devices[0].device_kind,
     }
-    if found.status == Status.NONFINITE or not _is_finite(terms):
+    finite = all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
+    if found.status == Status.NONFINITE or not finite:
         store.put(task, (), {**_failed(task, "the solver diverged"), **effort})
         return
     error, whole = measure(matrix, terms), measure(matrix, ())
@@ -218,10 +219,11 @@ def _truncate(group, matrices, store, tell):
             tell(group.key, 1)
             continue
         terms, bound = truncated(matrix, task)
-        facts = _failed(task, "its singular values are out of range")
         if terms:
             error, whole = measure(matrix, terms), measure(matrix, ())
             facts = _facts(task, error, whole, bound)
+        else:
+            facts = _failed(task, "its singular values are out of range")
         effort = {"solver": "svd", "seconds": time.perf_counter() - begun}
         store.put(task, terms, {**facts, **effort})
         tell(group.key, 1)
@@ -250,10 +252,6 @@ def truncated(matrix, task: Task) -> tuple[tuple[KroneckerTerms, ...], float]:
     a, b = (left, right) if one.a_shape == (m, 1) else (right, left)
     made: Any = KroneckerTerms
     return (made(a, b),), bound
-
-
-def _is_finite(terms) -> bool:
-    return all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
 
 
 def _facts(task, error: Errors, whole: Errors, bound) -> dict[str, Any]:

@@ -8,6 +8,8 @@ Nothing asks what time it is.
 >>> place = find("memory://doctest")
 >>> with place.hold(0):
 ...     place.write("some.json", b"{}")
+>>> expanded("runs/small").name
+'small'
 >>> place.read("some.json"), place.read("other.json")
 (b'{}', None)
 """

@@ -244,28 +244,20 @@ def resolve(
             f"the recipe {recipe.name} is for {recipe.model_type}, the model is a "
             f"{model_type}"
         )
-    used: set[int] = set()
-    found = []
-    for name, shape in (tables or {}).items():
-        for i, rule in enumerate(recipe.rules):
-            if name in _patterns(rule):
-                used.add(i)
-                if rule.method != "keep":
-                    found.append(_assign_table(rule, name, shape))
-                break
-    expressions = [_expression(rule, shapes) for rule in recipe.rules]
-    for name, shape in shapes.items():
-        for i, (rule, expression) in enumerate(
-            zip(recipe.rules, expressions, strict=True)
-        ):
-            if expression.fullmatch(name):
-                used.add(i)
-                if rule.method != "keep":
-                    found.append(_assign(rule, name, shape))
-                break
-    for i, (rule, expression) in enumerate(zip(recipe.rules, expressions, strict=True)):
+    tables = tables or {}
+    matched = matches(recipe, shapes, tables)
+    decided = {name: numbers[0] for name, numbers in matched.items() if numbers}
+    used, found = set(decided.values()), []
+    for names, assign in ((tables, _assign_table), (shapes, _assign)):
+        for name, shape in names.items():
+            rule = recipe.rules[decided[name]] if name in decided else None
+            if rule is not None and rule.method != "keep":
+                found.append(assign(rule, name, shape))
+    for i, rule in enumerate(recipe.rules):
         if i not in used:
-            raise ValueError(_unused(rule, expression, [*shapes, *(tables or {})]))
+            raise ValueError(
+                _unused(rule, _expression(rule, shapes), [*shapes, *tables])
+            )
     return found
 
 

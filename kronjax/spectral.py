@@ -22,7 +22,7 @@ from kronjax.lanes import after, any_lane, select
 
 LARGE = 256
 """Shorter sides from which processors, too, are quicker by eigenvectors of the Gram
-matrix: 1.6 times with 768×768, 2.8 times with 3072×768, on one core. The loops of
+matrix: 1.7 times with 768×768, 2.7 times with 3072×768, on one core. The loops of
 smaller problems gained nothing by them."""
 
 BLOCKS = 4

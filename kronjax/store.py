@@ -35,9 +35,6 @@ FORMAT = 1
 PLAN = "plan.json"
 MATRICES = "matrices"
 
-MODEL = ("config.json", "model.safetensors")
-"""What a model consists of that was made of it."""
-
 SOLVED, FAILED = "solved", "failed"
 """What became of a matrix: it has factors, or it stays dense."""
 
@@ -86,10 +83,8 @@ class Store:
         self.place.write(PLAN, self.plan.to_json())
 
     def clear(self) -> None:
-        """Remove the plan, and then everything that was kept or made of it."""
+        """Remove the plan, and then everything that was kept of it."""
         self.place.remove(PLAN)
-        for name in MODEL:
-            self.place.remove(name)
         for name in self.place.names(MATRICES):
             if re.fullmatch(r"\.?\d{5,}\.(json|safetensors)(\..*\.tmp)?", name):
                 self.place.remove(f"{MATRICES}/{name}")

@@ -49,7 +49,9 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuse a tolerance that nothing can be solved to."""
         if not 0 < self.tolerance < math.inf:
-            raise ValueError(f"the tolerance is {self.tolerance}: it must be positive")
+            raise ValueError(
+                f"the tolerance is {self.tolerance}: it must be positive and finite"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

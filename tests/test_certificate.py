@@ -263,7 +263,9 @@ def test_large_matrices_are_proven_by_eigenvectors_as_well(
     monkeypatch.setattr(certificate.spectral, "LARGE", 257)
     exact = certificate.certify_stage(matrix, (terms,), 18.0)
     # What rounding takes from a bound in float32 differs.
-    close = (1e-4, 0.1) if dtype == np.float32 else (1e-9, 1e-7)
+    close = (
+        (1e-4, 5e-3 if rows == 256 else 0.05) if dtype == np.float32 else (1e-9, 1e-7)
+    )
     assert float(by_eigenvectors.error) == pytest.approx(float(exact.error), close[0])
     found, wanted = (float(x.local_bound) for x in (by_eigenvectors, exact))
     assert found == pytest.approx(wanted, close[1])

@@ -27,7 +27,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from kronjax import nn, shards
+from kronjax import nn, places, shards
 from kronjax.lm import gpt2, llama, opt, sources, storage
 from kronjax.lm.architecture import LanguageModel, parameter_dtype
 from kronjax.lm.tokenizer import Tokenizer, read_tokenizer
@@ -95,7 +95,7 @@ def outline(source: str | Path) -> LanguageModel:
         ValueError: If the architecture is unknown, or layers are compressed already.
         OSError: If there is nothing to read.
     """
-    path = sources.expanded(source)
+    path = places.expanded(source)
     if path.is_file() and path.suffix == ".json":
         values = shards.read_json(path)
     elif path.is_dir():
@@ -361,7 +361,7 @@ def _write(
     tensors: dict[str, np.ndarray],
     folder: str | Path,
 ) -> None:
-    folder = sources.expanded(folder)
+    folder = places.expanded(folder)
     tokenizer: Tokenizer | None = model.tokenizer
     with storage.replacing(folder) as new:
         # The word "pt" is what transformers asks for, whoever wrote the file.

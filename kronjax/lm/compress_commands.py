@@ -153,9 +153,9 @@ def compress(
     """
     if recipe is not None:
         threads.reserve()  # before jax is there
-    from kronjax import hosts, tasks
+    from kronjax import hosts, places, tasks
     from kronjax import recipe as recipes
-    from kronjax.lm import sources, whole_commands
+    from kronjax.lm import whole_commands
     from kronjax.lm.budget import Budget
 
     _one_of(budget, recipe)
@@ -179,7 +179,7 @@ def compress(
     return _calibrated(
         model,
         rules or Budget.parse(budget or ""),
-        sources.expanded(out),
+        places.expanded(out),
         calibrate=calibrate,
         tokens=tokens,
         weighting=weighting,
@@ -272,13 +272,13 @@ def report(
         as_json: Print the record as one JSON object.
     """
     from kronjax import places
-    from kronjax.lm import page, record, sources, whole_commands
+    from kronjax.lm import page, record, whole_commands
 
     place = places.find(folder)
     code = whole_commands.report(place, as_json)
     if code is not None:
         return code
-    path = sources.expanded(folder)
+    path = places.expanded(folder)
     found = record.read(path)
     if as_json:
         print(json.dumps(found, allow_nan=False))
@@ -295,9 +295,10 @@ def report(
 
 def _matrices_of(model: str) -> Path | None:
     """Return the file or folder that holds a model, or None if it is in no such."""
+    from kronjax import places
     from kronjax.lm import sources
 
-    path = sources.expanded(model)
+    path = places.expanded(model)
     if path.suffix == ".safetensors" and not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}")

@@ -46,7 +46,8 @@ def new(
         force: Replace the model that is in FOLDER.
         as_json: Print one JSON object.
     """
-    from kronjax.lm import checkpoint, fresh, gpt2, sizes, sources
+    from kronjax import places
+    from kronjax.lm import checkpoint, fresh, gpt2, sizes
     from kronjax.lm import text as texts
     from kronjax.lm import tokenizer as tokenizers
 
@@ -63,7 +64,7 @@ def new(
             raise ValueError(f"--{name} is {value}; it must be at least 1")
     if width < 1 or width % heads:
         raise ValueError(f"--width {width} is no multiple of --heads {heads}")
-    folder = sources.expanded(folder)
+    folder = places.expanded(folder)
     if (folder / "config.json").exists() and not force:
         raise ValueError(f"{folder} already holds a model; --force replaces it")
     config = gpt2.Config(

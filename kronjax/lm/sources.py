@@ -3,8 +3,8 @@
 Only a name `owner/name` that is no local path reaches for the network, and of what is
 there only what can be read is fetched.
 
->>> expanded("runs/small").name
-'small'
+>>> find(".").is_dir()
+True
 """
 
 import re

@@ -126,8 +126,8 @@ def train(
     """
     import jax
 
-    from kronjax import hosts
-    from kronjax.lm import checkpoint, regimen, sources
+    from kronjax import hosts, places
+    from kronjax.lm import checkpoint, regimen
     from kronjax.lm import course as courses
     from kronjax.lm import train as training
     from kronjax.lm.architecture import parameter_dtype
@@ -166,7 +166,7 @@ def train(
             "--calibrate weighs what --sparsity, --pattern or --low-rank-to take away; "
             "give one of them"
         )
-    folder = sources.expanded(out if out is not None else default_folder(model))
+    folder = places.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE
     if distributed and shard == "none":
         raise ValueError("--distributed needs --shard data or full")

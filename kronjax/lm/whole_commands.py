@@ -19,12 +19,15 @@ from rich.table import Table
 
 from kronjax import batch, forecast, hosts, outcome, places, recipe, store, tasks
 from kronjax.hosts import Hosts
-from kronjax.lm import checkpoint, whole
+from kronjax.lm import checkpoint, storage, whole
 from kronjax.lm.progress import bar
 from kronjax.outcome import Outcome
 from kronjax.output import printable
 from kronjax.recipe import Recipe
 from kronjax.store import Store
+
+CONFIG = "config.json"
+"""What says that there is a model."""
 
 FAILURE = 3
 """Exit code where a matrix failed and stays dense."""
@@ -101,6 +104,9 @@ def compress(
         if opened.model_type is not None:
             text = recipe.dumps(rules)
             _save(whole.merge(path, kept, text, options.dtype), place)
+        else:  # the model of an earlier plan, up to here
+            for name in (CONFIG, storage.WEIGHTS):
+                place.remove(name)
         _draw(found, place)
     _show(found, options.as_json)
     if not options.as_json:
@@ -177,7 +183,8 @@ def _refuse_strangers(kept: Store, path: Path, force: bool) -> None:
                 return
         kept.clear()
         return
-    if store.read_plan(place) is None and place.read("config.json") is not None:
+    is_model = store.read_plan(place) is None and place.read(CONFIG) is not None
+    if is_model and not kept.records(kept.plan.tasks):
         raise ValueError(f"{place} already holds a model; --force replaces it")
 
 
@@ -200,8 +207,8 @@ def _save(model: Any, place: places.Folder | places.Bucket) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(model, folder)
-        # What says that there is a model comes last.
-        names = sorted(os.listdir(folder), key=lambda name: name == "config.json")
+        # Last what says that it is there.
+        names = sorted(os.listdir(folder), key=lambda name: name == CONFIG)
         for name in names:
             place.write(name, (Path(folder) / name).read_bytes())
 

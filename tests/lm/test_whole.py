@@ -13,7 +13,7 @@ from flax import nnx
 from helpers import free_port
 
 from kronjax import cli, hosts, lm, nn, places, store
-from kronjax.lm import llama, opt
+from kronjax.lm import llama, opt, whole_commands
 from kronjax.lm import whole as wholes
 
 RULES = """
@@ -133,9 +133,13 @@ def test_a_bag_of_matrices_ends_as_factors_and_a_report(folder, capsys):
     assert (folder / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_bag_replaces_a_model(folder, capsys):
+def test_a_bag_replaces_a_model_at_its_end(folder, capsys, monkeypatch):
     run(capsys, *compress(folder))
     given = compress(folder, "--force", model="bag.safetensors", rules="bag.yaml")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(whole_commands.batch, "run", lambda *_, **__: sys.exit(1))
+        run(capsys, *given)
+    lm.load(folder / "out")
     code, _, err = run(capsys, *given)
     assert code == 3, err
     with pytest.raises(OSError):
@@ -174,7 +178,6 @@ def test_what_is_missing_or_damaged_is_told(folder, capsys):
     code, _, err = run(capsys, *compress(folder))
     assert code == 2 and "remove it to keep what is finished" in err
     plan.unlink()
-    (folder / "out" / "config.json").unlink()
     assert run(capsys, *compress(folder))[0] == 0
     assert kept.stat().st_mtime_ns == before
 
