@@ -25,8 +25,8 @@ import numpy as np
 from bench import script, spectral_norms, timing
 from bench.products import is_gpu
 from kronjax import Configuration
-from kronjax.pool import Pool
-from kronjax.problem import Problem
+from kronjax.runs.pool import Pool
+from kronjax.solver.problem import Problem
 
 
 @dataclass(frozen=True)

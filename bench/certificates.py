@@ -22,8 +22,10 @@ from bench.distributions import (
     Layout,
     draw_suite,
 )
-from kronjax import Configuration, approximate, files, newton, proof
+from kronjax import Configuration, approximate
+from kronjax.io import matrices
 from kronjax.kronecker import KroneckerTerms
+from kronjax.proof import certificate, newton
 
 LAYERS = 0, 5, 11
 
@@ -60,14 +62,14 @@ def certified(
     terms = approximation.terms
     if place is not None:
         terms = tuple(KroneckerTerms(one.a[place], one.b[place]) for one in terms)
-    before = proof.of(matrix, terms)
+    before = certificate.certificate_of(matrix, terms)
     begun = time.perf_counter()
     finish = newton.finish(matrix, terms, tell=tell)
     seconds = time.perf_counter() - begun
     begun = time.perf_counter()
     np.linalg.svd(matrix)
     decomposition = time.perf_counter() - begun
-    after = proof.of(matrix, finish.terms, finishes=[finish])
+    after = certificate.certificate_of(matrix, finish.terms, finishes=[finish])
     return {
         "error": float(before.error),
         "error_finished": float(after.error),
@@ -117,7 +119,7 @@ def real_values(path):
     """Value matrices of the layers in a file, at rank 1, by name."""
     rows = {}
     for layer in LAYERS:
-        joint = files.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
+        joint = matrices.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
         name = f"layer {layer} value"
         value = np.asarray(joint[:, 1536:], np.float64)
         rows[name] = certified(value, Configuration((24, 32), 1), tell=script.say)

@@ -27,9 +27,11 @@ from scipy.stats import spearmanr
 
 from bench import script
 from kronjax import lm
-from kronjax.lm import calibrate, compression, evaluate, mixture, plan
-from kronjax.lm.architecture import tokenizer_of
-from kronjax.lm.work import Work
+from kronjax.io.cache import Work
+from kronjax.lm.compression import mixture, pipeline, plan
+from kronjax.lm.compression.moments import load_moments, measure_moments, save_moments
+from kronjax.lm.evaluation import perplexity
+from kronjax.lm.models.base import tokenizer_of
 from kronjax.recipe import Recipe, Rule, Term
 
 FRACTIONS = (0.8, 0.9)
@@ -103,12 +105,12 @@ class Experiment:
         path = self.work / f"{name}.safetensors"
         if not path.exists():
             begun = time.perf_counter()
-            measured = calibrate.measure(
+            measured = measure_moments(
                 self.model, self.calibration(name), gradients=True, progress=False
             )
-            calibrate.save(measured, path)
+            save_moments(measured, path)
             self._clock(name).write_text(str(time.perf_counter() - begun))
-        return calibrate.load(path)
+        return load_moments(path)
 
     def calibration_seconds(self, name):
         """What measuring the moments took when it was done."""
@@ -127,14 +129,14 @@ def spread(tokens, window, count):
 
 def nll(model, tokens):
     """Nats per token of one window; its first token is not scored."""
-    found = evaluate.perplexity(model, tokens, "krony-pt", progress=False)
+    found = perplexity.perplexity(model, tokens, "krony-pt", progress=False)
     return found.nll
 
 
 def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0):
     """One compression as its users run it; seconds by stage, memory of the process."""
     given = experiment.moments(name)
-    done = compression.run(
+    done = pipeline.run(
         experiment.model,
         fraction,
         given,
@@ -142,7 +144,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
         progress=False,
     )
     if refine:
-        from kronjax.lm import refine as refinement
+        from kronjax.lm.compression import refine as refinement
 
         refinement.refine(
             done.model,
@@ -180,7 +182,7 @@ def uniform(experiment: Experiment, fraction: float):
             ),
         )
     )
-    done = compression.run(
+    done = pipeline.run(
         experiment.model,
         rules,
         experiment.moments("books"),
@@ -212,7 +214,7 @@ def mixtures(experiment: Experiment, weighting: Any):
         )
         held = {"norm": "frobenius", "weighting": weighting, "terms": terms}
         rules = [Rule(match=name, method="kronecker", **held) for name in names]
-        done = compression.run(
+        done = pipeline.run(
             experiment.model,
             Recipe(rules=(*rules, Rule(match="*", method="keep"))),
             experiment.moments("books"),
@@ -243,7 +245,7 @@ def points(experiment: Experiment, calibration: str):
             fraction=fraction,
             weighting="input+gradient",
         )
-        done = compression.run(
+        done = pipeline.run(
             experiment.model,
             Recipe(rules=(rule, Rule(match="*", method="keep"))),
             given,

@@ -13,7 +13,8 @@ import numpy as np
 
 from bench import script
 from bench.distributions import LAYOUTS, Layout, draw_suite
-from kronjax import Configuration, approximate, files
+from kronjax import Configuration, approximate
+from kronjax.io import matrices
 
 DOUBLING = [4, *(2**j + 2 for j in range(2, 13))]
 """Exponents of the schedule that every matrix goes through to its end."""
@@ -98,7 +99,7 @@ def real_matrices(path, layers):
     for layer in layers:
         for tensor, columns in MATRICES.items():
             name = tensor.format(layer)
-            source = files.read(path, tensor=name, columns=columns)
+            source = matrices.read(path, tensor=name, columns=columns)
             yield name, np.float32(source.matrix)
 
 

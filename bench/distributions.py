@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import peers, script
-from kronjax import Configuration, continuation
+from kronjax import Configuration
+from kronjax.solver import continuation
 
 MAX_GAP = 0.003
 STARTS = 20

@@ -16,7 +16,7 @@ import transformers
 from flax import nnx
 
 from bench import script
-from kronjax.lm import gpt2
+from kronjax.lm.models import gpt2
 
 MAX_RATIO = 1.3
 """Time of kronjax over that of torch, at most."""

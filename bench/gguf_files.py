@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import pre_tokenizers
 
-from kronjax.lm import llama
+from kronjax.lm.models import llama
 
 END = "<|endoftext|>"
 

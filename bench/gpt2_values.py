@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from bench import peers, script, timing
-from kronjax import Configuration, files
+from kronjax import Configuration
+from kronjax.io import matrices
 
 MAX_GEMMS = 1200
 MIN_RATE = 0.6
@@ -41,7 +42,7 @@ class Experiment:
 def from_weights(path):
     """The real thing: c_attn is (768, 2304), its columns query, key, value."""
     attention = {
-        layer: files.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
+        layer: matrices.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
         for layer in (0, 5, 11)
     }
     value = {layer: matrix[:, 1536:] for layer, matrix in attention.items()}

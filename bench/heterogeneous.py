@@ -22,10 +22,11 @@ from matplotlib.ticker import ScalarFormatter
 
 import kronjax
 from bench import script
-from kronjax import Configuration, files, greedy
+from kronjax import Configuration, greedy
 from kronjax.approximation import approximate
-from kronjax.dense import multiply_out
+from kronjax.io import matrices
 from kronjax.kronecker import divisors
+from kronjax.linalg.dense import multiply_out
 from kronjax.permute import permute
 
 
@@ -193,11 +194,11 @@ def suites_of(experiment, weights, moments, match):
         for name in sorted(_names(path)):
             if not any(fnmatch.fnmatch(name, pattern) for pattern in match):
                 continue
-            matrix = files.read(path, tensor=name).matrix.astype(np.float32)
+            matrix = matrices.read(path, tensor=name).matrix.astype(np.float32)
             kind = "MLP" if "mlp" in name else "attention"
             yield f"{kind}, plain", name, matrix, None, experiment.shares
             if moments and name in _names(moments):
-                weight = files.read(moments, tensor=name).matrix.astype(np.float32)
+                weight = matrices.read(moments, tensor=name).matrix.astype(np.float32)
                 suite = f"{kind}, data-aware"
                 yield suite, name, matrix, weight, experiment.shares
 

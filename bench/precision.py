@@ -23,7 +23,10 @@ import numpy as np
 
 from bench import script, timing
 from bench.products import MODES, is_gpu, multiplier
-from kronjax import Configuration, approximate, continuation, proof, schatten
+from kronjax import Configuration, approximate
+from kronjax.linalg import schatten
+from kronjax.proof import certificate
+from kronjax.solver import continuation
 
 TOLERANCE = 2e-4
 """Of a solve, by default."""
@@ -162,7 +165,7 @@ def prove(experiment):
             p = int(schatten.exponent(limit))
             script.say(f"solving: {name} up to p = {p}")
             found = jax.device_get(program(matrices, limit))
-            proven = proof.of(matrices, found.terms)
+            proven = certificate.certificate_of(matrices, found.terms)
             rows.append(
                 {
                     "mode": name,

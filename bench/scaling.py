@@ -41,7 +41,7 @@ STARTUPS = {
         MAX_IMPORT,
     ),
     "kronjax --help": (
-        "import sys; from kronjax.cli import main; "
+        "import sys; from kronjax.cli.main import main; "
         "sys.argv = ['kronjax', '--help']; main()",
         MAX_HELP,
     ),

@@ -11,11 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench import timing
-from kronjax import certificate, slots
 from kronjax import solve as solve_purely
 from kronjax.approximation import Approximation, approximate
-from kronjax.errors import measure
-from kronjax.problem import Problem
+from kronjax.linalg.residuals import measure
+from kronjax.proof.bounds import certify_stage
+from kronjax.runs import pool_programs
+from kronjax.solver.problem import Problem
 
 BEGUN = time.perf_counter()
 
@@ -126,8 +127,11 @@ def solve_alone(matrices, configuration, tolerance):
 
     @jax.jit
     def prove(matrix, terms, last):
-        p, rounds = slots.proof_exponent(problem, last), slots.proof_rounds(tolerance)
-        return certificate.certify_stage(matrix, terms, p, rounds)
+        p, rounds = (
+            pool_programs.proof_exponent(problem, last),
+            pool_programs.proof_rounds(tolerance),
+        )
+        return certify_stage(matrix, terms, p, rounds)
 
     some = [jax.device_put(matrix) for matrix in matrices]
     begun = time.perf_counter()

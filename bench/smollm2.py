@@ -18,7 +18,7 @@ from flax import nnx
 
 from bench import script
 from kronjax import lm
-from kronjax.lm import gguf
+from kronjax.lm.checkpoints import gguf
 
 PROMPT, ANSWER = "The capital of France is", "Paris"
 MAX_DIFFERENCE = 2e-5

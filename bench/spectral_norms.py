@@ -3,10 +3,10 @@
 72 matrices of the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of
 768 x 3072) in float32: real ones from `--weights` as far as they go, then random ones
 with singular values `i^-a`, `0.4 <= a <= 1`, in random directions, plus white noise of
-norm 0.1 to 0.5.  `kronjax.norms.norm_bounds`, whose bounds are certain, and
-`kronjax.lanczos.map_norm_bounds`, whose upper bound fails with probability 1e-9, beside
-all singular values by `jnp.linalg.svd` and the Gram matrix with `jnp.linalg.eigvalsh`,
-which bound nothing.  The truth is NumPy's SVD in float64.
+norm 0.1 to 0.5.  `kronjax.linalg.norms.norm_bounds`, whose bounds are certain, and
+`kronjax.linalg.lanczos.map_norm_bounds`, whose upper bound fails with probability 1e-9,
+beside all singular values by `jnp.linalg.svd` and the Gram matrix with
+`jnp.linalg.eigvalsh`, which bound nothing.  The truth is NumPy's SVD in float64.
 """
 
 import time
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import script
-from kronjax import files, lanczos, norms
+from kronjax.io import matrices
+from kronjax.linalg import lanczos, norms
 
 WIDTH = 1e-3
 FAILURE = 1e-9
@@ -54,8 +55,8 @@ def real_matrices(path):
     for layer in range(12):
         name = f"h.{layer}.attn"
         try:
-            joint = files.read(path, tensor=f"{name}.c_attn.weight").matrix
-            last = files.read(path, tensor=f"{name}.c_proj.weight").matrix
+            joint = matrices.read(path, tensor=f"{name}.c_attn.weight").matrix
+            last = matrices.read(path, tensor=f"{name}.c_proj.weight").matrix
         except (KeyError, ValueError):
             continue  # a file may hold some layers only
         parts = [*np.split(joint, 3, axis=1), last]
@@ -162,12 +163,12 @@ def run(programs, inputs):
 def judge(groups, results):
     """One row for each matrix: the truth and both pairs of bounds."""
     rows = []
-    for i, (names, matrices) in enumerate(groups):
+    for i, (names, group) in enumerate(groups):
         found = {
             kind: np.array(results[f"kronjax, {kind}"][i], np.float64)
             for kind in ("certain", "probable")
         }
-        for j, (name, matrix) in enumerate(zip(names, matrices, strict=True)):
+        for j, (name, matrix) in enumerate(zip(names, group, strict=True)):
             s = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
             row = {"name": name, "shape": matrix.shape, "norm": s[0]}
             row["stable_rank"] = np.sum(s**2) / s[0] ** 2

@@ -19,10 +19,11 @@ from flax import nnx
 from bench import script
 from kronjax import demo
 from kronjax.demo import corpus
-from kronjax.lm import gpt2, train
-from kronjax.lm.architecture import tokenizer_of
-from kronjax.lm.optimizer import Optimizer, schedule
-from kronjax.lm.regimen import Settings
+from kronjax.lm.models import gpt2
+from kronjax.lm.models.base import tokenizer_of
+from kronjax.lm.training import trainer
+from kronjax.lm.training.optimizer import Optimizer, schedule
+from kronjax.lm.training.settings import Settings
 
 MAX_OVERHEAD = 0.05
 """Of the time of a step by hand, at most."""
@@ -125,7 +126,7 @@ def measure(experiment):
     settings = Settings(
         steps=steps * experiment.turns, batch=experiment.batch, held_out=0.0
     )
-    found = train.run(
+    found = trainer.train(
         experiment.model, experiment.tokens, settings, hook=hook, progress=False
     )
     unit = experiment.batch * experiment.model.config.context

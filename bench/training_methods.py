@@ -9,13 +9,21 @@ import numpy as np
 from flax import nnx
 
 from kronjax import lm, nn
-from kronjax.lm import calibrate, compression, evaluate, prune, stages, train
-from kronjax.lm import text as texts
-from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.distillation import Weights
-from kronjax.lm.optimizer import Optimizer
-from kronjax.lm.prune import Gradual, Pruning
-from kronjax.lm.regimen import Settings
+from kronjax.lm.compression import pipeline
+from kronjax.lm.compression.moments import (
+    Moments,
+    load_moments,
+    measure_moments,
+    save_moments,
+)
+from kronjax.lm.evaluation import perplexity
+from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.text import documents as texts
+from kronjax.lm.training import staged, trainer
+from kronjax.lm.training.objectives import Weights
+from kronjax.lm.training.optimizer import Optimizer
+from kronjax.lm.training.pruning import Gradual, Pruning, begin, prune
+from kronjax.lm.training.settings import Settings
 from kronjax.recipe import Recipe, Rule, Term
 
 HALF = 0.5
@@ -66,33 +74,31 @@ class Study:
     long: tuple[str, ...] = ()
     _moments: Any = None
 
-    def moments(self) -> calibrate.Moments:
+    def moments(self) -> Moments:
         """What layers see, and what the loss asks of them; measured once."""
         path = self.work / "moments.safetensors"
         if self._moments is None:
             if not path.exists():
                 taken = self.tokens[: self.calibration]
-                made = calibrate.measure(
+                made = measure_moments(
                     self.model, taken, gradients=True, progress=False
                 )
-                calibrate.save(made, path)
-            self._moments = calibrate.load(path)
+                save_moments(made, path)
+            self._moments = load_moments(path)
         return self._moments
 
     def loss(self, model: LanguageModel) -> float:
         """Nats per held-out token; dense models of one kind share a program."""
         dense = nn.multiplied_out(model)
         dense.recipe, dense.tokenizer = None, self.model.tokenizer
-        found = evaluate.perplexity(dense, self.held_out, "krony-pt", progress=False)
+        found = perplexity.perplexity(dense, self.held_out, "krony-pt", progress=False)
         return found.nll
 
     def compressed(self, name: str, rules: Recipe) -> LanguageModel:
         """The model that rules make, kept in a folder."""
         folder = self.work / "models" / name.replace(" ", "-").replace(",", "")
         if not (folder / "config.json").exists():
-            made = compression.run(
-                self.model, rules, self.moments(), progress=False
-            ).model
+            made = pipeline.run(self.model, rules, self.moments(), progress=False).model
             made.tokenizer = self.model.tokenizer
             lm.save(made, folder)
         return lm.load(folder, dtype="float32")
@@ -128,7 +134,7 @@ class Method:
     start: Callable[[], LanguageModel]
     begin: Callable[[], LanguageModel] | None = None
     hook: Callable[[int], Any] | None = None
-    in_stages: Callable[[], list[stages.Stage]] | None = None
+    in_stages: Callable[[], list[staged.Stage]] | None = None
     ways: tuple[str, ...] = tuple(WAYS)
     is_extra: bool = False
     rate: float = NEAR_RATE
@@ -172,9 +178,9 @@ def methods_of(study: Study) -> list[Method]:
     def pruned(pruning: Pruning, moments: bool, final: bool) -> LanguageModel:
         model = copied()
         if final:
-            prune.prune(model, pruning, study.moments() if moments else None)
+            prune(model, pruning, study.moments() if moments else None)
         else:
-            prune.begin(model, pruning)
+            begin(model, pruning)
         return model
 
     def pruning(name: str, asked: Pruning, moments: bool) -> Method:
@@ -202,7 +208,7 @@ def methods_of(study: Study) -> list[Method]:
         "low rank, progressive",
         start=aware_svd.start,
         begin=copied,
-        in_stages=lambda: stages.progressive(HALF, 4, moments=study.moments()),
+        in_stages=lambda: staged.progressive(HALF, 4, moments=study.moments()),
         ways=("distillation",),
         is_extra=True,
     )
@@ -210,7 +216,7 @@ def methods_of(study: Study) -> list[Method]:
         "Kronecker, layer by layer",
         start=van_loan.start,
         begin=copied,
-        in_stages=lambda: stages.layer_by_layer(study.model, kinds[van_loan.name]),
+        in_stages=lambda: staged.layer_by_layer(study.model, kinds[van_loan.name]),
         rate=FAR_RATE,
         ways=("distillation",),
         is_extra=True,
@@ -236,7 +242,7 @@ def trained(
     }
     model = (method.begin or method.start)()
     if method.in_stages is not None:
-        done = stages.run(model, method.in_stages(), study.tokens, settings, **given)
+        done = staged.run(model, method.in_stages(), study.tokens, settings, **given)
         return done[-1].model
     hook = None if method.hook is None else method.hook(steps)
-    return train.run(model, study.tokens, settings, hook=hook, **given).model
+    return trainer.train(model, study.tokens, settings, hook=hook, **given).model

@@ -32,9 +32,11 @@ from bench import script
 from bench.training_methods import WAYS, Method, Study, methods_of, trained
 from kronjax import demo
 from kronjax.demo import corpus
-from kronjax.lm import analysis, gpt2, sizes
-from kronjax.lm import text as texts
-from kronjax.lm.architecture import LanguageModel
+from kronjax.lm.evaluation import spectra
+from kronjax.lm.models import gpt2, sizes
+from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.reading import tokens_of
+from kronjax.lm.text import documents as texts
 
 SEEN = 4_096_000
 """Tokens that the bundled model saw: see its data sheet."""
@@ -70,7 +72,7 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
     def measured(model: LanguageModel) -> dict[str, Any]:
         counted = sizes.count(model)
         linear = sum(x.parameters for x in counted.layers)
-        found = analysis.compare(study.model, model)
+        found = spectra.compare(study.model, model)
         ranks = np.mean([(x.stable_rank, x.rank) for x in found.after], axis=0)
         return {
             "loss": study.loss(model),
@@ -221,7 +223,7 @@ def quick(work: Path) -> Study:
     config = dataclasses.replace(bundled.config, **small)
     model = gpt2.Model(config, rngs=nnx.Rngs(0))
     model.tokenizer = bundled.tokenizer
-    tokens = texts.tokens_of(model, demo.held_out()[:9_000])
+    tokens = tokens_of(model, demo.held_out()[:9_000])
     held_out = texts.from_rows([demo.held_out()[-3_000:]], source="quick")
     given: Any = {"steps": 4, "long_steps": 5, "batch": 1, "length": 32}
     few: Any = {
@@ -238,7 +240,7 @@ def full(work: Path) -> Study:
     model = demo.model()
     path = work / "tokens.npy"
     if not path.exists():
-        np.save(path, texts.tokens_of(model, corpus.training()))
+        np.save(path, tokens_of(model, corpus.training()))
     held_out = texts.from_rows(
         [demo.held_out()[:CHARACTERS]], source="held-out documentation"
     )

@@ -38,7 +38,9 @@ import safetensors.numpy
 
 from bench import runs, script, spectral_norms, timing
 from bench.accelerator import SMALL
-from kronjax import Configuration, schatten, slots, threads
+from kronjax import Configuration
+from kronjax.linalg import schatten
+from kronjax.runs import cpu_threads, pool_programs
 
 GAP = 0.05
 MEMORY = 6.0
@@ -65,8 +67,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from kronjax import Configuration
-from kronjax.pool import Pool
-from kronjax.problem import Problem
+from kronjax.runs.pool import Pool
+from kronjax.solver.problem import Problem
 count, lanes = int(sys.argv[1]), 8
 matrices = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
 problem = Problem.of((36, 36), Configuration((6, 6), 3), starts=1)
@@ -91,25 +93,27 @@ print(json.dumps({"identical": found[1] == found[8], "seconds": seconds}))
 
 THOUSANDS = """
 import json, sys, time
-from kronjax import threads
-threads.reserve()
+from kronjax.runs import cpu_threads
+cpu_threads.reserve()
 import jax
 import numpy as np
-from kronjax import batch, crew, places, recipe, store, tasks
+from kronjax import recipe
+from kronjax.io import storage
+from kronjax.runs import engine, plan, store, workers
 count, tolerance, rules = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
-plan = tasks.make(
+made = plan.make(
     recipe.loads(rules),
     {f"w.{i}": x for i, x in enumerate(drawn)},
-    settings=tasks.Settings(tolerance, starts=1),
+    settings=plan.SolveSettings(tolerance, starts=1),
 )
-(group,), devices = batch.groups(plan.tasks, plan.settings), jax.devices()
-kept = store.Store(places.find("memory://thousands"), plan)
-(lanes,) = batch.lanes_of(kept, devices).values()
-pools, lanes = batch.pools_of(group, lanes, devices, plan.settings)
-list(crew.solve(pools, ((i, x, 0) for i, x in enumerate(drawn[:lanes]))))
+(group,), devices = engine.groups(made.tasks, made.settings), jax.devices()
+kept = store.Store(storage.find("memory://thousands"), made)
+(lanes,) = engine.lanes_of(kept, devices).values()
+pools, lanes = engine.pools_of(group, lanes, devices, made.settings)
+list(workers.solve(pools, ((i, x, 0) for i, x in enumerate(drawn[:lanes]))))
 begun = time.perf_counter()
-list(crew.solve(pools, ((i, x, 0) for i, x in enumerate(drawn))))
+list(workers.solve(pools, ((i, x, 0) for i, x in enumerate(drawn))))
 seconds = (time.perf_counter() - begun) / count
 print(json.dumps({"batch": seconds, "pools": len(pools), "lanes": lanes}))
 """
@@ -190,7 +194,7 @@ def flops_of(record):
     plain = 2 * n**2 * m * evaluations
     part = halved(n) / n**2 if jax.default_backend() == "cpu" else 1
     left_out = (large - plain) * (1 - part)
-    rounds = int(slots.proof_rounds(record["tolerance"]))
+    rounds = int(pool_programs.proof_rounds(record["tolerance"]))
     proof = proof_flops(m, n, rank, rounds)
     return large, 3 * 2 * rank * m * n * evaluations, proof, left_out
 
@@ -374,7 +378,7 @@ def main():
         kills = runs.kill(folder, experiment.small, experiment.kills)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
         # Of one device and of eight, in one process.
-        devices = run_python(DEVICES, experiment.shared, **{threads.VARIABLE: "16"})
+        devices = run_python(DEVICES, experiment.shared, **{cpu_threads.VARIABLE: "16"})
     targets = targets_of(model, small, kills, devices)
     script.print_targets(targets)
     report = {

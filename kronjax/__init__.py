@@ -1,19 +1,20 @@
 """Sums of Kronecker products, fitted to matrices in the spectral norm.
 
-`approximate` is the front door, `solve` the pure function inside it, `Configuration`
-what both look for. Names are loaded when they are first used, so that the command line
-answers before jax has been imported.
+`approximate` solves one matrix or a batch, `solve` is the pure function inside it,
+`Configuration` states what both look for. Names are loaded when they are first used, so
+that the command line answers before jax has been imported.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from kronjax.lazy import attach
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation, approximate
-    from kronjax.budget import search
-    from kronjax.continuation import solve
-    from kronjax.descent import Status
     from kronjax.kronecker import Configuration, KroneckerTerms
+    from kronjax.selection import search
+    from kronjax.solver.continuation import solve
+    from kronjax.solver.descent import Status
 
 __version__ = "0.1.0"
 
@@ -27,26 +28,13 @@ __all__ = [
     "solve",
 ]
 
-_HOMES = {
-    "Approximation": "kronjax.approximation",
-    "Configuration": "kronjax.kronecker",
-    "KroneckerTerms": "kronjax.kronecker",
-    "Status": "kronjax.descent",
-    "approximate": "kronjax.approximation",
-    "search": "kronjax.budget",
-    "solve": "kronjax.continuation",
-}
-
-
-def __getattr__(name):
-    """Load a public name from its home."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kronjax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    """List the public names, loaded or not."""
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = attach(
+    "kronjax",
+    {
+        "kronjax.approximation": ["Approximation", "approximate"],
+        "kronjax.kronecker": ["Configuration", "KroneckerTerms"],
+        "kronjax.selection": ["search"],
+        "kronjax.solver.continuation": ["solve"],
+        "kronjax.solver.descent": ["Status"],
+    },
+)

@@ -2,6 +2,6 @@
 
 import sys
 
-from kronjax.cli import main
+from kronjax.cli.main import main
 
 sys.exit(main())

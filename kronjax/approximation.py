@@ -25,13 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax import inputs, newton, programs, proof
-from kronjax.dense import multiply_out
-from kronjax.errors import Errors, measure
+from kronjax import validation
 from kronjax.kronecker import Configuration, KroneckerTerms
-from kronjax.path import Trace
-from kronjax.problem import Problem, parse_norm
-from kronjax.proof import Certificate
+from kronjax.linalg.dense import multiply_out
+from kronjax.linalg.residuals import ResidualNorms, measure
+from kronjax.proof import newton
+from kronjax.proof.certificate import Certificate, certificate_of
+from kronjax.solver import host
+from kronjax.solver.problem import Problem, parse_norm
+from kronjax.solver.solution import Trace
 
 ATTEMPTS = 3
 """Solves, each with a quarter of the tolerance, until the gap is proven."""
@@ -66,16 +68,16 @@ class Approximation:
     """
 
     terms: tuple[KroneckerTerms, ...]
-    error: Errors
-    relative: Errors
-    van_loan: Errors
+    error: ResidualNorms
+    relative: ResidualNorms
+    van_loan: ResidualNorms
     trace: Trace
     status: np.ndarray
     seconds: float
     compile_seconds: float
     notes: tuple[str, ...]
-    weighted: Errors | None = None
-    weighted_relative: Errors | None = None
+    weighted: ResidualNorms | None = None
+    weighted_relative: ResidualNorms | None = None
     given: tuple = dataclasses.field(default=(), repr=False, compare=False)
     finishes: tuple[newton.Finish, ...] | None = dataclasses.field(
         default=None, repr=False, compare=False
@@ -95,7 +97,7 @@ class Approximation:
         if self.proven is not None:
             return self.proven
         matrix, left, right = self.given
-        return proof.of(matrix, self.terms, left, right, self.finishes)
+        return certificate_of(matrix, self.terms, left, right, self.finishes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -181,7 +183,7 @@ def approximate(
             finish is asked for in another norm, or in float32.
     """
     notes: list[str] = []
-    target = inputs.matrix(matrix, dtype, notes)
+    target = validation.matrix(matrix, dtype, notes)
     if certify and parse_norm(norm) != math.inf:
         raise ValueError(f'certify is for norm="spectral"; got norm={norm!r}.')
     if finish and (parse_norm(norm) != math.inf or target.dtype != np.float64):
@@ -191,8 +193,8 @@ def approximate(
         )
     *batch, m, n = target.shape
     weights = (
-        inputs.weight(left_weight, "left_weight", m, tuple(batch), target.dtype),
-        inputs.weight(right_weight, "right_weight", n, tuple(batch), target.dtype),
+        validation.weight(left_weight, "left_weight", m, tuple(batch), target.dtype),
+        validation.weight(right_weight, "right_weight", n, tuple(batch), target.dtype),
     )
     weighted = tuple(weight is not None for weight in weights)
     problem = Problem.of(
@@ -204,11 +206,11 @@ def approximate(
         _bar(len(problem.schedule()), progress) as tick,
     ):
         arrays = _stacked(target, weights)
-        parts, compile_seconds = programs.prepare(problem, arrays)
+        parts, compile_seconds = host.prepare(problem, arrays)
         begun = time.perf_counter()
 
         def solve(tolerance):
-            found = programs.run(problem, parts, arrays, tolerance, seed, tick)
+            found = host.run(problem, parts, arrays, tolerance, seed, tick)
             return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], found)
 
         given, proven = (np.asarray(matrix), *weights), None
@@ -235,7 +237,7 @@ def _certified(solve, tolerance, given, notes):
     matrix, *weights = given
 
     def prove(solution):
-        return proof.of(matrix, solution.terms, *weights)
+        return certificate_of(matrix, solution.terms, *weights)
 
     solution = solve(tolerance)
     proven = prove(solution)

@@ -28,9 +28,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kronjax.dense import multiply_out
 from kronjax.kronecker import Configuration, divisors
-from kronjax.weighted import RIDGE
+from kronjax.linalg.dense import multiply_out
+from kronjax.solver.weighted import RIDGE
 
 BLOCKS = 16
 """Blocks of choices in which a budget is spent, at most."""

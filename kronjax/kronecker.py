@@ -27,7 +27,7 @@ import operator
 import jax
 import jax.numpy as jnp
 
-from kronjax.dense import multiply_out
+from kronjax.linalg.dense import multiply_out
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ import itertools
 
 import numpy as np
 
-from kronjax import inputs
+from kronjax import validation
 from kronjax.greedy import leading, rearrange, unrearrange
 from kronjax.kronecker import Configuration
 
@@ -112,7 +112,7 @@ def permute(
         ValueError: If the matrix is no matrix, the configuration does not fit, or a
             weight is not symmetric positive semidefinite.
     """
-    target = inputs.matrix(matrix, "float64", [])
+    target = validation.matrix(matrix, "float64", [])
     if target.ndim != 2 or starts < 1:
         raise ValueError(
             f"permute takes one matrix [m, n] and at least one start; got shape "
@@ -125,8 +125,8 @@ def permute(
         )
     m, n = target.shape
     configuration.b_shape((m, n))
-    left = inputs.weight(left_weight, "left_weight", m, (), target.dtype)
-    right = inputs.weight(right_weight, "right_weight", n, (), target.dtype)
+    left = validation.weight(left_weight, "left_weight", m, (), target.dtype)
+    right = validation.weight(right_weight, "right_weight", n, (), target.dtype)
     if left is not None:
         target = target * np.sqrt(np.maximum(np.diag(left), 0))[:, None]
     if right is not None:

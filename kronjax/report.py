@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from kronjax.descent import Status
+from kronjax.solver.descent import Status
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
-    from kronjax.budget import Search
+    from kronjax.selection import Search
 
 LARGE = 2048
 """Beyond this size singular values come from the Gram matrix, in half the time."""

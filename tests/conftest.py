@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from importlib import metadata
 
-from kronjax import threads
+from kronjax.runs import cpu_threads
 
 # Threads of OpenBLAS wait actively: those of one worker slow those of the other by
 # factors of ten and more. It reads this when it is loaded.
@@ -26,14 +26,14 @@ os.environ["XLA_FLAGS"] = (
 )
 
 # Threads for the three pools at once of test_crew.
-os.environ[threads.VARIABLE] = str(3 * threads.EACH)
+os.environ[cpu_threads.VARIABLE] = str(3 * cpu_threads.EACH)
 
 import hypothesis
 import jax
 import pytest
 
-from kronjax import programs
-from kronjax.lm import fit
+from kronjax.lm.compression import fit
+from kronjax.solver import host
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -82,5 +82,5 @@ def _forget_programs():
     """
     yield
     jax.clear_caches()
-    for cached in (programs.compiled, fit._fitter, fit._preparer):
+    for cached in (host.compiled, fit._fitter, fit._preparer):
         cached.cache_clear()

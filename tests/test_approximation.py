@@ -8,9 +8,11 @@ import pytest
 from helpers import kronecker_sum_reference
 
 import kronjax
-from kronjax import Configuration, Status, approximate, approximation, programs, proof
-from kronjax.dense import multiply_out
-from kronjax.problem import Problem
+from kronjax import Configuration, Status, approximate, approximation
+from kronjax.linalg.dense import multiply_out
+from kronjax.proof import certificate
+from kronjax.solver import host
+from kronjax.solver.problem import Problem
 
 SMALL = Configuration((3, 4), rank=2)
 
@@ -238,7 +240,7 @@ def test_more_starts_share_what_was_compiled():
     """All but the assembly of the trace, which is small."""
     shapes = (((1, 12, 12), np.dtype("float32")), None, None)
     problems = [Problem.of((12, 12), SMALL, "schatten:6", n, 30) for n in (1, 3)]
-    one, three = (programs.compiled(problem, shapes) for problem in problems)
+    one, three = (host.compiled(problem, shapes) for problem in problems)
     assert [x is y for x, y in zip(one, three, strict=True)] == [
         True,
         True,
@@ -270,7 +272,7 @@ def test_what_misses_the_tolerance_is_solved_again(monkeypatch):
 
     def prove(*_):
         gap = np.array(next(gaps))
-        return proof.Certificate(gap, gap, gap, gap, gap, gap)
+        return certificate.Certificate(gap, gap, gap, gap, gap, gap)
 
     monkeypatch.setattr(approximation.proof, "of", prove)
     matrices = np.float64(draw(5, 4))[:2]

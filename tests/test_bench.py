@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from bench import peers, products, script, timing, whole_models
-from kronjax import KroneckerTerms, multipliers
-from kronjax.tangent import Space
+from kronjax import KroneckerTerms
+from kronjax.proof import multipliers
+from kronjax.proof.tangent_map import TangentMap
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -450,7 +451,7 @@ def test_products_of_proofs_are_counted_as_compiled(m):
     given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
 
     def balance(u, vt, diagonal, a, b):
-        space = Space.of((m, n), (KroneckerTerms(a, b),))
+        space = TangentMap.of((m, n), (KroneckerTerms(a, b),))
         return multipliers.balance(space, u, vt, diagonal)
 
     # Of a loop, which the rounds are, the analysis counts one pass.

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from helpers import as_users_run_it
 
-from kronjax import cli, demo
+from kronjax import demo
+from kronjax.cli.main import main
 from kronjax.demo import language, matrices
-from kronjax.lm import record
+from kronjax.lm.compression import record
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def test_demo_shows_matrices_and_the_model_and_writes_all_it_names(
     small, tmp_path, capsys
 ):
     out = tmp_path / "shown"
-    assert cli.main(["demo", "--out", str(out), "--matrices", "2", "--json"]) == 0
+    assert main(["demo", "--out", str(out), "--matrices", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (errors,) = found["matrices"]
     assert errors["wins"] == errors["matrices"] == 2
@@ -79,9 +80,9 @@ def terms(rules):
 
 def test_demo_finds_out_first_that_it_cannot_write(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
-    assert cli.main(["demo", "--out", str(tmp_path / "taken")]) == 2
+    assert main(["demo", "--out", str(tmp_path / "taken")]) == 2
     assert "taken" in capsys.readouterr().err
-    assert cli.main(["demo", "--matrices", "0", "--out", str(tmp_path)]) == 2
+    assert main(["demo", "--matrices", "0", "--out", str(tmp_path)]) == 2
     assert "at least 1" in capsys.readouterr().err
 
 

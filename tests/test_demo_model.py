@@ -6,7 +6,8 @@ from helpers import as_users_run_it
 
 from kronjax import demo
 from kronjax.demo import build, corpus
-from kronjax.lm import evaluate, fresh, gpt2, losses
+from kronjax.lm.evaluation import perplexity
+from kronjax.lm.models import gpt2, initialize, likelihood
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_the_model_predicts_what_it_has_not_seen():
     context = model.config.context
     windows = tokens[: len(tokens) // context * context].reshape(-1, context)
     part = windows[::16].ravel()
-    found = evaluate.perplexity(model, part, "krony-pt", progress=False).perplexity
+    found = perplexity.perplexity(model, part, "krony-pt", progress=False).perplexity
     assert found < BOUND
     assert found < unigram / 4
 
@@ -110,11 +111,11 @@ TOKENS = np.tile(np.arange(48, dtype=np.int32), 8)
 @nnx.jit
 def loss(model):
     windows = TOKENS[: 4 * 16].reshape(4, 16)
-    return losses.token_losses(model, windows).mean()
+    return likelihood.token_losses(model, windows).mean()
 
 
 def test_a_step_of_training_lowers_the_loss():
-    model = fresh.draw(TINY, seed=0)
+    model = initialize.draw(TINY, seed=0)
     before = loss(model)
     assert float(before) == pytest.approx(np.log(64), rel=0.05)
     trained = build.train(model, TOKENS, build.Plan(steps=1, batch=4))
@@ -123,7 +124,7 @@ def test_a_step_of_training_lowers_the_loss():
 
 
 def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
-    plan, model = build.Plan(steps=4, warmup=1, batch=2), fresh.draw(TINY, seed=0)
+    plan, model = build.Plan(steps=4, warmup=1, batch=2), initialize.draw(TINY, seed=0)
     whole = build.train(model, TOKENS, plan)
     kept, windows = tmp_path / "model.training", build._windows
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kronjax import Configuration, greedy
-from kronjax.dense import multiply_out
+from kronjax.linalg.dense import multiply_out
 
 
 def draw(seed, *shape):

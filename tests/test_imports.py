@@ -1,6 +1,7 @@
 """The architecture as tests: who may import whom, and what stays unloaded."""
 
 import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -12,136 +13,48 @@ import kronjax
 
 PACKAGE = Path(kronjax.__file__).parent
 
-# A module imports only from modules above it in this list. `kronjax` itself is the
-# list of the names that a user starts with, and comes after everything it names.
-ORDER = [
-    "dense",
-    "lanes",
+# A room imports only from the rooms before it and from itself. A room is a folder,
+# or a single file where no folder is needed. `kronjax` is the list of public names.
+ROOMS = [
+    "lazy",
+    "linalg",
+    "validation",
     "kronecker",
-    "spectral",
-    "norms",
-    "lanczos",
-    "manifold",
-    "factored",
-    "weighted",
-    "schatten",
-    "pairs",
-    "descent",
-    "problem",
-    "setting",
-    "leastsquares",
-    "path",
-    "objective",
-    "continuation",
-    "programs",
-    "errors",
-    "sheet",
-    "cluster",
-    "barrier",
-    "newton",
-    "tangent",
-    "global_bound",
-    "multipliers",
-    "certificate",
-    "slots",
-    "threads",
-    "pool",
-    "crew",
-    "proof",
-    "inputs",
-    "approximation",
-    "greedy",
-    "budget",
-    "permute",
-    "output",
-    "files",
-    "options",
-    "recipes",
-    "recipe",
-    "shards",
-    "tasks",
-    "places",
-    "store",
-    "batch",
-    "factors",
-    "forecast",
-    "hosts",
-    "outcome",
-    "layers",
+    "io",
     "nn",
-    "lm.tokenizer",
-    "lm.attention",
-    "lm.architecture",
-    "lm.gpt2",
-    "lm.opt",
-    "lm.llama",
-    "lm.gguf_header",
-    "lm.gguf_tokenizer",
-    "lm.gguf",
-    "lm.storage",
-    "lm.sources",
-    "lm.checkpoint",
-    "lm.generation",
-    "lm.progress",
-    "lm.text",
-    "lm.losses",
-    "lm.protocol",
-    "lm.evaluate",
-    "lm.sizes",
-    "lm.fold",
-    "lm.turns",
-    "lm.latency",
-    "lm.arrays",
-    "lm.data",
-    "lm.calibrate",
-    "lm.budget",
-    "lm.work",
-    "lm.mixture",
-    "lm.fit",
-    "lm.offers",
-    "lm.plan",
-    "lm.refine",
-    "lm.sequential",
-    "lm.starts",
-    "lm.groups",
-    "lm.compression",
-    "lm.masks",
-    "lm.scores",
-    "lm.prune",
-    "lm.truncate",
-    "lm.analysis",
-    "lm.distillation",
-    "lm.optimizer",
-    "lm.placement",
-    "lm.step",
-    "lm.regimen",
-    "lm.snapshots",
-    "lm.history",
-    "lm.diagnosis",
-    "lm.loop",
-    "lm.train",
-    "lm.fresh",
-    "lm.stages",
-    "lm.course",
-    "lm.whole",
-    "lm.record",
-    "lm.page",
-    "lm.report",
-    "lm.harness",
-    "lm.commands",
-    "lm.whole_commands",
-    "lm.compress_commands",
-    "lm.fresh_commands",
-    "lm.train_commands",
-    "lm",
+    "recipe",
+    "solver",
+    "proof",
+    "greedy",
+    "approximation",
+    "permute",
+    "selection",
+    "",
     "report",
-    "demo.corpus",
-    "demo.build",
+    "runs",
+    "lm.text",
+    "lm.models",
+    "lm.checkpoints",
+    "lm.evaluation",
+    "lm.compression",
+    "lm.training",
+    "lm",
     "demo",
     "cli",
-    "__main__",
 ]
-CORE = ORDER[: ORDER.index("permute") + 1]
+# These import jax and NumPy only.
+CORE = {
+    "approximation",
+    "greedy",
+    "kronecker",
+    "linalg",
+    "permute",
+    "proof",
+    "selection",
+    "solver",
+    "validation",
+}
+MOST_FILES = 24
 
 HEAVY = {"flax", "matplotlib", "optax", "orbax", "torch", "transformers"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
@@ -155,7 +68,17 @@ def module_name(path):
 
 PATHS = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = sorted(set(PATHS) - {""})
-EXISTING_CORE = [name for name in CORE if name in PATHS]
+
+
+def room_of(name):
+    """The room of a module: its folder, or the module itself at the top."""
+    name = {"__main__": "cli", "recipes": "recipe"}.get(name, name)
+    while name and name not in ROOMS:
+        name = name.rpartition(".")[0]
+    return name
+
+
+CORE_MODULES = [name for name in MODULES if room_of(name) in CORE]
 
 
 def tree_of(name):
@@ -163,7 +86,7 @@ def tree_of(name):
 
 
 def imports_of(name, nodes):
-    """Absolute dotted names imported by `nodes`, e.g. `kronjax.manifold.Point`."""
+    """Absolute dotted names imported by `nodes`, e.g. `kronjax.recipe.Rule`."""
     is_package = PATHS[name].name == "__init__.py"
     here = ["kronjax", *filter(None, name.split("."))]
     for node in nodes:
@@ -177,14 +100,15 @@ def imports_of(name, nodes):
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def place(dotted):
-    """The entry of ORDER that `kronjax.x.y.z` comes from, or None for a bare name."""
-    parts = dotted.split(".")[1:]
-    while parts and ".".join(parts) not in PATHS:
-        parts = parts[:-1]
-    if parts and ".".join(parts) not in ORDER:
-        parts = parts[:1]  # inside a package that has one place, such as demo
-    return ".".join(parts) or None
+def imported_modules(name):
+    """The modules of kronjax that a module imports, wherever it does."""
+    for dotted in imports_of(name, ast.walk(tree_of(name))):
+        parts = dotted.split(".")
+        if parts[0] != "kronjax" or dotted == "kronjax.__version__":
+            continue
+        while ".".join(parts[1:]) not in PATHS:
+            parts = parts[:-1]
+        yield ".".join(parts[1:])
 
 
 def run_python(code):
@@ -196,22 +120,34 @@ def run_python(code):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_from_above(name):
-    own = place(f"kronjax.{name}")
-    assert own in ORDER, f"give {name} a place in ORDER"
-    for dotted in imports_of(name, ast.walk(tree_of(name))):
-        if dotted.split(".")[0] != "kronjax" or dotted == "kronjax.__version__":
-            continue
-        source = place(dotted)
-        if own in ("cli", "__main__", "demo") and source is None:
-            continue  # these use the library as a user does
-        assert source is not None, f"{name}: import {dotted} from its own module"
-        allowed = ORDER.index(source) < ORDER.index(own)
-        # A package that is one place, such as demo, may be made of several files.
-        assert allowed or source == own, f"{name} imports {dotted} from below"
+def test_a_module_imports_only_from_rooms_before_its_own(name):
+    own = room_of(name)
+    assert own, f"give {name} a room"
+    for source in imported_modules(name):
+        room = room_of(source)
+        assert ROOMS.index(room) <= ROOMS.index(own), f"{name} imports {source}"
 
 
-@pytest.mark.parametrize("name", EXISTING_CORE)
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_imports_inside_a_room_have_no_cycle(room):
+    edges = {
+        name: {x for x in imported_modules(name) if room_of(x) == room and x != name}
+        for name in MODULES
+        if room_of(name) == room and name != room
+    }
+    while edges:
+        free = [name for name, sources in edges.items() if not sources & set(edges)]
+        assert free, f"a cycle among {sorted(edges)}"
+        for name in free:
+            del edges[name]
+
+
+def test_no_folder_holds_more_files_than_one_can_survey():
+    folders = {path.parent for path in PATHS.values()}
+    assert max(len(list(folder.glob("*.py"))) for folder in folders) <= MOST_FILES
+
+
+@pytest.mark.parametrize("name", CORE_MODULES)
 def test_the_core_imports_only_jax_and_numpy(name):
     tree = tree_of(name)
     # The front door may draw a progress bar, permutations take scipy's assignments:
@@ -244,7 +180,7 @@ def test_the_names_a_user_starts_with_load_nothing_heavy():
 def test_help_does_not_load_jax():
     output = run_python(
         "import json, sys\n"
-        "from kronjax.cli import main\n"
+        "from kronjax.cli.main import main\n"
         "sys.argv = ['kronjax', '--help']\n"
         "try:\n"
         "    main()\n"
@@ -258,14 +194,16 @@ def test_help_does_not_load_jax():
     assert not (HEAVY | {"jax", "jaxlib"}) & set(json.loads(loaded))
 
 
-def test_no_module_hides_a_public_name():
+@pytest.mark.parametrize("package", ["kronjax", "kronjax.lm", "kronjax.nn"])
+def test_no_module_hides_a_public_name(package):
     """Importing the submodule `kronjax.x` sets `x` on the package, whatever it was."""
-    import kronjax
+    loaded = importlib.import_module(package)
+    folder = Path(loaded.__file__).parent
+    modules = {path.stem for path in folder.iterdir()}
+    assert loaded.__all__ and not set(loaded.__all__) & modules
 
-    assert not set(kronjax.__all__) & {name.split(".")[0] for name in MODULES}
 
-
-@pytest.mark.parametrize("name", EXISTING_CORE)
+@pytest.mark.parametrize("name", CORE_MODULES)
 def test_of_a_qr_decomposition_only_q_is_taken(name):
     """What needs R alone runs beside what makes Q, and the two can block each other."""
     calls, taken = 0, 0

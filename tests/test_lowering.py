@@ -15,17 +15,13 @@ import pytest
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
-from kronjax import (
-    Configuration,
-    certificate,
-    continuation,
-    lanczos,
-    norms,
-    slots,
-    spectral,
-)
+from kronjax import Configuration
 from kronjax.kronecker import KroneckerTerms
-from kronjax.problem import Problem
+from kronjax.linalg import lanczos, norms, spectral
+from kronjax.proof import bounds
+from kronjax.runs import pool_programs
+from kronjax.solver import continuation
+from kronjax.solver.problem import Problem
 
 SHAPE = (96, 144)
 ONE = Configuration((8, 12), 2)
@@ -105,11 +101,11 @@ def lanczos_bounds(matrix, start):
 
 
 def certify(matrix, a, b, *weights):
-    return certificate.certify(matrix, (KroneckerTerms(a, b),), *weights)
+    return bounds.certify(matrix, (KroneckerTerms(a, b),), *weights)
 
 
 def certify_stage(matrix, a, b):
-    return certificate.certify_stage(matrix, (KroneckerTerms(a, b),), 258.0)
+    return bounds.certify_stage(matrix, (KroneckerTerms(a, b),), 258.0)
 
 
 def pooled(function, *given, configuration=ONE):
@@ -130,7 +126,7 @@ def pooled(function, *given, configuration=ONE):
     }
     held = jax.tree.map(
         lambda x: array((2 * LANES, *x.shape), x.dtype),
-        slots.shapes(problem, np.dtype(np.float32)),
+        pool_programs.shapes(problem, np.dtype(np.float32)),
     )
     order, tolerance = array((LANES,), int), array(())
     given = (held, tolerance, order, *(known[name] for name in given))
@@ -171,10 +167,10 @@ CERTIFICATES = {
     "certificate in haste": (certify_stage, (SHAPE, *TERMS)),
 }
 PROGRAMS = {
-    "work": (slots._work, "stage", "trials"),
-    "turn": (slots._turn, "seeds", "stage", "stage", "ends"),
-    "start": (slots._start, "matrices", "seeds"),
-    "finish": (slots._finish, "matrices", "last"),
+    "work": (pool_programs._work, "stage", "trials"),
+    "turn": (pool_programs._turn, "seeds", "stage", "stage", "ends"),
+    "start": (pool_programs._start, "matrices", "seeds"),
+    "finish": (pool_programs._finish, "matrices", "last"),
 }
 POOLS = {name: pooled(*one) for name, one in PROGRAMS.items()} | {
     f"{name} at high rank": pooled(*one, configuration=HIGH)

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kronjax import schatten
 from kronjax.kronecker import KroneckerTerms
+from kronjax.linalg import schatten
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity

@@ -5,9 +5,9 @@ import pytest
 
 from kronjax import report
 from kronjax.approximation import Approximation
-from kronjax.continuation import Trace
-from kronjax.errors import Errors
 from kronjax.kronecker import KroneckerTerms
+from kronjax.linalg.residuals import ResidualNorms
+from kronjax.solver.continuation import Trace
 
 
 def approximation(ours, van_loan, **changes):
@@ -16,9 +16,9 @@ def approximation(ours, van_loan, **changes):
     line = np.zeros((*ours.shape, 2), int)
     result = Approximation(
         terms=(KroneckerTerms(np.zeros((1, 2, 2)), np.zeros((1, 3, 3))),),
-        error=Errors(ours, ours),
-        relative=Errors(ours, ours),
-        van_loan=Errors(van_loan, van_loan),
+        error=ResidualNorms(ours, ours),
+        relative=ResidualNorms(ours, ours),
+        van_loan=ResidualNorms(van_loan, van_loan),
         trace=Trace(line, line, line, line, line + 20),
         status=np.zeros(ours.shape, int),
         seconds=0.5,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kronjax.demo import corpus
 
 if TYPE_CHECKING:
-    from kronjax.lm.architecture import LanguageModel
+    from kronjax.lm.models.base import LanguageModel
 
 MODEL = Path(__file__).parent / "model"
 """The folder of the bundled model."""
@@ -61,23 +61,23 @@ def run(
     """
     from rich.console import Console
 
-    from kronjax import output
     from kronjax.demo import language
     from kronjax.demo import matrices as random
+    from kronjax.io import atomic
 
     if matrices < 1:
         raise ValueError(f"--matrices must be at least 1; got {matrices}")
     out.mkdir(parents=True, exist_ok=True)
-    output.check_output(out / "matrices.png", ".png")
+    atomic.check_output(out / "matrices.png", ".png")
     console = Console(highlight=False, markup=False, quiet=as_json)
     begun = time.perf_counter()
     with _spinner() as say:
         errors = random.run(say, matrices, seed)
-    output.write(out / "matrices.png", random.figure(errors))
+    atomic.write(out / "matrices.png", random.figure(errors))
     console.print(random.table(errors))
     with _spinner() as say:
         rows = language.run(out, say)
-    output.write(out / "language.png", language.figure(rows))
+    atomic.write(out / "language.png", language.figure(rows))
     console.print(language.table(rows))
     seconds = time.perf_counter() - begun
     console.print(

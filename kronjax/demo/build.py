@@ -28,11 +28,14 @@ import optax
 import safetensors.numpy
 from flax import nnx
 
-from kronjax import lm, output
+from kronjax import lm
 from kronjax.demo import corpus
-from kronjax.lm import checkpoint, evaluate, fresh, gpt2, losses
-from kronjax.lm import tokenizer as tokenizers
-from kronjax.lm.architecture import LanguageModel, tokenizer_of
+from kronjax.io import atomic
+from kronjax.lm.checkpoints import hugging_face
+from kronjax.lm.evaluation import perplexity
+from kronjax.lm.models import gpt2, initialize, likelihood
+from kronjax.lm.models.base import LanguageModel, tokenizer_of
+from kronjax.lm.text import tokenizer as tokenizers
 
 # Widths with many divisors: 192 = 2⁶ 3, 576, 768 and 2048.
 CONFIG = gpt2.Config(
@@ -88,7 +91,7 @@ class Plan:
 
 def build(
     folder: Path, plan: Plan, *, start: Path | None = None, every: int = 100
-) -> evaluate.Perplexity:
+) -> perplexity.Perplexity:
     """Train, write and judge the model.
 
     Args:
@@ -107,7 +110,7 @@ def build(
         tokenizer = tokenizers.train(
             texts, CONFIG.vocab_size, context=CONFIG.n_positions
         )
-        model = fresh.begin(CONFIG, tokenizer, plan.seed)
+        model = initialize.begin(CONFIG, tokenizer, plan.seed)
     else:
         model = lm.load(start, dtype="float32")
         tokenizer = tokenizer_of(model)
@@ -119,9 +122,9 @@ def build(
     kept = folder.with_name(folder.name + ".training")
     model = train(model, tokens, plan, kept=kept, every=every)
     model.tokenizer = tokenizer
-    lm.save(checkpoint.cast(model, "float16"), folder)
+    lm.save(hugging_face.cast(model, "float16"), folder)
     kept.unlink(missing_ok=True)
-    result = evaluate.perplexity(
+    result = perplexity.perplexity(
         lm.load(folder, dtype="float32"), corpus.held_out(), "krony-pt", progress=False
     )
     print(f"held-out perplexity {result.perplexity:.3f}", flush=True)
@@ -153,7 +156,9 @@ def train(
     @jax.jit
     def update(state, windows):
         def loss(parameters):
-            return jnp.mean(losses.token_losses(nnx.merge(graph, parameters), windows))
+            return jnp.mean(
+                likelihood.token_losses(nnx.merge(graph, parameters), windows)
+            )
 
         parameters, moments = state
         value, gradient = jax.value_and_grad(loss)(parameters)
@@ -200,7 +205,7 @@ def _keep(kept: Path, mark: np.ndarray, step: int, state: Any) -> None:
     leaves = jax.device_get(jax.tree.leaves(state))
     arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
     arrays |= {"mark": mark, "step": np.array(step)}
-    output.write(kept, safetensors.numpy.save(arrays))
+    atomic.write(kept, safetensors.numpy.save(arrays))
 
 
 def _resume(kept: Path | None, mark: np.ndarray, state: Any) -> tuple[int, Any]:

@@ -17,10 +17,13 @@ from rich.table import Table
 
 from kronjax import demo, nn
 from kronjax.demo import corpus
-from kronjax.lm import calibrate, compression, evaluate, mixture, page, record
-from kronjax.lm import text as texts
-from kronjax.lm.architecture import LanguageModel
-from kronjax.lm.budget import Budget
+from kronjax.lm.compression import html, mixture, pipeline, record
+from kronjax.lm.compression.budget import Budget
+from kronjax.lm.compression.moments import measure_moments
+from kronjax.lm.evaluation import perplexity
+from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.reading import tokens_of
+from kronjax.lm.text import documents as texts
 from kronjax.recipe import Recipe, Rule, Term, Weighting
 
 FRACTION = 0.15
@@ -72,14 +75,14 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
         # Dense models of one kind share a program.
         dense = nn.multiplied_out(one)
         dense.recipe = None
-        found = evaluate.perplexity(dense, held_out, PROTOCOL, progress=False)
+        found = perplexity.perplexity(dense, held_out, PROTOCOL, progress=False)
         return Row(name, parameters, found.perplexity)
 
     say("calibrating")
-    tokens = texts.tokens_of(model, _training(6 * TOKENS))[:TOKENS]
-    moments = calibrate.measure(model, tokens, gradients=True, progress=False)
+    tokens = tokens_of(model, _training(6 * TOKENS))[:TOKENS]
+    moments = measure_moments(model, tokens, gradients=True, progress=False)
     compressed = functools.partial(
-        compression.run,
+        pipeline.run,
         model,
         calibration=moments,
         evaluations=EVALUATIONS,
@@ -103,7 +106,7 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
         progress=False,
     )
     record.write(found, folder)
-    page.write(found, folder)
+    html.write(found, folder)
     before, after = (
         found["perplexity"][name]["perplexity"] for name in ("dense", "compressed")
     )

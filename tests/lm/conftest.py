@@ -1,54 +1,10 @@
-"""Language models are tested as users run them: 32 bits, and flax promotes dtypes."""
+"""Tests of language models run as users run kronjax; see `language_models`."""
 
-import numpy as np
-import pytest
-from flax import nnx
-from helpers import SENTENCES, as_users_run_it
-
-from kronjax.lm import gpt2, step
-from kronjax.lm.tokenizer import train
-
-
-@pytest.fixture(autouse=True)
-def settings():
-    with as_users_run_it():
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quickly_compiled():
-    """Programs of training that take a third of the time to make, and run slowly."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "COMPILER", {"xla_backend_optimization_level": 0})
-        yield
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    """Byte-level BPE of 300 tokens, as GPT-2's is of 50257."""
-    return train(SENTENCES, 300, context=64)
-
-
-@pytest.fixture(scope="session")
-def dense():
-    """A GPT-2 that is smaller still, of forty tokens; not to be changed."""
-    config = gpt2.Config(vocab_size=40, n_embd=8, n_layer=2, n_head=2, n_positions=16)
-    with as_users_run_it():
-        return gpt2.Model(config, rngs=nnx.Rngs(0))
-
-
-@pytest.fixture(scope="session")
-def tokens():
-    """A text for it, `[400]`."""
-    return np.random.default_rng(0).integers(0, 40, 400).astype(np.int32)
-
-
-@pytest.fixture
-def tiny(tokenizer):
-    """A GPT-2 of two blocks with a context of 64, and a tokenizer."""
-    config = gpt2.Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-    model = gpt2.Model(config, rngs=nnx.Rngs(0))
-    # Drawn as for training, all tokens would be about equally likely.
-    model.wte.embedding[...] = 3 * model.wte.embedding[...]
-    model.tokenizer = tokenizer
-    return model
+from language_models import (  # noqa: F401
+    dense,
+    quickly_compiled,
+    settings,
+    tiny,
+    tokenizer,
+    tokens,
+)

@@ -1,0 +1,227 @@
+"""The commands about language models: evaluate, generate, export, latency.
+
+What they need is imported inside them, so that `kronjax --help` loads no jax.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from kronjax.cli.options import Flag, Json, Seed, option
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"], option("float32|bfloat16|float16")
+]
+
+
+def evaluate(
+    model: Model,
+    *,
+    text: Annotated[str, option("FILE")],
+    protocol: Annotated[str, option("NAME")] = "gptq-2048",
+    column: Annotated[str, option("NAME")] = "text",
+    join: Annotated[
+        Literal["none", "blank-lines"], option("none|blank-lines")
+    ] = "none",
+    against: Annotated[str | None, option("MODEL")] = None,
+    batch: Annotated[int | None, option("N")] = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Measure the perplexity of a language model by a named protocol.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        text: A .txt, .jsonl or .parquet file, or dataset:OWNER/NAME:SPLIT.
+        protocol: krony-pt, gptq-2048, hf-strided or lambada.
+        column: The field with the text, where rows have several.
+        join: How lines of a .txt file become one text; blank-lines is how the
+            published figures on WikiText were made.
+        against: Another model, usually the dense one, to print beside it.
+        batch: Windows at a time.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax.lm.checkpoints import hugging_face
+    from kronjax.lm.evaluation import perplexity as scores
+    from kronjax.lm.evaluation import tables
+    from kronjax.lm.models import sizes
+    from kronjax.lm.text import documents as texts
+
+    if protocol not in (*scores.PROTOCOLS, "lambada"):  # before anything is loaded
+        known = ", ".join([*scores.PROTOCOLS, "lambada"])
+        raise ValueError(f"no protocol {protocol!r}; there are {known}")
+    given = texts.read_text(text, column=column, join=join)
+    rows = []
+    for name in [model, *([] if against is None else [against])]:
+        stored = hugging_face.load(name)
+        size = sizes.count(stored)  # of what is in the file
+        loaded = hugging_face.cast(stored, dtype)
+        if protocol == "lambada":
+            result = scores.lambada(loaded, given, batch=batch)
+        else:
+            result = scores.perplexity(loaded, given, protocol, batch=batch)
+        rows.append((name, size, result))
+    if as_json:
+        values, *rest = (
+            {
+                "model": name,
+                "parameters": size.parameters,
+                "bytes": size.bytes,
+                "flops_per_token": size.flops,
+                **scores.summary(result),
+            }
+            for name, size, result in rows
+        )
+        print(json.dumps({**values, "against": rest[0] if rest else None}))
+        return 0
+    _show(tables.evaluation(rows), "" if against is None else tables.difference(rows))
+    return 0
+
+
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str, option("TEXT")],
+    max_new_tokens: Annotated[int, option("N")] = 50,
+    temperature: Annotated[float, option("T")] = 0.0,
+    top_k: Annotated[int | None, option("K")] = None,
+    top_p: Annotated[float, option("P")] = 1.0,
+    seed: Seed = 0,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Continue a prompt.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        prompt: The text to continue.
+        max_new_tokens: Tokens to add at most.
+        temperature: 0 takes the likeliest token every time; 1 draws from the model.
+        top_k: Draw from the K likeliest tokens only.
+        top_p: Draw from the likeliest tokens that together reach this probability.
+        seed: Seed of the draws.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the text.
+    """
+    from kronjax.lm.checkpoints import hugging_face
+    from kronjax.lm.models import base, generation
+
+    loaded = hugging_face.load(model, dtype=dtype)
+    tokenizer = base.tokenizer_of(loaded)
+    tokens = tokenizer.encode(prompt)
+    new: list[int] = []
+    shown = ""
+
+    def show(step: list[int]) -> None:
+        nonlocal shown
+        new.extend(step)
+        kept = [token for token in new if token not in tokenizer.stops]
+        text = generation.continuation(tokenizer, tokens, kept)
+        # A character of several bytes is complete once its last token has come.
+        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            # The prompt, too, is only shown once it is known to be in order.
+            print(text.removeprefix(shown) if shown else prompt + text, end="")
+            sys.stdout.flush()
+            shown = text
+
+    (made,) = generation.generate_tokens(
+        loaded,
+        [tokens],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tokenizer.stops,
+        on_token=show,
+    )
+    text = generation.continuation(tokenizer, tokens, made)
+    if as_json:
+        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        fields = {"prompt": prompt, "text": text, "tokens": made, **asked, "seed": seed}
+        print(json.dumps({"model": model, **fields, "dtype": dtype}, allow_nan=False))
+    else:
+        print(text.removeprefix(shown) if shown else prompt + text)
+    return 0
+
+
+def export(
+    model: Model,
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    *,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        option("float32|bfloat16|float16"),
+    ] = None,
+    force: Flag = False,
+) -> int:
+    """Write a model with every layer multiplied out, for any other program to open.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        out: The folder to write.
+        dtype: What to store parameters in; as they are by default.
+        force: Replace the model that is in OUT.
+    """
+    from kronjax import nn
+    from kronjax.lm.checkpoints import hugging_face
+
+    if (out / "config.json").exists() and not force:
+        raise ValueError(f"{out} already holds a model; --force replaces it")
+    loaded = hugging_face.load(model, dtype=dtype)
+    layers = nn.linear_layers(loaded)
+    special = sum(nn.describe(x)["kind"] != "dense" for x in layers.values())
+    hugging_face.export(loaded, out)
+    print(f"{out}: {len(layers)} linear layers, {special} of them multiplied out.")
+    return 0
+
+
+def latency(
+    model: Model,
+    *,
+    batch: Annotated[int, option("N")] = 1,
+    context: Annotated[int | None, option("N")] = None,
+    new_tokens: Annotated[int, option("N")] = 32,
+    repeats: Annotated[int, option("N")] = 5,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> int:
+    """Time a model beside itself with every layer multiplied out.
+
+    Args:
+        model: A folder, a .gguf file, or owner/name on the hub.
+        batch: Rows at a time.
+        context: Tokens that are read at once; 512, or what the model allows.
+        new_tokens: Tokens that are written one by one.
+        repeats: Turns; each runs both models.
+        dtype: Precision of parameters and products.
+        as_json: Print one JSON object instead of the table.
+    """
+    from kronjax.lm.checkpoints import hugging_face
+    from kronjax.lm.evaluation import latency as timing
+
+    loaded = hugging_face.load(model, dtype=dtype)
+    sizes: dict[str, Any] = {"batch": batch, "context": context}
+    found = timing.measure_latency(
+        loaded, **sizes, new_tokens=new_tokens, repeats=repeats
+    )
+    if as_json:
+        print(json.dumps({"model": model, **timing.summary(found)}, allow_nan=False))
+        return 0
+    _show(timing.table(found), timing.verdict(found))
+    return 0
+
+
+def _show(table: Any, verdict: str) -> None:
+    """Print a table, and below it what it says."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    if verdict:
+        console.print(verdict, soft_wrap=True)

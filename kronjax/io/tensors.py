@@ -1,0 +1,139 @@
+"""All tensors of a safetensors file or folder, mapped into memory and not read.
+
+A folder is one of shards with an index, or of any safetensors files; every name is
+there once. Whatever the tensors belong to, this needs to know nothing of it.
+
+>>> is_matrix(np.ones((2, 3))), is_matrix(np.ones(3)), is_matrix(np.ones((2, 3), int))
+(True, False, False)
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kronjax.io import matrices
+
+SUFFIX = ".safetensors"
+INDEX = ".safetensors.index.json"
+"""What the name of the file ends in that says which shard holds which tensor."""
+
+
+def map_all(path: Path) -> dict[str, np.ndarray]:
+    """Map every tensor of a file or folder.
+
+    Args:
+        path: A `.safetensors` file, or a folder of them.
+
+    Returns:
+        Read-only arrays by name, in the dtypes of the files.
+
+    Raises:
+        ValueError: If a name is there twice, an index does not fit its shards, or a
+            file is truncated.
+        OSError: If there is nothing to read.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such file or folder: {path}")
+    if not path.is_dir():
+        if path.suffix != SUFFIX:
+            raise ValueError(f"{path} is neither a {SUFFIX} file nor a folder of them")
+        return matrices.map_tensors(path)
+    indices = sorted(path.glob(f"*{INDEX}"))
+    if len(indices) > 1:
+        names = ", ".join(one.name for one in indices)
+        raise ValueError(f"{path} holds {len(indices)} indices of shards: {names}")
+    if indices:
+        return open_indexed(indices[0])
+    found = sorted(path.glob(f"*{SUFFIX}"))
+    if not found:
+        raise FileNotFoundError(f"{path} holds no {SUFFIX} files")
+    tensors: dict[str, np.ndarray] = {}
+    where: dict[str, str] = {}
+    for one in found:
+        for name, tensor in matrices.map_tensors(one).items():
+            if name in tensors:
+                raise ValueError(
+                    f"{path}: the tensor {name} is in both {where[name]} and {one.name}"
+                )
+            tensors[name], where[name] = tensor, one.name
+    return tensors
+
+
+def open_indexed(index: Path) -> dict[str, np.ndarray]:
+    """Map the tensors of all shards that an index names.
+
+    Raises:
+        ValueError: If the index names a file outside of its folder, or does not fit
+            what the shards hold.
+        OSError: If a shard is missing.
+    """
+    folder, where = index.parent, read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        isinstance(x, str) for x in where.values()
+    ):
+        raise ValueError(f"{index} has no weight_map of names and files")
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(set(where.values())):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise ValueError(f"{index} names {shard!r}, outside of its folder")
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder} lacks {shard}, which its index names")
+        held = matrices.map_tensors(folder / shard)
+        wanted = [name for name, place in where.items() if place == shard]
+        missing = sorted(set(wanted) - set(held))
+        if missing:
+            raise ValueError(
+                f"{folder / shard} lacks {missing[0]}, which the index names"
+            )
+        extra = sorted(set(held) - set(wanted))
+        if extra and extra[0] in where:
+            raise ValueError(
+                f"{folder}: the tensor {extra[0]} is in both {where[extra[0]]} and "
+                f"{shard}"
+            )
+        if extra:
+            raise ValueError(f"{folder / shard} has {extra[0]}, which the index lacks")
+        tensors |= {name: held[name] for name in wanted}
+    return tensors
+
+
+def is_matrix(array: np.ndarray) -> bool:
+    """Say whether a tensor is one matrix of real numbers, with entries."""
+    is_real = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
+    return is_real and array.ndim == 2 and array.size > 0
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the mapping in a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON or no mapping.
+        OSError: If it cannot be read.
+    """
+    try:
+        values = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not a mapping")
+    return dict(values)
+
+
+def parse_json(content: bytes) -> Any:
+    """Return what some JSON in UTF-8 says.
+
+    Raises:
+        ValueError: If it is none, or not of this world: NaN, or nested without end.
+    """
+    try:
+        return json.loads(content.decode(), parse_constant=_no_number)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number of JSON")

@@ -1,0 +1,251 @@
+"""The tokenizer inside of a GGUF file, as the `tokenizer.json` that it was made from.
+
+A GGUF file holds the tokens, and either the merges of a byte-level BPE with the name
+of the rule that cuts a text into words, or the scores of a SentencePiece BPE. Of the
+rules only those are rebuilt whose `tokenizer.json` is known; the others are refused,
+because a wrong one goes unnoticed: the model still answers, only worse.
+
+>>> sorted(RULES)
+['gpt-2', 'llama-bpe', 'llama-v3', 'llama3', 'smollm', 'starcoder']
+"""
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kronjax.lm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+RULES = {
+    "gpt-2": "gpt-2",
+    "smollm": "digits",
+    "starcoder": "digits",
+    "llama-bpe": "llama3",
+    "llama-v3": "llama3",
+    "llama3": "llama3",
+}
+"""Values of `tokenizer.ggml.pre`, and how each cuts a text into words."""
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""What is a word for Llama 3."""
+
+LONGEST = 1024
+"""Characters of the longest token of a SentencePiece vocabulary; all splits of each
+are looked up."""
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+
+
+class UnknownTokenizer(ValueError):
+    """The tokenizer is of a kind that cannot be rebuilt."""
+
+    def __init__(self, what: str) -> None:
+        """Say what would help."""
+        super().__init__(
+            f"{what}, which cannot be rebuilt; put the model's tokenizer.json beside "
+            "the file, or load a Hugging Face folder that has one"
+        )
+
+
+def build(settings: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of a GGUF file.
+
+    Args:
+        settings: Those of the file.
+
+    Returns:
+        A `tokenizer.json` with its `tokenizer_config.json`, or None if the file has no
+        tokenizer.
+
+    Raises:
+        UnknownTokenizer: If it is of a kind that cannot be rebuilt.
+        ValueError: If its parts contradict each other.
+    """
+    model = settings.get("tokenizer.ggml.model", "none")
+    if model == "none":
+        return None
+    if model not in ("gpt2", "llama"):
+        raise UnknownTokenizer(f"its tokenizer is of the kind {model!r}")
+    tokens = _strings(settings, "tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if not tokens or len(vocabulary) < len(tokens):
+        raise ValueError("tokenizer.ggml.tokens is empty, or holds a token twice")
+    kinds = _numbers(settings, "token_type", len(tokens), _NORMAL)
+    special = _specials(settings, tokens)
+    make = _byte_level if model == "gpt2" else _sentence_piece
+    try:
+        backend = make(settings, vocabulary, kinds, special)
+        _add_tokens(backend, tokens, kinds, special)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"its tokenizer cannot be used: {error}") from error
+    if backend.get_vocab_size(with_added_tokens=True) != len(tokens):
+        raise ValueError("its tokenizer has tokens without characters")
+    around = _around(settings, model)
+    _frame(backend, vocabulary, around, special)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        **around,
+        "clean_up_tokenization_spaces": False,
+    }
+    template = settings.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    files = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2).encode(),
+    }
+    return Tokenizer(files)
+
+
+def _byte_level(settings, vocabulary, kinds, special) -> "tokenizers.Tokenizer":
+    """Return the BPE of GPT-2, SmolLM or Llama 3."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    name = settings.get("tokenizer.ggml.pre", "default")
+    rule = RULES.get(name)
+    if rule is None:
+        raise UnknownTokenizer(f"its tokenizer cuts a text into words by {name!r}")
+    # The first character is never the separator: a token may be a space.
+    cuts = [(line, line.find(" ", 1)) for line in _strings(settings, "merges")]
+    if min((cut for _, cut in cuts), default=1) < 1:
+        raise ValueError("tokenizer.ggml.merges has an entry that is no pair")
+    merges = [(line[:cut], line[cut + 1 :]) for line, cut in cuts]
+    # Llama 3 takes a whole word that is a token, even where no merges lead to it.
+    whole = rule == "llama3"
+    model = models.BPE(vocabulary, merges, ignore_merges=whole)
+    backend = tokenizers.Tokenizer(model)
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole)
+    first = {
+        "digits": lambda: pre_tokenizers.Digits(individual_digits=True),
+        "llama3": lambda: pre_tokenizers.Split(tokenizers.Regex(LLAMA3), "isolated"),
+    }
+    backend.pre_tokenizer = (
+        pre_tokenizers.Sequence([first[rule](), last]) if rule in first else last
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentence_piece(settings, vocabulary, kinds, special) -> "tokenizers.Tokenizer":
+    """Return the BPE of Llama 1 and 2, whose merges follow from the scores."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    scores = _numbers(settings, "scores", len(vocabulary))
+    merges = _merges(vocabulary, kinds, scores)
+    model = models.BPE(
+        vocabulary,
+        merges,
+        unk_token=special.get("unk_token"),
+        fuse_unk=True,
+        byte_fallback="<0x00>" in vocabulary,
+    )
+    backend = tokenizers.Tokenizer(model)
+    prefix = settings.get("tokenizer.ggml.add_space_prefix", True)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁")] * bool(prefix) + [normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(
+        steps + [decoders.Strip(" ", 1, 0)] * bool(prefix)
+    )
+    return backend
+
+
+def _merges(vocabulary, kinds, scores) -> list[tuple[str, str]]:
+    """Return every way to put a token together, the best tokens first.
+
+    SentencePiece joins the neighbours whose union has the highest score. So the merges
+    are the pairs of tokens whose union is a token, in the order of its score.
+    """
+    pieces = {token for token, i in vocabulary.items() if kinds[i] == _NORMAL}
+    if max(map(len, pieces), default=0) > LONGEST:
+        raise ValueError(f"its tokenizer has tokens of over {LONGEST} characters")
+    merges = []
+    for piece in pieces:
+        score = float(scores[vocabulary[piece]])
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                order = -score, vocabulary[piece], vocabulary[left], vocabulary[right]
+                merges.append((*order, left, right))
+    return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _add_tokens(backend, tokens, kinds, special) -> None:
+    """Make the tokens that are found before a text is cut into words."""
+    from tokenizers import AddedToken
+
+    for i, token in enumerate(tokens):
+        control = kinds[i] in (_CONTROL, _UNKNOWN) or token in special.values()
+        if control or kinds[i] == _USER_DEFINED:
+            added = AddedToken(token, special=control, normalized=False)
+            add = backend.add_special_tokens if control else backend.add_tokens
+            add([added])
+
+
+def _frame(backend, vocabulary, around, special) -> None:
+    """Put the first and the last token around a text, where they are asked for."""
+    from tokenizers import processors
+
+    first = special.get("bos_token") if around["add_bos_token"] else None
+    last = special.get("eos_token") if around["add_eos_token"] else None
+    if first is None and last is None:
+        return
+    single = [one for one in (first, "$A", last) if one is not None]
+    second = [f"{one}:1" for one in (first, "$B", last) if one is not None]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single,
+        pair=single + second,
+        special_tokens=[(one, vocabulary[one]) for one in {first, last} - {None}],
+    )
+
+
+def _around(settings, model) -> dict[str, bool]:
+    """Return whether a first and a last token are added, as llama.cpp takes it."""
+    bos = model == "llama" or RULES.get(settings.get("tokenizer.ggml.pre")) == "llama3"
+    return {
+        "add_bos_token": bool(settings.get("tokenizer.ggml.add_bos_token", bos)),
+        "add_eos_token": bool(settings.get("tokenizer.ggml.add_eos_token", False)),
+    }
+
+
+def _specials(settings, tokens) -> dict[str, str]:
+    """Return the tokens that have a task, under the names of Hugging Face."""
+    found = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        i = settings.get(f"tokenizer.ggml.{name}_token_id")
+        if i is None:
+            continue
+        if not isinstance(i, int) or not 0 <= i < len(tokens):
+            raise ValueError(f"tokenizer.ggml.{name}_token_id is {i!r}, which is none")
+        short = {"unknown": "unk", "padding": "pad"}.get(name, name)
+        found[f"{short}_token"] = tokens[i]
+    return found
+
+
+def _strings(settings, name) -> list[str]:
+    values = settings.get(f"tokenizer.ggml.{name}")
+    if not isinstance(values, list):
+        raise ValueError(f"tokenizer.ggml.{name} is no array of texts")
+    return values
+
+
+def _numbers(settings, name, count, default=None) -> np.ndarray:
+    values = settings.get(f"tokenizer.ggml.{name}")
+    if values is None and default is not None:
+        return np.full(count, default)
+    if not isinstance(values, np.ndarray) or values.size != count:
+        raise ValueError(f"tokenizer.ggml.{name} is no array of {count} numbers")
+    return values

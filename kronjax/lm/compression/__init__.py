@@ -1,0 +1,1 @@
+"""Moments, plans, fits and records: how a model becomes smaller."""

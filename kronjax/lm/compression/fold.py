@@ -1,0 +1,157 @@
+"""Orders of channels that neighbouring layers share cost nothing.
+
+The hidden units of an MLP may be put into any order, and the channels of a value head
+too, if the layer before and the layer after agree. `fold` gives the layers before the
+order in which the Kronecker sum of one of them wants its outputs, and lets the layer
+after take its inputs in the same order. A dense layer after is permuted once; of a
+factored one the gather becomes another, or vanishes if it wanted just this order.
+
+References: the ports, whose `HIDDEN` names what is elementwise between two layers.
+
+>>> layer = nn.linear(np.eye(2), None)
+>>> reorder_outputs(layer, np.array([1, 0])).kernel[...].tolist()
+[[0.0, 1.0], [1.0, 0.0]]
+"""
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from kronjax import nn
+from kronjax.lm.models.base import LanguageModel
+
+
+def fold(model: LanguageModel) -> int:
+    """Remove gathers by ordering what is between layers, wherever that leaves fewer.
+
+    Args:
+        model: Changed in place; computes the same function.
+
+    Returns:
+        The number of gathers that were removed.
+    """
+    layers = nn.linear_layers(model)
+    removed = 0
+    for block in dict.fromkeys(name.split(".")[1] for name in layers if "." in name):
+        prefix = next(n for n in layers if n.split(".")[1:2] == [block]).split(".")[0]
+        for sources, target in model.HIDDEN:
+            names = [f"{prefix}.{block}.{source}" for source in sources]
+            removed += _fold(model, names, f"{prefix}.{block}.{target}")
+        if model.VALUES is not None:
+            source, target = (f"{prefix}.{block}.{name}" for name in model.VALUES)
+            removed += _fold_values(model, source, target)
+    return removed
+
+
+def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
+    """Return a layer whose output `i` is output `order[i]` of the one given.
+
+    Args:
+        layer: Left as it is.
+        order: `[n_out]`, a permutation.
+    """
+    bias = None if layer.bias is None else layer.bias[...][order]
+    if isinstance(layer, nn.MaskedLinear):
+        kernel, mask = layer.kernel[...][:, order], layer.mask[...][:, order]
+        return nn.MaskedLinear(kernel, mask, bias)
+    if isinstance(layer, nnx.Linear):
+        return nn.linear(layer.kernel[...][:, order], bias)
+    if isinstance(layer, nn.InterpolativeLinear):
+        order = np.asarray(layer.outputs[...])[order]
+        made = nn.InterpolativeLinear(layer.columns[...], layer.rest[...], order, bias)
+        made.columns, made.rest = layer.columns, layer.rest  # masked ones, too
+        return made
+    outputs = np.arange(layer.out_features)
+    outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
+    rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
+    columns = np.argsort(outputs[order])
+    return _reordered(layer, bias, rows, columns)
+
+
+def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
+    """Return a layer whose input `i` is input `order[i]` of the one given.
+
+    Args:
+        layer: Left as it is.
+        order: `[n_in]`, a permutation.
+    """
+    bias = None if layer.bias is None else layer.bias[...]
+    if isinstance(layer, nn.MaskedLinear):
+        return nn.MaskedLinear(layer.kernel[...][order], layer.mask[...][order], bias)
+    if isinstance(layer, nnx.Linear):
+        return nn.linear(layer.kernel[...][order], bias)
+    if isinstance(layer, nn.InterpolativeLinear):
+        columns, outputs = layer.columns[...][order], layer.outputs[...]
+        made = nn.InterpolativeLinear(columns, layer.rest[...], outputs, bias)
+        if isinstance(layer.columns, nn.MaskedFactor):
+            value, mask = layer.columns.value[...], layer.columns.mask[...]
+            masked: Any = nn.MaskedFactor(value[order], mask[order])
+            made.columns = masked
+        made.rest = layer.rest
+        return made
+    inputs = np.arange(layer.in_features)
+    inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
+    columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
+    rows = np.argsort(order)[inputs]
+    return _reordered(layer, bias, rows, columns)
+
+
+def _reordered(layer, bias, rows, columns):
+    """Return a Kronecker layer with the same factors and other orders."""
+    scales = None if layer.scales is None else [one[...] for one in layer.scales]
+    made = nn.KroneckerLinear(
+        layer.factors, bias, rows=rows, columns=columns, scales=scales
+    )
+    made.a, made.b = layer.a, layer.b  # masked ones, and those of low rank, too
+    return made
+
+
+def _fold(model, sources, target):
+    """Let the first permuted source say the order of the hidden units."""
+    layers = nn.linear_layers(model)
+    orders = (_columns(layers[name]) for name in sources)
+    order = next((one for one in orders if one is not None), None)
+    if order is None:
+        return 0
+    return _reorder(model, sources, target, order, order)
+
+
+def _fold_values(model, source, target):
+    """Fold an order of values that stays within heads, each of which may serve many."""
+    layers = nn.linear_layers(model)
+    order = _columns(layers[source])
+    groups, d = model.config.cache_shape
+    if order is None or not np.array_equal(order // d, np.arange(groups * d) // d):
+        return 0
+    within = (order % d).reshape(groups, d)
+    heads = layers[target].in_features // d
+    shared = np.repeat(within, heads // groups, axis=0)
+    wide = (np.arange(heads)[:, None] * d + shared).reshape(-1)
+    return _reorder(model, [source], target, order, wide)
+
+
+def _reorder(model, sources, target, order, wide):
+    """Reorder what is between layers if that leaves fewer gathers; return how many."""
+    layers = nn.linear_layers(model)
+    new = {name: reorder_outputs(layers[name], order) for name in sources}
+    new[target] = reorder_inputs(layers[target], wide)
+    removed = sum(_gathers(layers[name]) - _gathers(new[name]) for name in new)
+    if removed <= 0:
+        return 0
+    for name, layer in new.items():
+        nn.replace(model, name, layer)
+    return removed
+
+
+def _gathers(layer):
+    if not isinstance(layer, nn.KroneckerLinear):
+        return 0
+    return (layer.inputs is not None) + (layer.outputs is not None)
+
+
+def _columns(layer):
+    """Return the order of the columns of a permuted layer, or None."""
+    if not isinstance(layer, nn.KroneckerLinear) or layer.outputs is None:
+        return None
+    return np.argsort(np.asarray(layer.outputs[...]))

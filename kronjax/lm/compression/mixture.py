@@ -1,0 +1,111 @@
+"""Sizes of mixtures: low rank beside Kronecker terms of one near-square shape.
+
+A mixture is a pair of ranks `(columns times rows, near-square terms)`; which shapes
+those have follows from that of the kernel.
+
+>>> near_square((12, 12))
+(3, 4)
+>>> mix((12, 12), 0.5, 0.5)
+(2, 1)
+"""
+
+import math
+
+from kronjax.kronecker import Configuration, divisors
+from kronjax.solver.problem import Problem
+
+TIERS = (0.35, 0.65, 1.0)
+"""Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
+compile, and costs in every step as much as the largest mixture that it can fit."""
+
+
+def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the shape of left factors of which a term has the fewest parameters.
+
+    Of several the one whose factors are most alike in rows and in columns. None where
+    all there is is low rank: sizes that are prime.
+    """
+    m, n = shape
+    if m > n:
+        turned = near_square((n, m))
+        return None if turned is None else (turned[1], turned[0])
+    trivial = {(m, 1), (1, n), (m, n), (1, 1)}
+
+    def size(pair):
+        m1, n1 = pair
+        d1, d2 = m1 * n1, m * n // (m1 * n1)
+        uneven = abs(math.log(m1 * m1 / m)) + abs(math.log(n1 * n1 / n))
+        return d1 + d2, uneven, pair
+
+    pairs = {(m1, n1) for m1 in divisors(m) for n1 in divisors(n)}
+    return min(pairs - trivial, key=size, default=None)
+
+
+def mix(shape: tuple[int, int], fraction: float, share: float) -> tuple[int, int]:
+    """Return the ranks of a mixture of a size.
+
+    Args:
+        shape: `(n_in, n_out)`.
+        fraction: Parameters over those of the dense kernel.
+        share: Of the parameters, what goes to low rank.
+
+    Returns:
+        Low rank, and number of near-square terms.
+    """
+    m, n = shape
+    low, *square = _largest(shape, 1.0)
+    budget = fraction * m * n
+    first = min(round(share * budget / (m + n)), low.rank)
+    left = budget - first * (m + n)
+    if not square:
+        return first, 0
+    one = Configuration(square[0].a_shape, 1).num_parameters(shape)
+    return first, max(0, min(int(left / one), square[0].rank))
+
+
+def configurations(
+    shape: tuple[int, int], ranks: tuple[int, int]
+) -> tuple[Configuration, ...]:
+    """Return the configurations of a mixture, without those of rank 0."""
+    pairs = zip(((shape[0], 1), near_square(shape)), ranks, strict=True)
+    return tuple(Configuration(a, rank) for a, rank in pairs if a and rank)
+
+
+def ranks_of(
+    shape: tuple[int, int], wanted: tuple[Configuration, ...]
+) -> tuple[int, int] | None:
+    """Return the ranks if `wanted` is such a mixture, or None."""
+    held = {one.a_shape: one.rank for one in wanted}
+    if len(held) < len(wanted):
+        return None
+    low = held.pop((shape[0], 1), 0)
+    square = near_square(shape)
+    ranks = low, held.pop(square, 0) if square else 0
+    return None if held else ranks
+
+
+def _largest(shape, fraction):
+    """Return low rank and near-square terms, if there are such, each at a size."""
+    m, n = shape
+    budget = fraction * m * n
+    found = []
+    for a_shape in ((m, 1), near_square(shape)):
+        if a_shape is not None:
+            one = Configuration(a_shape, 1)
+            most = max(int(budget / one.num_parameters(shape)), 1)
+            found.append(Configuration(a_shape, min(most, one.max_rank(shape))))
+    return tuple(found)
+
+
+def program(shape: tuple[int, int], ranks: tuple[int, int]) -> Problem:
+    """Return the smallest problem in which a mixture of these ranks fits.
+
+    Args:
+        shape: Wide.
+        ranks: Of low rank, and of near-square terms.
+    """
+    for fraction in TIERS:
+        largest = _largest(shape, fraction)
+        if all(rank <= one.rank for rank, one in zip(ranks, largest, strict=False)):
+            break
+    return Problem.of(shape, largest, 2, starts=1)

@@ -1,0 +1,227 @@
+"""What there is to say about a compressed model, as values that JSON holds.
+
+Beside what compression knows: the errors of every layer in three norms, in float64;
+perplexities before and after, by a named protocol; how well the plan predicted them;
+size on disk; how fast both models are. Reports are made of these records, and of
+nothing else: `kronjax report` needs no model.
+
+>>> NAME
+'report.json'
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kronjax import __version__, nn
+from kronjax.io import atomic
+from kronjax.lm.compression.moments import is_foreign
+from kronjax.lm.compression.pipeline import Result, precise
+from kronjax.lm.evaluation import latency, perplexity, spectra
+from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.sizes import Sizes
+from kronjax.lm.text.documents import Text
+
+NAME = "report.json"
+"""The file beside the weights."""
+
+FORMAT = 1
+"""Version of the record; a reader refuses later ones."""
+
+_TINY = 1e-300
+
+EXPONENTS = (2, 4, 6, 10, 18, 34, 66, 130, 258)
+"""Of the Schatten norms in which errors are shown."""
+
+
+def of(
+    result: Result,
+    model: LanguageModel,
+    *,
+    source: str,
+    text: Text | None = None,
+    protocol: str = "krony-pt",
+    timed: bool = True,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Return the record of a compression.
+
+    Args:
+        result: What came of it.
+        model: What was compressed.
+        source: Where it came from.
+        text: To measure perplexities on, or None for none.
+        protocol: Of the perplexities.
+        timed: Whether to measure speeds, which takes some seconds.
+        progress: Whether to draw bars.
+    """
+    moments, plan = result.moments, result.plan
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "kronjax": __version__,
+        "jax": jax.__version__,
+        "source": source,
+        "recipe": result.model.recipe,
+        "budget": None if plan is None else str(plan.budget),
+        "weighting": None if plan is None else plan.weighting,
+        "calibration": moments
+        and {
+            "tokens": moments.tokens,
+            "tokens_sha256": moments.tokens_sha256,
+            "gradients": bool(moments.outputs),
+            "perplexity": moments.nll and math.exp(min(moments.nll, 700)),
+            "is_foreign": is_foreign(model, moments),
+        },
+        "before": _size(result.before),
+        "after": _size(result.after),
+        "layers": _layers(result, model),
+        "probes": [] if plan is None else [list(one) for one in plan.ratios],
+        "predicted_nats": _predicted(result),
+        "analysis": spectra.compare(model, result.model).plain(),
+        "blocks": result.blocks
+        and [one and dataclasses.asdict(one) for one in result.blocks],
+        "perplexity": None,
+        "latency": None,
+        "seconds": dict(result.seconds),
+    }
+    if text is not None:
+        pair = [
+            perplexity.perplexity(precise(one), text, protocol, progress=progress)
+            for one in (model, result.model)
+        ]
+        dense, ours = map(perplexity.summary, pair)
+        record["perplexity"] = {"dense": dense, "compressed": ours}
+        record["measured_nats"] = pair[1].nll - pair[0].nll
+    if timed:
+        context = min(128, model.config.context // 2)
+        found = latency.measure_latency(
+            result.model, context=context, new_tokens=8, repeats=3, progress=progress
+        )
+        record["latency"] = latency.summary(found)
+    return record
+
+
+def write(record: dict[str, Any], folder: Path) -> Path:
+    """Write a record into the folder of a model; return its path."""
+    path = folder / NAME
+    text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    atomic.write(path, text.encode() + b"\n")
+    return path
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Return the record in a folder.
+
+    Raises:
+        ValueError: If it is damaged or of a later version.
+        OSError: If there is none; says what writes one.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {NAME}: kronjax compress writes one beside the weights"
+        )
+    try:
+        record = json.loads(path.read_bytes())
+        version = record["format"]
+        if version == FORMAT:
+            _ = [record[key] for key in ("source", "before", "after", "layers")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if version != FORMAT:
+        raise ValueError(f"{path} is of format {version}: update kronjax")
+    return record
+
+
+def _size(counted: Sizes) -> dict[str, Any]:
+    linear = [one for one in counted.layers if one.name != "lm_head"]
+    return {
+        "parameters": counted.parameters,
+        "linear_parameters": sum(one.parameters for one in linear),
+        "bytes": counted.bytes,
+        "flops": counted.flops,
+    }
+
+
+def _predicted(result):
+    if result.plan is None or result.plan.weighting != "input+gradient":
+        return None
+    return sum(one.damage for one in result.layers)
+
+
+def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
+    """Return what each layer is, the dense ones included."""
+    after: dict[str, Any] = _all_layers(result.model)
+    done = {one.name: one for one in result.layers}
+    choices = {one.name: one for one in result.plan.choices} if result.plan else {}
+    counted = result.after
+    sizes = {one.name: one for one in (*counted.tables, *counted.layers)}
+    rows = []
+    for name, layer in _all_layers(model).items():
+        if name not in done and isinstance(layer, nnx.Embed):
+            continue
+        size = sizes[name]
+        row: dict[str, Any] = {
+            "name": name,
+            "shape": list(size.shape),
+            "kind": size.kind,
+            "parameters": size.parameters,
+            "fraction": size.parameters / max(nn.cost(layer).parameters, 1),
+            "flops": size.flops,
+        }
+        if name in done:
+            one = done[name]
+            kernel = np.asarray(_kernel(layer), np.float64)
+            left = kernel - np.asarray(after[name].materialize(), np.float64)
+            error, whole = (np.linalg.svd(x, compute_uv=False) for x in (left, kernel))
+            schatten = [
+                _norm(error, p) / max(_norm(whole, p), _TINY) for p in EXPONENTS
+            ]
+            row |= {
+                **{
+                    k: v
+                    for k, v in dataclasses.asdict(one).items()
+                    if k not in ("name", "configurations", "kind", "parameters")
+                },
+                "spectral": float(error[0]),
+                "relative_spectral": float(error[0] / max(whole[0], _TINY)),
+                "relative_frobenius": schatten[EXPONENTS.index(2)],
+                "schatten": schatten,
+            }
+        elif name in choices:
+            row["reason"] = choices[name].reason
+        rows.append(row)
+    return rows
+
+
+def _all_layers(model) -> dict[str, Any]:
+    return {**nn.tables(model), **nn.linear_layers(model)}
+
+
+def _kernel(layer):
+    if isinstance(layer, nnx.Embed):
+        return layer.embedding[...]
+    return nn.dense(layer).kernel[...]
+
+
+def _norm(values: np.ndarray, p: float) -> float:
+    """Return the Schatten norm of singular values, at any scale."""
+    top = max(float(values[0]), _TINY)
+    return top * float(np.sum((values / top) ** p)) ** (1 / p)
+
+
+def _plain(value):
+    """Return values that JSON holds: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (np.floating, float)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,1 @@
+"""Perplexity protocols, latency, spectra, and the evaluation harness."""

@@ -1,0 +1,213 @@
+"""Text from a model: greedy or sampled, one token at a time, with a key-value cache.
+
+Prompts of a batch are padded on the left to a common length; two programs are compiled,
+one for the prompts and one for every token after them. A token is drawn from
+
+    softmax(logits / temperature),  cut to the `top_k` likeliest and to the likeliest
+                                    that together reach probability `top_p`
+
+and is the likeliest one at temperature 0.
+
+References: Holtzman et al. (2020) for top_p.
+
+>>> bucket(5), bucket(33)
+(32, 64)
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kronjax.lm.models.base import LanguageModel, check_vocabulary, tokenizer_of
+from kronjax.lm.text.tokenizer import Tokenizer
+
+STEP = 32
+"""Lengths are rounded up to a multiple of this, so that few programs are compiled."""
+
+
+@overload
+def generate(model: LanguageModel, prompt: str, **options) -> str: ...
+@overload
+def generate(model: LanguageModel, prompt: Sequence[str], **options) -> list[str]: ...
+def generate(model, prompt, **options):
+    """Continue a prompt, or several in one batch.
+
+    Args:
+        model: With a tokenizer.
+        prompt: A text, or several.
+        **options: Those of `generate_tokens`.
+
+    Returns:
+        What follows the prompt, or each prompt, without it.
+
+    Raises:
+        ValueError: If the model has no tokenizer, or does not fit it; or as
+            `generate_tokens`.
+    """
+    tokenizer = tokenizer_of(model)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    rows = [tokenizer.encode(text) for text in prompts]
+    options.setdefault("stop", tokenizer.stops)
+    made = generate_tokens(model, rows, **options)
+    texts = [continuation(tokenizer, *pair) for pair in zip(rows, made, strict=True)]
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def generate_tokens(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int = 50,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] = (),
+    on_token: Callable[[list[int]], bool | None] | None = None,
+) -> list[list[int]]:
+    """Continue prompts of tokens.
+
+    Args:
+        model: Any language model.
+        prompts: `b` rows of tokens, none of them empty.
+        max_new_tokens: How many tokens to add at most.
+        temperature: 0 for the likeliest token every time.
+        top_k: How many tokens to draw from; None for all.
+        top_p: Probability that the tokens to draw from have together.
+        seed: Of the draws.
+        stop: Tokens that end a row; they are not returned.
+        on_token: Called after every step with the new token of each row; where it
+            returns True, that was the last step.
+
+    Returns:
+        The new tokens of every row.
+
+    Raises:
+        ValueError: If a prompt is empty, a token or a setting is out of range, or the
+            context is too short for the longest prompt and what it shall become.
+    """
+    longest = _checked(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    width = min(bucket(longest), model.config.context - max_new_tokens)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    graph, state = nnx.split(model)
+    start, step = _programs(graph, temperature > 0)
+    k = (
+        model.config.vocab_size
+        if top_k is None
+        else min(top_k, model.config.vocab_size)
+    )
+    draw = (jnp.float32(temperature or 1.0), jnp.int32(k), jnp.float32(top_p))
+    keys = jax.random.split(jax.random.key(seed % 2**32), max_new_tokens)
+    slots = width + bucket(max_new_tokens)
+    new, cache = start(state, tokens, mask, slots, keys[0], draw)
+    rows: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(rows)
+    for i in range(max_new_tokens):
+        if i:
+            new, cache = step(state, new, cache, keys[i], draw)
+        drawn = np.asarray(new)[:, 0].tolist()
+        if min(drawn) < 0:
+            raise ValueError(
+                "the model gives NaN: its weights are damaged, or too large for their "
+                "dtype; try float32"
+            )
+        for row, token in enumerate(drawn):
+            done[row] = done[row] or token in stop
+            if not done[row]:
+                rows[row].append(token)
+        enough = on_token is not None and on_token(drawn)
+        if enough or all(done):
+            break
+    return rows
+
+
+def continuation(
+    tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray, new: Sequence[int]
+) -> str:
+    """Return the text of new tokens, with the space that may stand before them.
+
+    Tokenizers made by SentencePiece leave a space at the beginning out; so the prompt
+    is decoded, too.
+    """
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *new])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(new)
+
+
+def bucket(length: int) -> int:
+    """Return `length` rounded up to a multiple of `STEP`."""
+    return -(-length // STEP) * STEP
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(graph, sampled):
+    """Return the compiled first call and the compiled step, for one architecture."""
+
+    def draw_from(logits, key, draw):
+        logits = logits.astype(jnp.float32)
+        new = _sample(logits, key, *draw) if sampled else jnp.argmax(logits, axis=-1)
+        new = jnp.where(jnp.isnan(logits).any(axis=-1), -1, new)
+        return new.astype(jnp.int32)[:, None]
+
+    def start(state, tokens, mask, slots, key, draw):
+        model = nnx.merge(graph, state)
+        logits, cache = model.prefill(tokens, slots, mask=mask)
+        return draw_from(logits, key, draw), cache
+
+    def step(state, tokens, cache, key, draw):
+        logits, cache = nnx.merge(graph, state).step(tokens, cache)
+        return draw_from(logits, key, draw), cache
+
+    return jax.jit(start, static_argnums=3), jax.jit(step, donate_argnums=2)
+
+
+def _sample(logits, key, temperature, top_k, top_p):
+    """Draw one token of each row of `logits`, `[b, vocab]`."""
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
+    ranks = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    ranked = jnp.where(ranks < top_k, ranked, -jnp.inf)
+    probabilities = jax.nn.softmax(ranked, axis=-1)
+    # The likeliest token stays whatever top_p is.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    ranked = jnp.where((before < top_p) | (ranks == 0), ranked, -jnp.inf)
+    drawn = jax.random.categorical(key, ranked, axis=-1)
+    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+
+
+def _checked(model, prompts, max_new_tokens, temperature, top_k, top_p):
+    """Return the length of the longest prompt, once everything is in range."""
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt without tokens cannot be continued")
+    settings = (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < np.inf, "0 or positive"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
+        ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
+    )
+    for name, value, good, wanted in settings:
+        if not good:
+            raise ValueError(f"{name} is {value}; it must be {wanted}")
+    for prompt in prompts:
+        check_vocabulary(model, np.asarray(prompt), model.tokenizer)
+    longest, context = max(len(prompt) for prompt in prompts), model.config.context
+    if longest >= context:
+        raise ValueError(
+            f"a prompt of {longest} tokens leaves none of the {context} positions of "
+            "the model; shorten it"
+        )
+    if longest + max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than "
+            f"the {context} positions of the model; take fewer new tokens"
+        )
+    return longest

@@ -1,0 +1,1 @@
+"""Text in: documents, tokenizers and blocks of tokens."""

@@ -1,0 +1,1 @@
+"""Training of any model, with distillation, pruning and falling ranks."""

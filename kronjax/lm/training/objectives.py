@@ -1,0 +1,294 @@
+"""What training makes small: next-token loss, and distances to a teacher.
+
+    w_n CE + w_l T² KL(teacher_T ‖ student_T) + w_h Σ_j ‖h_j − h'_j‖² / ‖h'_j‖²
+           + w_a Σ_j KL(attention'_j ‖ attention_j)
+
+All terms are means over tokens. Logits of both are softened by the temperature `T`.
+Hidden states are those after the embedding and after every block of a map from blocks
+of the student to blocks of the teacher; attention is compared head by head in the same
+blocks. The teacher is evaluated once, and no gradient reaches it.
+
+References: Hinton, Vinyals and Dean (2015); for matching states and attention
+KroneckerBERT (Tahaei et al., 2021) and KnGPT2 (Edalati et al., 2021).
+
+>>> uniform_map(2, 6)
+((0, 2), (1, 5))
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kronjax.lm.models import attention
+from kronjax.lm.models.base import LanguageModel
+
+_LOGITS = 2**26
+"""Logits at one time, where memory is to be saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How much each term counts; those but the first need a teacher.
+
+    Attributes:
+        next_token: Cross entropy with the text.
+        logits: Divergence from what the teacher predicts.
+        hidden: Relative squared error of hidden states.
+        attention: Divergence from the attention of the teacher.
+        temperature: By which logits are divided before they are compared.
+        layers: Pairs of a block of the student and one of the teacher, counted from
+            0; None spreads the blocks of the student evenly.
+    """
+
+    next_token: float = 1.0
+    logits: float = 1.0
+    hidden: float = 0.0
+    attention: float = 0.0
+    temperature: float = 1.0
+    layers: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse weights that mean nothing."""
+        terms = (self.next_token, self.logits, self.hidden, self.attention)
+        if not all(math.isfinite(x) and x >= 0 for x in terms) or not any(terms):
+            raise ValueError(
+                f"weights of losses are {terms}; they must be at least 0, one above"
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature {self.temperature}; it must be positive")
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether anything but logits is compared."""
+        return self.hidden > 0 or self.attention > 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """What one pass through a model leaves.
+
+    Attributes:
+        last: `[b, t, width]`, the states before the head.
+        states: `[b, t, width]` after the embedding and after each block.
+        heads: Queries and keys of each block.
+    """
+
+    last: jax.Array
+    states: list[jax.Array]
+    heads: list[tuple[jax.Array, jax.Array]]
+
+
+def uniform_map(student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    """Return for each block of the student the one of the teacher that ends with it.
+
+    Args:
+        student: Its number of blocks.
+        teacher: Likewise.
+    """
+    return tuple((i, max((i + 1) * teacher // student, 1) - 1) for i in range(student))
+
+
+def check(student: LanguageModel, teacher: LanguageModel, weights: Weights) -> None:
+    """Refuse a teacher that cannot be followed.
+
+    Raises:
+        ValueError: If vocabularies, or what is to be compared inside, differ.
+    """
+    ours, theirs = student.config, teacher.config
+    if ours.vocab_size != theirs.vocab_size:
+        raise ValueError(
+            f"the teacher has a vocabulary of {theirs.vocab_size} tokens, the student "
+            f"one of {ours.vocab_size}: give a teacher with the student's tokenizer"
+        )
+    if not weights.looks_inside:
+        return
+    for i, j in weights.layers or uniform_map(ours.num_layers, theirs.num_layers):
+        if not (0 <= i < ours.num_layers and 0 <= j < theirs.num_layers):
+            raise ValueError(
+                f"block {i} of the student is to follow block {j} of the teacher; they "
+                f"have {ours.num_layers} and {theirs.num_layers} blocks"
+            )
+
+
+def walk(
+    model: LanguageModel,
+    tokens: jax.Array,
+    *,
+    remat: bool = False,
+    inside: bool = False,
+) -> Pass:
+    """Take tokens through a model, up to its head.
+
+    Args:
+        model: Any port.
+        tokens: `[b, t]`.
+        remat: Whether to keep of each block its input alone, and compute the rest a
+            second time for the gradient.
+        inside: Whether to keep states and attention.
+    """
+    places = attention.locate(tokens.shape)
+    x = model.embed(tokens, places)
+    states, heads = [x] if inside else [], []
+    for block in model.blocks:
+        graph, state = nnx.split(block)
+
+        def apply(state, x, graph=graph):
+            with attention.recording() as seen:
+                y, _ = model.apply_block(nnx.merge(graph, state), x, places)
+            return y, seen[0] if inside else None
+
+        x, seen = (jax.checkpoint(apply) if remat else apply)(state, x)
+        if inside:
+            states.append(x)
+            heads.append(seen)
+    return Pass(model.finish(x), states, heads)
+
+
+def objective(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    windows: jax.Array,
+    weights: Weights,
+    *,
+    remat: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return what is made small, and its terms before they are weighted.
+
+    Args:
+        student: Any port.
+        teacher: Of the same vocabulary, or None for the next-token loss alone.
+        windows: `[b, t + 1]`, tokens.
+        weights: Of the terms.
+        remat: Whether to save memory by computing blocks and logits twice.
+
+    Returns:
+        The sum, float32, and `next_token`, `logits`, `hidden` and `attention`, those
+        that count.
+    """
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+    inside = teacher is not None and weights.looks_inside
+    ours = walk(student, tokens, remat=remat, inside=inside)
+    if teacher is None:
+        nll = _mean(
+            lambda x, y: _nll(student.head(x), y)[None],
+            student,
+            remat,
+            ours.last,
+            targets,
+        )
+        return nll[0], {"next_token": nll[0]}
+    theirs = jax.lax.stop_gradient(walk(teacher, tokens, inside=inside))
+
+    def compare(x, z, y):
+        logits, wanted = student.head(x), jax.lax.stop_gradient(teacher.head(z))
+        softened = _divergence(logits, wanted, weights.temperature)
+        return jnp.stack([_nll(logits, y), softened])
+
+    both = _mean(compare, student, remat, ours.last, theirs.last, targets)
+    terms = {"next_token": both[0], "logits": both[1]}
+    if inside:
+        counts = student.config.num_layers, teacher.config.num_layers
+        pairs = weights.layers or uniform_map(*counts)
+        if weights.hidden:
+            terms["hidden"] = _hidden(ours, theirs, pairs)
+        if weights.attention:
+            terms["attention"] = _attention(ours, theirs, pairs)
+    total = sum(getattr(weights, name) * value for name, value in terms.items())
+    return jnp.asarray(total), terms
+
+
+def _mean(
+    function: Callable[..., jax.Array],
+    student: LanguageModel,
+    remat: bool,
+    *arrays: jax.Array,
+) -> jax.Array:
+    """Return the mean over tokens of what a function returns for them, `[k]`.
+
+    Args:
+        function: Of arrays `[n, ...]`, to `[k, n]`.
+        student: Whose vocabulary decides how many tokens are taken at a time.
+        remat: Whether logits are computed for some tokens at a time, twice.
+        *arrays: `[b, t, ...]`.
+    """
+    flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
+    total = len(flat[0])
+    chunk = min(max(_LOGITS // student.config.vocab_size, 1), total)
+    if not remat or chunk == total:
+        return jnp.mean(function(*flat), axis=1)
+    count = -(-total // chunk)
+    padded = [
+        jnp.pad(x, ((0, count * chunk - total), *[(0, 0)] * (x.ndim - 1))).reshape(
+            count, chunk, *x.shape[1:]
+        )
+        for x in flat
+    ]
+    counts = jnp.arange(count * chunk).reshape(count, chunk) < total
+
+    @jax.checkpoint
+    def part(xs):
+        *given, is_token = xs
+        return jnp.sum(jnp.where(is_token, function(*given), 0.0), axis=1)
+
+    return jnp.sum(jax.lax.map(part, (*padded, counts)), axis=0) / total
+
+
+def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the loss of each target: `[n, v]`, `[n]` to float32 `[n]`."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=1) - chosen
+
+
+def _divergence(logits: jax.Array, wanted: jax.Array, temperature: float) -> jax.Array:
+    """Return T² KL between softened predictions: `[n, v]` twice, to `[n]`."""
+    ours, theirs = (
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis=1)
+        for x in (logits, wanted)
+    )
+    return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=1)
+
+
+def _hidden(ours: Pass, theirs: Pass, pairs: tuple[tuple[int, int], ...]) -> jax.Array:
+    """Return the mean relative squared error of states, the embedding included."""
+    errors = []
+    for i, j in ((-1, -1), *pairs):
+        x, y = (
+            z.astype(jnp.float32) for z in (ours.states[i + 1], theirs.states[j + 1])
+        )
+        if x.shape != y.shape:
+            raise ValueError(
+                f"hidden states have {x.shape[-1]} channels in the student, "
+                f"{y.shape[-1]} in the teacher: set the weight of hidden states to 0"
+            )
+        size = jnp.maximum(jnp.mean(y**2), jnp.finfo(jnp.float32).tiny)
+        errors.append(jnp.mean((x - y) ** 2) / size)
+    return jnp.mean(jnp.stack(errors))
+
+
+def _attention(
+    ours: Pass, theirs: Pass, pairs: tuple[tuple[int, int], ...]
+) -> jax.Array:
+    """Return the mean divergence of attention over blocks, heads and queries."""
+    errors = []
+    for i, j in pairs:
+        x, y = (
+            attention.log_probabilities(*one)
+            for one in (ours.heads[i], theirs.heads[j])
+        )
+        if x.shape != y.shape:
+            raise ValueError(
+                f"attention has {x.shape[1]} heads in the student, {y.shape[1]} in the "
+                "teacher: set the weight of attention to 0"
+            )
+        # Where a key comes after the query, 0 times a difference of large numbers.
+        seen = jnp.exp(y) > 0
+        errors.append(
+            jnp.mean(jnp.sum(jnp.where(seen, jnp.exp(y) * (y - x), 0.0), axis=-1))
+        )
+    return jnp.mean(jnp.stack(errors))

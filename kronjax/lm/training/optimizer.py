@@ -1,0 +1,97 @@
+"""AdamW with warm-up and a cosine, and which parameters it moves.
+
+Weights decay in matrices and factors alone: not in biases, norms, or the scales of
+terms, all of which are vectors.
+
+References: Loshchilov and Hutter (2017, 2019).
+
+>>> rate = schedule(Optimizer(rate=1.0, warmup=2, final=0.1), steps=10)
+>>> [round(float(rate(step)), 3) for step in (0, 1, 2, 10)]
+[0.5, 1.0, 1.0, 0.1]
+"""
+
+import dataclasses
+import math
+
+import jax
+import optax
+
+from kronjax.lm.training.parameters import Arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """How parameters are moved.
+
+    Attributes:
+        rate: The largest learning rate.
+        warmup: Steps in which it rises from near zero; None for a tenth of all, at
+            most 200.
+        final: What part of it the cosine ends at.
+        decay: Of weights, times the rate, in every step.
+        clip: The largest norm of the gradient; None does not clip.
+        b1: Of the first moment.
+        b2: Of the second.
+    """
+
+    rate: float = 3e-4
+    warmup: int | None = None
+    final: float = 0.1
+    decay: float = 0.1
+    clip: float | None = 1.0
+    b1: float = 0.9
+    b2: float = 0.98
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name in ("rate", "final", "decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be at least 0")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; it must be positive, or None")
+        if self.warmup is not None and self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
+
+
+def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the steps that were made.
+
+    Raises:
+        ValueError: If the warm-up does not fit into the run.
+    """
+    if settings.warmup is None:
+        warmup = min(steps // 10, 200)
+    elif settings.warmup >= steps:
+        raise ValueError(
+            f"the warm-up of {settings.warmup} steps does not fit into a run of "
+            f"{steps}: give more steps, or a shorter warm-up"
+        )
+    else:
+        warmup = settings.warmup
+    top, bottom = settings.rate, settings.rate * settings.final
+    cosine = optax.cosine_decay_schedule(top, max(steps - warmup, 1), settings.final)
+    if not warmup:
+        return cosine if bottom < top else optax.constant_schedule(top)
+    # The first step is no step with a rate of 0.
+    rise = optax.linear_schedule(top / warmup, top, max(warmup - 1, 1))
+    return optax.join_schedules([rise, cosine], [warmup])
+
+
+def transformation(settings: Optimizer, steps: int) -> optax.GradientTransformation:
+    """Return what turns gradients, by name, into changes of parameters."""
+    adamw = optax.adamw(
+        schedule(settings, steps),
+        b1=settings.b1,
+        b2=settings.b2,
+        weight_decay=settings.decay,
+        mask=decays,
+    )
+    if settings.clip is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
+
+
+def decays(parameters: Arrays) -> dict[str, bool]:
+    """Say for each parameter whether its weights decay."""
+    return jax.tree.map(lambda x: x.ndim > 1, parameters)

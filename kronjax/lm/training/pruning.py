@@ -1,0 +1,335 @@
+"""Pruning: gradually, with masks that are data, and then locked.
+
+`begin` gives layers masks that keep all; `prune` prunes at once; `Gradual` is called
+between the steps of training and prunes along a cubic schedule, after which masks stay
+as they are and what is kept is trained on. Masks live in the model, so they are saved,
+loaded and exported with it, and changing them compiles nothing. What is masked is set
+to zero and stays masked.
+
+Of Kronecker and interpolative layers the factors are pruned. All entries are compared
+by `scores`: by magnitude, and with moments by what inputs make of it.
+
+References: Han et al. (2015); Zhu and Gupta (2017); Zafrir et al. (2021), for pruning
+with distillation before locking; Sun et al. (2024).
+
+>>> Pruning(0.5).kept(100)
+50
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kronjax import nn
+from kronjax import recipe as recipes
+from kronjax.lm.compression.moments import Moments
+from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.training import masks, saliency
+
+Scope = Literal["layer", "global", "output"]
+
+UPDATES = 50
+"""Times that a gradual schedule changes masks, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruning:
+    """What is pruned, and when.
+
+    Attributes:
+        sparsity: Part of the entries that goes, from 0 to below 1. With a pattern it
+            follows from it, and is left out.
+        scope: What competes: the entries of a `layer`, of all layers (`global`), or of
+            the weights of each `output`, as Wanda has it.
+        pattern: `(n, m)` keeps n of every m consecutive inputs of each output.
+        match: Names of layers, as in recipes; the head is left out.
+        begin: The step from which on sparsity rises.
+        steps: In which it rises; None for six tenths of the run.
+        every: Steps between changes of masks; None for as many as make `UPDATES`.
+    """
+
+    sparsity: float | None = None
+    scope: Scope = "layer"
+    pattern: tuple[int, int] | None = None
+    match: str | Sequence[str] = "*"
+    begin: int = 0
+    steps: int | None = None
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.pattern is not None:
+            n, m = self.pattern
+            if not 0 < n < m:
+                raise ValueError(
+                    f"pattern {n}:{m} keeps {n} of every {m}; write 2:4, for example"
+                )
+            if self.sparsity is not None or self.scope != "layer":
+                raise ValueError(
+                    f"the pattern {n}:{m} says what is kept: leave out the sparsity "
+                    "and the scope"
+                )
+        elif self.sparsity is None or not 0 <= self.sparsity < 1:
+            raise ValueError(
+                f"sparsity is {self.sparsity}; it must be at least 0 and below 1, and "
+                "0.5 prunes half"
+            )
+        if self.scope not in ("layer", "global", "output"):
+            raise ValueError(f"scope {self.scope!r}; write layer, global or output")
+        for name, least in (("begin", 0), ("steps", 0), ("every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+
+    @property
+    def final(self) -> float:
+        """The sparsity at the end."""
+        if self.pattern is not None:
+            return 1 - self.pattern[0] / self.pattern[1]
+        assert self.sparsity is not None
+        return self.sparsity
+
+    def kept(self, entries: int, sparsity: float | None = None) -> int:
+        """Return how many of some entries are kept, at least one."""
+        sparsity = self.final if sparsity is None else sparsity
+        return max(round((1 - sparsity) * entries), 1)
+
+
+def begin(model: LanguageModel, pruning: Pruning) -> list[str]:
+    """Give the layers that will be pruned masks that keep all.
+
+    Args:
+        model: Changed in place. What has masks keeps them.
+        pruning: Says which layers.
+
+    Returns:
+        Their names.
+
+    Raises:
+        ValueError: If there are none, or one cannot be pruned so; names it.
+    """
+    layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+    names = recipes.matching(pruning.match, layers)
+    for name in names:
+        try:
+            shapes = jax.eval_shape(lambda layer=layers[name]: saliency.of(layer))
+            _check(shapes, pruning)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        layer = layers[name]
+        if isinstance(layer, nnx.Linear):
+            kernel = layer.kernel[...]
+            bias = None if layer.bias is None else layer.bias[...]
+            masked = nn.MaskedLinear(kernel, jnp.ones(kernel.shape, bool), bias)
+            nn.replace(model, name, masked)
+        elif not isinstance(layer, nn.MaskedLinear):
+            for place in shapes:
+                part = _part(layer, place)
+                if not isinstance(part, nn.MaskedFactor):
+                    value = part[...]
+                    kept = jnp.ones(value.shape, bool)
+                    _put(layer, place, nn.MaskedFactor(value, kept))
+    return names
+
+
+def prune(
+    model: LanguageModel,
+    pruning: Pruning,
+    moments: Moments | None = None,
+    *,
+    sparsity: float | None = None,
+) -> None:
+    """Prune a model at once.
+
+    Args:
+        model: Changed in place.
+        pruning: What goes.
+        moments: To weigh entries by what their inputs are.
+        sparsity: In the place of the final one.
+
+    Raises:
+        ValueError: As `begin`, and if the moments are those of other layers.
+    """
+    names = begin(model, pruning)
+    layers = nn.linear_layers(model)
+    seen = None
+    if moments is not None:
+        if not set(names) <= set(moments.sources):
+            raise ValueError("the moments are those of another model")
+        seen = {name: moments.input(name) for name in names}
+    sparsity = pruning.final if sparsity is None else sparsity
+    found = _masks({name: layers[name] for name in names}, pruning, seen, sparsity)
+    for name, parts in found.items():
+        for place, mask in parts.items():
+            part = _part(layers[name], place)
+            held = part if place == "kernel" else part.value
+            where: Any = layers[name] if place == "kernel" else part
+            value, kept = held[...], mask & where.mask[...]
+            _assign(held, jnp.where(kept, value, jnp.zeros((), value.dtype)))
+            _assign(where.mask, kept)
+
+
+class Gradual:
+    """Prunes between the steps of training, and then lets masks be.
+
+    What it does depends on the number of the step alone and on the model, so that a run
+    that is resumed goes on as it would have.
+
+    Args:
+        pruning: What goes, and when.
+        steps: Of the run.
+        moments: As for `prune`.
+
+    Raises:
+        ValueError: If the schedule is longer than the run.
+    """
+
+    def __init__(
+        self, pruning: Pruning, steps: int, moments: Moments | None = None
+    ) -> None:
+        """Plan the changes of masks."""
+        rising = round(0.6 * (steps - pruning.begin))
+        rising = max(rising, 0) if pruning.steps is None else pruning.steps
+        if pruning.begin + rising > steps:
+            raise ValueError(
+                f"pruning ends at step {pruning.begin + rising}, the run has {steps} "
+                "steps: give more steps, or a shorter schedule"
+            )
+        every = pruning.every or max(-(-rising // UPDATES), 1)
+        last = pruning.begin + rising
+        when = sorted({*range(pruning.begin, last, every), last})
+        self.pruning, self.steps, self.moments = pruning, steps, moments
+        self.schedule = {
+            step: masks.sparsity_at(step, pruning.begin, rising, pruning.final)
+            for step in when
+        }
+
+    def __repr__(self) -> str:
+        """Say all that decides what it does."""
+        seen = self.moments and self.moments.tokens_sha256
+        return f"Gradual({self.pruning}, steps={self.steps}, moments={seen})"
+
+    def due(self, step: int) -> bool:
+        """Say whether masks change after so many steps."""
+        return self.schedule.get(step, 0) > 0
+
+    def __call__(self, step: int, model: LanguageModel) -> None:
+        """Change the masks of a model, if it is time to.
+
+        Args:
+            step: The number of steps that were made.
+            model: Changed in place; `begin` has given it masks.
+        """
+        if self.due(step):
+            sparsity = self.schedule[step]
+            prune(model, self.pruning, self.moments, sparsity=sparsity)
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing: masks are kept with the model."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up nothing."""
+
+
+def sparsity(model: LanguageModel) -> float:
+    """Return which part of the numbers of linear layers is masked, the head left out.
+
+    Biases are counted, which are never masked.
+    """
+    costs = [nn.cost(v) for k, v in nn.linear_layers(model).items() if k != "lm_head"]
+    return 1 - sum(x.parameters for x in costs) / max(sum(x.held for x in costs), 1)
+
+
+def _check(shapes: Mapping[Any, Any], pruning: Pruning) -> None:
+    """Refuse parts of a layer that a pattern or a scope does not fit."""
+    if pruning.scope == "output" and "kernel" not in shapes:
+        raise ValueError("its factors belong to all outputs: take another scope")
+    if pruning.pattern is not None:
+        n, m = pruning.pattern
+        for shape in (x.shape for x in shapes.values()):
+            if shape[-2] % m:
+                raise ValueError(f"{shape[-2]} inputs cannot be grouped for {n}:{m}")
+
+
+def _part(layer: Any, place: Any) -> Any:
+    """Return a part of a layer: of `saliency.of`, its place."""
+    if isinstance(place, tuple):
+        return getattr(layer, place[0])[place[1]]
+    return getattr(layer, place)
+
+
+def _put(layer: Any, place: Any, part: Any) -> None:
+    if isinstance(place, tuple):
+        getattr(layer, place[0])[place[1]] = part
+    else:
+        setattr(layer, place, part)
+
+
+def _assign(variable: Any, value: jax.Array) -> None:
+    """Give a variable another value, where the old one was."""
+    variable[...] = jax.device_put(value, variable[...].sharding)
+
+
+def _masks(layers, pruning, moments, sparsity):
+    """Return the masks of all parts of some layers, by name and place."""
+    graph, state = nnx.split(dict(layers))
+    program = _program(graph, pruning.scope, pruning.pattern)
+    if pruning.pattern is not None:
+        n, m = pruning.pattern
+        # On the way there groups keep more, as many as the schedule lets them.
+        return program(state, moments, max(n, -int(-m * (1 - sparsity) // 1)))
+    entries = {
+        name: sum(x.size for x in jax.tree.leaves(jax.eval_shape(saliency.of, layer)))
+        for name, layer in layers.items()
+    }
+    if pruning.scope == "global":
+        kept = pruning.kept(sum(entries.values()), sparsity)
+        # What is too large for an int32 is refused where it is counted.
+        return program(state, moments, min(kept, np.iinfo(np.int32).max))
+    if pruning.scope == "output":
+        entries = {name: layers[name].in_features for name in layers}
+    counts = {name: pruning.kept(x, sparsity) for name, x in entries.items()}
+    return program(state, moments, counts)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(graph, scope, pattern):
+    """Return the compiled masks: of a state, moments, and how many are kept."""
+
+    def run(state, moments, kept):
+        layers = nnx.merge(graph, state)
+        found = {
+            name: saliency.of(layer, None if moments is None else moments[name])
+            for name, layer in layers.items()
+        }
+        if pattern is not None:
+            return jax.tree.map(
+                lambda x: masks.keep_pattern(x, kept, pattern[1]), found
+            )
+        if scope == "global":
+            return _largest(found, kept)
+        if scope == "output":
+
+            def each(column, count):
+                return masks.keep_largest([column], count)[0]
+
+            columns = jax.vmap(each, in_axes=(1, None), out_axes=1)
+            return {
+                name: {place: columns(x, kept[name]) for place, x in parts.items()}
+                for name, parts in found.items()
+            }
+        return {name: _largest(parts, kept[name]) for name, parts in found.items()}
+
+    return jax.jit(run)
+
+
+def _largest(tree, count):
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(masks.keep_largest(leaves, count))

@@ -1,0 +1,1 @@
+"""Bounds from below, and Newton's method to a strict local minimum."""

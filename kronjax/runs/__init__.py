@@ -1,0 +1,1 @@
+"""Many matrices solved in one resumable run, on all devices and hosts."""

@@ -1,0 +1,384 @@
+"""Many continuations side by side, each matrix at its own stage, in slices of work.
+
+Every device has slots, each with the path of one matrix, and lanes that compute. One
+call gives every device some slots that are at the same stage, so that all lanes spend
+the same products on a trial, and so many trial points: a *slice*. Whoever ends a stage
+turns to the next one together with others, whoever ends the last one is taken out
+likewise, and a new matrix takes the slot: who is slow is left behind. What is behind
+at the end of a run does not fill the lanes.
+
+Lanes do not know of each other. What comes of a matrix depends neither on the slot, the
+device and the others in the call, nor on how often the work was cut: only on the number
+of lanes, which decides how products are computed, and perhaps on whether a slot is the
+only one. No device talks to another one.
+
+>>> from kronjax.kronecker import Configuration
+>>> problem = Problem.of((4, 6), Configuration((2, 3), 1), starts=1)
+>>> pool = Pool(problem, np.dtype(np.float32), lanes=2, slots=4)
+>>> matrices = [(f"no. {i}", np.eye(4, 6, i, np.float32), 0) for i in range(3)]
+>>> sorted(found.key for found in pool.solve(iter(matrices)))
+['no. 0', 'no. 1', 'no. 2']
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kronjax.kronecker import KroneckerTerms
+from kronjax.linalg import schatten
+from kronjax.runs import cpu_threads
+from kronjax.runs import pool_programs as programs
+from kronjax.solver.descent import Status
+from kronjax.solver.problem import Problem
+
+SLICE = 24
+"""Products of the size of `EᵀE` that a lane spends in one call, about."""
+
+Matrix = tuple[Hashable, np.ndarray, int]
+"""A key, `[m, n]`, and the seed of its perturbed starts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What came of one matrix.
+
+    Attributes:
+        key: As it was given.
+        terms: One `KroneckerTerms` for each configuration, NumPy.
+        spectral_error: `‖T − K‖_2`, rounding included: it is not above this.
+        local_bound: No change of all `A_k`, or of all `B_k`, reaches less: see
+            `bounds.certify_stage`.
+        van_loan: Spectral error at p = 2, from below.
+        status: `Status` of the last stage.
+        p: Exponents that it went through; the first is 2.
+        steps: Accepted steps.
+        gemms: Products of the size of `EᵀE` spent.
+    """
+
+    key: Hashable
+    terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
+    spectral_error: float
+    local_bound: float
+    van_loan: float
+    status: Status
+    p: tuple[int, ...]
+    steps: int
+    gemms: int
+
+    @property
+    def local_gap(self) -> float:
+        """By how much of the error such a change could lower it, at most."""
+        if not self.spectral_error > 0:
+            return self.spectral_error  # zero, or NaN
+        return 1 - self.local_bound / self.spectral_error
+
+
+@dataclasses.dataclass
+class _Slot:
+    """What the host knows of a matrix that is being solved."""
+
+    key: Hashable
+    matrix: np.ndarray
+    seed: int
+    van_loan: float = float("nan")
+    stage: int = 0
+    ends: bool = False
+    p: list[int] = dataclasses.field(default_factory=lambda: [2])
+    steps: int = 0
+    gemms: int = 0
+
+
+@dataclasses.dataclass
+class _Host:
+    """What the host knows of the slots of one device: free, at work, or done."""
+
+    free: list[int]
+    held: dict[int, _Slot] = dataclasses.field(default_factory=dict)
+    done: dict[int, _Slot] = dataclasses.field(default_factory=dict)
+
+    def chosen(self, lanes: int, ends: bool) -> list[int]:
+        """Return the slots for the next call: at one stage, and ending it or not."""
+        stages: dict[int, list[int]] = {}
+        for slot, one in self.held.items():
+            if one.ends == ends:
+                stages.setdefault(one.stage, []).append(slot)
+        if not stages:
+            return []
+        # Full lanes first, and of those what is nearest to its end. Where no lanes are
+        # full who is behind goes first, to be with others from then on.
+        full = [i for i, slots in stages.items() if len(slots) >= lanes]
+        return stages[max(full) if full else min(stages)][:lanes]
+
+
+class Pool:
+    """Slots for matrices of one problem, on some devices.
+
+    Attributes:
+        problem: That all matrices share.
+        lanes: Matrices of a device in one call.
+        slots: Matrices of a device in all, at least as many.
+        mesh: The devices.
+        memory: Bytes that a call takes on every device, as compiled.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: np.dtype,
+        *,
+        lanes: int,
+        slots: int,
+        devices: list[Any] | None = None,
+        tolerance: float = 2e-4,
+    ) -> None:
+        """Compile, and make room.
+
+        Args:
+            problem: That all matrices share.
+            dtype: float32 or float64 (if jax computes in that).
+            lanes: Matrices of a device in one call.
+            slots: Matrices of a device in all.
+            devices: To use; by default all of this process.
+            tolerance: As for `continuation.solve`.
+
+        Raises:
+            ValueError: If simulated devices have too few threads.
+        """
+        self.problem, self.lanes, self.slots = problem, lanes, max(slots, lanes)
+        devices = jax.local_devices() if devices is None else devices
+        _check_threads(devices)
+        self.mesh = Mesh(np.array(devices), (programs.AXIS,))
+        self._dtype, self._count = dtype, len(devices)
+        self._tolerance = np.asarray(tolerance, dtype)
+        # In the numbers that programs are compiled for.
+        self._stages = [
+            jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), stage)
+            for stage in problem.schedule()
+        ]
+        self._trials = [
+            max(SLICE // int(schatten.num_products(stage.squarings)), 2)
+            for stage in self._stages
+        ]
+        self._programs = programs.compiled(
+            problem, dtype, self.mesh, self.lanes, self.slots
+        )
+        self.memory = max(map(programs.peak, self._programs.values()))
+        rows = self._count * programs.rows(self.slots, self._count)
+        sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
+        self._held = jax.tree.map(
+            lambda x: jnp.zeros((rows, *x.shape), x.dtype, device=sharding),
+            programs.shapes(problem, dtype),
+        )
+
+    def solve(
+        self,
+        matrices: Iterator[Matrix],
+        tick: Callable[[int], None] = lambda products: None,
+    ) -> Iterator[Finished]:
+        """Solve matrices as they come, and yield them as they are done.
+
+        Args:
+            matrices: Taken whenever there is room, and read only then.
+            tick: Called after every slice with the products spent in it. The evaluation
+                that begins a stage is in none.
+        """
+        hosts = [_Host(list(range(self.slots))) for _ in range(self._count)]
+        more = True
+        while more or any(host.held or host.done for host in hosts):
+            if more and max(len(host.free) for host in hosts) >= self.lanes:
+                more = self._fill(matrices, hosts)
+            turning, working = (
+                [host.chosen(self.lanes, ends) for host in hosts]
+                for ends in (True, False)
+            )
+            if self._comes_first(hosts, turning, working):
+                self._turn(hosts, turning)
+            elif any(working):
+                tick(self._work(hosts, working))
+            done = max(len(host.done) for host in hosts)
+            if done >= self.lanes or (done and not any(x.held for x in hosts)):
+                yield from self._take(hosts)
+
+    def _comes_first(self, hosts, turning, working):
+        """Return whether to turn slots whose stages have ended before more work.
+
+        What fills the lanes comes first, then who is behind: who has ended a stage
+        waits there for the others.
+        """
+        full = [max(map(len, one)) >= self.lanes for one in (turning, working)]
+        if full[0] or not any(working):
+            return any(turning)
+        if full[1] or not any(turning):
+            return False
+        ended, behind = (
+            min(
+                host.held[slots[0]].stage
+                for host, slots in zip(hosts, chosen, strict=True)
+                if slots
+            )
+            for chosen in (turning, working)
+        )
+        return ended < behind
+
+    def _fill(self, matrices, hosts):
+        """Begin with new matrices, as many as there are lanes; say if more may come."""
+        chosen, new, given = [[] for _ in hosts], {}, None
+        for lane, device in itertools.product(range(self.lanes), range(self._count)):
+            host = hosts[device]
+            if not host.free:
+                continue
+            given = next(matrices, None)
+            if given is None:
+                break
+            slot, one = host.free.pop(), _Slot(*given)
+            (host.held if self._stages else host.done)[slot] = one
+            chosen[device].append(slot)
+            new[device, lane] = one
+        if new:
+            arguments = self._matrices(new), self._seeds(new)
+            errors = self._run("start", self._places(chosen), *arguments)
+            for at, one in new.items():
+                one.van_loan = float(errors[at])
+        return given is not None
+
+    def _work(self, hosts, working):
+        """Spend one slice on some slots of every device; return its products."""
+        stages = self._stages_of(hosts, working)
+        trials = np.array([self._trials[i] for i in stages], np.int32)
+        ended, spent = self._run(
+            "work", self._places(working), self._stacked(stages), trials
+        )
+        for at, _, one in self._concerned(hosts, working):
+            one.ends = bool(ended[at])
+        return int(spent.sum())
+
+    def _turn(self, hosts, turning):
+        """Turn some slots of every device, whose stages have ended, to the next."""
+        stages = self._stages_of(hosts, turning)
+        last = len(self._stages) - 1
+        following = [min(i + 1, last) for i in stages]
+        concerned = self._concerned(hosts, turning)
+        done, told = self._run(
+            "turn",
+            self._places(turning),
+            self._seeds({at: one for at, _, one in concerned}),
+            self._stacked(stages),
+            self._stacked(following),
+            np.array([i == last for i in stages]),
+        )
+        for at, slot, one in concerned:
+            one.p.append(int(told.p[at]))
+            one.steps += int(told.steps[at])
+            one.gemms += int(told.gemms[at])
+            one.stage, one.ends = one.stage + 1, False
+            if done[at]:
+                host = hosts[at[0]]
+                host.done[slot] = host.held.pop(slot)
+
+    def _take(self, hosts):
+        """Yield what is done, and free its slots."""
+        chosen = [list(host.done)[: self.lanes] for host in hosts]
+        taken = {
+            (device, lane): host.done.pop(slot)
+            for device, (host, slots) in enumerate(zip(hosts, chosen, strict=True))
+            for lane, slot in enumerate(slots)
+        }
+        last = np.full((self._count, self.lanes), -1, np.int32)
+        for at, one in taken.items():
+            if one.stage:
+                last[at] = self._stages[one.stage - 1].squarings
+        terms, bounds, status = self._run(
+            "finish", self._places(chosen), self._matrices(taken), last
+        )
+        for at, one in taken.items():
+            hosts[at[0]].free.append(chosen[at[0]][at[1]])
+            yield Finished(
+                key=one.key,
+                terms=jax.tree.map(lambda x, at=at: np.array(x[at]), terms),
+                spectral_error=float(bounds.error[at]),
+                local_bound=float(bounds.local_bound[at]),
+                van_loan=one.van_loan,
+                status=Status(int(status[at])),
+                p=tuple(one.p),
+                steps=one.steps,
+                gemms=one.gemms,
+            )
+
+    def _places(self, chosen):
+        """Return the slots of a call, `[devices, lanes]`: the last one for nobody."""
+        places = np.full((self._count, self.lanes), self.slots, np.int32)
+        for device, slots in enumerate(chosen):
+            places[device, : len(slots)] = slots
+        return places
+
+    def _matrices(self, some):
+        """Return the matrices by device and lane; zeros for nobody."""
+        shape = self._count, self.lanes, *self.problem.shape
+        matrices = np.zeros(shape, self._dtype)
+        for at, one in some.items():
+            matrices[at] = one.matrix
+        return matrices
+
+    def _seeds(self, some):
+        """Return the seeds by device and lane; zeros for nobody."""
+        seeds = np.zeros((self._count, self.lanes), np.int32)
+        for at, one in some.items():
+            seeds[at] = one.seed % 2**31
+        return seeds
+
+    def _concerned(self, hosts, chosen):
+        """Return device and lane, slot and matrix of all that a call concerns."""
+        return [
+            ((device, lane), slot, host.held[slot])
+            for device, (host, slots) in enumerate(zip(hosts, chosen, strict=True))
+            for lane, slot in enumerate(slots)
+        ]
+
+    def _stages_of(self, hosts, chosen):
+        """Return the stage that the chosen slots of every device are at."""
+        return [
+            host.held[slots[0]].stage if slots else 0
+            for host, slots in zip(hosts, chosen, strict=True)
+        ]
+
+    def _stacked(self, stages):
+        """Return stages by their numbers as one, with a leading axis."""
+        return jax.tree.map(lambda *x: np.array(x), *(self._stages[i] for i in stages))
+
+    def _run(self, name, *arguments):
+        """Call a program, keep the paths, and return what it tells, as NumPy."""
+
+        def get(x):
+            x = np.asarray(x)
+            return x.reshape(self._count, self.lanes, *x.shape[1:])
+
+        # As NumPy: put on the devices one by one they would take as long as a trial.
+        given = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x, arguments
+        )
+        self._held, told = self._programs[name](self._held, self._tolerance, *given)
+        return jax.tree.map(get, jax.device_get(told))
+
+
+def _check_threads(devices) -> None:
+    """Refuse simulated devices that would wait for each other's threads for ever.
+
+    Seen with eight devices and two threads: see `threads`.
+    """
+    wanted = cpu_threads.EACH * len(devices)
+    if (
+        devices[0].platform == "cpu"
+        and len(devices) > 1
+        and cpu_threads.count() < wanted
+    ):
+        raise ValueError(
+            f"{len(devices)} simulated devices share {cpu_threads.count()} threads, "
+            "and could wait for each other for ever: set "
+            f"{cpu_threads.VARIABLE}={wanted} before Python starts"
+        )

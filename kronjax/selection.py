@@ -1,0 +1,339 @@
+"""The best sum for a number of parameters: what to mix, decided by solving.
+
+`search` solves low rank, the most promising homogeneous sums and a few heterogeneous
+ones at equal parameters, in the norm that was asked for, and returns the best with the
+table of all: never worse than low rank, nor than the homogeneous sums that were tried.
+Those are the two that leave least in the Frobenius norm, of all that the budget allows,
+and the one with the smallest terms; in another norm a third may be the best. Of a large
+matrix all are tried with one start and a part of the budget, and the most promising
+are then solved in full: the best two and the best homogeneous one. (Low rank needs no
+more than a singular value decomposition, and is always solved.)
+
+>>> import numpy as np
+>>> matrix = np.kron(np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(3, 2))
+>>> found = search(matrix, 12, norm="frobenius")
+>>> [(c.a_shape, c.rank) for c in found.configurations]
+[((2, 3), 1)]
+"""
+
+import dataclasses
+import math
+import operator
+import time
+from typing import Any
+
+from kronjax import greedy, validation
+from kronjax.approximation import Approximation, approximate
+from kronjax.kronecker import Configuration, matmul_cost
+from kronjax.solver.problem import Problem, parse_norm
+
+HASTE = 4
+"""A trial of a large matrix may spend so many times less than a solve."""
+
+FINALISTS = 2
+"""Of them so many are solved in full, and the best homogeneous one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One sum that was solved.
+
+    Attributes:
+        kind: "low rank", "homogeneous", "heterogeneous" or "dense".
+        configurations: What was looked for.
+        num_parameters: Numbers stored.
+        multiply_adds: Of `x @ K`, for one row of `x`.
+        error: In the norm asked for, weighted if there are weights.
+        relative: The same over that of the matrix.
+        seconds: Spent on solving, compilation apart.
+        compile_seconds: Spent on tracing and compiling.
+        is_full: Whether it was solved as `approximate` would, not in haste.
+        is_efficient: Whether no other trial has less error for no more parameters and
+            no more multiply-adds (the Pareto front).
+    """
+
+    kind: str
+    configurations: tuple[Configuration, ...]
+    num_parameters: int
+    multiply_adds: int
+    error: float
+    relative: float
+    seconds: float
+    compile_seconds: float
+    is_full: bool = True
+    is_efficient: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What `search` returns.
+
+    Attributes:
+        approximation: The best one.
+        configurations: Its configurations.
+        trials: All that was solved, by falling error.
+        notes: What was decided on the user's behalf.
+        seconds: Spent on choosing, solving and measuring, compilation apart.
+        compile_seconds: Spent on tracing and compiling.
+    """
+
+    approximation: Approximation
+    configurations: tuple[Configuration, ...]
+    trials: tuple[Trial, ...]
+    notes: tuple[str, ...]
+    seconds: float
+    compile_seconds: float
+
+
+def search(
+    matrix,
+    parameters: int | None = None,
+    *,
+    norm: float | str = "spectral",
+    left_weight=None,
+    right_weight=None,
+    dtype: str | None = None,
+    **options,
+) -> Search:
+    """Find the best sum of Kronecker products for a number of parameters.
+
+    Args:
+        matrix: `[m, n]`, NumPy or jax, real.
+        parameters: Numbers that may be stored; None leaves the number of terms to the
+            information criterion of `greedy`, for a sum hidden in white noise
+            (weights mislead it).
+        norm: As for `approximate`.
+        left_weight: `[m, m]`, as for `approximate`.
+        right_weight: `[n, n]`, likewise.
+        dtype: As for `approximate`.
+        **options: `starts`, `budget`, `tolerance`, `seed`, `progress`, handed on to
+            `approximate`.
+
+    Returns:
+        `Search`. A budget of the dense matrix or more returns that, to rounding, as a
+        matrix times a number (one parameter more), and says so in the notes.
+
+    Raises:
+        ValueError: If the budget is below one term (says the smallest possible), or as
+            `approximate` does.
+    """
+    begun = time.perf_counter()
+    notes: list[str] = []
+    target = validation.matrix(matrix, dtype, notes)
+    if target.ndim != 2:
+        raise ValueError(
+            f"search takes one matrix [m, n]; got shape {target.shape}. Search for one "
+            "of the batch and hand its configurations to kronjax.approximate."
+        )
+    shape: tuple[int, int] = target.shape
+    weights = (
+        validation.weight(left_weight, "left_weight", shape[0], (), target.dtype),
+        validation.weight(right_weight, "right_weight", shape[1], (), target.dtype),
+    )
+    parameters = _checked_budget(parameters, shape)
+    given = {"left_weight": left_weight, "right_weight": right_weight, "dtype": dtype}
+    options = {"norm": norm, **given, **options}
+    if parameters is not None and parameters >= math.prod(shape):
+        notes.append(
+            f"{parameters} parameters reach the {math.prod(shape)} of the dense "
+            "matrix: it is returned as it is"
+        )
+        wanted = [("dense", (Configuration(shape, 1),))]
+    else:
+        _note_primes(shape, notes)
+        wanted = _proposals(target, parameters, weights, parse_norm(norm))
+    solved = _compete(matrix, wanted, options, target.size > greedy.THOROUGH)
+    trials = [trial for trial, _ in solved]
+    approximation = solved[0][1]
+    compile_seconds = sum(trial.compile_seconds for trial in trials)
+    return Search(
+        approximation=approximation,
+        configurations=trials[0].configurations,
+        trials=tuple(_with_front(trial, trials) for trial in trials),
+        notes=(*notes, *(x for x in approximation.notes if x not in notes)),
+        seconds=time.perf_counter() - begun - compile_seconds,
+        compile_seconds=compile_seconds,
+    )
+
+
+def _compete(matrix, wanted, options, is_large):
+    """Return trials and their approximations, by rising error; the first is full."""
+    solved = [_solve(matrix, kind, one, options, is_large) for kind, one in wanted]
+    solved.sort(key=_error)
+    alone = [pair for pair in solved if pair[0].kind == "homogeneous"]
+    promising = [pair[0].configurations for pair in solved[:FINALISTS] + alone[:1]]
+    for i, (trial, hasty) in enumerate(solved):
+        if trial.configurations in promising and not trial.is_full:
+            full, found = _solve(matrix, trial.kind, trial.configurations, options)
+            full = dataclasses.replace(
+                full,
+                seconds=full.seconds + trial.seconds,
+                compile_seconds=full.compile_seconds + trial.compile_seconds,
+            )
+            if full.error > trial.error:  # more starts may end elsewhere
+                found = hasty
+                full = dataclasses.replace(
+                    full, error=trial.error, relative=trial.relative
+                )
+            solved[i] = full, found
+    return sorted(solved, key=_error)
+
+
+def _error(pair):
+    return pair[0].error
+
+
+def _checked_budget(parameters: Any, shape) -> int | None:
+    if parameters is None:
+        return None
+    least = min((c.num_parameters(shape), c.a_shape) for c in greedy.candidates(shape))
+    whole = isinstance(parameters, float) and parameters.is_integer()
+    try:
+        number: Any = int(parameters) if whole else parameters
+        count = operator.index(number)
+    except TypeError:
+        count = None
+    if count is None or isinstance(parameters, bool):
+        raise ValueError(f"parameters must be a whole number; got {parameters!r}.")
+    if count < min(least[0], math.prod(shape)):
+        raise ValueError(
+            f"parameters={parameters} is less than one term of a matrix of shape "
+            f"{shape} takes: the smallest possible is {least[0]}, with left factors of "
+            f"shape {least[1]}."
+        )
+    return count
+
+
+def _note_primes(shape, notes):
+    if len(greedy.candidates(shape)) == 1:
+        notes.append(
+            f"a matrix of shape {shape} has no other Kronecker products than low rank "
+            "and trivial ones"
+        )
+
+
+def _proposals(target, parameters, weights, p):
+    """Return what to solve: pairs of a kind and a tuple of configurations."""
+    shape = target.shape
+    everything = greedy.candidates(shape)
+    among = [
+        c
+        for c in (
+            everything
+            if target.size <= greedy.THOROUGH
+            else greedy.candidates(shape, greedy.SPREAD)
+        )
+        if parameters is None or c.num_parameters(shape) <= parameters
+    ]
+    mixed = greedy.choose(target, parameters, among, *weights)
+    if parameters is None:
+        # Compared at what the criterion was content with; at one term if with none.
+        mixed = mixed or (min(among, key=lambda c: c.num_parameters(shape)),)
+        parameters = sum(c.num_parameters(shape) for c in mixed)
+    low_rank = everything[0]
+    # Alone even those with expensive terms are proposed: one term may be all it takes.
+    affordable = [c for c in everything if c.num_parameters(shape) <= parameters]
+    full = {c.a_shape: _filled(c, parameters, shape) for c in affordable}
+    products = [c for c in affordable if c != low_rank]
+    wanted = []
+    if low_rank.a_shape in full:
+        wanted.append((full[low_rank.a_shape],))
+    if products:
+        wholes = [full[c.a_shape] for c in products]
+        left = greedy.tails(target, wholes, *weights)
+        order = sorted(range(len(wholes)), key=lambda i: left[i])
+        balanced = sorted(products, key=lambda c: _imbalance(c, shape))
+        first = full[balanced[0].a_shape]
+        if p == 2 and all(x is None for x in weights):  # then the tails are the errors
+            wanted.append((wholes[order[0]],))
+        else:
+            wanted += [(wholes[i],) for i in order[:2]] + [(first,)]
+        if low_rank.a_shape in full:
+            wanted.append(_split((low_rank, products[order[0]]), parameters, shape))
+        if p > 2:  # distinct products have more freedom than alike ones
+            wanted.append(_split(tuple(balanced[:3]), parameters, shape))
+            wanted.append(_split(tuple(balanced[1:3]), parameters, shape))
+    wanted.append(mixed)
+    unique = list(dict.fromkeys(tuple(x) for x in wanted if x))
+    return [(_kind(x, low_rank.a_shape), x) for x in unique]
+
+
+def _filled(configuration, parameters, shape):
+    """Return the configuration with as many terms as the budget allows."""
+    rank = parameters // configuration.num_parameters(shape)
+    rank = min(max(rank, 1), configuration.max_rank(shape))
+    return Configuration(configuration.a_shape, rank)
+
+
+def _split(configurations, parameters, shape):
+    """Return them with equal shares of the budget, what remains going to the last."""
+    found, left = [], parameters
+    for i, c in enumerate(configurations):
+        share = left // (len(configurations) - i)
+        if c.num_parameters(shape) > share:
+            return ()
+        found.append(_filled(c, share, shape))
+        left -= found[-1].num_parameters(shape)
+    return tuple(found)
+
+
+def _imbalance(configuration, shape):
+    """Sort by price, then by how far from square the factors are."""
+    (m1, n1), (m2, n2) = configuration.a_shape, configuration.b_shape(shape)
+    skew = abs(math.log(m1 / n1)) + abs(math.log(m2 / n2))
+    return configuration.num_parameters(shape), round(skew, 9), configuration.a_shape
+
+
+def _kind(configurations, low_rank):
+    if len(configurations) > 1:
+        return "heterogeneous"
+    return "low rank" if configurations[0].a_shape == low_rank else "homogeneous"
+
+
+def _solve(matrix, kind, configurations, options, in_haste=False):
+    """Return the trial and its approximation."""
+    p = parse_norm(options["norm"])
+    if kind in ("low rank", "dense") and math.isinf(p):
+        # The (whitened) singular value decomposition solves every norm.
+        options = {**options, "norm": "frobenius"}
+    weighted = tuple(
+        options[f"{side}_weight"] is not None for side in ("left", "right")
+    )
+    problem = Problem.of(
+        matrix.shape, configurations, options["norm"], weighted=weighted
+    )
+    in_haste = in_haste and bool(problem.squarings)
+    if in_haste:
+        budget = options.get("budget") or problem.budget
+        options = {**options, "starts": 1, "budget": max(1, budget // HASTE)}
+    found = approximate(matrix, configurations, **options)
+    errors, relative = found.error, found.relative
+    if found.weighted is not None and found.weighted_relative is not None:
+        errors, relative = found.weighted, found.weighted_relative
+    if p == 2:
+        error, ratio = errors.frobenius, relative.frobenius
+    elif math.isinf(p):
+        error, ratio = errors.spectral, relative.spectral
+    else:
+        error, ratio = found.trace.value[-1], math.nan
+    trial = Trial(
+        kind=kind,
+        configurations=configurations,
+        num_parameters=found.num_parameters,
+        multiply_adds=sum(matmul_cost(terms) for terms in found.terms),
+        error=float(error),
+        relative=float(ratio),
+        seconds=found.seconds,
+        compile_seconds=found.compile_seconds,
+        is_full=not in_haste,
+    )
+    return trial, found
+
+
+def _with_front(trial, trials):
+    def beats(other):
+        ours = trial.error, trial.num_parameters, trial.multiply_adds
+        theirs = other.error, other.num_parameters, other.multiply_adds
+        return theirs != ours and all(x <= y for x, y in zip(theirs, ours, strict=True))
+
+    return dataclasses.replace(trial, is_efficient=not any(map(beats, trials)))

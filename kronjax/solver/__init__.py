@@ -1,0 +1,1 @@
+"""The continuation in p on the manifold of fixed Kronecker rank."""

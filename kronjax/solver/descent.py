@@ -1,0 +1,278 @@
+"""Riemannian L-BFGS on a product of spaces of sums of Kronecker products.
+
+`minimize` takes a tuple of points, one for each configuration, and a function of the
+tuple. Tangents are tuples likewise, and every operation of the geometry (a module:
+`manifold`, or the flat `factored`) is mapped over the tuple. One iteration of the loop
+is one trial point, that is one value and gradient: a trial that decreases enough
+(Armijo) becomes the next iterate, otherwise the step is shortened by interpolation.
+Under `vmap` therefore no matrix waits for another one's line search. Curvature pairs
+are coordinates, see `pairs`; only the direction that they give is made tangent.
+
+References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
+"""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from kronjax.linalg.batching import any_lane, in_turn, pick, select
+from kronjax.solver import lbfgs as curvature
+from kronjax.solver import manifold
+from kronjax.solver.lbfgs import MEMORY, Memory
+
+ARMIJO = 1e-4
+"""Fraction of the predicted decrease that a step must deliver."""
+
+
+class Status(enum.IntEnum):
+    """How a minimisation stands; the larger, the worse."""
+
+    CONVERGED = 0
+    RUNNING = 1
+    MAX_STEPS = 2
+    LINE_SEARCH_FAILED = 3
+    NONFINITE = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """An iterate, the trial about to be made, and the curvature seen so far.
+
+    Attributes:
+        points: The iterate.
+        value: Objective there.
+        gradient: Riemannian gradient there.
+        direction: Descent direction, tangent there.
+        slope: `<gradient, direction>`, negative.
+        step: Length of the next trial along `direction`.
+        pairs: Those of the curvature.
+        steps: Accepted steps.
+        evaluations: Values and gradients spent, rejected trials included.
+        status: `Status`.
+    """
+
+    points: Any
+    value: jax.Array
+    gradient: Any
+    direction: Any
+    slope: jax.Array
+    step: jax.Array
+    pairs: Memory
+    steps: jax.Array
+    evaluations: jax.Array
+    status: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When to stop; all traced.
+
+    Attributes:
+        tolerance: Predicted relative decrease of the value that is not worth a step.
+        max_evaluations: Values and gradients to spend in all.
+        floor: Value that counts as zero.
+    """
+
+    tolerance: float | jax.Array
+    max_evaluations: int | jax.Array
+    floor: float | jax.Array = 0.0
+
+
+Objective = Callable[[Any], tuple[jax.Array, Any]]
+"""From points to the value, and the gradient: a tuple of tangents."""
+
+
+def init(points: tuple, geometry: ModuleType = manifold, memory: int = MEMORY) -> State:
+    """Return a state at `points` with no curvature yet; to be passed to `restart`.
+
+    Args:
+        points: Where to begin.
+        geometry: As for `restart`.
+        memory: Curvature pairs that are kept.
+    """
+    zero = jnp.zeros((), jax.tree.leaves(points)[0].dtype)
+    flat = tuple(map(geometry.zero, points))
+    return State(
+        points=points,
+        value=zero + jnp.inf,
+        gradient=flat,
+        direction=flat,
+        slope=zero,
+        step=zero,
+        pairs=curvature.empty(ravel_pytree(flat)[0], memory),
+        steps=jnp.array(0),
+        evaluations=jnp.array(0),
+        status=jnp.array(int(Status.RUNNING)),
+    )
+
+
+def restart(
+    objective: Objective,
+    state: State,
+    step=0.5,
+    geometry: ModuleType = manifold,
+    hint: tuple | None = None,
+) -> State:
+    """Return the state at the same points for another objective, curvature kept.
+
+    Args:
+        objective: `Objective`.
+        state: From `init`, or the last state for an objective so close to the new one
+            that its curvature is of use.
+        step: Length of the first trial along the quasi-Newton direction.
+        geometry: Where the points live.
+        hint: Tangents: the first trial is the step along all of them if the objective
+            falls that way; like any trial it is shortened where it went too far.
+    """
+    value, gradient = objective(state.points)
+    flat, back = ravel_pytree(gradient)
+    direction = curvature.direction(state.pairs, flat)
+    direction = _map(geometry.transport, state.points, back(direction))
+    if hint is not None:
+        falls = _inner(geometry, gradient, hint) < 0
+        direction = select(falls, hint, direction)
+        step = jnp.where(falls, 1, step)
+    return dataclasses.replace(
+        state,
+        value=value,
+        gradient=gradient,
+        direction=direction,
+        slope=_inner(geometry, gradient, direction),
+        step=jnp.asarray(step, state.step.dtype),
+        steps=jnp.zeros_like(state.steps),
+        evaluations=jnp.ones_like(state.evaluations),
+        status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NONFINITE),
+    )
+
+
+def step(
+    objective: Objective,
+    state: State,
+    limits: Limits,
+    geometry: ModuleType = manifold,
+) -> State:
+    """Make one trial: advance to it or shorten the step.
+
+    A finished state stays, but for what the slot of its next pair holds.
+    """
+    running = _is_running(state, limits)
+    # A lane that is done tries its own point: its last trial may have been unsafe.
+    length = jnp.where(running, state.step, 0)
+    trial = jax.tree.map(lambda x: length * x, state.direction)
+    points = in_turn(geometry.retract, state.points, trial)
+    value, gradient = objective(points)
+    noise = 4 * jnp.finfo(value.dtype).eps * state.value
+    wanted = state.value + ARMIJO * length * state.slope + noise
+    accepted = running & (value <= wanted)
+    (new, back), (old, _) = ravel_pytree(gradient), ravel_pytree(state.gradient)
+    displaced = ravel_pytree(trial)[0]
+    pairs, direction = curvature.advance(
+        state.pairs, displaced, new - old, new, accepted
+    )
+    direction = _map(geometry.transport, points, back(direction))
+    advanced = _advance(state, points, value, gradient, direction, limits, geometry)
+    # The pairs know by themselves: they are large, and not to be copied here.
+    advanced, shortened = (
+        dataclasses.replace(one, pairs=None)
+        for one in (advanced, _shorten(state, value, running))
+    )
+    state = pick(accepted, advanced, shortened)
+    return dataclasses.replace(state, pairs=pairs)
+
+
+def minimize(
+    objective: Objective,
+    state: State,
+    limits: Limits,
+    geometry: ModuleType = manifold,
+    trials: int | jax.Array | None = None,
+) -> State:
+    """Iterate `step` until converged, stuck or out of evaluations.
+
+    Args:
+        objective: As for `restart`.
+        state: Where to begin; its pairs are used.
+        limits: When to stop.
+        geometry: As for `restart`.
+        trials: Pause after so many trial points; traced.
+
+    Returns:
+        The last state, `RUNNING` where it paused. Under `vmap` a lane that is done
+        stays as it is until all are.
+    """
+    nearer = limits
+    if trials is not None:
+        spent = state.evaluations
+        most = spent + jnp.asarray(trials, spent.dtype)
+        most = jnp.minimum(limits.max_evaluations, most)
+        nearer = dataclasses.replace(limits, max_evaluations=most)
+    state = jax.lax.while_loop(
+        lambda state: any_lane(_is_running(state, nearer)),
+        lambda state: step(objective, state, nearer, geometry),
+        state,
+    )
+    stopped = (state.status == Status.RUNNING) & ~_is_running(state, limits)
+    ended = jnp.where(
+        state.value <= limits.floor, int(Status.CONVERGED), int(Status.MAX_STEPS)
+    )
+    status = jnp.where(stopped, ended, state.status)
+    return dataclasses.replace(state, status=status)
+
+
+def _is_running(state, limits):
+    in_reach = (state.evaluations < limits.max_evaluations) & (
+        state.value > limits.floor
+    )
+    return (state.status == Status.RUNNING) & in_reach
+
+
+def _advance(state, points, value, gradient, direction, limits, geometry):
+    slope = _inner(geometry, gradient, direction)
+    descends = slope < 0
+    direction = jax.tree.map(
+        lambda d, g: jnp.where(descends, d, -g), direction, gradient
+    )
+    slope = jnp.where(descends, slope, -_inner(geometry, gradient, gradient))
+    converged = -slope <= 2 * limits.tolerance * value
+    return State(
+        points=points,
+        value=value,
+        gradient=gradient,
+        direction=direction,
+        slope=slope,
+        step=jnp.ones_like(state.step),
+        pairs=state.pairs,
+        steps=state.steps + 1,
+        evaluations=state.evaluations + 1,
+        status=jnp.where(converged, Status.CONVERGED, Status.RUNNING),
+    )
+
+
+def _shorten(state, value, running):
+    excess = value - state.value - state.step * state.slope
+    shorter = -state.slope * state.step**2 / (2 * excess)
+    shorter = jnp.clip(shorter, 0.1 * state.step, 0.5 * state.step)
+    shorter = jnp.where(jnp.isfinite(value), shorter, 0.1 * state.step)
+    failed = running & (shorter < 1e-4)
+    return dataclasses.replace(
+        state,
+        step=jnp.where(running, shorter, state.step),
+        evaluations=state.evaluations + running.astype(int),
+        status=jnp.where(failed, Status.LINE_SEARCH_FAILED, state.status),
+    )
+
+
+def _map(function, *tuples):
+    return tuple(function(*each) for each in zip(*tuples, strict=True))
+
+
+def _inner(geometry, x, y):
+    return sum(geometry.inner(a, b) for a, b in zip(x, y, strict=True))

@@ -1,0 +1,70 @@
+"""Folders of tensors, whatever they belong to."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from kronjax.io import tensors
+
+
+def write(path, **tensors):
+    safetensors.numpy.save_file(tensors, path)
+
+
+def index(folder, where, name="model.safetensors.index.json"):
+    (folder / name).write_text(json.dumps({"weight_map": where}))
+
+
+def test_files_folders_and_shards_are_mapped_alike(tmp_path):
+    a, b = np.arange(6.0).reshape(2, 3), np.ones(2, np.float32)
+    for folder in ("one", "two", "three"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path / "one" / "any.safetensors", a=a, b=b)
+    for folder in ("two", "three"):
+        write(tmp_path / folder / "x.safetensors", a=a)
+        write(tmp_path / folder / "y.safetensors", b=b)
+    index(
+        tmp_path / "three",
+        {"a": "x.safetensors", "b": "y.safetensors"},
+        "d" + tensors.INDEX,
+    )
+    write(tmp_path / "three" / "other.safetensors", a=a)  # the index does not name it
+    places = ["one", "one/any.safetensors", "two", "three"]
+    for place in places:
+        found = tensors.map_all(tmp_path / place)
+        assert sorted(found) == ["a", "b"]
+        np.testing.assert_array_equal(found["a"], a)
+        assert found["a"].base is not None  # a view of the file
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+def test_a_name_in_two_shards_is_refused_with_both(tmp_path, with_index):
+    write(tmp_path / "x.safetensors", a=np.ones(2), b=np.ones(2))
+    write(tmp_path / "y.safetensors", a=np.ones(2))
+    if with_index:
+        index(tmp_path, {"b": "x.safetensors", "a": "y.safetensors"})
+    with pytest.raises(ValueError, match=r"tensor a is in both .\.safetensors and"):
+        tensors.map_all(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../x", "/dev/zero", "", "..", "a/b.safetensors"])
+def test_an_index_names_nothing_outside_of_its_folder(tmp_path, shard):
+    index(tmp_path, {"a": shard})
+    with pytest.raises(ValueError, match="outside of its folder"):
+        tensors.map_all(tmp_path)
+
+
+def test_what_holds_no_tensors_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no .safetensors"):
+        tensors.map_all(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        tensors.map_all(tmp_path / "x")
+    (tmp_path / "x.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="neither"):
+        tensors.map_all(tmp_path / "x.bin")
+    index(tmp_path, {"a": "x"})
+    index(tmp_path, {"a": "x"}, "b.safetensors.index.json")
+    with pytest.raises(ValueError, match="2 indices"):
+        tensors.map_all(tmp_path)

@@ -1,0 +1,191 @@
+"""The tokenizers inside of GGUF files, beside plain readings of their rules."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bench import gguf_files
+from kronjax.lm.checkpoints import gguf, gguf_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "and the hand of the band",
+    "  two  spaces,\n\ta tab\r\n\r\n",
+    "In 1234 or 5678901: it's a naïve ½ of 日本 and 😀!",
+    "THE 'S 'll they'Re",
+]
+
+
+def byte_level(**settings):
+    tokens, merges = gguf_files.vocabulary()
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array([3] + [1] * (len(tokens) - 1)),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.eos_token_id": 0,
+        **{f"tokenizer.ggml.{key}": value for key, value in settings.items()},
+    }
+
+
+def words(settings, text):
+    """How a text is cut, as characters."""
+    tokenizer = gguf_tokenizer.build(settings)
+    cut = tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)
+    return [text[start:stop] for _, (start, stop) in cut]
+
+
+@pytest.mark.parametrize("pre", sorted(gguf_tokenizer.RULES))
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_come_back(pre, text):
+    tokenizer = gguf_tokenizer.build(byte_level(pre=pre))
+    tokens = tokenizer.encode(text, special=False)
+    assert tokenizer.decode(tokens) == text
+    merged = {tokenizer.size - 1: "and", tokenizer.size - 3: " the"}
+    for token, word in merged.items():
+        assert tokenizer.decode([token]) == word
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("gpt-2", ["It", "'s", " 1234567", " a", "\n\n", " b"]),
+        ("smollm", ["It", "'s", " ", *"1234567", " a", "\n\n", " b"]),
+        ("llama-bpe", ["It", "'s", " ", "123", "456", "7", " a", "\n\n", " b"]),
+    ],
+)
+def test_how_a_text_is_cut_into_words(pre, expected):
+    assert words(byte_level(pre=pre), "It's 1234567 a\n\n b") == expected
+
+
+def test_capitals_of_a_contraction_are_one_word_for_llama_3_alone():
+    assert words(byte_level(pre="llama3"), "I'LL") == ["I", "'LL"]
+    assert words(byte_level(pre="smollm"), "I'LL") == ["I", "'", "LL"]
+
+
+def test_a_whole_word_is_one_token_for_llama_3_even_without_merges():
+    tokens, merges = gguf_files.vocabulary()
+    settings = {"tokens": [*tokens, "Ġzebra"]}
+    settings["token_type"] = np.ones(len(tokens) + 1, np.int32)
+    llama3 = gguf_tokenizer.build(byte_level(pre="llama3", **settings))
+    smollm = gguf_tokenizer.build(byte_level(pre="smollm", **settings))
+    assert llama3.encode(" zebra", special=False).tolist() == [len(tokens)]
+    assert len(smollm.encode(" zebra", special=False)) == 6
+
+
+def test_control_tokens_are_found_in_text_and_not_decoded():
+    tokenizer = gguf_tokenizer.build(byte_level())
+    tokens = tokenizer.encode("a<|endoftext|> the")
+    assert tokens.tolist()[1:] == [0, tokenizer.size - 3]
+    assert tokenizer.decode(tokens) == "a the"
+
+
+def test_special_tokens_are_those_of_the_file():
+    settings = byte_level(bos_token_id=3, eos_token_id=0, add_bos_token=True)
+    settings["tokenizer.chat_template"] = "{{ messages }}"
+    tokenizer = gguf_tokenizer.build(settings)
+    assert (tokenizer.bos, tokenizer.eos) == (3, 0)
+    assert tokenizer.encode("the").tolist()[0] == 3
+    assert tokenizer.encode("the", special=False).tolist()[0] != 3
+    config = json.loads(tokenizer.files["tokenizer_config.json"])
+    assert config["add_bos_token"] is True
+    assert config["chat_template"] == "{{ messages }}"
+    both = byte_level(bos_token_id=3, add_bos_token=True, add_eos_token=True)
+    tokens = gguf_tokenizer.build(both).encode("the").tolist()
+    assert (tokens[0], tokens[-1]) == (3, 0)
+
+
+def test_llama_3_begins_texts_unless_the_file_says_otherwise():
+    begun = gguf_tokenizer.build(byte_level(pre="llama-bpe", bos_token_id=0))
+    plain = byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=False)
+    assert begun.encode("a").tolist()[0] == 0
+    assert len(gguf_tokenizer.build(plain).encode("a")) == 1
+
+
+def sentence_piece(**settings):
+    """A vocabulary with bytes, characters and words, and a score for each word."""
+    scored = ["▁t", "he", "▁the", "an", "and", "▁a", "▁▁", "th", "er", "▁the▁", "nd"]
+    letters = [*"▁abcdefghijklmnopqrstuvwxyz.,"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    kinds = [2, 3, 3] + [6] * 256 + [1] * (len(scored) + len(letters))
+    scores = [0.0] * 259 + [-float(i) for i in range(len(scored))] + [-1e9] * 29
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*tokens, *scored, *letters],
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.scores": np.array(scores[: len(kinds)], np.float32),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        **{f"tokenizer.ggml.{key}": value for key, value in settings.items()},
+    }
+
+
+def encode_plainly(settings, text, prefix=True):
+    """SentencePiece's BPE: join the neighbours of the highest score, leftmost first."""
+    tokens = settings["tokenizer.ggml.tokens"]
+    scores = dict(zip(tokens, settings["tokenizer.ggml.scores"], strict=True))
+    parts = list((" " * prefix + text if text else "").replace(" ", "▁"))
+    while True:
+        joined = [
+            (-scores[a + b], i)
+            for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
+            if a + b in scores
+        ]
+        if not joined:
+            break
+        i = min(joined)[1]
+        parts[i : i + 2] = ["".join(parts[i : i + 2])]
+    found = []
+    for part in parts:
+        raw = [] if part in scores else part.encode()
+        found += [tokens.index(f"<0x{byte:02X}>") for byte in raw]
+        found += [tokens.index(part)] if part in scores else []
+    return found
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "there and  then, the the", "▁theand"])
+def test_sentence_piece_joins_by_scores(text):
+    settings = sentence_piece()
+    tokenizer = gguf_tokenizer.build(settings)
+    found = tokenizer.encode(text).tolist()
+    assert found == [1, *encode_plainly(settings, text)]
+    assert tokenizer.decode(found) == text.replace("▁", " ")
+    bare = sentence_piece(add_space_prefix=False, add_bos_token=False)
+    tokenizer = gguf_tokenizer.build(bare)
+    found = tokenizer.encode(text).tolist()
+    assert found == encode_plainly(bare, text, prefix=False)
+    assert tokenizer.decode(found) == text.replace("▁", " ")
+
+
+def test_control_tokens_come_from_no_merge():
+    settings = sentence_piece()
+    settings["tokenizer.ggml.tokens"][-1] = "<"
+    tokenizer = gguf_tokenizer.build(settings)
+    assert 1 not in tokenizer.encode("< s >", special=False)
+
+
+def test_a_token_of_absurd_length_is_refused():
+    settings = sentence_piece()
+    settings["tokenizer.ggml.tokens"][-1] = "a" * 10**6
+    with pytest.raises(ValueError, match="tokens of over 1024 characters"):
+        gguf_tokenizer.build(settings)
+
+
+def test_without_a_tokenizer_there_is_none():
+    assert gguf_tokenizer.build({}) is None
+    assert gguf_tokenizer.build({"tokenizer.ggml.model": "none"}) is None
+
+
+def test_a_tokenizer_beside_the_file_stands_in(tmp_path):
+    model = gguf_files.random_model(num_hidden_layers=1)
+    path = tmp_path / "a.gguf"
+    gguf_files.write(path, model, settings={"tokenizer.ggml.pre": "unheard-of"})
+    with pytest.raises(ValueError, match=r"'unheard-of', which cannot be rebuilt; put"):
+        gguf.read(path)
+    known = gguf_tokenizer.build(byte_level())
+    (tmp_path / "tokenizer.json").write_bytes(known.files["tokenizer.json"])
+    assert gguf.read(path)[2].encode("the and").size == known.encode("the and").size

@@ -1,0 +1,78 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kronjax.lm.compression.budget import Budget, share
+
+
+@pytest.mark.parametrize(
+    ("text", "measure", "amount"),
+    [
+        ("0.8", "fraction", 0.8),
+        (1, "fraction", 1.0),
+        ("81M", "parameters", 81e6),
+        ("81_000_000", None, None),
+        ("81000000", "parameters", 81e6),
+        ("1.5B", "parameters", 1.5e9),
+        ("160MB", "bytes", 160e6),
+        ("150 MiB", "bytes", 150 * 2**20),
+        ("170MFLOP", "flops", 170e6),
+        ("2gflops", "flops", 2e9),
+        ("0", None, None),
+        ("-3", None, None),
+        ("lots", None, None),
+        ("1.2.3", None, None),
+        ("nan", None, None),
+    ],
+)
+def test_budgets_are_read_or_refused(text, measure, amount):
+    if measure is None:
+        with pytest.raises(ValueError, match="write a fraction"):
+            Budget.parse(text)
+    else:
+        assert Budget.parse(text) == Budget(measure, amount)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 4), st.floats(0, 1))
+def test_sharing_keeps_the_budget_and_is_nearly_optimal(seed, layers, where):
+    rng = np.random.default_rng(seed)
+    offers = []
+    for _ in range(layers):
+        costs = rng.choice(np.arange(1, 30), 4, replace=False)
+        damages = np.sort(rng.random(4))[::-1] * rng.choice([1, 10])
+        offers.append(list(zip(np.sort(costs).tolist(), damages.tolist(), strict=True)))
+    low = sum(min(c for c, _ in of) for of in offers)
+    high = sum(max(c for c, _ in of) for of in offers)
+    budget = low + where * (high - low)
+    chosen = share(offers, budget)
+    cost, damage = (
+        sum(of[i][k] for of, i in zip(offers, chosen, strict=True)) for k in (0, 1)
+    )
+    assert cost <= budget * (1 + 1e-9)
+    best = min(
+        sum(o[1] for o in combination)
+        for combination in itertools.product(*offers)
+        if sum(o[0] for o in combination) <= budget * (1 + 1e-12)
+    )
+    # Off by no more than what one step of one layer is worth.
+    step = max(a[1] - b[1] for of in offers for a, b in itertools.combinations(of, 2))
+    assert best - 1e-12 <= damage <= best + step
+
+
+def test_all_of_the_budget_takes_the_best_and_too_little_is_refused():
+    offers = [[(3, 0.5), (9, 0.0), (5, 0.4)], [(2, 1.0), (4, 0.9), (6, 0.0)]]
+    assert share(offers, 15) == [1, 2]
+    assert share(offers, 5) == [0, 0]
+    with pytest.raises(ValueError, match="smallest possible, 5"):
+        share(offers, 4.9)
+
+
+def test_offers_that_no_budget_would_take_are_left_out():
+    # (4, 0.9) lies above the line between its neighbours.
+    assert share([[(2, 1.0), (4, 0.9), (6, 0.0)]], 5) == [0]
+    # Two at one cost: the one with less damage.
+    assert share([[(2, 1.0), (2, 0.5)]], 2) == [1]

@@ -1,0 +1,424 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from kronjax import nn, recipe
+from kronjax.io.cache import Work
+from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.lm.checkpoints import hugging_face
+from kronjax.lm.compression import (
+    candidates,
+    fit,
+    fit_groups,
+    html,
+    mixture,
+    pipeline,
+    plan,
+    record,
+)
+from kronjax.lm.compression.budget import Budget
+from kronjax.lm.compression.moments import is_foreign, measure_moments
+from kronjax.lm.models import gpt2, sizes
+
+CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
+
+
+RULES = recipe.loads("""
+rules:
+  - {match: "h.0.attn.c_proj", method: interpolative, fraction: 0.5}
+  - {match: "*", method: keep}
+""")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gpt2.Model(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 40, 1500).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def moments(model, tokens):
+    return measure_moments(model, tokens, gradients=True, progress=False)
+
+
+@pytest.fixture(scope="module")
+def result(model, moments, tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    done = pipeline.run(model, 0.7, moments, evaluations=30, work=work)
+    return done, work
+
+
+def kernels(model):
+    return {k: np.asarray(nn.dense(v).kernel[...]) for k, v in layers(model).items()}
+
+
+def layers(model):
+    return {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+
+
+def test_a_budget_is_kept_and_every_layer_accounted_for(model, result):
+    done, _ = result
+    dense = sum(w.size for w in kernels(model).values())
+    held = sum(
+        nn.cost(layer).parameters - layer.out_features
+        for layer in layers(done.model).values()
+    )
+    assert 0.6 * dense < held <= 0.7 * dense
+    assert done.before.parameters - done.after.parameters == dense - held
+    assert [one.name for one in done.plan.choices] == list(layers(model))
+    changed = {one.name for one in done.layers}
+    assert changed == {
+        name
+        for name, layer in layers(done.model).items()
+        if not isinstance(layer, nnx.Linear)
+    }
+
+
+def test_damages_are_those_of_the_weights_multiplied_out(model, result, moments):
+    done, _ = result
+    before, after = kernels(model), kernels(done.model)
+    for layer in done.layers:
+        error = before[layer.name] - after[layer.name]
+        left, right = moments.input(layer.name), moments.output(layer.name)
+        damage = np.trace(error.T @ left @ error @ right) / 2
+        np.testing.assert_allclose(layer.damage, damage, rtol=2e-2)
+        assert layer.relative <= layer.low_rank * (1 + 1e-4)  # never worse than that
+
+
+def test_the_model_given_is_left_as_it_is(model, result, tokens):
+    done, _ = result
+    assert all(isinstance(x, nnx.Linear) for x in nn.linear_layers(model).values())
+    logits = done.model(tokens[None, :16])
+    assert logits.shape == (1, 16, 40)
+    assert np.isfinite(logits).all()
+
+
+def test_the_recipe_of_a_result_makes_the_same_layers(model, result):
+    done, _ = result
+    rules = recipe.loads(done.model.recipe)
+    assert rules == done.recipe
+    shapes = {k: (v.in_features, v.out_features) for k, v in layers(model).items()}
+    assigned = recipe.resolve(rules, shapes)
+    assert [(x.name, x.configurations) for x in assigned] == [
+        (x.name, x.configurations) for x in done.layers
+    ]
+
+
+def test_finished_layers_are_taken_from_the_folder_of_the_work(
+    model, moments, result, monkeypatch
+):
+    done, work = result
+    files = sorted(work.glob("layer-*.safetensors"))
+    assert len(files) == len(done.layers)
+    damaged = files[0]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    calls = []
+    original = fit_groups.fit_some
+
+    def counted(*arguments):
+        calls.extend(arguments[-1])
+        return original(*arguments)
+
+    monkeypatch.setattr(fit_groups, "fit_some", counted)
+    # What the plan decomposed is there, too, for plans of any budget.
+    monkeypatch.setattr(fit, "_decompose", None)
+    again = pipeline.run(model, 0.7, moments, evaluations=30, work=work)
+    assert len(calls) == 1  # the damaged one
+    for name, kernel in kernels(again.model).items():
+        np.testing.assert_allclose(kernel, kernels(done.model)[name], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "weighting", "norm"),
+    [
+        # A tall kernel is the wide one of the other layer, if both sides have weights.
+        (["h.0.mlp.c_fc", "h.0.mlp.c_proj"], "input+gradient", "frobenius"),
+        (["h.0.attn.c_proj", "h.1.attn.c_proj"], "input", "frobenius"),
+        (["h.0.attn.c_proj", "h.1.attn.c_proj"], "none", "schatten:4"),
+    ],
+)
+def test_a_group_in_one_batch_is_what_its_layers_are_alone(
+    model, moments, names, weighting, norm
+):
+    linear = layers(model)
+    assigned = []
+    for name in names:
+        shape = linear[name].in_features, linear[name].out_features
+        held = mixture.configurations(shape, (2 * (norm == "frobenius"), 3))
+        terms = [{"a_shape": one.a_shape, "rank": one.rank} for one in held]
+        rule = {"match": name, "method": "kronecker", "terms": terms}
+        rules = recipe.Recipe.model_validate(
+            {"rules": [{**rule, "norm": norm, "weighting": weighting}]}
+        )
+        assigned += recipe.resolve(rules, {name: shape})
+    assert [len(part) for part in fit_groups.of(assigned, limit=0)] == [1, 1]
+    ((*group,),) = fit_groups.of(assigned, limit=10**9)
+    assert [one.name for one in group] == names
+    targets = [plan.target(linear[n], n, moments, weighting) for n in names]
+
+    def pieces(places):
+        return fit_groups.fit_some(targets, group, 40, False, Work(), places)
+
+    for i, (arrays, facts) in enumerate(pieces([0, 1])):
+        ((alone, its),) = pieces([i])
+        assert facts["relative"] == pytest.approx(its["relative"], rel=1e-3)
+        assert {k: x.shape for k, x in arrays.items()} == {
+            k: x.shape for k, x in alone.items()
+        }
+        total = sum(
+            np.asarray(KroneckerTerms(arrays[f"{k}.a"], arrays[f"{k}.b"]).to_matrix())
+            for k in range(len(arrays) // 2)
+        )
+        assert total.shape == targets[i].shape
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_embedding_that_a_rule_names_is_compressed_with_its_head(
+    model, moments, tokens, sequential
+):
+    terms = [{"a_shape": (20, 12), "rank": 2}]
+    common = {"method": "kronecker", "norm": "frobenius"}
+    rules = recipe.Recipe.model_validate(
+        {
+            "rules": [
+                {"match": "wte", "terms": terms, "weighting": "none", **common},
+                {"match": "h.0.attn.c_proj", "method": "low-rank", "rank": 3},
+            ]
+        }
+    )
+    done = pipeline.run(model, rules, tokens, sequential=sequential)
+    first, second = done.layers
+    assert (first.name, second.name) == ("wte", "h.0.attn.c_proj")
+    assert done.before.parameters - done.after.parameters == (
+        40 * 24 - 2 * (20 * 12 + 4) + 24 * 24 - 3 * 48
+    )
+    assert sizes.count(plan.outline(model, rules)).parameters == done.after.parameters
+    table = np.asarray(model.wte.embedding[...])
+    left = table - np.asarray(done.model.wte.materialize())
+    relative = np.linalg.norm(left) / np.linalg.norm(table)
+    assert relative == pytest.approx(first.relative, rel=1e-4) and relative < 1
+    twin = nn.multiplied_out(done.model)
+    np.testing.assert_allclose(done.model(tokens[None, :8]), twin(tokens[None, :8]),
+                               atol=1e-4)  # fmt: skip
+    kept = record.of(done, model, source="model")
+    rows = {row["name"]: row for row in kept["layers"]}
+    assert rows["wte"]["kind"] == "2 × 20x12 ⊗ 2x2" and "wpe" not in rows
+
+
+def test_a_larger_budget_predicts_less_damage(model, moments, monkeypatch):
+    monkeypatch.setattr(candidates, "probe", lambda *_: [])
+    damages = [plan.make(model, x, moments).damage for x in (0.3, 0.6, 0.9, 1.0)]
+    assert damages == sorted(damages, reverse=True)
+    assert damages[-1] == 0
+
+
+@pytest.mark.parametrize("text", ["13k", "52kB", "25kFLOP"])
+def test_budgets_for_the_whole_model(model, moments, monkeypatch, text):
+    monkeypatch.setattr(candidates, "probe", lambda *_: [])
+    budget = Budget.parse(text)
+    made = plan.make(model, budget, moments)
+    done = pipeline.run(model, made.recipe(), moments, evaluations=2)
+    size = dataclasses.asdict(done.after)[budget.measure]
+    assert 0.85 * budget.amount < size <= budget.amount
+
+
+def test_budgets_that_are_impossible_say_so(model, moments, monkeypatch):
+    monkeypatch.setattr(candidates, "probe", lambda *_: [])
+    with pytest.raises(ValueError, match="leaves nothing for the linear layers"):
+        plan.make(model, "1000", moments)
+    with pytest.raises(ValueError, match="smallest possible"):
+        plan.make(model, 0.01, moments)
+
+
+def test_rules_and_what_they_need(model, moments, tokens):
+    rules = recipe.loads(
+        "rules: [{match: 'h.0.attn.c_proj', method: low-rank, rank: 4},"
+        " {match: '*', method: keep}]"
+    )
+    with pytest.raises(ValueError, match="--calibrate FILE"):
+        pipeline.compress(model, rules)
+    done = pipeline.run(model, rules, moments)
+    (layer,) = done.layers
+    assert layer.configurations == (Configuration((24, 1), 4),)
+    assert layer.status == "converged"
+    bare = dataclasses.replace(moments, outputs={})
+    with pytest.raises(ValueError, match="without gradients"):
+        pipeline.run(model, 0.7, bare, weighting="input+gradient")
+    with pytest.raises(ValueError, match="compressed already"):
+        pipeline.run(done.model, rules, moments)
+
+
+@pytest.mark.parametrize("start", ["rescaled", "pruning", "random"])
+def test_starts_of_the_literature(model, start):
+    rules = recipe.Recipe(
+        rules=(
+            recipe.Rule(
+                match="h.*.mlp.c_fc",
+                method="kronecker",
+                terms=(recipe.Term(a_shape=(12, 96)),),
+                norm="frobenius",
+                weighting="none",
+                start=start,
+            ),
+            recipe.Rule(match="*", method="keep"),
+        )
+    )
+    done = pipeline.run(model, rules)
+    before, after = kernels(model), kernels(done.model)
+    for layer in done.layers:
+        w, k = before[layer.name], after[layer.name]
+        if start != "pruning":
+            np.testing.assert_allclose(np.linalg.norm(k), np.linalg.norm(w), rtol=1e-4)
+        if start == "random":  # and nothing else of the kernel
+            assert abs(np.sum(k * w)) < 0.1 * np.linalg.norm(w) ** 2
+        if start == "pruning":  # every second row is there as it was
+            kept = [np.allclose(k[i::2], w[i::2], atol=1e-6) for i in (0, 1)]
+            assert sum(kept) == 1
+    if start == "random":
+        every = [after[layer.name] for layer in done.layers]
+        again = kernels(pipeline.compress(model, rules))
+        assert np.array_equal(again[done.layers[0].name], every[0])
+        assert not np.allclose(every[0], every[1])
+
+
+@pytest.mark.parametrize("shape", [(24, 72), (72, 24), (24, 24), (7, 5), (1, 6)])
+def test_mixtures_have_the_size_that_was_asked_for(shape):
+    for fraction in (0.3, 0.6):
+        for part in (0.0, 0.5, 1.0):
+            held = mixture.configurations(shape, mixture.mix(shape, fraction, part))
+            size = sum(one.num_parameters(shape) for one in held)
+            assert size <= fraction * shape[0] * shape[1] + sum(shape)
+            if held and shape not in [(1, 6)]:
+                assert mixture.ranks_of(shape, held) == mixture.mix(
+                    shape, fraction, part
+                )
+
+
+def test_a_layer_of_zeros_costs_nothing_and_breaks_nothing(model, moments, tmp_path):
+    hollow = nnx.merge(*nnx.split(model))
+    zeros = np.zeros((24, 24), np.float32)
+    nn.replace(hollow, "h.0.attn.c_proj", nn.linear(zeros, None))
+    hollow.h[0].attn.c_proj.bias = model.h[0].attn.c_proj.bias
+    done = pipeline.run(hollow, 0.6, moments, evaluations=2)
+    found = record.of(done, hollow, source="hollow", timed=False)
+    (tmp_path / "out").mkdir()
+    record.write(found, tmp_path / "out")
+    again = record.read(tmp_path / "out")
+    text = html.page(again)
+    assert "h.0.attn.c_proj" in text
+    assert all(np.isfinite(one.damage) for one in done.plan.choices)
+
+
+def test_a_page_escapes_what_it_shows_and_survives_a_model_that_diverged(result, model):
+    done, _ = result
+    found = record.of(done, model, source="<script>alert(1)</script>", timed=False)
+    found["jax"] = "<script>"
+    nothing = {"protocol": "krony-pt", "perplexity": None}
+    found["perplexity"] = {"dense": nothing, "compressed": nothing}
+    found["measured_nats"] = None
+    text = html.page(found)
+    assert "<script>" not in text
+    assert "not finite" in text
+
+
+def test_damaged_records_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="kronjax compress"):
+        record.read(tmp_path)
+    for content in ("{", "[]", '{"format": 1}', '{"format": 99}'):
+        (tmp_path / record.NAME).write_text(content)
+        with pytest.raises(ValueError, match="damaged|update kronjax"):
+            record.read(tmp_path)
+
+
+def test_moments_of_one_model_are_not_taken_for_another(model, tokens, tmp_path):
+    other = gpt2.Model(CONFIG, rngs=nnx.Rngs(1))
+    for one in (model, other, model):
+        pipeline.compress(
+            one, RULES, tokens, weighting=None, work=tmp_path, progress=False
+        )
+    assert len(list(tmp_path.glob("moments-*"))) == 2
+
+
+def test_terms_that_repeat_a_shape_are_not_taken_for_one():
+    twice = (Configuration((24, 1), 2), Configuration((24, 1), 3))
+    assert mixture.ranks_of((24, 72), twice) is None
+
+
+def test_refinement_is_refused_before_anything_takes_time(model, tokens):
+    with pytest.raises(ValueError, match="9 windows"):
+        pipeline.run(model, RULES, tokens[:200], refine=10)
+    with pytest.raises(ValueError, match="needs the text"):
+        pipeline.run(model, RULES, refine=10)
+
+
+def test_short_floats_stay_short_and_are_computed_in_long_ones(model, moments):
+    short = hugging_face.cast(model, "bfloat16")
+    done = pipeline.run(short, RULES, moments)
+    stored = {str(x.dtype) for x in jax.tree.leaves(nnx.state(done.model, nnx.Param))}
+    assert stored == {"bfloat16"}
+    whole = pipeline.run(hugging_face.cast(short, "float32"), RULES, moments)
+    assert done.layers[0].relative == whole.layers[0].relative
+    assert done.after.bytes * 2 == pytest.approx(whole.after.bytes, rel=0.05)
+
+
+def test_scalars_of_terms_are_parameters_that_folders_keep(model, tmp_path):
+    rules = recipe.loads("""
+rules:
+  - match: "h.*.mlp.c_fc"
+    method: kronecker
+    terms: [{a_shape: [4, 6], rank: 2}]
+    weighting: none
+    norm: frobenius
+    scalars: true
+  - {match: "*", method: keep}
+""")
+    done = pipeline.run(model, rules)
+    planned = plan.outline(model, rules)
+    assert sizes.count(planned).parameters == done.after.parameters
+    hugging_face.save(done.model, tmp_path)
+    again = hugging_face.load(tmp_path)
+    layer = nn.linear_layers(again)["h.0.mlp.c_fc"]
+    assert layer.scales[0][...].tolist() == [1, 1]
+    np.testing.assert_array_equal(
+        layer.materialize(), layers(done.model)["h.0.mlp.c_fc"].materialize()
+    )
+
+
+def test_a_text_that_the_model_cannot_read_is_told(model, moments):
+    # Weights at random read no text; the better a model, the lower its loss.
+    assert is_foreign(model, moments)
+    assert not is_foreign(model, dataclasses.replace(moments, nll=1.0))
+    assert not is_foreign(model, dataclasses.replace(moments, nll=None))
+
+
+def test_in_sequence_later_blocks_see_what_earlier_ones_hand_on(model, tokens):
+    rules = recipe.loads("""
+rules:
+  - {match: "h.*.mlp.c_fc", method: low-rank, rank: 2, weighting: input}
+  - {match: "*", method: keep}
+""")
+    given = dict(tokens=1024, progress=False)
+    at_once = pipeline.run(model, rules, tokens, **given)
+    in_turn = pipeline.run(model, rules, tokens, sequential=True, **given)
+    first, second = (
+        kernels(at_once.model)[name] - kernels(in_turn.model)[name]
+        for name in ("h.0.mlp.c_fc", "h.1.mlp.c_fc")
+    )
+    # Nothing comes before the first block; the second sees other inputs.
+    assert np.abs(first).max() < 1e-4 < np.abs(second).max()
+    shrunk = measure_moments(in_turn.model, tokens[:1025], progress=False)
+    error = kernels(model)["h.1.mlp.c_fc"] - kernels(in_turn.model)["h.1.mlp.c_fc"]
+    other = kernels(model)["h.1.mlp.c_fc"] - kernels(at_once.model)["h.1.mlp.c_fc"]
+    ours, theirs = (
+        np.trace(x.T @ shrunk.input("h.1.mlp.c_fc") @ x) for x in (error, other)
+    )
+    assert ours < theirs  # nearer on what the compressed model hands on
+    with pytest.raises(ValueError, match="in sequence needs the text"):
+        pipeline.run(model, rules, shrunk, sequential=True)

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from flax import nnx
+
+from kronjax import nn, recipe
+from kronjax.io.cache import Work
+from kronjax.lm.compression import pipeline, refine
+from kronjax.lm.models import llama
+
+CONFIG = llama.Config(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=30,
+    max_position_embeddings=32,
+    tie_word_embeddings=True,
+)
+RULES = recipe.loads("""
+rules:
+  - {match: "layers.1.mlp.*", method: low-rank, fraction: 0.4, weighting: none}
+  - {match: "*", method: keep}
+""")
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return llama.Model(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 30, 20 * 16).astype(np.int32)
+
+
+def kernels(model):
+    layers = nn.linear_layers(model)
+    return {k: np.asarray(nn.dense(v).kernel[...]) for k, v in layers.items()}
+
+
+def test_factors_come_nearer_to_what_the_dense_block_does(dense, tokens):
+    model = pipeline.compress(dense, RULES)
+    before = kernels(model)
+    found = refine.refine(
+        model, dense, tokens, steps=60, context=16, rate=1e-2, progress=False
+    )
+    assert found[0] is None  # nothing to train there
+    assert found[1].kept
+    assert found[1].after < 0.9 * found[1].before
+    after = kernels(model)
+    for name in before:
+        changed = not np.array_equal(before[name], after[name])
+        assert changed == name.startswith("layers.1.mlp.")
+    assert isinstance(nn.linear_layers(model)["layers.1.mlp.up_proj"].a[0], nnx.Param)
+
+
+def test_what_held_out_windows_do_not_agree_to_is_dropped(dense, tokens):
+    model = pipeline.compress(dense, RULES)
+    before = kernels(model)
+    found = refine.refine(
+        model, dense, tokens, steps=3, context=16, rate=30.0, progress=False
+    )
+    assert not found[1].kept
+    for name, kernel in kernels(model).items():
+        np.testing.assert_array_equal(kernel, before[name])
+
+
+def test_short_texts_are_refused(dense):
+    model = pipeline.compress(dense, RULES)
+    with pytest.raises(ValueError, match="9 windows"):
+        refine.refine(model, dense, np.zeros(100, np.int32), context=16)
+
+
+def test_finished_blocks_are_not_trained_again(dense, tokens, tmp_path, monkeypatch):
+    def run():
+        model = pipeline.compress(dense, RULES)
+        done = refine.refine(
+            model,
+            dense,
+            tokens,
+            steps=60,
+            context=16,
+            rate=1e-2,
+            work=Work(tmp_path),
+            progress=False,
+        )
+        return done, kernels(model)
+
+    done, first = run()
+    monkeypatch.setattr(refine, "_train", lambda *_: pytest.fail("trained again"))
+    again, second = run()
+    assert done == again
+    for name, kernel in first.items():
+        np.testing.assert_array_equal(kernel, second[name])

@@ -1,0 +1,220 @@
+"""Perplexities and last words, against loops that are slow and obvious."""
+
+import hashlib
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import SENTENCES, losses_reference
+
+from kronjax.lm.evaluation import perplexity
+from kronjax.lm.models import attention, gpt2
+from kronjax.lm.text import documents
+
+
+def loop(model, tokens, context, stride, average, drop):
+    """Perplexity and number of scored tokens, one window after the other."""
+    means, counts, before = [], [], 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context, len(tokens))
+        new = end - max(before, begin + 1)
+        if end - begin < context and drop:
+            break
+        if new > 0:
+            losses, _ = losses_reference(model, tokens[begin:end])
+            means.append(losses[-new:].mean())
+            counts.append(new)
+        before = end
+        if end == len(tokens):
+            break
+    weights = counts if average == "tokens" else None
+    return math.exp(np.average(means, weights=weights)), sum(counts), len(counts)
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+@pytest.mark.parametrize(
+    ("protocol", "settings"),
+    [
+        ("krony-pt", (64, 64, "windows", False)),
+        ("gptq-2048", (64, 64, "tokens", True)),
+        ("hf-strided", (64, 32, "tokens", False)),
+    ],
+)
+def test_protocols_are_what_they_say(tiny, protocol, settings, batch):
+    tokens = np.random.default_rng(0).integers(0, 300, 203)
+    found = perplexity.perplexity(tiny, tokens, protocol, batch=batch)
+    expected, scored, windows = loop(tiny, tokens, *settings)
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.nll == pytest.approx(math.log(expected), rel=1e-5)
+    assert (found.tokens, found.tokens_scored, found.windows) == (203, scored, windows)
+    assert (found.protocol.context, found.protocol.stride) == settings[:2]
+    assert (found.vocab_size, found.dtype) == (300, "float32")
+    assert found.text_sha256 is None and found.tokenizer_sha256 is None
+    raw = tokens.astype("<i4").tobytes()
+    assert found.tokens_sha256 == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize("protocol", ["krony-pt", "hf-strided"])
+@pytest.mark.parametrize("count", [2, 33, 64, 65])
+def test_short_texts(tiny, protocol, count):
+    tokens = np.random.default_rng(1).integers(0, 300, count)
+    average = "windows" if protocol == "krony-pt" else "tokens"
+    stride = 64 if protocol == "krony-pt" else 32
+    expected, scored, _ = loop(tiny, tokens, 64, stride, average, False)
+    found = perplexity.perplexity(tiny, tokens, protocol)
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.tokens_scored == scored
+
+
+def test_a_text_is_the_same_however_it_is_given(tiny, tmp_path):
+    content = "\n".join(SENTENCES) + "\n"
+    path = tmp_path / "fox.txt"
+    path.write_text(content)
+    plain = perplexity.perplexity(tiny, content, "krony-pt")
+    for given in (
+        path,
+        documents.read_text(path),
+        tiny.tokenizer.encode(content).tolist(),
+    ):
+        other = perplexity.perplexity(tiny, given, "krony-pt")
+        assert (other.perplexity, other.tokens) == (plain.perplexity, plain.tokens)
+        assert other.tokens_sha256 == plain.tokens_sha256
+    assert plain.text_sha256 == hashlib.sha256(content.encode()).hexdigest()
+    assert plain.tokenizer_sha256 == tiny.tokenizer.digest
+    assert (plain.source, plain.join) == ("text", "given")
+    joined = perplexity.perplexity(
+        tiny, documents.read_text(path, join="blank-lines"), "krony-pt"
+    )
+    assert joined.tokens > plain.tokens
+    assert (joined.source, joined.join) == (str(path), "blank-lines")
+    with pytest.raises(ValueError, match="the name of a file; give pathlib.Path"):
+        perplexity.perplexity(tiny, str(path))
+
+
+def test_mistakes_are_named(tiny, tokenizer):
+    with pytest.raises(ValueError, match="two tokens or more; the text has 1"):
+        perplexity.perplexity(tiny, "A")
+    with pytest.raises(ValueError, match="the text has 0"):
+        perplexity.perplexity(tiny, [])
+    with pytest.raises(ValueError, match="no protocol 'ptb'; there are krony-pt"):
+        perplexity.perplexity(tiny, "A fox", "ptb")
+    with pytest.raises(ValueError, match=r"whole windows of 64; use krony-pt or hf"):
+        perplexity.perplexity(tiny, "A fox")
+    with pytest.raises(ValueError, match=r"integers \[n\]; got float64 \[2\]"):
+        perplexity.perplexity(tiny, [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"integers \[n\]"):
+        perplexity.perplexity(tiny, [[1, 2]])
+    with pytest.raises(ValueError, match="token 300 is not in the vocabulary"):
+        perplexity.perplexity(tiny, [1, 300])
+    tiny.tokenizer = None
+    with pytest.raises(ValueError, match=r"no tokenizer; put tokenizer.json"):
+        perplexity.perplexity(tiny, "A fox")
+    assert perplexity.perplexity(tiny, "A fox", "krony-pt", tokenizer=tokenizer)
+    small = gpt2.Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+    other = gpt2.Model(small, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"mismatch.* 50 tokens, the tokenizer 300"):
+        perplexity.perplexity(other, "A fox", tokenizer=tokenizer)
+
+
+def test_a_model_that_gives_no_numbers_is_told(tiny):
+    tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
+    with pytest.raises(ValueError, match="NaN in 1 of 1 windows.*try float32"):
+        perplexity.perplexity(tiny, np.arange(20), "krony-pt")
+
+
+def test_a_summary_says_how_to_get_the_number_again(tiny):
+    found = perplexity.perplexity(tiny, " ".join(SENTENCES), "hf-strided")
+    fields = json.loads(json.dumps(perplexity.summary(found)))
+    assert fields["protocol"] == "hf-strided" and fields["protocol_version"] == 1
+    assert fields["context"] == 64 and fields["stride"] == 32
+    assert fields["perplexity"] == found.perplexity
+    assert fields["seconds"] > 0 and fields["tokens_per_second"] > 0
+    assert {"text_sha256", "tokens_sha256", "kronjax", "device"} <= set(fields)
+
+
+def last_words(model, rows):
+    """Accuracy and perplexity of last words, one row after the other."""
+    hits, totals = [], []
+    for row in rows:
+        cut = row.rindex(" ")
+        tokens = model.tokenizer.encode(row, special=False)
+        count = len(tokens) - len(model.tokenizer.encode(row[:cut], special=False))
+        losses, greedy = losses_reference(model, tokens)
+        totals.append(losses[-count:].sum())
+        hits.append(greedy[-count:].all())
+    return np.mean(hits), math.exp(np.mean(totals))
+
+
+def test_lambada_takes_the_whole_last_word(tiny):
+    # One row ends as the model would have it: the state before its last word, with
+    # which the head is multiplied, becomes the row of that word.
+    tokens = tiny.tokenizer.encode("She sells", special=False)
+    places = attention.locate((1, len(tokens)))
+    state = tiny.hidden(jnp.asarray(tokens)[None], places)[0][0, -1]
+    (word,) = tiny.tokenizer.encode(" shells", special=False)
+    tiny.wte.embedding[...] = tiny.wte.embedding[...].at[word].set(3 * state)
+    rows = [*SENTENCES, "She sells shells"]
+    accuracy, expected = last_words(tiny, rows)
+    assert accuracy == 0.25
+    found = perplexity.lambada(tiny, rows)
+    assert found.accuracy == accuracy and found.rows == 4
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    whole = perplexity.perplexity(tiny, "\n\n".join(rows), "krony-pt")
+    assert found.full_text is not None
+    assert found.full_text.perplexity == whole.perplexity
+    assert found.text_sha256 == whole.text_sha256
+    fields = json.loads(json.dumps(perplexity.summary(found)))
+    assert (fields["protocol"], fields["protocol_version"]) == ("lambada", 1)
+    assert fields["full_text"]["protocol"] == "krony-pt"
+    alone = perplexity.lambada(
+        tiny, documents.from_rows(rows), full_text=False, batch=3
+    )
+    assert alone.full_text is None and alone.source == "rows"
+    assert alone.accuracy == accuracy
+
+
+def test_lambada_names_the_row_that_it_cannot_use(tiny):
+    with pytest.raises(ValueError, match="row 2 has fewer than two words: 'word'"):
+        perplexity.lambada(tiny, ["Two words", "word"])
+    with pytest.raises(ValueError, match="there are none"):
+        perplexity.lambada(tiny, [])
+    with pytest.raises(ValueError, match="got one string"):
+        perplexity.lambada(tiny, "Two words")
+
+
+def test_log_likelihoods_are_sums_over_the_continuation(tiny):
+    rng = np.random.default_rng(0)
+    pairs = [
+        (rng.integers(0, 300, n).tolist(), rng.integers(0, 300, k).tolist())
+        for n, k in ((5, 2), (60, 5), (100, 3), (1, 64), (9, 1))
+    ]
+    context = pairs[0][0]
+    best = int(tiny(jnp.array([context]))[0, -1].argmax())
+    pairs.append((context, [best]))
+    found = perplexity.log_likelihoods(tiny, pairs, batch=2)
+    assert len(found) == len(pairs)
+    for (before, after), (value, greedy) in zip(pairs, found, strict=True):
+        # The model reads all but the last token, so 65 of them fit a context of 64.
+        tokens = np.array([*before, *after])[-65:]
+        losses, hits = losses_reference(tiny, tokens)
+        assert value == pytest.approx(-losses[-len(after) :].sum(), rel=1e-5)
+        assert greedy == hits[-len(after) :].all()
+    assert found[-1][1] and not found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (([], [1]), "pair 1: the context has no tokens"),
+        (([1], []), "pair 1: the continuation has no tokens"),
+        (([1], [1] * 65), "65 tokens, the model a context of 64"),
+        (([1], [300]), "token 300 is not in the vocabulary of the model.* 300 tokens"),
+        (([-1], [1]), "token -1"),
+    ],
+)
+def test_pairs_that_cannot_be_scored_are_named(tiny, pair, message):
+    with pytest.raises(ValueError, match=message):
+        perplexity.log_likelihoods(tiny, [([1], [2]), pair])

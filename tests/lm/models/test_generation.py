@@ -1,0 +1,133 @@
+"""Continuations against what the model says without a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kronjax import lm
+from kronjax.lm.models import generation, gpt2
+from kronjax.lm.models.generation import generate_tokens
+from kronjax.lm.text.tokenizer import Tokenizer
+
+PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+
+
+def assert_likeliest(model, prompt, new):
+    """Every new token is the likeliest one after all before it, without a cache."""
+    row = np.array([[*prompt, *new]], np.int32)
+    likeliest = np.argmax(np.asarray(model(row))[0], axis=-1)
+    assert likeliest[len(prompt) - 1 : -1].tolist() == new
+
+
+def test_greedy_continuations_need_no_cache_to_be_the_same(tiny):
+    rows = generate_tokens(tiny, PROMPTS, max_new_tokens=6)
+    for prompt, new in zip(PROMPTS, rows, strict=True):
+        assert len(new) == 6
+        assert_likeliest(tiny, prompt, new)
+    # A row ends before the token that stops it; the other goes on.
+    stop = rows[0][-1]
+    assert stop not in rows[1]
+    shorter = generate_tokens(tiny, PROMPTS, max_new_tokens=6, stop=(stop,))
+    assert shorter == [rows[0][: rows[0].index(stop)], rows[1]]
+
+
+def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(tiny):
+    options = {"max_new_tokens": 5, "temperature": 2.0}
+    first, again, other = (
+        generate_tokens(tiny, PROMPTS, seed=seed, **options) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    greedy = generate_tokens(tiny, PROMPTS, max_new_tokens=5)
+    assert generate_tokens(tiny, PROMPTS, top_k=1, **options) == greedy
+    assert generate_tokens(tiny, PROMPTS, top_p=1e-6, **options) == greedy
+
+
+def test_draws_follow_the_distribution():
+    """A model whose logits are the same everywhere: its token table is zero."""
+    config = gpt2.Config(vocab_size=4, n_embd=4, n_layer=1, n_head=1, n_positions=600)
+    model = gpt2.Model(config, rngs=nnx.Rngs(0))
+    model.ln_f.scale[...] = jnp.zeros(4)
+    model.ln_f.bias[...] = jnp.ones(4)
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.3, 0.4]))
+    model.wte.embedding[...] = jnp.zeros((4, 4)).at[:, 0].set(logits)
+    prompts = [[0]] * 8
+    drawn = np.ravel(
+        generate_tokens(model, prompts, max_new_tokens=500, temperature=1.0)
+    )
+    shares = np.bincount(drawn, minlength=4) / drawn.size
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.3, 0.4], atol=0.03)
+    drawn = np.ravel(
+        generate_tokens(model, prompts, max_new_tokens=500, temperature=1.0, top_p=0.65)
+    )
+    # 0.4 and 0.3 are what it takes to reach 0.65.
+    assert set(drawn.tolist()) == {2, 3}
+
+
+def test_nan_is_told(tiny):
+    tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
+    with pytest.raises(ValueError, match="gives NaN"):
+        generate_tokens(tiny, PROMPTS, max_new_tokens=6)
+
+
+def test_of_the_likeliest_k_those_are_kept_that_reach_p():
+    logits = jnp.log(jnp.array([[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]]))
+    draw = jnp.float32(1.0), jnp.int32(2), jnp.float32(0.5)
+    keys = jax.random.split(jax.random.key(0), 50)
+    drawn = jax.vmap(lambda key: generation._sample(logits, key, *draw)[0])(keys)
+    # Of two, the first has probability 2/3, which is enough.
+    assert set(np.asarray(drawn).tolist()) == {0}
+
+
+def test_the_space_before_a_continuation_is_kept():
+    """As tokenizers made by SentencePiece decode: without the first space."""
+    words = ["the", " capital", " is", " Paris"]
+
+    class Stripping:
+        def decode(self, tokens):
+            return "".join(words[i] for i in tokens).removeprefix(" ")
+
+    assert generation.continuation(Stripping(), [0, 1, 2], [3]) == " Paris"
+
+
+def test_texts_go_in_and_come_out(tiny):
+    text = lm.generate(tiny, "The quick", max_new_tokens=4)
+    texts = lm.generate(tiny, ["The quick", "A"], max_new_tokens=4)
+    assert isinstance(text, str) and texts[0] == text and len(texts) == 2
+    tokens = tiny.tokenizer.encode("The quick")
+    (new,) = generate_tokens(tiny, [tokens], max_new_tokens=4)
+    assert_likeliest(tiny, tokens, new)
+    assert text == tiny.tokenizer.decode(new)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([], {}, "without tokens"),
+        ([[1], []], {}, "without tokens"),
+        ([[300]], {}, "token 300 is not"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[-1]], {}, "token -1 is not"),
+        ([[1]], {"max_new_tokens": 64}, "64 positions"),
+        ([[1] * 64], {}, "shorten it"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"top_k": 0}, "top_k is 0"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0"),
+    ],
+)
+def test_mistakes_are_told(tiny, prompts, options, words):
+    with pytest.raises(ValueError, match=words):
+        generate_tokens(tiny, prompts, **options)
+
+
+def test_a_model_without_a_fitting_tokenizer_is_told(tiny):
+    tokenizer, tiny.tokenizer = tiny.tokenizer, None
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        lm.generate(tiny, "The")
+    small = gpt2.Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1, n_positions=64)
+    model = gpt2.Model(small, rngs=nnx.Rngs(0))
+    model.tokenizer = Tokenizer(tokenizer.files)
+    with pytest.raises(ValueError, match="has 50 tokens, the tokenizer 300"):
+        lm.generate(model, "The quick brown fox", max_new_tokens=1)

@@ -1,0 +1,395 @@
+"""Bounds against everything that tries to get below them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kronjax
+from kronjax import Configuration
+from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
+from kronjax.proof import bounds, certificate, multipliers
+from kronjax.proof.tangent_map import TangentMap
+from kronjax.solver.weighted import Root
+
+CASES = [(((2, 3), (3, 2)), 1), (((3, 2), (2, 4)), 2)]
+certify = jax.jit(bounds.certify)
+
+
+def draw(rng, shapes, rank, dtype=np.float64):
+    a, b = shapes
+    return KroneckerTerms(
+        jnp.asarray(rng.normal(size=(rank, *a)), dtype),
+        jnp.asarray(rng.normal(size=(rank, *b)), dtype),
+    )
+
+
+def weight(rng, n):
+    x = rng.normal(size=(n, 2 * n))
+    return jnp.asarray(x @ x.T)
+
+
+def reached(matrix, terms, rng, roots=(None, None), size=1.0):
+    """The least norm that random changes of one side of all terms lead to."""
+    left, right = roots
+    best = np.inf
+    for side in ("a", "b") * 10:
+        move = {side: size * rng.normal(size=getattr(terms, side).shape)}
+        a, b = terms.a + move.get("a", 0), terms.b + move.get("b", 0)
+        rest = np.asarray(matrix - KroneckerTerms(a, b).to_matrix())
+        rest = rest if left is None else left.T @ rest
+        rest = rest if right is None else rest @ right
+        best = min(best, np.linalg.norm(rest, 2))
+    return best
+
+
+def least_squares_of_a(matrix, terms, power):
+    """An A that lowers the norm: a gradient step on all of A in the Schatten norm."""
+    rest = np.asarray(matrix - terms.to_matrix())
+    u, s, vt = np.linalg.svd(rest)
+    k = len(s)
+    dual = (u[:, :k] * (s / s[0]) ** (power - 1)) @ vt[:k]
+    ambient = np.asarray(rearrange(jnp.asarray(dual), terms.a.shape[1:]))
+    slope = (ambient @ np.asarray(terms.b).reshape(len(terms.b), -1).T).T
+    return slope.reshape(terms.a.shape)
+
+
+@settings(max_examples=30)
+@given(
+    case=st.sampled_from(CASES),
+    seed=st.integers(0, 999),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+)
+def test_no_bound_is_violated_from_any_sum(case, seed, scale):
+    (layout, rank), rng = case, np.random.default_rng(seed)
+    matrix = jnp.asarray(
+        rng.normal(size=tuple(np.multiply(*map(np.array, layout)))) * scale
+    )
+    terms = draw(rng, layout, rank)
+    terms = KroneckerTerms(terms.a * scale, terms.b)
+    found = certify(matrix, (terms,))
+    error = np.linalg.norm(np.asarray(matrix - terms.to_matrix()) / scale, 2)
+    np.testing.assert_allclose(found.error / scale, error, rtol=1e-12)
+    assert 0 <= found.local_bound <= found.error
+    # Descent on A alone, by steps of all lengths, stays above the local bound.
+    slope = least_squares_of_a(
+        matrix / scale, KroneckerTerms(terms.a / scale, terms.b), 8
+    )
+    slope /= np.linalg.norm(slope)
+    for length in np.geomspace(1e-3, 10, 20):
+        moved = KroneckerTerms(terms.a / scale + length * slope, terms.b)
+        norm = np.linalg.norm(np.asarray(matrix / scale - moved.to_matrix()), 2)
+        assert norm >= found.local_bound / scale * (1 - 1e-12)
+    # And no sum of this rank stays below the global one.
+    for _ in range(10):
+        other = draw(rng, layout, rank)
+        norm = np.linalg.norm(np.asarray(matrix / scale - other.to_matrix()), 2)
+        assert norm >= found.global_bound / scale
+    best = kronjax.approximate(
+        np.asarray(matrix), Configuration(layout[0], rank), starts=1, progress=False
+    )
+    assert best.error.spectral >= found.global_bound * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_solutions_have_small_gaps_and_a_finish_closes_them(dtype):
+    matrix = np.random.default_rng(0).normal(size=(12, 12)).astype(dtype)
+    finish = dtype == np.float64
+    found = kronjax.approximate(
+        matrix, Configuration((3, 4), 2), starts=1, finish=finish, progress=False
+    )
+    proven = found.certificate
+    assert proven.error == pytest.approx(found.error.spectral, rel=1e-12)
+    if finish:
+        assert -1e-12 <= proven.local_gap < 1e-10 and proven.kkt_residual < 1e-11
+        assert proven.second_order == "strict local minimum"
+    else:
+        assert 0 < proven.local_gap < 5e-3
+        assert np.isnan(proven.kkt_residual) and proven.second_order == ""
+    assert 0.5 * proven.error < proven.global_bound < proven.error
+    # In float32 the bounds are as valid, and wider.
+    single = certify(
+        jnp.asarray(matrix, jnp.float32),
+        jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found.terms),
+    )
+    assert single.local_bound.dtype == np.float32
+    local, bound = float(single.local_bound), float(single.global_bound)
+    assert 0.99 * proven.local_bound < local <= proven.local_bound + 1e-5 * proven.error
+    # The climb begins, and ends, elsewhere.
+    assert 0.5 * proven.error < bound < proven.error
+
+
+def test_exact_cases():
+    half = jnp.eye(2)[None] / 2**0.5
+    found = certify(jnp.diag(jnp.array([1.0, 0, 0, 1])), (KroneckerTerms(half, half),))
+    np.testing.assert_allclose(jax.tree.leaves(found), 0.5, rtol=1e-12)
+    # Low rank (Eckart, Young and Mirsky): the least that rank 2 leaves is s_3.
+    matrix = np.random.default_rng(1).normal(size=(6, 8))
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    terms = KroneckerTerms(
+        jnp.asarray((u * s)[:, :2].T[:, :, None]), jnp.asarray(vt[:2, None])
+    )
+    found = certify(jnp.asarray(matrix), (terms,))
+    np.testing.assert_allclose(found.error, s[2], rtol=1e-12)
+    np.testing.assert_allclose(found.local_bound, s[2], rtol=1e-10)
+    # Nothing is left: both bounds are at rounding level, and none is above the error.
+    whole = draw(np.random.default_rng(2), ((2, 3), (3, 2)), 2)
+    found = certify(whole.to_matrix(), (whole,))
+    assert found.error < 1e-13 and found.global_bound <= found.error
+
+
+@pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
+def test_weights_and_their_norms(sides):
+    rng = np.random.default_rng(3)
+    matrix = jnp.asarray(rng.normal(size=(6, 6)))
+    left, right = (weight(rng, 6) if side else None for side in sides)
+    roots = [None if x is None else Root.of(x) for x in (left, right)]
+    roots = [None if x is None else np.asarray(x.factor * x.scale) for x in roots]
+    found = kronjax.approximate(
+        np.asarray(matrix), Configuration((2, 3), 2), starts=1, progress=False,
+        left_weight=left, right_weight=right,
+    )  # fmt: skip
+    proven = found.certificate
+    assert proven.error == pytest.approx(found.weighted.spectral, rel=1e-4)
+    assert 0 <= proven.local_gap < 1e-2
+    assert 0 < proven.global_bound < proven.error
+    (terms,) = found.terms
+    for size in (1e-3, 1e-1, 1):
+        assert reached(matrix, terms, rng, roots, size) >= proven.local_bound
+    for _ in range(20):
+        other = draw(rng, ((2, 3), (3, 2)), 2)
+        assert reached(matrix, other, rng, roots, 0.3) >= proven.global_bound
+
+
+def test_several_configurations_have_a_local_bound_alone():
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(12, 12))
+    wanted = [Configuration((3, 4), 1), Configuration((12, 1), 1)]
+    found = kronjax.approximate(matrix, wanted, starts=1, finish=True, progress=False)
+    proven = found.certificate
+    assert proven.global_bound == 0
+    assert proven.local_gap < 1e-8
+    # The two tangent spaces share directions, along which nothing changes.
+    assert proven.second_order == "not proven"
+
+
+def test_the_tangent_map_and_its_adjoint_agree_and_the_normal_part_is_normal():
+    rng = np.random.default_rng(5)
+    terms = draw(rng, ((2, 3), (3, 2)), 2), draw(rng, ((6, 1), (1, 6)), 1)
+    roots = Root.of(weight(rng, 6)), Root.of(weight(rng, 6))
+    for given_roots in ((None, None), roots):
+        space = TangentMap.of((6, 6), terms, *given_roots)
+        y = jnp.asarray(rng.normal(size=(6, 6)))
+        xi = space.pull(jnp.asarray(rng.normal(size=(6, 6))))
+        both = zip(space.pull(y), xi, strict=True)
+        inner = sum(
+            jnp.sum(p * q)
+            for x, z in both
+            for p, q in zip(jax.tree.leaves(x), jax.tree.leaves(z), strict=True)
+        )
+        np.testing.assert_allclose(jnp.sum(space.push(xi) * y), inner, rtol=1e-10)
+        rest = space.normal_part(y)
+        assert space.length(space.pull(rest)) < 1e-12
+        # A change of one factor of one term is tangent.
+        one = terms[0]
+        moved = KroneckerTerms(one.a, jnp.asarray(rng.normal(size=one.b.shape)))
+        change = moved.to_matrix()
+        if given_roots[0] is not None:
+            change = roots[0].factor.T @ change @ roots[1].factor
+        assert abs(jnp.sum(change * rest)) < 1e-11 * jnp.linalg.norm(change)
+
+
+def test_what_is_not_regular_is_certified_all_the_same():
+    rng = np.random.default_rng(6)
+    matrix = jnp.asarray(rng.normal(size=(6, 6)))
+    terms = draw(rng, ((2, 3), (3, 2)), 2)
+    zero = KroneckerTerms(terms.a.at[1].set(0), terms.b)
+    twice = KroneckerTerms(terms.a.at[1].set(terms.a[0]), terms.b)
+    nothing = jax.tree.map(jnp.zeros_like, terms)
+    for one in (zero, twice, nothing):
+        found = certify(matrix, (one,))
+        assert 0 <= found.local_bound <= found.error
+        assert 0 <= found.global_bound <= found.error
+        norm = reached(matrix, one, rng, size=0.3)
+        assert norm >= found.local_bound
+    lost = certify(matrix.at[0, 0].set(jnp.nan), (terms,))
+    assert all(np.isnan(jax.tree.leaves(lost)))
+    empty = certify(jnp.zeros((6, 6)), (nothing,))
+    assert jax.tree.leaves(empty) == [0, 0, 0]
+
+
+def test_a_batch_is_its_matrices_one_by_one():
+    rng = np.random.default_rng(7)
+    matrices = jnp.asarray(rng.normal(size=(3, 6, 6)))
+    terms = jax.tree.map(
+        lambda *x: jnp.stack(x), *(draw(rng, ((2, 3), (3, 2)), 2) for _ in range(3))
+    )
+    both = jax.jit(jax.vmap(lambda x, y: bounds.certify(x, (y,))))(matrices, terms)
+    for i in range(3):
+        one = certify(matrices[i], (jax.tree.map(lambda x, i=i: x[i], terms),))
+        np.testing.assert_allclose(both.error[i], one.error, rtol=1e-12)
+        np.testing.assert_allclose(both.local_bound[i], one.local_bound, rtol=1e-3)
+        # Where the climb ends depends on the last digits.
+        np.testing.assert_allclose(both.global_bound[i], one.global_bound, rtol=3e-2)
+    host = certificate.certificate_of(np.asarray(matrices), (terms,))
+    assert host.local_gap.shape == (3,)
+    np.testing.assert_allclose(host.error, both.error, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows", [256, 512])
+@pytest.mark.parametrize("flat", [False, True])
+def test_large_matrices_are_proven_by_eigenvectors_as_well(
+    monkeypatch, dtype, rows, flat
+):
+    rng = np.random.default_rng(0)
+    terms = draw(rng, ((rows // 16, 16), (16, 16)), 2, dtype)
+    rest = rng.normal(size=(rows, 256))
+    if flat:  # as solving leaves it
+        u, s, vt = np.linalg.svd(rest, full_matrices=False)
+        rest = (u * np.minimum(s, s[100])) @ vt
+    matrix = jnp.asarray(rest, dtype) + terms.to_matrix()
+    called, decompose = [], bounds.spectral.triplets_by_gram
+
+    def spy(matrix):
+        called.append(matrix.shape)
+        return decompose(matrix)
+
+    monkeypatch.setattr(bounds.spectral, "triplets_by_gram", spy)
+    by_eigenvectors = bounds.certify_stage(matrix, (terms,), 18.0)
+    assert called[0] == (rows, 256)
+    monkeypatch.setattr(bounds.spectral, "triplets_by_gram", decompose)
+    monkeypatch.setattr(bounds.spectral, "LARGE", 257)
+    exact = bounds.certify_stage(matrix, (terms,), 18.0)
+    # What rounding takes from a bound in float32 differs.
+    close = (
+        (1e-4, 5e-3 if rows == 256 else 0.05) if dtype == np.float32 else (1e-9, 1e-7)
+    )
+    assert float(by_eigenvectors.error) == pytest.approx(float(exact.error), close[0])
+    found, wanted = (float(x.local_bound) for x in (by_eigenvectors, exact))
+    assert found == pytest.approx(wanted, close[1])
+    rest = np.asarray(matrix, float) - np.asarray(terms.to_matrix(), float)
+    assert float(by_eigenvectors.error) >= np.linalg.norm(rest, 2)
+    assert 0 < by_eigenvectors.local_bound < by_eigenvectors.error
+
+
+def test_proofs_are_computed_by_the_processor(monkeypatch):
+    program, asked = certificate._program(), []
+
+    def on_what(*arguments):
+        asked.append(jax.config.jax_default_device)
+        return program(*arguments)
+
+    monkeypatch.setattr(certificate, "_program", lambda: on_what)
+    half = np.eye(2)[None] / 2**0.5
+    certificate.certificate_of(np.eye(4), (KroneckerTerms(half, half),))
+    assert [device.platform for device in asked] == ["cpu"]
+
+
+def test_proofs_are_computed_without_a_processor_too(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(certificate.jax, "local_devices", missing)
+    half = np.eye(2)[None] / 2**0.5
+    assert (
+        certificate.certificate_of(np.eye(4), (KroneckerTerms(half, half),)).error < 4
+    )
+
+
+def test_a_finish_in_another_norm_or_precision_is_refused():
+    matrix = np.eye(6)
+    wanted = Configuration((2, 3), 1)
+    with pytest.raises(ValueError, match="finish is for"):
+        kronjax.approximate(matrix, wanted, norm="frobenius", finish=True)
+    with pytest.raises(ValueError, match='dtype="float64"'):
+        kronjax.approximate(matrix, wanted, dtype="float32", finish=True)
+
+
+def test_unrearranged_duals_are_orthogonal_to_what_alternating_methods_reach():
+    rng = np.random.default_rng(8)
+    terms = draw(rng, ((2, 3), (3, 2)), 2)
+    rest = TangentMap.of((6, 6), (terms,)).normal_part(
+        jnp.asarray(rng.normal(size=(6, 6)))
+    )
+    ambient = rearrange(rest, (2, 3))
+    assert jnp.abs(terms.a.reshape(2, -1) @ ambient).max() < 1e-13
+    assert jnp.abs(ambient @ terms.b.reshape(2, -1).T).max() < 1e-13
+    np.testing.assert_allclose(unrearrange(ambient, (2, 3), (3, 2)), rest)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
+    rng = np.random.default_rng(3)
+    matrix = jnp.asarray(rng.normal(size=(12, 18)), dtype)
+    one = Configuration((3, 6), 2)
+    # From where a change of A alone lowers the norm.
+    options = {"norm": "schatten:10", "starts": 1, "tolerance": 1.0}
+    found = kronjax.approximate(np.asarray(matrix), one, progress=False, **options)
+    (terms,) = jax.tree.map(jnp.asarray, found.terms)
+    certified = jax.jit(bounds.certify_stage)(matrix, (terms,), 10.0)
+    certified = jax.tree.map(float, certified)
+    error = float(found.error.spectral)
+    assert error <= certified.error <= error * (1 + 1e-4)
+    assert certified.global_bound == 0
+    matrix, terms = jax.tree.map(lambda x: np.asarray(x, np.float64), (matrix, terms))
+    slope = least_squares_of_a(matrix, terms, 66)
+    slope /= np.linalg.norm(slope)
+    reachable = [reached(matrix, terms, rng, size=1e-2)]
+    for length in np.geomspace(1e-3, 1, 20):
+        moved = KroneckerTerms(terms.a + length * slope, terms.b)
+        reachable.append(np.linalg.norm(matrix - moved.to_matrix(), 2))
+    assert 0.5 * error < certified.local_bound <= min(reachable) < 0.99 * error
+
+
+def test_a_balanced_gradient_proves_what_it_does_not_as_it_is():
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(24, 24))
+    found = kronjax.approximate(
+        matrix, Configuration((4, 6), 6), starts=1, tolerance=1e-2, progress=False
+    )
+    last = float(found.trace.p[-1])
+    program = jax.jit(bounds.certify_stage)
+
+    def gap(rounds):
+        bounds = program(jnp.asarray(matrix), found.terms, last, rounds)
+        return 1 - float(bounds.local_bound / bounds.error)
+
+    balanced = gap(multipliers.BALANCED)
+    assert balanced < 2e-2 and 2 * balanced < gap(0)
+    assert balanced < gap(multipliers.BALANCED // 2) < gap(0)
+
+
+def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
+    rng = np.random.default_rng(4)
+    matrix = rng.normal(size=(24, 24))
+    found = kronjax.approximate(
+        matrix, Configuration((4, 6), 6), starts=1, tolerance=1e-2, progress=False
+    )
+
+    def gap():
+        # Another function each time: what is patched is no argument.
+        program = jax.jit(lambda *x: bounds.certify(*x))
+        proven = program(jnp.asarray(matrix), found.terms)
+        return 1 - float(proven.local_bound / bounds.error)
+
+    thorough = gap()
+    monkeypatch.setattr(multipliers, "FINE", 8)  # in float32, as large ones are
+    assert gap() == pytest.approx(thorough, rel=1e-2)
+    monkeypatch.setattr(multipliers, "ROUNDS", 0)
+    assert thorough < 2e-2 and 2 * thorough < gap()
+
+
+def test_the_cheap_bound_says_nothing_of_what_is_not_finite():
+    terms = (KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2))),)
+    found = bounds.certify_stage(jnp.eye(4).at[0, 0].set(jnp.nan), terms, 18.0)
+    assert np.isnan([found.error, found.local_bound]).all()
+    # The exponent is of no dtype of its own.
+    short = jax.tree.map(jnp.float32, (2 * jnp.eye(4), terms))
+    found = bounds.certify_stage(*short, jnp.float64(18))
+    assert found.local_bound.dtype == jnp.float32
+    assert 0 <= found.local_bound <= found.error
+    exact = bounds.certify_stage(jnp.ones((4, 4)), terms, 18.0)
+    assert exact.local_bound <= exact.error < 1e-12

@@ -1,0 +1,13 @@
+from kronjax import Configuration
+from kronjax.solver.problem import Problem, default_budget
+
+
+def test_a_longer_schedule_has_less_to_spend_on_every_stage():
+    one = Configuration((24, 32), 4)
+    budgets = [
+        Problem.of((768, 768), one, schedule=schedule).budget
+        for schedule in ("adaptive", "fixed")
+    ]
+    assert budgets == [130, 165]
+    assert default_budget((12, 12), adaptive=True) == default_budget((12, 12)) == 1000
+    assert default_budget((4096, 4096), adaptive=True) == 100
