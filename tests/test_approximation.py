@@ -274,7 +274,7 @@ def test_what_misses_the_tolerance_is_solved_again(monkeypatch):
         gap = np.array(next(gaps))
         return certificate.Certificate(gap, gap, gap, gap, gap, gap)
 
-    monkeypatch.setattr(approximation.proof, "of", prove)
+    monkeypatch.setattr(approximation, "certificate_of", prove)
     matrices = np.float64(draw(5, 4))[:2]
     found = approximate(matrices, SMALL, tolerance=2e-2, certify=True)
     plain = approximate(matrices, SMALL, tolerance=2e-2)

@@ -7,7 +7,7 @@ whatever jax computes on, proofs are the processor's.
 
 >>> from kronjax.kronecker import KroneckerTerms
 >>> half = np.eye(2)[None] / 2**0.5
->>> found = of(np.diag([1.0, 0.0, 0.0, 1.0]), (KroneckerTerms(half, half),))
+>>> found = certificate_of(np.diag([1.0, 0.0, 0.0, 1.0]), (KroneckerTerms(half, half),))
 >>> round(float(found.global_bound), 6), bool(found.local_gap < 1e-12)
 (0.5, True)
 """

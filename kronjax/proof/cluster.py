@@ -18,7 +18,7 @@ References: Overton (1988); Overton and Womersley (1995).
 >>> import numpy as np
 >>> from kronjax.kronecker import KroneckerTerms
 >>> one = KroneckerTerms(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
->>> space = Space.of(np.eye(4), (one,))
+>>> space = ClusterProblem.of(np.eye(4), (one,))
 >>> space.dimension
 7
 """

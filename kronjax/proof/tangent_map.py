@@ -8,7 +8,7 @@ see `certificate`.
 
 >>> import jax.numpy as jnp
 >>> one = KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))
->>> rest = Space.of((4, 4), (one,)).normal_part(jnp.eye(4))
+>>> rest = TangentMap.of((4, 4), (one,)).normal_part(jnp.eye(4))
 >>> jnp.round(rest, 3).tolist()[0]
 [0.25, -0.25, -0.25, 0.25]
 """

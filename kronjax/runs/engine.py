@@ -12,10 +12,10 @@ depends on the numbers of a matrix and on how many of them a device computes at 
 which the store remembers, and where that is a single one, on whether there are several
 devices: not on who was finished before an interruption.
 
->>> from kronjax import recipe, tasks
+>>> from kronjax import recipe
 >>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
->>> plan = plan.make(recipe.loads(f"rules: [{rule}]"), {"w": np.eye(4)})
->>> [(group.count, group.problem) for group in groups(plan.tasks, plan.settings)]
+>>> made = plan.make(recipe.loads(f"rules: [{rule}]"), {"w": np.eye(4)})
+>>> [(group.count, group.problem) for group in groups(made.tasks, made.settings)]
 [(1, None)]
 """
 

@@ -1,10 +1,12 @@
 """What a run will take, before it begins: memory as compiled, time after a short trial.
 
->>> from kronjax import places, recipe, store, tasks
+>>> from kronjax import recipe
+>>> from kronjax.io import storage
+>>> from kronjax.runs import plan, store
 >>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
 >>> matrices = {"w": np.eye(4)}
->>> plan = plan.make(recipe.loads(f"rules: [{rule}]"), matrices)
->>> held = store.Store(storage.find("memory://forecast"), plan)
+>>> made = plan.make(recipe.loads(f"rules: [{rule}]"), matrices)
+>>> held = store.Store(storage.find("memory://forecast"), made)
 >>> [(one.memory, one.seconds < 1) for one in of(matrices, held)]
 [(0, True)]
 """

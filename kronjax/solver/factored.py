@@ -8,7 +8,7 @@ gradient for large p, but not at p = 2 or high rank: see `Problem.is_factored`. 
 part along those directions.
 
 >>> import jax.numpy as jnp
->>> from kronjax import manifold
+>>> from kronjax.solver import manifold
 >>> pair = split(manifold.nearest(jnp.diag(jnp.array([4.0, 1.0])), 2))
 >>> jnp.round(jnp.abs(pair.a), 3).tolist()
 [[2.0, 0.0], [0.0, 1.0]]

@@ -373,7 +373,7 @@ def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
         # Another function each time: what is patched is no argument.
         program = jax.jit(lambda *x: bounds.certify(*x))
         proven = program(jnp.asarray(matrix), found.terms)
-        return 1 - float(proven.local_bound / bounds.error)
+        return 1 - float(proven.local_bound / proven.error)
 
     thorough = gap()
     monkeypatch.setattr(multipliers, "FINE", 8)  # in float32, as large ones are

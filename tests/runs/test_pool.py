@@ -23,7 +23,8 @@ import numpy as np
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from kronjax import Configuration, slots
+from kronjax import Configuration
+from kronjax.runs import pool_programs
 from kronjax.runs.pool import Pool
 from kronjax.solver.problem import Problem
 

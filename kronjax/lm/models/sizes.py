@@ -4,7 +4,7 @@ FLOPs are multiplications and additions for one token; those of attention scores
 grow with the context, are left out. A tied embedding is counted once as parameters, and
 as the head among the FLOPs.
 
->>> from kronjax.lm import gpt2
+>>> from kronjax.lm.models import gpt2
 >>> model = nnx.eval_shape(lambda: gpt2.Model(gpt2.Config(), rngs=nnx.Rngs(0)))
 >>> count(model).parameters
 124439808

@@ -141,7 +141,7 @@ def test_a_bag_replaces_a_model_at_its_end(folder, capsys, monkeypatch):
     run(capsys, *compress(folder))
     given = compress(folder, "--force", model="bag.safetensors", rules="bag.yaml")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(matrices.batch, "run", lambda *_, **__: sys.exit(1))
+        patch.setattr(matrices.engine, "run", lambda *_, **__: sys.exit(1))
         run(capsys, *given)
     lm.load(folder / "out")
     code, _, err = run(capsys, *given)

@@ -37,7 +37,7 @@ def test_ranks_fall_from_stage_to_stage_and_a_stopped_run_goes_on(
         seen.append((given[1].steps, ranks))
         return run(model, *given, **options)
 
-    monkeypatch.setattr(trainer, "run", watched)
+    monkeypatch.setattr(trainer, "train", watched)
     options = {"teacher": dense, "folder": tmp_path, "progress": False}
     results = staged.run(dense, made, tokens, SETTINGS, **options)
     assert [steps for steps, _ in seen] == [3, 2]
