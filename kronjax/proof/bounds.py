@@ -107,6 +107,8 @@ def certify_stage(
     terms: Sequence[KroneckerTerms],
     p: float | jax.Array,
     rounds: int | jax.Array = multipliers.BALANCED,
+    left_weight: jax.Array | None = None,
+    right_weight: jax.Array | None = None,
 ) -> Bounds:
     """Return what is proven in haste; pure.
 
@@ -122,8 +124,10 @@ def certify_stage(
         terms: One for each configuration.
         p: Of the norm.
         rounds: Of `multipliers.balance`.
+        left_weight: As for `certify`, and so is `right_weight`.
+        right_weight: Of the columns.
     """
-    task = _Task.of(matrix, terms)
+    task = _Task.of(matrix, terms, left_weight, right_weight)
     space, error = task.space, task.error
     # Any candidate will do: what eigenvectors lack in orthogonality is harmless. What
     # they miss of the norm is less than is added for rounding.

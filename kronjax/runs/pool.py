@@ -13,9 +13,10 @@ of lanes, which decides how products are computed, and perhaps on whether a slot
 only one. No device talks to another one.
 
 >>> from kronjax.kronecker import Configuration
+>>> from kronjax.solver.problem import Problem
 >>> problem = Problem.of((4, 6), Configuration((2, 3), 1), starts=1)
->>> pool = Pool(problem, np.dtype(np.float32), lanes=2, slots=4)
->>> matrices = [(f"no. {i}", np.eye(4, 6, i, np.float32), 0) for i in range(3)]
+>>> pool = Pool(Kind(problem, np.dtype(np.float32)), lanes=2, slots=4)
+>>> matrices = [Matrix(f"no. {i}", np.eye(4, 6, i, np.float32)) for i in range(3)]
 >>> sorted(found.key for found in pool.solve(iter(matrices)))
 ['no. 0', 'no. 1', 'no. 2']
 """
@@ -23,7 +24,7 @@ only one. No device talks to another one.
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,46 +35,75 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import schatten
 from kronjax.runs import cpu_threads
 from kronjax.runs import pool_programs as programs
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.descent import Status
-from kronjax.solver.problem import Problem
+from kronjax.solver.solution import Trace, gather
 
 SLICE = 24
 """Products of the size of `EᵀE` that a lane spends in one call, about."""
 
-Matrix = tuple[Hashable, np.ndarray, int]
-"""A key, `[m, n]`, and the seed of its perturbed starts."""
+
+class Matrix(NamedTuple):
+    """A matrix to be solved.
+
+    Attributes:
+        key: Any name.
+        matrix: `[m, n]`.
+        seed: Seed of the perturbed starts.
+        left: Weight of the rows, `[m, m]`, or None.
+        right: Weight of the columns, `[n, n]`, or None.
+    """
+
+    key: Hashable
+    matrix: np.ndarray
+    seed: int = 0
+    left: np.ndarray | None = None
+    right: np.ndarray | None = None
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """The matrix and its weights."""
+        return self.matrix, self.left, self.right
 
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What came of one matrix.
+    """The solution for one matrix.
 
     Attributes:
-        key: As it was given.
+        key: The key of the matrix.
         terms: One `KroneckerTerms` for each configuration, NumPy.
-        spectral_error: `‖T − K‖_2`, rounding included: it is not above this.
+        spectral_error: `‖L^{1/2} (T − K) R^{1/2}‖_2`, rounding included: the error is
+            not above this. None where nothing is proven.
         local_bound: No change of all `A_k`, or of all `B_k`, reaches less: see
-            `bounds.certify_stage`.
-        van_loan: Spectral error at p = 2, from below.
+            `bounds.certify_stage`. None where nothing is proven.
         status: `Status` of the last stage.
-        p: Exponents that it went through; the first is 2.
-        steps: Accepted steps.
-        gemms: Products of the size of `EᵀE` spent.
+        trace: `Trace` of the winning start, `[stages]`, NumPy; the first stage is p = 2.
+        frobenius: The terms at p = 2, or None if the pool does not return them.
     """
 
     key: Hashable
     terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
-    spectral_error: float
-    local_bound: float
-    van_loan: float
+    spectral_error: float | None
+    local_bound: float | None
     status: Status
-    p: tuple[int, ...]
-    steps: int
-    gemms: int
+    trace: Trace = dataclasses.field(repr=False)
+    frobenius: tuple[KroneckerTerms, ...] | None = dataclasses.field(repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Accepted steps."""
+        return int(self.trace.steps.sum())
+
+    @property
+    def gemms(self) -> int:
+        """Products of the size of `EᵀE`, those of all starts included."""
+        return int(self.trace.gemms.sum())
 
     @property
     def local_gap(self) -> float:
-        """By how much of the error such a change could lower it, at most."""
+        """The largest part of the error by which such a change can lower it."""
+        assert self.spectral_error is not None and self.local_bound is not None
         if not self.spectral_error > 0:
             return self.spectral_error  # zero, or NaN
         return 1 - self.local_bound / self.spectral_error
@@ -81,17 +111,12 @@ class Finished:
 
 @dataclasses.dataclass
 class _Slot:
-    """What the host knows of a matrix that is being solved."""
+    """A matrix that is being solved, its stage, and the lines of its trace."""
 
-    key: Hashable
-    matrix: np.ndarray
-    seed: int
-    van_loan: float = float("nan")
+    given: Matrix
     stage: int = 0
     ends: bool = False
-    p: list[int] = dataclasses.field(default_factory=lambda: [2])
-    steps: int = 0
-    gemms: int = 0
+    lines: list[Trace] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -120,7 +145,7 @@ class Pool:
     """Slots for matrices of one problem, on some devices.
 
     Attributes:
-        problem: That all matrices share.
+        kind: The problem and precision that all matrices share.
         lanes: Matrices of a device in one call.
         slots: Matrices of a device in all, at least as many.
         mesh: The devices.
@@ -129,8 +154,7 @@ class Pool:
 
     def __init__(
         self,
-        problem: Problem,
-        dtype: np.dtype,
+        kind: Kind,
         *,
         lanes: int,
         slots: int,
@@ -140,8 +164,7 @@ class Pool:
         """Compile, and make room.
 
         Args:
-            problem: That all matrices share.
-            dtype: float32 or float64 (if jax computes in that).
+            kind: The problem and precision (float64 only if jax computes in that).
             lanes: Matrices of a device in one call.
             slots: Matrices of a device in all.
             devices: To use; by default all of this process.
@@ -150,11 +173,12 @@ class Pool:
         Raises:
             ValueError: If simulated devices have too few threads.
         """
-        self.problem, self.lanes, self.slots = problem, lanes, max(slots, lanes)
+        self.kind, self.lanes, self.slots = kind, lanes, max(slots, lanes)
+        problem, dtype = kind.problem, kind.dtype
         devices = jax.local_devices() if devices is None else devices
         _check_threads(devices)
         self.mesh = Mesh(np.array(devices), (programs.AXIS,))
-        self._dtype, self._count = dtype, len(devices)
+        self._count = len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
         # In the numbers that programs are compiled for.
         self._stages = [
@@ -165,15 +189,14 @@ class Pool:
             max(SLICE // int(schatten.num_products(stage.squarings)), 2)
             for stage in self._stages
         ]
-        self._programs = programs.compiled(
-            problem, dtype, self.mesh, self.lanes, self.slots
-        )
+        alike = kind.compiled
+        self._programs = programs.compiled(alike, self.mesh, self.lanes, self.slots)
         self.memory = max(map(programs.peak, self._programs.values()))
         rows = self._count * programs.rows(self.slots, self._count)
         sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
         self._held = jax.tree.map(
             lambda x: jnp.zeros((rows, *x.shape), x.dtype, device=sharding),
-            programs.shapes(problem, dtype),
+            alike.shapes,
         )
 
     def solve(
@@ -236,15 +259,15 @@ class Pool:
             given = next(matrices, None)
             if given is None:
                 break
-            slot, one = host.free.pop(), _Slot(*given)
+            slot, one = host.free.pop(), _Slot(Matrix(*given))
             (host.held if self._stages else host.done)[slot] = one
             chosen[device].append(slot)
             new[device, lane] = one
         if new:
             arguments = self._matrices(new), self._seeds(new)
-            errors = self._run("start", self._places(chosen), *arguments)
+            lines = self._run("start", self._places(chosen), *arguments)
             for at, one in new.items():
-                one.van_loan = float(errors[at])
+                one.lines.append(jax.tree.map(lambda x, at=at: x[at], lines))
         return given is not None
 
     def _work(self, hosts, working):
@@ -264,7 +287,7 @@ class Pool:
         last = len(self._stages) - 1
         following = [min(i + 1, last) for i in stages]
         concerned = self._concerned(hosts, turning)
-        done, told = self._run(
+        done, lines = self._run(
             "turn",
             self._places(turning),
             self._seeds({at: one for at, _, one in concerned}),
@@ -273,9 +296,7 @@ class Pool:
             np.array([i == last for i in stages]),
         )
         for at, slot, one in concerned:
-            one.p.append(int(told.p[at]))
-            one.steps += int(told.steps[at])
-            one.gemms += int(told.gemms[at])
+            one.lines.append(jax.tree.map(lambda x, at=at: x[at], lines))
             one.stage, one.ends = one.stage + 1, False
             if done[at]:
                 host = hosts[at[0]]
@@ -293,22 +314,29 @@ class Pool:
         for at, one in taken.items():
             if one.stage:
                 last[at] = self._stages[one.stage - 1].squarings
-        terms, bounds, status = self._run(
+        results = self._run(
             "finish", self._places(chosen), self._matrices(taken), last
         )
         for at, one in taken.items():
             hosts[at[0]].free.append(chosen[at[0]][at[1]])
-            yield Finished(
-                key=one.key,
-                terms=jax.tree.map(lambda x, at=at: np.array(x[at]), terms),
-                spectral_error=float(bounds.error[at]),
-                local_bound=float(bounds.local_bound[at]),
-                van_loan=one.van_loan,
-                status=Status(int(status[at])),
-                p=tuple(one.p),
-                steps=one.steps,
-                gemms=one.gemms,
+            terms, bounds, status, winner, frobenius = jax.tree.map(
+                lambda x, at=at: np.array(x[at]), results
             )
+            yield Finished(
+                key=one.given.key,
+                terms=terms,
+                spectral_error=bounds and float(bounds.error),
+                local_bound=bounds and float(bounds.local_bound),
+                status=Status(int(status)),
+                trace=self._trace(one.lines, int(winner)),
+                frobenius=frobenius,
+            )
+
+    def _trace(self, lines, winner) -> Trace:
+        """Return the trace of the winning start."""
+        first, *rest = lines
+        stacked = jax.tree.map(lambda *x: np.stack(x), *(rest or [first]))
+        return gather(self.kind.problem, winner, first, stacked)
 
     def _places(self, chosen):
         """Return the slots of a call, `[devices, lanes]`: the last one for nobody."""
@@ -318,18 +346,22 @@ class Pool:
         return places
 
     def _matrices(self, some):
-        """Return the matrices by device and lane; zeros for nobody."""
-        shape = self._count, self.lanes, *self.problem.shape
-        matrices = np.zeros(shape, self._dtype)
+        """Return matrices and weights by device and lane; zeros in idle lanes."""
+        arrays = jax.tree.map(
+            lambda x: np.zeros((self._count, self.lanes, *x.shape), x.dtype),
+            self.kind.arrays,
+        )
         for at, one in some.items():
-            matrices[at] = one.matrix
-        return matrices
+            for array, given in zip(arrays, one.given.arrays, strict=True):
+                if array is not None:
+                    array[at] = given
+        return arrays
 
     def _seeds(self, some):
-        """Return the seeds by device and lane; zeros for nobody."""
+        """Return the seeds by device and lane; zeros in idle lanes."""
         seeds = np.zeros((self._count, self.lanes), np.int32)
         for at, one in some.items():
-            seeds[at] = one.seed % 2**31
+            seeds[at] = one.given.seed % 2**31
         return seeds
 
     def _concerned(self, hosts, chosen):

@@ -12,8 +12,8 @@ as large matrices have it, stays where it is.
 - `finish`: tells factors, what is proven about them, and the status.
 
 >>> from kronjax.kronecker import Configuration
->>> problem = Problem.of((4, 6), Configuration((2, 3), 1))
->>> shapes(problem, np.dtype(np.float32))[0].target.shape
+>>> kind = Kind(Problem.of((4, 6), Configuration((2, 3), 1)), np.dtype(np.float32))
+>>> kind.shapes[0].target.shape
 (4, 6)
 """
 
@@ -44,21 +44,23 @@ COARSE = 0.01
 0.03, are then 3.5 instead of 3.0 % on average."""
 
 
-def _start(problem, held, tolerance, order, matrices, seeds):
+def _start(kind, held, tolerance, order, matrices, seeds):
+    problem = kind.problem
     first, *_ = [*problem.schedule(), None]
 
     def lane(matrix, seed):
-        setting, path, told = continuation.start(problem, matrix)
+        setting, path, line = continuation.start(problem, *matrix)
         if first is not None:
             first_stage = jax.tree.map(jnp.asarray, first)
             path = continuation.enter(problem, setting, path, first_stage, seed)
-        return (setting, path), told.spectral_error
+        return (setting, path), line
 
-    new, told = _each(lane)(matrices, seeds)
-    return _put(held, order, new), told
+    new, lines = _each(lane)(matrices, seeds)
+    return _put(held, order, new), lines
 
 
-def _work(problem, held, tolerance, order, stage, trials):
+def _work(kind, held, tolerance, order, stage, trials):
+    problem = kind.problem
     stage, trials = jax.tree.map(lambda x: x[0], (stage, trials))
     settings, paths = held
     each = schatten.num_products(stage.squarings)
@@ -75,17 +77,18 @@ def _work(problem, held, tolerance, order, stage, trials):
     return (settings, paths), told
 
 
-def _turn(problem, held, tolerance, order, seeds, stage, following, ends):
+def _turn(kind, held, tolerance, order, seeds, stage, following, ends):
+    problem = kind.problem
     stage, following, ends = jax.tree.map(lambda x: x[0], (stage, following, ends))
     settings, paths = held
 
     def lane(setting, path, seed):
         path = continuation.leave(problem, setting, path, stage, tolerance)
-        told = continuation.trace_line(setting, path, stage)
+        line = continuation.trace_line(setting, path, stage)
         done = path.done | ends
         # What is done keeps its state, which tells how it ended.
         new = continuation.enter(problem, setting, path, following, seed)
-        return select(done, path, new), (done, told)
+        return select(done, path, new), (done, line)
 
     own_settings, own_paths = _get(held, order)
     new_paths, told = _each(lane)(own_settings, own_paths, seeds)
@@ -97,17 +100,23 @@ def _turn(problem, held, tolerance, order, seeds, stage, following, ends):
     return (settings, turned), told
 
 
-def _finish(problem, held, tolerance, order, matrices, last):
-    rounds = proof_rounds(tolerance)
+def _finish(kind, held, tolerance, order, matrices, last):
+    problem, rounds = kind.problem, proof_rounds(tolerance)
 
     def lane(setting, path, matrix, squarings):
-        zero = jnp.zeros((), matrix.dtype)
-        untold = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, gemms=zero)
-        found = continuation.finish(problem, setting, path, untold)
-        last = schatten.exponent(squarings).astype(matrix.dtype)
-        p = proof_exponent(problem, last)
-        bounds = certify_stage(matrix, found.terms, p, rounds)
-        return found.terms, bounds, found.status
+        zero = jnp.zeros((), matrix[0].dtype)
+        empty = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, gemms=zero)
+        solution = continuation.finish(problem, setting, path, empty)
+        bounds = frobenius = None
+        if kind.proves:
+            exponent = schatten.exponent(squarings).astype(zero.dtype)
+            p = proof_exponent(problem, exponent)
+            plain, *weights = matrix
+            bounds = certify_stage(plain, solution.terms, p, rounds, *weights)
+        if kind.traces:
+            frobenius = solution.frobenius
+        result = solution.terms, bounds, solution.status, path.winner, frobenius
+        return result
 
     own_settings, own_paths = _get(held, order)
     return held, _each(lane)(own_settings, own_paths, matrices, last)
@@ -161,19 +170,59 @@ def rows(slots: int, devices: int) -> int:
     return 1 if slots == devices == 1 else slots + 1
 
 
-def shapes(problem: Problem, dtype: np.dtype) -> Any:
-    """Return the shapes of the setting and the path of one matrix."""
-    matrix = jax.ShapeDtypeStruct(problem.shape, dtype)
-    return jax.eval_shape(functools.partial(continuation.start, problem), matrix)[:2]
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """The static facts about a pool: matrices of one kind share compiled programs.
+
+    Attributes:
+        problem: The problem that all matrices share.
+        dtype: float32 or float64.
+        weighted: Whether the matrices have a left and a right weight.
+        proves: Whether `finish` proves a local bound of every solution.
+        traces: Whether `finish` returns the terms at p = 2, too.
+    """
+
+    problem: Problem
+    dtype: np.dtype
+    weighted: tuple[bool, bool] = (False, False)
+    proves: bool = True
+    traces: bool = False
+
+    @property
+    def arrays(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """Shapes of a matrix `[m, n]` and of its weights, `[m, m]` and `[n, n]`."""
+        m, n = self.problem.shape
+        sides = zip(((m, m), (n, n)), self.weighted, strict=True)
+        shapes = [(m, n), *(shape if has_weight else None for shape, has_weight in sides)]
+        return tuple(x and jax.ShapeDtypeStruct(x, self.dtype) for x in shapes)
+
+    @property
+    def shapes(self) -> Any:
+        """Shapes of the setting and the path of one matrix."""
+        start = functools.partial(continuation.start, self.problem)
+        return jax.eval_shape(start, *self.arrays)[:2]
+
+    @property
+    def compiled(self) -> "Kind":
+        """The kind whose programs serve this one.
+
+        Programs depend neither on the budget nor on the number of starts, so that a
+        search tries with one start by the programs that solve with all of them.
+        """
+        starts = self.problem.starts if self.proves else 2
+        alike = dataclasses.replace(self.problem, starts=min(starts, 2), budget=1)
+        return dataclasses.replace(self, problem=alike)
 
 
-@functools.lru_cache(maxsize=16)
-def compiled(problem: Problem, dtype: np.dtype, mesh: Any, lanes: int, slots: int):
+@functools.lru_cache(maxsize=64)
+def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
     """Compile the programs for the devices of a mesh; return them by name.
 
-    Each is called with what the devices hold, the tolerance, the slots `[devices ·
-    lanes]` and what else it needs; all but the tolerance divided over the devices.
+    Each is called with the arrays that the devices hold, the tolerance, the slots
+    `[devices · lanes]`, and its further arguments; all but the tolerance are divided
+    over the devices.
     """
+    problem, dtype = kind.problem, kind.dtype
     own, whole = PartitionSpec(AXIS), PartitionSpec()
     sharding = NamedSharding(mesh, own)
 
@@ -182,10 +231,10 @@ def compiled(problem: Problem, dtype: np.dtype, mesh: Any, lanes: int, slots: in
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
     count = rows(slots, mesh.devices.size)
-    held = jax.tree.map(functools.partial(stacked, count), shapes(problem, dtype))
+    held = jax.tree.map(functools.partial(stacked, count), kind.shapes)
     scalar = jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, whole))
     integer = jax.ShapeDtypeStruct((), np.int32)
-    matrix = stacked(lanes, jax.ShapeDtypeStruct(problem.shape, dtype))
+    matrix = jax.tree.map(functools.partial(stacked, lanes), kind.arrays)
     order, once = stacked(lanes, integer), stacked(1, integer)
     given: dict[str, tuple[Any, ...]] = {
         "start": (_start, matrix, order),
@@ -201,7 +250,7 @@ def compiled(problem: Problem, dtype: np.dtype, mesh: Any, lanes: int, slots: in
 
     def program(function: Callable, *arguments):
         mapped = jax.shard_map(
-            functools.partial(function, problem),
+            functools.partial(function, kind),
             mesh=mesh,
             in_specs=(own, whole, own, *(own for _ in arguments)),
             out_specs=own,

@@ -104,13 +104,13 @@ def solve(
     setting, path, first = start(problem, matrix, *weights)
     stages = problem.schedule()
     if not stages:
-        return finish(problem, setting, path, gather(problem, path, first, first))
+        return finish(problem, setting, path, gather(problem, path.winner, first, first))
     path, lines = jax.lax.scan(
         lambda path, stage: advance(problem, setting, path, stage, tolerance, seed),
         path,
         jax.tree.map(lambda *x: jnp.array(x), *stages),
     )
-    return finish(problem, setting, path, gather(problem, path, first, lines))
+    return finish(problem, setting, path, gather(problem, path.winner, first, lines))
 
 
 def start(

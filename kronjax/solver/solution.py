@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kronjax.kronecker import KroneckerTerms
 from kronjax.solver import descent
@@ -95,15 +96,20 @@ class Path:
     best_error: jax.Array
 
 
-def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
+def gather(
+    problem: Problem, winner: int | jax.Array, first: Trace, lines: Trace
+) -> Trace:
     """Return the trace of the winner; the products of the others are added to it.
 
     Args:
-        problem: The one that was solved.
-        path: At the end of the last stage; knows the winner.
-        first: The line of `start`.
-        lines: Those of `advance`, stacked.
+        problem: The problem that was solved.
+        winner: Number of the start that won the race.
+        first: The line of `start`; scalars of jax or NumPy.
+        lines: The lines of all stages that were run, stacked.
     """
+    concatenate = jnp.concatenate
+    if not isinstance(first.p, jax.Array):
+        concatenate = np.concatenate  # on the host, where nothing is compiled
     first = jax.tree.map(lambda x: x[None], first)
     if not problem.squarings:
         return first
@@ -112,9 +118,9 @@ def gather(problem: Problem, path: Path, first: Trace, lines: Trace) -> Trace:
     race = jax.tree.map(lambda x: x[:cut], lines)
     rest = jax.tree.map(lambda x: x[cut:], lines)
     if not count:
-        return jax.tree.map(lambda *x: jnp.concatenate(x), first, rest)
+        return jax.tree.map(lambda *x: concatenate(x), first, rest)
     race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)
     won = dataclasses.replace(
-        jax.tree.map(lambda x: x[path.winner], race), gemms=race.gemms.sum(0)
+        jax.tree.map(lambda x: x[winner], race), gemms=race.gemms.sum(0)
     )
-    return jax.tree.map(lambda *x: jnp.concatenate(x), first, won, rest)
+    return jax.tree.map(lambda *x: concatenate(x), first, won, rest)
