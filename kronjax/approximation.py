@@ -1,8 +1,8 @@
-"""The front door: matrices in, Kronecker sums, errors and a report out.
+"""`approximate`: matrices in; Kronecker sums, errors and a report out.
 
-`approximate` runs on the host. It checks the input, picks the dtype, compiles once for
-each shape, walks through the stages of `continuation` while showing progress, and
-measures the errors of what came out anew, in float64. What it returns is NumPy.
+It runs on the host. It checks the input, picks the dtype, solves all matrices in the
+pools of `kronjax.runs`, whose programs compile once for each shape, while it shows
+progress, and measures the errors of the sums anew, in float64. Results are NumPy.
 
 >>> import numpy as np
 >>> from kronjax import Configuration, approximate
@@ -13,7 +13,6 @@ True
 
 import contextlib
 import dataclasses
-import functools
 import math
 import sys
 import threading
@@ -22,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kronjax import validation
@@ -31,7 +29,10 @@ from kronjax.linalg.dense import multiply_out
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.proof import newton
 from kronjax.proof.certificate import Certificate, certificate_of
-from kronjax.solver import host
+from kronjax.runs import engine, pool_programs, workers
+from kronjax.runs.cpu_threads import one_blas_thread
+from kronjax.runs.pool import Finished, Matrix
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem, parse_norm
 from kronjax.solver.solution import Trace
 
@@ -41,30 +42,32 @@ ATTEMPTS = 3
 
 @dataclasses.dataclass(frozen=True)
 class Approximation:
-    """What `approximate` returns; arrays are NumPy, with the batch axes of the input.
+    """The result of `approximate`; arrays are NumPy, with the batch axes of the input.
 
     Attributes:
         terms: One `KroneckerTerms` for each configuration, `a: [..., r, m1, n1]` and
             `b: [..., r, m2, n2]`, in the dtype of the computation.
-        error: `Errors` of the terms as returned against the matrix as given, computed
-            in float64.
-        relative: The same over the norms of the matrix; 0 for a zero matrix.
-        van_loan: `Errors` of the sum that is nearest in the Frobenius norm; for
-            several configurations, of one after the other. With weights, of where the
-            solve began, in the weighted norms: they are replaced by Kronecker products.
-        weighted: `Errors` of `L^{1/2} (T − K) R^{1/2}` with the weights as given, or
-            None without weights.
-        weighted_relative: The same over the weighted norms of the matrix, or None.
-        trace: `continuation.Trace`, `[..., stages]`.
+        error: `ResidualNorms` of the terms against the matrix as given, computed in
+            float64.
+        relative: The same divided by the norms of the matrix; 0 for a zero matrix.
+        van_loan: `ResidualNorms` of the sum that is nearest in the Frobenius norm; for
+            several configurations, of one after the other. With weights, those of the
+            starting point of the solve, in the weighted norms: it is the solution for
+            weights that are replaced by Kronecker products.
+        weighted: `ResidualNorms` of `L^{1/2} (T − K) R^{1/2}` with the weights as
+            given, or None without weights.
+        weighted_relative: The same divided by the weighted norms of the matrix, or
+            None.
+        trace: `Trace` of the solve, `[..., stages]`.
         status: `Status` of every matrix, as integers.
-        seconds: Spent on solving, compilation apart; with `certify` on proving, too,
-            the compilation of proofs included.
-        compile_seconds: Spent on tracing and compiling; 0 when done before.
-        notes: What was decided on the user's behalf.
-        given: The matrix and both weights as given, or None.
-        finishes: What the second-order finish found, one for each matrix in order, or
-            None where it was not asked for.
-        proven: The certificate, where `certify` has made it already.
+        seconds: Seconds of solving, compilation excluded; with `certify` also of
+            proving, the compilation of proofs included.
+        compile_seconds: Seconds of tracing and compiling; 0 when done before.
+        notes: Decisions that were made on the user's behalf.
+        certificate: The proven bounds, with `certify=True`; else None, and
+            `kronjax.certify` computes them.
+        finishes: Results of the second-order finish, one for each matrix in order, or
+            None without it.
     """
 
     terms: tuple[KroneckerTerms, ...]
@@ -78,26 +81,8 @@ class Approximation:
     notes: tuple[str, ...]
     weighted: ResidualNorms | None = None
     weighted_relative: ResidualNorms | None = None
-    given: tuple = dataclasses.field(default=(), repr=False, compare=False)
-    finishes: tuple[newton.Finish, ...] | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )
-    proven: Certificate | None = dataclasses.field(
-        default=None, repr=False, compare=False
-    )
-
-    @functools.cached_property
-    def certificate(self) -> Certificate:
-        """What is proven about the terms; computed when it is first asked for.
-
-        Takes seconds to compile for every shape; then for every matrix, in float64,
-        some ten singular value decompositions and 200 eigenvalue decompositions of its
-        leading part, of order 256 at most.
-        """
-        if self.proven is not None:
-            return self.proven
-        matrix, left, right = self.given
-        return certificate_of(matrix, self.terms, left, right, self.finishes)
+    certificate: Certificate | None = None
+    finishes: tuple[newton.Finish, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -196,79 +181,194 @@ def approximate(
         validation.weight(left_weight, "left_weight", m, tuple(batch), target.dtype),
         validation.weight(right_weight, "right_weight", n, tuple(batch), target.dtype),
     )
-    weighted = tuple(weight is not None for weight in weights)
+    left, right = (weight is not None for weight in weights)
     problem = Problem.of(
-        (m, n), configuration, norm, starts, budget, weighted, schedule
+        (m, n), configuration, norm, starts, budget, (left, right), schedule
     )
     _note_caps(configuration, problem, notes)
+    kind = Kind(problem, target.dtype, (left, right), proves=False, traces=True)
+    certificate = finishes = None
     with (
         jax.enable_x64(target.dtype == np.float64),
-        _bar(len(problem.schedule()), progress) as tick,
+        one_blas_thread(),
+        _bar(math.prod(batch) * len(problem.schedule()), progress) as tick,
     ):
-        arrays = _stacked(target, weights)
-        parts, compile_seconds = host.prepare(problem, arrays)
-        begun = time.perf_counter()
-
-        def solve(tolerance):
-            found = host.run(problem, parts, arrays, tolerance, seed, tick)
-            return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], found)
-
-        given, proven = (np.asarray(matrix), *weights), None
+        solves = _Solves(kind, target, weights, seed, tick)
+        solution = solves.run(range(math.prod(batch)), tolerance)
         if certify:
-            solution, proven = _certified(solve, tolerance, given, notes)
-        else:
-            solution = solve(tolerance)
-        seconds = time.perf_counter() - begun
-    finishes = None
+            begun = time.perf_counter()
+            given = np.asarray(matrix).reshape(-1, m, n)
+            solution, certificate = _certified(
+                solves, solution, tolerance, given, notes
+            )
+            certificate = _reshaped(certificate, batch)
+            solves.seconds += time.perf_counter() - begun
+    solution = _reshaped(solution, batch)
+    seconds = solves.seconds
     if finish:
-        begun, proven = time.perf_counter(), None
+        begun, certificate = time.perf_counter(), None
         with _bar(math.prod(batch), progress) as tick:
             solution, finishes = _finished(target, weights, solution, tick)
         seconds += time.perf_counter() - begun
-    found = _report(given, solution, seconds, compile_seconds, notes)
-    return dataclasses.replace(found, finishes=finishes, proven=proven)
+        if certify:
+            certificate = certificate_of(
+                np.asarray(matrix), solution.terms, *weights, finishes
+            )
+    found = _report((np.asarray(matrix), *weights), solution, notes)
+    return dataclasses.replace(
+        found,
+        seconds=seconds,
+        compile_seconds=solves.compile_seconds,
+        certificate=certificate,
+        finishes=finishes,
+    )
 
 
-def _certified(solve, tolerance, given, notes):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Solution:
+    """Solutions of a batch, NumPy: terms, terms at p = 2, trace and status."""
+
+    terms: tuple[KroneckerTerms, ...]
+    frobenius: tuple[KroneckerTerms, ...]
+    trace: Trace
+    status: np.ndarray
+
+
+class _Solves:
+    """Solves of matrices of one batch, and the seconds that they have taken."""
+
+    def __init__(self, kind, target, weights, seed, tick):
+        """Flatten the batch axes."""
+        self.kind, self.seed, self.tick = kind, seed, tick
+        self.seconds = self.compile_seconds = 0.0
+        m, n = target.shape[-2:]
+        self.matrices = target.reshape(-1, m, n)
+        self.weights = [
+            x if x is None or x.ndim == 2 else x.reshape(-1, *x.shape[-2:])
+            for x in weights
+        ]
+
+    def side(self, weight, number):
+        """Return the weight of a matrix."""
+        return weight if weight is None or weight.ndim == 2 else weight[number]
+
+    def run(self, numbers, tolerance) -> _Solution:
+        """Solve the matrices of these numbers."""
+        begun, kind = time.perf_counter(), self.kind
+        devices = jax.local_devices()
+        share = -(-len(numbers) // len(devices))
+        lanes = engine.num_lanes(kind, devices, share)
+        made = pool_programs.compiled.cache_info().misses
+        pools, _ = engine.pools_of(kind, len(numbers), lanes, devices, tolerance)
+        if pool_programs.compiled.cache_info().misses > made:
+            self.compile_seconds += time.perf_counter() - begun
+            begun = time.perf_counter()
+        given = (
+            Matrix(
+                number,
+                self.matrices[number],
+                self.seed,
+                *(self.side(weight, number) for weight in self.weights),
+            )
+            for number in numbers
+        )
+        stages = len(kind.problem.schedule())
+        told = 0
+
+        def tick(products, turned):
+            nonlocal told
+            told += turned
+            self.tick(f"{products:,} products", turned)
+
+        solved = {x.key: x for x in workers.solve(pools, given, tick)}
+        self.tick("", max(len(numbers) * stages - told, 0))
+        self.seconds += time.perf_counter() - begun
+        return _stacked([solved[number] for number in numbers])
+
+
+def _stacked(solved: list[Finished]) -> _Solution:
+    """Return solutions as one batch."""
+    parts = [
+        _Solution(x.terms, x.frobenius or (), x.trace, np.int32(x.status))
+        for x in solved
+    ]
+    longest = max(len(x.trace.p) for x in solved)
+    batches = [jax.tree.map(lambda x: np.asarray(x)[None], part) for part in parts]
+    batches = [_lengthened(batch, longest) for batch in batches]
+    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
+
+
+def _reshaped(tree, batch):
+    """Return the arrays of a flat batch with its batch axes."""
+    return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], tree)
+
+
+def _certified(solves, solution, tolerance, given, notes):
     """Return solutions whose gaps are proven, as far as a few attempts go, and proofs.
 
-    `given` are the matrix and its weights.
+    Only matrices whose gap misses the tolerance are solved again.
+
+    Args:
+        solves: The solves of the batch.
+        solution: The first solutions, of a flat batch.
+        tolerance: The gap that is good enough.
+        given: The matrices as given, `[count, m, n]`.
+        notes: Extended by what was done.
     """
-    matrix, *weights = given
 
-    def prove(solution):
-        return certificate_of(matrix, solution.terms, *weights)
+    def prove(solution, numbers):
+        weights = (
+            x if x is None or x.ndim == 2 else x[numbers] for x in solves.weights
+        )
+        return certificate_of(given[numbers], solution.terms, *weights)
 
-    solution = solve(tolerance)
-    proven = prove(solution)
-    missing = ~(proven.local_gap <= tolerance)
+    proven = prove(solution, np.arange(len(given)))
     for attempt in range(1, ATTEMPTS):
-        if not missing.any():
+        missing = np.flatnonzero(~(proven.local_gap <= tolerance))
+        if not len(missing):
             break
-        notes.append(f"{missing.sum()} solved again, with tolerance / {4**attempt}")
-        again = solve(tolerance / 4**attempt)
-        # Of p near its end a limited number of products makes little to be proven.
-        new = prove(again)
-        better = missing & (new.local_gap < proven.local_gap)
-        solution = _chosen(better, again, solution)
-        proven = _chosen(better, new, proven)
-        missing = ~(proven.local_gap <= tolerance)
-    if missing.any():
+        notes.append(f"{len(missing)} solved again, with tolerance / {4**attempt}")
+        again = solves.run(missing.tolist(), tolerance / 4**attempt)
+        # With larger p a limited number of products may prove less.
+        new = prove(again, missing)
+        better = new.local_gap < proven.local_gap[missing]
+        solution = _replaced(solution, again, missing, better)
+        proven = _replaced(proven, new, missing, better)
+    missing = int((~(proven.local_gap <= tolerance)).sum())
+    if missing:
         notes.append(
-            f"{missing.sum()} of {missing.size} proven gaps are above the tolerance "
+            f"{missing} of {len(given)} proven gaps are above the tolerance "
             f"{tolerance:g}: finish=True may close them"
         )
     return solution, proven
 
 
-def _chosen(which, new, old):
-    """Return one solution or the other, for every matrix."""
+def _replaced(old, new, numbers, better):
+    """Return a batch with the better of some new entries in place of the old ones."""
+    if isinstance(old, _Solution):
+        longest = max(x.trace.p.shape[-1] for x in (old, new))
+        old, new = (_lengthened(x, longest) for x in (old, new))
 
-    def choose(x, y):
-        axes = tuple(range(np.ndim(which), np.ndim(x)))
-        return np.where(np.expand_dims(which, axes), x, y)
+    def put(x, y):
+        x = np.array(x)
+        x[numbers[better]] = y[better]
+        return x
 
-    return jax.tree.map(choose, new, old)
+    return jax.tree.map(put, old, new)
+
+
+def _lengthened(solution, length):
+    """Return solutions with a trace of so many stages."""
+    missing = length - solution.trace.p.shape[-1]
+    fields = {}
+    for field in dataclasses.fields(Trace):
+        x = getattr(solution.trace, field.name)
+        tail = np.repeat(x[:, -1:], missing, axis=1)
+        if field.name in ("steps", "gemms"):
+            tail = np.zeros_like(tail)
+        fields[field.name] = np.concatenate([x, tail], axis=1)
+    return dataclasses.replace(solution, trace=Trace(**fields))
 
 
 def _finished(target, weights, solution, tick):
@@ -294,8 +394,8 @@ def _finished(target, weights, solution, tick):
     return dataclasses.replace(solution, terms=terms), tuple(found)
 
 
-def _report(given, solution, seconds, compile_seconds, notes):
-    """Measure what came out against the matrix as given."""
+def _report(given, solution, notes):
+    """Measure solutions against the matrices as given."""
     matrix, *weights = given
     error = measure(matrix, solution.terms)
     ours = None
@@ -306,36 +406,14 @@ def _report(given, solution, seconds, compile_seconds, notes):
         error=error,
         relative=error.over(measure(matrix, ())),
         van_loan=measure(matrix, solution.frobenius, *weights),
-        trace=_used(solution.trace),
+        trace=solution.trace,
         status=solution.status,
-        seconds=seconds,
-        compile_seconds=compile_seconds,
+        seconds=0.0,
+        compile_seconds=0.0,
         notes=tuple(notes),
         weighted=ours,
         weighted_relative=ours and ours.over(measure(matrix, (), *weights)),
-        given=given,
     )
-
-
-def _used(trace):
-    """Return the trace without stages in which nothing was spent on any matrix."""
-    gemms = trace.gemms.reshape(-1, trace.gemms.shape[-1])
-    used = np.any(gemms > 0, axis=0)
-    used[0] = True
-    return jax.tree.map(lambda x: x[..., used], trace)
-
-
-def _stacked(target, weights):
-    """Return matrices and weights as jax arrays with one batch axis, or none."""
-    m, n = target.shape[-2:]
-    stacked: list[Any] = [jnp.asarray(target.reshape(-1, m, n))]
-    for weight in weights:
-        if weight is not None:
-            if weight.ndim > 2:
-                weight = weight.reshape(-1, *weight.shape[-2:])
-            weight = jnp.asarray(weight)
-        stacked.append(weight)
-    return tuple(stacked)
 
 
 def _note_caps(configuration, problem, notes):

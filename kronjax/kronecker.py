@@ -23,9 +23,12 @@ References: Van Loan and Pitsianis (1993); Van Loan (2000).
 import dataclasses
 import math
 import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kronjax.linalg.dense import multiply_out
 
@@ -130,6 +133,26 @@ class KroneckerTerms:
         """Multiply the sum out: `[..., m1 m2, n1 n2]`."""
         with jax.default_matmul_precision("highest"):
             return multiply_out(self.a, self.b)
+
+
+def arrays_of(terms: Sequence[KroneckerTerms]) -> dict[str, np.ndarray]:
+    """Return the factors of a sum as NumPy arrays by name: `a`, `b`, `a1`, `b1`, ..."""
+    return {
+        f"{side}{number or ''}": np.asarray(getattr(sum_, side))
+        for number, sum_ in enumerate(terms)
+        for side in "ab"
+    }
+
+
+def terms_of(arrays: Mapping[str, Any]) -> tuple[KroneckerTerms, ...]:
+    """Return the sum whose factors `arrays_of` named.
+
+    Raises:
+        KeyError: If a factor is missing.
+    """
+    count = len(arrays) // 2
+    names = [str(number or "") for number in range(count)]
+    return tuple(KroneckerTerms(arrays[f"a{n}"], arrays[f"b{n}"]) for n in names)
 
 
 def divisors(number: int) -> list[int]:

@@ -1,14 +1,16 @@
-"""What is to be done about a model: one task for each matrix that changes.
+"""A plan: one task for each matrix that changes.
 
-A plan is made of rules and of the tensors themselves. It is the same whenever these
-are: tasks come in the order of names, with numbers as numbers, and the hash is that of
-what decides the results (rules, settings, every number of every matrix). A folder of
-results belongs to one plan, which is written into it first.
+A plan is made of assignments (the rules of a recipe, applied to names) and of the
+matrices themselves. It is the same whenever these are: tasks come in the order of
+names, with numbers as numbers, and the hash is that of what decides the results (rules,
+settings, every number of every matrix and weight). A folder of results belongs to one
+plan, which is written into it first.
 
 >>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
->>> recipe = recipes.loads(f"rules: [{rule}]")
->>> plan = make(recipe, {"b.10": np.eye(4), "b.9": np.eye(4), "bias": np.ones(4)})
->>> [(task.index, task.name, task.parameters) for task in plan.tasks]
+>>> rules = recipes.loads(f"rules: [{rule}]")
+>>> matrices = {"b.10": np.eye(4), "b.9": np.eye(4)}
+>>> made = make(recipes.resolve(rules, {k: x.shape for k, x in matrices.items()}), matrices)
+>>> [(task.index, task.name, task.parameters) for task in made.tasks]
 [(0, 'b.9', 8), (1, 'b.10', 8)]
 """
 
@@ -18,58 +20,73 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kronjax import recipe as recipes
-from kronjax.io.tensors import is_matrix, parse_json
+from kronjax.io.tensors import parse_json
 from kronjax.kronecker import Configuration
-from kronjax.recipe import Assignment, Recipe
+from kronjax.recipe import Assignment, Rule
 
-FORMAT = 1
-"""Version of plans; a reader refuses later ones."""
+FORMAT = 2
+"""Version of plans; a reader refuses any other."""
+
+Weights = tuple[np.ndarray | None, np.ndarray | None]
+"""Weights of the rows `[m, m]` and of the columns `[n, n]` of a matrix, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SolveSettings:
-    """How all matrices are solved.
+    """Settings of all solves of a run; they mean the same for every method.
 
     Attributes:
-        tolerance: As for `continuation.solve`.
-        starts: Starting points in the race.
-        seed: Of the perturbed starts; each matrix adds its number.
+        tolerance: Relative gap at which a solution is good enough, as for
+            `continuation.solve`.
+        num_starts: Number of starting points in the race.
+        seed: Seed of the perturbed starts; each task adds its index.
+        max_products: Products of the size of `EᵀE` that a stage may spend; chosen from
+            the size of a matrix if None.
+        schedule: "adaptive", "fixed", or rising exponents p.
     """
 
-    tolerance: float = 2e-4
-    starts: int = 4
+    tolerance: float = 1e-2
+    num_starts: int = 1
     seed: int = 0
+    max_products: int | None = None
+    schedule: str | tuple[float, ...] = "adaptive"
 
     def __post_init__(self) -> None:
-        """Refuse a tolerance that nothing can be solved to."""
+        """Validate the fields."""
         if not 0 < self.tolerance < math.inf:
             raise ValueError(
                 f"the tolerance is {self.tolerance}: it must be positive and finite"
             )
+        for name in ("num_starts", "max_products"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}: it must be at least 1")
+        if not isinstance(self.schedule, str):
+            object.__setattr__(self, "schedule", tuple(self.schedule))
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixTask:
-    """One matrix, and what it becomes.
+    """One matrix, and the approximation that it becomes.
 
     Attributes:
-        index: Its number in the plan, which names its files.
-        name: Of the layer or tensor; never part of the name of a file.
+        index: Number of the task in the plan, which names its files.
+        name: Name of the layer or tensor; never part of the name of a file.
         shape: `(m, n)`.
-        dtype: Of the tensor.
-        digest: Of its numbers.
-        method: `kronecker`, `low-rank` or `interpolative`.
-        configurations: Of its sum.
-        norm: `spectral`, `frobenius` or `schatten:P`.
-        scalars: Whether terms get scalars of their own.
-        parameters: Numbers that will be stored.
-        rule: The pattern that decided.
+        dtype: Dtype of the tensor.
+        digest: Digest of its numbers.
+        weights: Digests of the weights of its rows and columns; "" without one.
+        method: Name of the method in recipes.
+        configurations: Configurations of its sum; none if the method fits by itself.
+        norm: "spectral", "frobenius" or "schatten:P".
+        parameters: Number of parameters that will be stored.
+        rule: The rule that decided, for methods that fit by themselves.
     """
 
     index: int
@@ -77,19 +94,25 @@ class MatrixTask:
     shape: tuple[int, int]
     dtype: str
     digest: str
+    weights: tuple[str, str]
     method: str
     configurations: tuple[Configuration, ...]
     norm: str
-    scalars: bool
     parameters: int
-    rule: str = dataclasses.field(compare=False)
+    rule: Rule
 
     @property
-    def is_closed(self) -> bool:
+    def is_low_rank(self) -> bool:
         """Whether truncated SVD is the answer: low rank alone, in any of the norms."""
         m, n = self.shape
-        (m1, n1), *rest = (one.a_shape for one in self.configurations)
-        return not rest and (m1, n1) in ((m, 1), (1, n))
+        shapes = [configuration.a_shape for configuration in self.configurations]
+        return shapes in ([(m, 1)], [(1, n)])
+
+    @property
+    def weighted(self) -> tuple[bool, bool]:
+        """Whether the rows and the columns have a weight."""
+        left, right = self.weights
+        return bool(left), bool(right)
 
     @property
     def is_wide(self) -> bool:
@@ -98,31 +121,29 @@ class MatrixTask:
 
     @property
     def precision(self) -> str:
-        """What is computed in."""
+        """Dtype of the computation."""
         return "float64" if self.dtype == "float64" else "float32"
 
     @property
     def size(self) -> int:
-        """Entries of the matrix."""
+        """Number of entries of the matrix."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """All tasks.
+    """All tasks of a run.
 
     Attributes:
-        source: What the model was called.
-        model_type: Of a model that can be loaded in the end, or None.
-        settings: Of all.
-        tasks: In order.
-        parameters: Of all tensors before.
-        lanes: Matrices of a device in one call, by group, as they were chosen first:
-            what comes out depends on them in its last bits.
+        source: Path or name of the model.
+        settings: Settings of all solves.
+        tasks: The tasks, in order.
+        parameters: Number of parameters of all tensors before.
+        lanes: Number of matrices that a device computes at once, by group, as they were
+            chosen first: the last bits of the results depend on them.
     """
 
     source: str
-    model_type: str | None
     settings: SolveSettings
     tasks: tuple[MatrixTask, ...]
     parameters: int
@@ -130,16 +151,19 @@ class RunPlan:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Digest of everything that decides what comes out, but the machine."""
-        told = self.plain()
-        facts = [told[name] for name in ("format", "model_type", "settings", "tasks")]
-        for one in facts[-1]:
-            del one["rule"]
+        """Digest of everything that decides the results, except the machine."""
+        plain = self.plain()
+        facts = [plain[name] for name in ("format", "settings", "tasks")]
+        for task, given in zip(facts[-1], self.tasks, strict=True):
+            if given.configurations:
+                del task["rule"]
+            else:  # a pattern decides nothing
+                del task["rule"]["match"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def saved(self) -> int:
-        """Numbers that are no longer stored in the end."""
+        """Number of parameters that are no longer stored in the end."""
         return sum(one.size - one.parameters for one in self.tasks)
 
     def plain(self) -> dict[str, Any]:
@@ -147,7 +171,10 @@ class RunPlan:
         return {
             "format": FORMAT,
             **dataclasses.asdict(self),
-            "tasks": [dataclasses.asdict(one) for one in self.tasks],
+            "tasks": [
+                dataclasses.asdict(task) | {"rule": task.rule.model_dump(mode="json")}
+                for task in self.tasks
+            ],
         }
 
     def to_json(self) -> bytes:
@@ -164,95 +191,102 @@ class RunPlan:
             where: What messages call it.
 
         Raises:
-            ValueError: If it is damaged, or of a later version.
+            ValueError: If it is damaged, or of another version.
         """
         try:
             values = parse_json(content)
-            version = values["format"]
+            version = int(values["format"])
             if version == FORMAT:
                 return _plan(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{where} is damaged ({error}): remove it to keep what is finished of "
-                "this plan; --force begins anew"
+                f"{where} is damaged ({error}): remove it to keep the finished matrices "
+                "of this plan; --force starts anew"
             ) from error
+        if version < FORMAT:
+            raise ValueError(
+                f"{where} was written by an earlier version of kronjax, whose results "
+                "cannot be continued: start anew in another folder, or with --force"
+            )
         raise ValueError(
-            f"{where} is of format {version}, and this kronjax reads format {FORMAT}: "
+            f"{where} has format {version}, and this kronjax reads format {FORMAT}: "
             "update kronjax"
         )
 
 
 def _plan(values: dict[str, Any]) -> RunPlan:
     tasks = []
-    for one in values["tasks"]:
-        terms = [Configuration(**x) for x in one["configurations"]]
-        m, n = one["shape"]
-        given = one | {"shape": (m, n), "configurations": tuple(terms)}
-        tasks.append(MatrixTask(**given))
+    for task in values["tasks"]:
+        terms = [Configuration(**x) for x in task["configurations"]]
+        fields = {
+            "shape": tuple(task["shape"]),
+            "weights": tuple(task["weights"]),
+            "configurations": tuple(terms),
+            "rule": Rule.model_validate(task["rule"]),
+        }
+        tasks.append(MatrixTask(**(task | fields)))
     plan = RunPlan(
         source=values["source"],
-        model_type=values["model_type"],
         settings=SolveSettings(**values["settings"]),
         tasks=tuple(tasks),
         parameters=values["parameters"],
         lanes=dict(values["lanes"]),
     )
     if plan.hash != values["hash"]:
-        raise ValueError("its hash is that of something else")
+        raise ValueError("its hash does not fit its content")
     return plan
 
 
 def make(
-    recipe: Recipe,
-    tensors: Mapping[str, np.ndarray],
+    assignments: Sequence[Assignment],
+    matrices: Mapping[str, np.ndarray],
     *,
+    weights: Mapping[str, Weights] | None = None,
     source: str = "",
-    tables: Mapping[str, np.ndarray] | None = None,
-    model_type: str | None = None,
     parameters: int | None = None,
     settings: SolveSettings | None = None,
 ) -> RunPlan:
-    """Apply rules to tensors, and read all that they change once.
+    """Make the plan of a run; every matrix and weight is read once.
 
     Args:
-        recipe: The rules; none may be weighted.
-        tensors: By name; of a model `[n_in, n_out]`. Rules see the matrices alone.
-        source: What to call the model.
-        tables: Embeddings, which are meant only by rules that give their very names.
-        model_type: Of a model that can be loaded, or None for anything else.
-        parameters: Of the whole model; of all tensors if None.
-        settings: Of the solves.
-
-    Raises:
-        ValueError: If a rule is weighted, matches nothing or no matrix, or does not fit
-            a matrix.
+        assignments: The matrices that change, and the rule for each.
+        matrices: The matrices by name.
+        weights: Their weights by name; names that are missing have none.
+        source: Path or name of the model.
+        parameters: Number of parameters of the whole model; by default the entries of
+            the matrices.
+        settings: Settings of the solves.
     """
-    tables = tables or {}
-    for rule in recipe.rules:
-        if not is_plain(rule):
-            raise ValueError(
-                f"the rule for {pattern(rule)} needs a model that runs on a text, or "
-                "is trained later: write `weighting: none` into it, and no start"
-            )
-    names = sorted(tensors, key=_natural)
-    matrices = {name: tensors[name] for name in names if is_matrix(tensors[name])}
-    _refuse_vectors(recipe, tensors, matrices, tables)
-    shapes, rows = (
-        {name: (int(x.shape[0]), int(x.shape[1])) for name, x in some.items()}
-        for some in (matrices, tables)
-    )
-    assigned = recipes.resolve(recipe, shapes, tables=rows, model_type=model_type)
-    every = {**tables, **matrices}
+    weights = weights or {}
     if parameters is None:
-        parameters = sum(int(x.size) for x in tensors.values())
+        parameters = sum(int(x.size) for x in matrices.values())
+    ordered = sorted(assignments, key=lambda assignment: natural(assignment.name))
+    tasks = []
+    for index, assignment in enumerate(ordered):
+        name, rule = assignment.name, assignment.rule
+        sides = weights.get(name, (None, None))
+        norm = rule.norm
+        if norm == "auto":
+            norm = "spectral" if sides == (None, None) else "frobenius"
+        tasks.append(
+            MatrixTask(
+                index=index,
+                name=name,
+                shape=assignment.shape,
+                dtype=str(matrices[name].dtype),
+                digest=digest(matrices[name]),
+                weights=tuple("" if x is None else digest(x) for x in sides),
+                method=rule.method,
+                configurations=assignment.configurations,
+                norm=norm,
+                parameters=assignment.num_parameters,
+                rule=rule,
+            )
+        )
     return RunPlan(
         source=source,
-        model_type=model_type,
         settings=settings or SolveSettings(),
-        tasks=tuple(
-            _task(i, one, every[one.name], model_type is not None)
-            for i, one in enumerate(assigned)
-        ),
+        tasks=tuple(tasks),
         parameters=parameters,
     )
 
@@ -264,14 +298,12 @@ def differences(old: RunPlan, new: RunPlan, most: int = 4) -> list[str]:
         ours, theirs = (getattr(x.settings, field.name) for x in (new, old))
         if ours != theirs:
             found.append(f"{field.name} was {theirs}, now {ours}")
-    if old.model_type != new.model_type:
-        found.append(f"the model was a {old.model_type}, now a {new.model_type}")
     before, after = ({one.name: one for one in x.tasks} for x in (old, new))
     for word, some in (("new", after.keys() - before), ("gone", before.keys() - after)):
         if some:
-            first, *rest = sorted(some, key=_natural)
+            first, *rest = sorted(some, key=natural)
             found.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {word}")
-    for name in sorted(before.keys() & after, key=_natural):
+    for name in sorted(before.keys() & after, key=natural):
         found += _changed(before[name], after[name])
     if not found:
         found = ["the order of the matrices"]
@@ -280,7 +312,7 @@ def differences(old: RunPlan, new: RunPlan, most: int = 4) -> list[str]:
 
 
 def digest(matrix: np.ndarray) -> str:
-    """Return the digest of a matrix: of its shape, its dtype and its numbers."""
+    """Return the digest of a matrix: its shape, its dtype and its numbers."""
     found = hashlib.sha256(repr((matrix.shape, str(matrix.dtype))).encode())
     found.update(np.ascontiguousarray(matrix).view(np.uint8).data)
     return found.hexdigest()
@@ -313,30 +345,6 @@ def describe(configurations: tuple[Configuration, ...]) -> str:
     )
 
 
-def _task(
-    index: int, one: Assignment, matrix: np.ndarray, is_model: bool
-) -> MatrixTask:
-    rule = one.rule
-    norm = "spectral" if rule.norm == "auto" else rule.norm
-    parameters = one.num_parameters
-    if rule.method == "interpolative" and not is_model:
-        # What has no layers keeps both factors.
-        parameters = sum(x.num_parameters(one.shape) for x in one.configurations)
-    return MatrixTask(
-        index=index,
-        name=one.name,
-        shape=one.shape,
-        dtype=str(matrix.dtype),
-        digest=digest(matrix),
-        method=rule.method,
-        configurations=one.configurations,
-        norm=norm,
-        scalars=rule.scalars,
-        parameters=parameters,
-        rule=pattern(rule),
-    )
-
-
 def is_plain(rule: recipes.Rule) -> bool:
     """Say whether a matrix alone decides what a rule makes of it."""
     plain = rule.weighting == "none" and rule.start == "van-loan"
@@ -348,21 +356,7 @@ def pattern(rule: recipes.Rule) -> str:
     return rule.match if isinstance(rule.match, str) else ", ".join(rule.match)
 
 
-def _refuse_vectors(recipe, tensors, matrices, tables) -> None:
-    """Refuse rules that match tensors, and no matrix among them."""
-    others = {k: x for k, x in tensors.items() if k not in matrices and k not in tables}
-    matched = recipes.matches(recipe, [*matrices, *others, *tables])
-    for i, rule in enumerate(recipe.rules):
-        names = [name for name, rules in matched.items() if i in rules]
-        if names and all(name in others for name in names):
-            one = others[names[0]]
-            what = f"a tensor of shape {one.shape} and dtype {one.dtype}"
-            raise ValueError(
-                f"the rule for {pattern(rule)} matches no matrix: {names[0]} is {what}"
-            )
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
+def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort numbers in names as numbers."""
     parts = re.findall(r"\d+|\D+", name)
     return [(0, int(x), x) if x.isdecimal() else (1, 0, x) for x in parts]

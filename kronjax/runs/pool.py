@@ -42,6 +42,9 @@ from kronjax.solver.solution import Trace, gather
 SLICE = 24
 """Products of the size of `EᵀE` that a lane spends in one call, about."""
 
+Tick = Callable[[int, int], None]
+"""Called with the products spent since the last call, and the stages that ended."""
+
 
 class Matrix(NamedTuple):
     """A matrix to be solved.
@@ -96,7 +99,7 @@ class Finished:
         return int(self.trace.steps.sum())
 
     @property
-    def gemms(self) -> int:
+    def products(self) -> int:
         """Products of the size of `EᵀE`, those of all starts included."""
         return int(self.trace.gemms.sum())
 
@@ -202,14 +205,15 @@ class Pool:
     def solve(
         self,
         matrices: Iterator[Matrix],
-        tick: Callable[[int], None] = lambda products: None,
+        tick: Tick = lambda products, turned: None,
     ) -> Iterator[Finished]:
         """Solve matrices as they come, and yield them as they are done.
 
         Args:
             matrices: Taken whenever there is room, and read only then.
-            tick: Called after every slice with the products spent in it. The evaluation
-                that begins a stage is in none.
+            tick: Called after every slice with the products spent in it, and the
+                number of matrices that have ended a stage. The evaluation that begins a
+                stage is in no slice.
         """
         hosts = [_Host(list(range(self.slots))) for _ in range(self._count)]
         more = True
@@ -222,8 +226,9 @@ class Pool:
             )
             if self._comes_first(hosts, turning, working):
                 self._turn(hosts, turning)
+                tick(0, sum(map(len, turning)))
             elif any(working):
-                tick(self._work(hosts, working))
+                tick(self._work(hosts, working), 0)
             done = max(len(host.done) for host in hosts)
             if done >= self.lanes or (done and not any(x.held for x in hosts)):
                 yield from self._take(hosts)
@@ -314,9 +319,7 @@ class Pool:
         for at, one in taken.items():
             if one.stage:
                 last[at] = self._stages[one.stage - 1].squarings
-        results = self._run(
-            "finish", self._places(chosen), self._matrices(taken), last
-        )
+        results = self._run("finish", self._places(chosen), self._matrices(taken), last)
         for at, one in taken.items():
             hosts[at[0]].free.append(chosen[at[0]][at[1]])
             terms, bounds, status, winner, frobenius = jax.tree.map(

@@ -193,7 +193,10 @@ class Kind:
         """Shapes of a matrix `[m, n]` and of its weights, `[m, m]` and `[n, n]`."""
         m, n = self.problem.shape
         sides = zip(((m, m), (n, n)), self.weighted, strict=True)
-        shapes = [(m, n), *(shape if has_weight else None for shape, has_weight in sides)]
+        shapes = [
+            (m, n),
+            *(shape if has_weight else None for shape, has_weight in sides),
+        ]
         return tuple(x and jax.ShapeDtypeStruct(x, self.dtype) for x in shapes)
 
     @property

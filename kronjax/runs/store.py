@@ -26,10 +26,9 @@ import safetensors.numpy
 from kronjax.io import matrices
 from kronjax.io.storage import LocalFolder, RemoteFolder
 from kronjax.io.tensors import parse_json
-from kronjax.kronecker import KroneckerTerms
 from kronjax.runs.plan import MatrixTask, RunPlan, differences
 
-FORMAT = 1
+FORMAT = 2
 """Version of records; a reader refuses later ones."""
 
 PLAN = "plan.json"
@@ -100,21 +99,21 @@ class Store:
     def put(
         self,
         task: MatrixTask,
-        terms: Sequence[KroneckerTerms],
+        factors: Mapping[str, np.ndarray],
         facts: Mapping[str, Any],
     ) -> None:
-        """Keep what came of one matrix: factors first, then the record.
+        """Store the result for one matrix: factors first, then the record.
 
         Args:
-            task: Of the plan.
-            terms: One for each configuration; none where it failed.
+            task: The task, from the plan.
+            factors: Arrays by name; none where the method failed.
             facts: For the record, with a `status`; numbers that are not finite become
                 null.
 
         Raises:
             OSError: If it cannot be written.
         """
-        factors, record = file_names(task.index)
+        name, record = file_names(task.index)
         told: dict[str, Any] = {
             "format": FORMAT,
             "plan": self.plan.hash,
@@ -122,12 +121,12 @@ class Store:
             "name": task.name,
             **facts,
         }
-        if terms:
-            content = matrices.terms_bytes(
-                [(np.asarray(one.a), np.asarray(one.b)) for one in terms],
-                {},  # several entries would come in any order
-            )
-            self.place.write(factors, content)
+        if factors:
+            arrays = {key: np.ascontiguousarray(x) for key, x in factors.items()}
+            # A single entry: several would come in any order.
+            format_ = {"format": matrices.FORMAT} if task.configurations else None
+            content = safetensors.numpy.save(arrays, format_)
+            self.place.write(name, content)
             told["digest"] = hashlib.sha256(content).hexdigest()
         told = _plain(told)
         text = json.dumps({**told, "seal": _seal(told)}, indent=1, allow_nan=False)
@@ -156,23 +155,17 @@ class Store:
             found[task.index] = told
         return found
 
-    def terms(self, task: MatrixTask) -> tuple[KroneckerTerms, ...]:
-        """Return the factors of a finished matrix, one sum for each configuration.
+    def factors(self, task: MatrixTask) -> dict[str, np.ndarray]:
+        """Return the arrays of a finished matrix by name.
 
         Raises:
-            ValueError: If they are not there as they were written.
+            ValueError: If the file is damaged.
         """
         name, _ = file_names(task.index)
         try:
-            arrays = safetensors.numpy.load(self.place.read(name) or b"")
-            count = len(task.configurations)
-            pairs = [
-                (arrays[f"a{i or ''}"], arrays[f"b{i or ''}"]) for i in range(count)
-            ]
-        except (safetensors.SafetensorError, KeyError) as error:
+            return safetensors.numpy.load(self.place.read(name) or b"")
+        except safetensors.SafetensorError as error:
             raise ValueError(f"{self.place}/{name} is damaged: {error}") from error
-        made: Any = KroneckerTerms
-        return tuple(made(a, b) for a, b in pairs)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         """Return a record of this plan, or None for anything that is none."""

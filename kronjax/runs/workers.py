@@ -6,9 +6,10 @@ fill the gaps. What comes of a matrix does not depend on who solves it.
 
 >>> import numpy as np
 >>> from kronjax.kronecker import Configuration
+>>> from kronjax.runs.pool_programs import Kind
 >>> from kronjax.solver.problem import Problem
 >>> problem = Problem.of((4, 6), Configuration((2, 3), 1), "frobenius", starts=1)
->>> pools = [Pool(problem, np.dtype(np.float32), lanes=1, slots=1)]
+>>> pools = [Pool(Kind(problem, np.dtype(np.float32)), lanes=1, slots=1)]
 >>> matrices = [(f"no. {i}", np.eye(4, 6, i, np.float32), 0) for i in range(3)]
 >>> sorted(found.key for found in solve(pools, iter(matrices)))
 ['no. 0', 'no. 1', 'no. 2']
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from kronjax.runs import cpu_threads
-from kronjax.runs.pool import Finished, Matrix, Pool
+from kronjax.runs.pool import Finished, Matrix, Pool, Tick
 
 PATIENCE = 0.1
 """Seconds after which who waits to tell something looks whether all is over."""
@@ -39,7 +40,7 @@ def size(devices: Sequence[Any]) -> int:
 def solve(
     pools: Sequence[Pool],
     matrices: Iterator[Matrix],
-    tick: Callable[[int], None] = lambda products: None,
+    tick: Tick = lambda products, turned: None,
 ) -> Iterator[Finished]:
     """Solve matrices as they come, by whoever has room, and yield what is done.
 
@@ -79,7 +80,7 @@ def solve(
     def work(pool):
         try:
             with jax.enable_x64(wide):
-                for found in pool.solve(taken(), send):
+                for found in pool.solve(taken(), lambda *spent: send(spent)):
                     send(found)
             send(None)
         except BaseException as error:
@@ -100,7 +101,7 @@ def solve(
             elif isinstance(event, BaseException):
                 raise event
             else:
-                tick(event)
+                tick(*event)
     finally:
         stopped.set()
         for one in crew:

@@ -1,0 +1,167 @@
+"""`factorize`: any tensors in, factors and a report out, one matrix after the other.
+
+Rules speak of the names of tensors; a matrix `[m, n]` is taken as it is stored. Every
+finished matrix has a file of factors and a record, so that the same call resumes after
+an interruption, and several hosts can share the work.
+
+>>> from kronjax import recipe
+>>> rules = recipe.loads('rules: [{match: "*", method: low-rank, rank: 1}]')
+>>> found = factorize({"w": np.outer(np.arange(3.0), np.ones(4))}, rules, progress=False)
+>>> found
+1 of 1 matrices are finished; 7 of 12 parameters (58.3 %).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kronjax import recipe as recipes
+from kronjax.io import storage
+from kronjax.io.storage import LocalFolder, MemoryFolder, Storage
+from kronjax.io.tensors import is_matrix, map_all
+from kronjax.recipe import Assignment, Recipe
+from kronjax.runs import plan as planning
+from kronjax.runs import summary
+from kronjax.runs.engine import Inputs
+from kronjax.runs.execute import execute
+from kronjax.runs.plan import RunPlan, SolveSettings, pattern
+from kronjax.runs.processes import Hosts
+from kronjax.runs.store import Store
+from kronjax.runs.summary import Factorization
+
+CONFIG = "config.json"
+"""The file of a folder that holds a language model."""
+
+
+def factorize(
+    source: str | Path | Mapping[str, np.ndarray],
+    recipe: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    tolerance: float = 1e-2,
+    num_starts: int = 1,
+    seed: int = 0,
+    max_products: int | None = None,
+    hosts: Hosts | None = None,
+    force: bool = False,
+    progress: bool | None = None,
+) -> Factorization:
+    """Approximate the matrices of a model as the rules of a recipe say.
+
+    Args:
+        source: A safetensors file, a folder of them, or arrays by name.
+        recipe: Rules over the names of tensors, the path of their YAML, or the name of
+            a built-in recipe. Rules with `weighting: none`; those for layers that see a
+            text are for `lm.compress`.
+        out: A folder, or a URL that fsspec opens; results are kept in memory if None.
+            The same call resumes an interrupted one.
+        tolerance: Proven gap at which a matrix is good enough: 0.01 is one per cent.
+        num_starts: Number of starting points; the best is taken to the end.
+        seed: Seed of the perturbed starts.
+        max_products: Products of the size of `EᵀE` that a stage of the continuation may
+            spend; chosen from the size of a matrix if None.
+        hosts: The processes that share the work, from `processes.meet`.
+        force: Whether to replace the results of another plan in `out`.
+        progress: Whether to draw a bar; by default on a terminal, after two seconds.
+
+    Returns:
+        `Factorization`: the plan, a record for each matrix, and the factors.
+
+    Raises:
+        ValueError: If a rule matches nothing or no matrix, is weighted or does not fit,
+            or `out` holds other results.
+        OSError: If something cannot be read or written; finished matrices are kept.
+    """
+    hosts = hosts or Hosts(0, 1)
+    settings = SolveSettings(tolerance, num_starts, seed, max_products)
+    plan, tensors = hosts.together(lambda: planned(source, recipe, settings))
+    place = MemoryFolder() if out is None else storage.find(str(out))
+
+    def check(store: Store) -> None:
+        _refuse_model(store, source)
+
+    kept = execute(
+        plan,
+        Inputs(tensors),
+        place,
+        hosts=hosts,
+        force=force,
+        check=check,
+        progress=progress,
+    )
+    found = Factorization.of(kept)
+    if hosts.process == 0 and out is not None:
+        summary.draw(found)
+    return found
+
+
+def planned(
+    source: str | Path | Mapping[str, np.ndarray],
+    recipe: Recipe | str | Path,
+    settings: SolveSettings,
+) -> tuple[RunPlan, Mapping[str, np.ndarray]]:
+    """Return the plan for the tensors of a source, and its tensors.
+
+    Raises:
+        ValueError: As `factorize`.
+        OSError: If there is nothing to read.
+    """
+    rules = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    if isinstance(source, Mapping):
+        name, tensors = "arrays", {k: np.asarray(x) for k, x in source.items()}
+    else:
+        path = storage.expanded(source)
+        name, tensors = str(path), map_all(path)
+    plan = planning.make(
+        assigned(rules, tensors),
+        tensors,
+        source=name,
+        parameters=sum(int(x.size) for x in tensors.values()),
+        settings=settings,
+    )
+    return plan, tensors
+
+
+def assigned(rules: Recipe, tensors: Mapping[str, np.ndarray]) -> list[Assignment]:
+    """Apply rules to the matrices among tensors.
+
+    Raises:
+        ValueError: If a rule is weighted, begins elsewhere than with the fit, matches
+            nothing or no matrix, or does not fit a matrix.
+    """
+    for rule in rules.rules:
+        if not rule.is_plain:
+            raise ValueError(
+                f"the rule for {pattern(rule)} needs a language model that runs on a "
+                "text or is trained later: write `weighting: none` into it and no "
+                "start, or use kronjax compress"
+            )
+    shapes = {
+        name: (int(tensors[name].shape[0]), int(tensors[name].shape[1]))
+        for name in sorted(tensors, key=planning.natural)
+        if is_matrix(tensors[name])
+    }
+    others = [name for name in tensors if name not in shapes]
+    matched = recipes.matches(rules, [*shapes, *others])
+    for number, rule in enumerate(rules.rules):
+        names = [name for name, numbers in matched.items() if number in numbers]
+        if names and not set(names) & set(shapes):
+            tensor = tensors[names[0]]
+            raise ValueError(
+                f"the rule for {pattern(rule)} matches no matrix: {names[0]} is a "
+                f"tensor of shape {tensor.shape} and dtype {tensor.dtype}"
+            )
+    return recipes.resolve(rules, shapes)
+
+
+def _refuse_model(store: Store, source) -> None:
+    """Refuse a place that holds the source, or a model."""
+    place: Storage = store.place
+    if isinstance(place, LocalFolder) and not isinstance(source, Mapping):
+        path = storage.expanded(source)
+        folder = path if path.is_dir() else path.parent
+        if place.path.exists() and place.path.samefile(folder):
+            raise ValueError(f"{place} holds the model: give another folder for --out")
+    if place.read(CONFIG) is not None:
+        raise ValueError(f"{place} holds a model: give another folder for --out")

@@ -1,0 +1,230 @@
+"""Sums at p = 2 without a closed form: fits of many sizes by one program.
+
+    minimise ‖L^{1/2} (W − K) R^{1/2}‖_F
+
+Sums of several configurations, or under weights, are fitted by quasi-Newton steps over
+their factors. Ranks are traced: a program is compiled for the largest ranks of a tier,
+and serves all smaller ones, as plans for a budget need them.
+
+>>> target = Target("", np.eye(6, dtype=np.float32))
+>>> wanted = (Configuration((6, 1), 2), Configuration((2, 3), 1))
+>>> round(Prepared.of(target).fit(wanted).relative, 2)
+0.51
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kronjax.kronecker import Configuration, KroneckerTerms
+from kronjax.solver import least_squares
+from kronjax.solver.descent import Status
+from kronjax.solver.problem import Problem
+from kronjax.solver.whitened import prepare
+
+TIERS = (0.35, 0.65, 1.0)
+"""Sizes of the programs, as parts of the dense matrix: each takes time to compile, and
+costs in every step as much as the largest sum that it can fit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A matrix with its weights.
+
+    Attributes:
+        name: Name of the matrix.
+        matrix: `W`, `[m, n]`, float32 or float64.
+        left: Weight of the rows, `[m, m]`, or None.
+        right: Weight of the columns, `[n, n]`, or None.
+    """
+
+    name: str
+    matrix: np.ndarray = dataclasses.field(repr=False)
+    left: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    right: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def arrays(self) -> tuple[np.ndarray | None, ...]:
+        """The matrix and both weights."""
+        return self.matrix, self.left, self.right
+
+    @property
+    def weighted(self) -> tuple[bool, bool]:
+        """Whether there is a left and a right weight."""
+        return self.left is not None, self.right is not None
+
+    @property
+    def T(self) -> "Target":
+        """The transpose, with its weights."""
+        turned = np.ascontiguousarray(self.matrix.T)
+        return Target(self.name, turned, self.right, self.left)
+
+
+@dataclasses.dataclass(frozen=True)
+class Joint:
+    """A sum that was fitted at p = 2.
+
+    Attributes:
+        terms: One `KroneckerTerms` for each configuration, NumPy.
+        relative: Weighted Frobenius error over the weighted norm of the matrix.
+        status: `Status` of the descent.
+        products: Products of the size of `EᵀE` that were allowed.
+    """
+
+    terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
+    relative: float
+    status: Status
+    products: int
+
+
+class Prepared:
+    """A target with its weights decomposed, for sums of many sizes.
+
+    Wide matrices are fitted as their transposes, so that both kinds share programs.
+
+    Attributes:
+        target: The target as given.
+        tall: The target, or its transpose if it has fewer rows than columns.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """Keep the target; its weights are decomposed when they are needed."""
+        self.target = target
+        self.is_wide = target.shape[0] < target.shape[1]
+        self.tall = target.T if self.is_wide else target
+
+    @classmethod
+    def of(cls, target: Target) -> "Prepared":
+        """Return a prepared target."""
+        return cls(target)
+
+    @functools.cached_property
+    def setting(self):
+        """The normalised tall matrix with its weights decomposed."""
+        # The same for all configurations without frames; frames depend on shapes.
+        return {}
+
+    def _setting_of(self, problem):
+        """Return what `whitened.prepare` returns, once for each set of shapes."""
+        shapes = tuple(one.a_shape for one in problem.configurations)
+        if shapes not in self.setting:
+            smallest = tuple(Configuration(a_shape, 1) for a_shape in shapes)
+            alike = dataclasses.replace(problem, configurations=smallest)
+            arrays = [x if x is None else jnp.asarray(x) for x in self.tall.arrays]
+            self.setting[shapes] = _preparer(alike)(*arrays)
+        return self.setting[shapes]
+
+    def fit(
+        self,
+        configurations: Sequence[Configuration],
+        *,
+        max_products: int | None = None,
+        tolerance: float = 2e-3,
+    ) -> Joint:
+        """Return a sum of these configurations, fitted jointly.
+
+        Args:
+            configurations: The configurations of the sum.
+            max_products: Products of the size of `EᵀE` to spend; by default those of
+                the problem.
+            tolerance: As for `continuation.solve`: a two-hundredth of it is the
+                predicted relative decrease of the squared error that is not worth a
+                step.
+        """
+        wanted = as_tall(configurations, self.target.shape)
+        problem = program(self.tall.shape, wanted, self.target.weighted)
+        budget = max_products or problem.budget
+        solve = _fitter(problem)
+        ranks = np.array([one.rank for one in wanted])
+        found = jax.device_get(
+            solve(
+                *self._setting_of(problem), ranks, max(budget // 2, 4), tolerance / 200
+            )
+        )
+        terms = [
+            jax.tree.map(lambda x, rank=one.rank: x[:rank], part)
+            for part, one in zip(found.terms, wanted, strict=True)
+        ]
+        if self.is_wide:
+            terms = [one.T for one in terms]
+        return Joint(
+            tuple(map(_as_wanted, terms, configurations)),
+            float(found.relative),
+            Status(int(found.status)),
+            budget,
+        )
+
+
+def as_tall(
+    configurations: Sequence[Configuration], shape: tuple[int, int]
+) -> tuple[Configuration, ...]:
+    """Return configurations of a matrix as those of its tall orientation.
+
+    A row times a column is a column times a row, and counts as such.
+    """
+    m, n = shape
+    if m < n:
+        configurations = [one.T for one in configurations]
+        m, n = n, m
+    return tuple(
+        Configuration((m, 1), one.rank) if one.a_shape == (1, n) else one
+        for one in configurations
+    )
+
+
+def program(
+    shape: tuple[int, int],
+    configurations: Sequence[Configuration],
+    weighted: tuple[bool, bool],
+) -> Problem:
+    """Return the smallest problem of a tier in which a sum of these ranks fits.
+
+    Args:
+        shape: `(m, n)`, tall.
+        configurations: The configurations of the sum.
+        weighted: Whether there is a left and a right weight.
+    """
+    largest: tuple[Configuration, ...] = ()
+    for fraction in TIERS:
+        largest = tuple(_largest(shape, one, fraction) for one in configurations)
+        ranks = zip(configurations, largest, strict=True)
+        if all(one.rank <= most.rank for one, most in ranks):
+            break
+    else:
+        largest = tuple(configurations)
+    return Problem.of(shape, largest, 2, starts=1, weighted=weighted)
+
+
+def _largest(shape, one, fraction):
+    """Return a configuration with the largest rank of a size."""
+    m, n = shape
+    each = Configuration(one.a_shape, 1).num_parameters(shape)
+    rank = max(int(fraction * m * n / each), 1)
+    return Configuration(one.a_shape, min(rank, one.max_rank(shape)))
+
+
+def _as_wanted(terms: KroneckerTerms, wanted: Configuration) -> KroneckerTerms:
+    """Return low rank as columns times rows, or as rows times columns."""
+    if terms.a.shape[1:] == wanted.a_shape:
+        return terms
+    return KroneckerTerms(terms.b, terms.a)
+
+
+@functools.lru_cache(maxsize=64)
+def _preparer(problem):
+    return jax.jit(functools.partial(prepare, problem))
+
+
+@functools.lru_cache(maxsize=64)
+def _fitter(problem):
+    return jax.jit(functools.partial(least_squares.fit, problem))
