@@ -56,6 +56,14 @@ def least_squares_of_a(matrix, terms, power):
     return slope.reshape(terms.a.shape)
 
 
+def least_along_slope(matrix, terms, power, lengths):
+    """The least norm after gradient steps on all of A, of the given lengths."""
+    slope = least_squares_of_a(matrix, terms, power)
+    slope /= np.linalg.norm(slope)
+    moved = (KroneckerTerms(terms.a + x * slope, terms.b) for x in lengths)
+    return min(np.linalg.norm(np.asarray(matrix - x.to_matrix()), 2) for x in moved)
+
+
 @settings(max_examples=30)
 @given(
     case=st.sampled_from(CASES),
@@ -74,14 +82,9 @@ def test_no_bound_is_violated_from_any_sum(case, seed, scale):
     np.testing.assert_allclose(found.error / scale, error, rtol=1e-12)
     assert 0 <= found.local_bound <= found.error
     # Descent on A alone, by steps of all lengths, stays above the local bound.
-    slope = least_squares_of_a(
-        matrix / scale, KroneckerTerms(terms.a / scale, terms.b), 8
-    )
-    slope /= np.linalg.norm(slope)
-    for length in np.geomspace(1e-3, 10, 20):
-        moved = KroneckerTerms(terms.a / scale + length * slope, terms.b)
-        norm = np.linalg.norm(np.asarray(matrix / scale - moved.to_matrix()), 2)
-        assert norm >= found.local_bound / scale * (1 - 1e-12)
+    unit = KroneckerTerms(terms.a / scale, terms.b)
+    norm = least_along_slope(matrix / scale, unit, 8, np.geomspace(1e-3, 10, 20))
+    assert norm >= found.local_bound / scale * (1 - 1e-12)
     # And no sum of this rank stays below the global one.
     for _ in range(10):
         other = draw(rng, layout, rank)
@@ -257,22 +260,34 @@ def test_large_matrices_are_proven_by_eigenvectors_as_well(
         called.append(matrix.shape)
         return decompose(matrix)
 
+    program = jax.jit(lambda rounds: bounds.certify_stage(matrix, (terms,), 18, rounds))
     monkeypatch.setattr(bounds.spectral, "triplets_by_gram", spy)
-    by_eigenvectors = bounds.certify_stage(matrix, (terms,), 18.0)
+    balanced = program(multipliers.BALANCED)
+    # Balancing is stable near a solution only. Elsewhere its conjugate gradients
+    # amplify the last digits: in float32, with 256 rows, the bounds are from 16.7 to
+    # 17.8 for matrices that differ by one rounding, where the gradient proves 21.9.
+    rounds = multipliers.BALANCED if flat else 0
+    by_eigenvectors = program(rounds)
     assert called[0] == (rows, 256)
     monkeypatch.setattr(bounds.spectral, "triplets_by_gram", decompose)
     monkeypatch.setattr(bounds.spectral, "LARGE", 257)
-    exact = bounds.certify_stage(matrix, (terms,), 18.0)
-    # What rounding takes from a bound in float32 differs.
-    close = (
-        (1e-4, 5e-3 if rows == 256 else 0.05) if dtype == np.float32 else (1e-9, 1e-7)
-    )
-    assert float(by_eigenvectors.error) == pytest.approx(float(exact.error), close[0])
-    found, wanted = (float(x.local_bound) for x in (by_eigenvectors, exact))
-    assert found == pytest.approx(wanted, close[1])
-    rest = np.asarray(matrix, float) - np.asarray(terms.to_matrix(), float)
-    assert float(by_eigenvectors.error) >= np.linalg.norm(rest, 2)
-    assert 0 < by_eigenvectors.local_bound < by_eigenvectors.error
+    # Another function: what is patched is no argument.
+    by_values = jax.jit(lambda x: bounds.certify_stage(matrix, (terms,), 18, x))(rounds)
+    matrix, terms = jax.tree.map(lambda x: np.asarray(x, np.float64), (matrix, terms))
+    error = np.linalg.norm(matrix - np.asarray(terms.to_matrix()), 2)
+    # The rounding of E is relative to the norms of all that it is made of.
+    sizes = [matrix, *(np.kron(*x) for x in zip(terms.a, terms.b, strict=True))]
+    rounding = float(jnp.finfo(dtype).eps) * sum(map(np.linalg.norm, sizes)) / error
+    for found in (balanced, by_eigenvectors, by_values):
+        assert error <= float(found.error) <= error * (1 + 30 * rounding)
+    # What both ways share but for rounding, and the share of it that is proven.
+    proven = float(by_eigenvectors.local_bound)
+    assert proven == pytest.approx(float(by_values.local_bound), rel=30 * rounding)
+    assert proven > (0.99 if flat else 0.65) * error
+    # No change of all A_k reaches less, in float64, than any of them proves.
+    reachable = least_along_slope(matrix, terms, 18, np.geomspace(1e-3, 1, 10))
+    assert reachable < 0.99 * error or flat
+    assert 0 < max(proven, float(balanced.local_bound)) <= min(error, reachable)
 
 
 def test_proofs_are_computed_by_the_processor(monkeypatch):
@@ -335,13 +350,11 @@ def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
     assert error <= certified.error <= error * (1 + 1e-4)
     assert certified.global_bound == 0
     matrix, terms = jax.tree.map(lambda x: np.asarray(x, np.float64), (matrix, terms))
-    slope = least_squares_of_a(matrix, terms, 66)
-    slope /= np.linalg.norm(slope)
-    reachable = [reached(matrix, terms, rng, size=1e-2)]
-    for length in np.geomspace(1e-3, 1, 20):
-        moved = KroneckerTerms(terms.a + length * slope, terms.b)
-        reachable.append(np.linalg.norm(matrix - moved.to_matrix(), 2))
-    assert 0.5 * error < certified.local_bound <= min(reachable) < 0.99 * error
+    reachable = min(
+        reached(matrix, terms, rng, size=1e-2),
+        least_along_slope(matrix, terms, 66, np.geomspace(1e-3, 1, 20)),
+    )
+    assert 0.5 * error < certified.local_bound <= reachable < 0.99 * error
 
 
 def test_a_balanced_gradient_proves_what_it_does_not_as_it_is():
