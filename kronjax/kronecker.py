@@ -108,6 +108,11 @@ class KroneckerTerms:
     a: jax.Array
     b: jax.Array
 
+    def __repr__(self) -> str:
+        """Return shapes and dtypes in place of the entries."""
+        a, b = map(_described, (self.a, self.b))
+        return f"KroneckerTerms(a={a}, b={b})"
+
     @property
     def rank(self) -> int:
         """Number of terms."""
@@ -237,6 +242,13 @@ def matmul_cost(terms: KroneckerTerms) -> int:
     (m1, n1), (m2, n2) = terms.a.shape[-2:], terms.b.shape[-2:]
     costs = _left_first_cost(m1, n1, m2, n2), _right_first_cost(m1, n1, m2, n2)
     return terms.rank * min(costs)
+
+
+def _described(factors) -> str:
+    """Return the dtype and the shape of an array; other leaves of a pytree as such."""
+    if not (hasattr(factors, "shape") and hasattr(factors, "dtype")):
+        return repr(factors)
+    return f"{factors.dtype}[{', '.join(map(str, factors.shape))}]"
 
 
 def _positive(number):

@@ -35,7 +35,7 @@ import itertools
 
 import numpy as np
 
-from kronjax import validation
+from kronjax import display, validation
 from kronjax.greedy import leading, rearrange, unrearrange
 from kronjax.kronecker import Configuration
 
@@ -51,16 +51,26 @@ class Permutation:
     """An order of rows and columns.
 
     Attributes:
-        rows: `[m]`, the row of the matrix that comes at each place.
-        columns: `[n]`, likewise.
+        rows: Indices of the rows of the matrix in their new order, `[m]`.
+        columns: Indices of the columns in their new order, `[n]`.
         error: Relative Frobenius error of the terms nearest to the permuted matrix.
-        given_error: That of the matrix in the order as given.
+        given_error: The same error for the matrix in the order as given.
     """
 
     rows: np.ndarray
     columns: np.ndarray
     error: float
     given_error: float
+
+    def __repr__(self) -> str:
+        """Return how many rows and columns move, and both errors."""
+        rows = [
+            (name, f"{np.sum(order != np.arange(len(order)))} of {len(order)} moved")
+            for name, order in (("rows", self.rows), ("columns", self.columns))
+        ]
+        change = f"{self.error:.5g} (as given: {self.given_error:.5g})"
+        rows.append(("relative Frobenius error", change))
+        return "\n".join(display.lines("Permutation", rows))
 
     def apply(self, matrix):
         """Return the permuted matrix, `[..., m, n]`, NumPy or jax."""

@@ -1,4 +1,4 @@
-"""What an approximation amounts to: against truncated SVD and Van Loan, and as JSON.
+"""Comparison of approximations with truncated SVD and Van Loan, as tables and JSON.
 
 Truncated SVD stores `m + n` numbers per unit of rank, so the rank of equal parameter
 count is `⌊parameters / (m + n)⌋`, and its spectral error is the next singular value.
@@ -19,29 +19,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.table import Table
 
-from kronjax.solver.descent import Status
+from kronjax import display, selection
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
+    from kronjax.proof.certificate import Certificate
     from kronjax.selection import Search
 
 LARGE = 2048
-"""Beyond this size singular values come from the Gram matrix, in half the time."""
+"""Size above which singular values come from the Gram matrix, in half the time."""
 
 TIE = 1e-4
-"""Relative difference of errors below which nobody wins."""
+"""Relative difference below which two errors count as equal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """Truncated SVD of the parameter count of a Kronecker sum.
+    """Truncated SVD with as many parameters as a Kronecker sum.
 
     Attributes:
-        rank: The rank kept, possibly 0.
+        rank: Rank of the truncated SVD, possibly 0.
         num_parameters: `rank (m + n)`.
         spectral: `[...]`, spectral errors.
         frobenius: `[...]`, Frobenius errors.
-        spectral_norm: `[...]`, spectral norms of the matrices themselves.
+        spectral_norm: `[...]`, spectral norms of the matrices.
     """
 
     rank: int
@@ -50,20 +51,30 @@ class Baseline:
     frobenius: np.ndarray
     spectral_norm: np.ndarray
 
+    def __repr__(self) -> str:
+        """Return the rank and both errors; median and worst of a batch."""
+        rows = [
+            ("rank", str(self.rank)),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("spectral error", display.spread(self.spectral)),
+            ("Frobenius error", display.spread(self.frobenius)),
+        ]
+        return "\n".join(display.lines("Truncated SVD", rows))
+
 
 def svd_baseline(matrix: np.ndarray, num_parameters: int) -> Baseline:
     """Return the errors of truncated SVD of equal parameter count.
 
-    They are those of the matrix as given, of which float64 is taken: not of what a
-    solver in float32 rounds it to. Costs the singular values of every matrix.
+    The matrix as given is converted to float64; the rounding of a solver in float32
+    has no effect. Costs the singular values of every matrix.
 
     Args:
-        matrix: `[..., m, n]`, any real dtype; left as it is.
-        num_parameters: Numbers that may be stored for one matrix.
+        matrix: `[..., m, n]`, any real dtype; not modified.
+        num_parameters: Number of parameters allowed for one matrix.
 
     Returns:
         `Baseline`, float64 `[...]`, of rank `⌊num_parameters / (m + n)⌋`, or
-        `min(m, n)` if that is less.
+        `min(m, n)` if that is smaller.
     """
     m, n = matrix.shape[-2:]
     rank = min(num_parameters // (m + n), m, n)
@@ -84,24 +95,19 @@ def svd_baseline(matrix: np.ndarray, num_parameters: int) -> Baseline:
     return Baseline(rank, rank * (m + n), s[..., rank], frobenius, s[..., 0])
 
 
-def statuses(approximation: "Approximation") -> Any:
-    """Return the names of the statuses: a string, or lists of strings for a batch."""
-    codes = np.asarray(approximation.status)
-    names = np.vectorize(lambda code: Status(int(code)).name.lower(), otypes=[object])
-    return names(codes).tolist() if codes.ndim else str(names(codes))
-
-
 def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any]:
-    """Return everything known about an approximation as plain Python values.
+    """Return all results of an approximation as plain Python values.
 
     Args:
-        approximation: Of one matrix or a batch.
-        baseline: Of the same matrices; with weights, of the whitened ones.
+        approximation: The approximation of one matrix or of a batch.
+        baseline: Truncated SVD of the same matrices; with weights, of the whitened
+            matrices.
 
     Returns:
-        A dictionary that JSON can hold. Numbers that belong to a matrix are lists for
-        a batch; what is not finite is None. `a_shape`, `b_shape` and `rank` are those
-        of the first configuration; the weighted errors are None without weights.
+        A dictionary that JSON can hold. Numbers that belong to one matrix are lists for
+        a batch; numbers that are not finite are None. `a_shape`, `b_shape` and `rank`
+        are those of the first configuration; the weighted errors are None without
+        weights.
     """
     terms = approximation.terms[0]
     weighted, ratio = approximation.weighted, approximation.weighted_relative
@@ -115,11 +121,11 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
             "rank": terms.a.shape[-3],
             "configurations": [
                 {
-                    "a_shape": one.a.shape[-2:],
-                    "b_shape": one.b.shape[-2:],
-                    "rank": one.rank,
+                    "a_shape": each.a.shape[-2:],
+                    "b_shape": each.b.shape[-2:],
+                    "rank": each.rank,
                 }
-                for one in approximation.terms
+                for each in approximation.terms
             ],
             "num_parameters": approximation.num_parameters,
             "spectral_error": error.spectral,
@@ -136,8 +142,8 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
             "svd_num_parameters": baseline.num_parameters,
             "svd_spectral_error": baseline.spectral,
             "svd_frobenius_error": baseline.frobenius,
-            "status": statuses(approximation),
-            "gemms": approximation.gemms,
+            "status": display.statuses(approximation),
+            "products": approximation.gemms,
             "seconds": approximation.seconds,
             "compile_seconds": approximation.compile_seconds,
             "notes": approximation.notes,
@@ -150,7 +156,7 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
 
 
 def plain(value: Any) -> Any:
-    """Return `value` made of what JSON knows, with None for what is not finite."""
+    """Return `value` as JSON types, with None for numbers that are not finite."""
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -165,7 +171,7 @@ def plain(value: Any) -> Any:
 def comparison(approximation: "Approximation", baseline: Baseline) -> Table:
     """Return the table kronjax / truncated SVD / Van Loan; means over a batch.
 
-    With weights all errors are weighted, and the baseline must be.
+    With weights all errors are weighted, and the baseline must be weighted, too.
     """
     count = np.size(approximation.status)
     error, van_loan = approximation.weighted, approximation.van_loan
@@ -194,9 +200,10 @@ def comparison(approximation: "Approximation", baseline: Baseline) -> Table:
 
 
 def verdict(approximation: "Approximation", baseline: Baseline) -> str:
-    """Say who has the smaller spectral error: in the mean, and where that is not all.
+    """Return a sentence that names the method with the smaller mean spectral error.
 
-    Errors at the level of rounding are equally good.
+    For a batch a second sentence counts the matrices on which another method has a
+    smaller error. Errors that differ by rounding only count as equal.
     """
     kind = "spectral error"
     errors = approximation.weighted or approximation.error
@@ -223,95 +230,46 @@ def verdict(approximation: "Approximation", baseline: Baseline) -> str:
     lines = [f"The {kind} of kronjax is {' and '.join(parts)}."]
     for name, errors in peers.items():
         count = np.count_nonzero(errors < ours - slack)
-        if count:  # then there are several
+        if count:  # only possible in a batch
             lines.append(f"On {count} of {ours.size} matrices {name} wins.")
     return " ".join(lines)
 
 
-def trials(found: "Search") -> Table:
-    """Return the table of what a search tried, by rising error.
+def trials(search: "Search") -> Table:
+    """Return the table of the trials of a search, by rising error.
 
-    A star marks what nothing else beats in error, parameters and multiply-adds at once,
-    a tilde the error of what was tried in haste.
+    A star marks the trials on the Pareto front of error, parameters and multiply-adds;
+    a tilde marks the errors of trials with a reduced budget.
     """
     table = Table()
-    table.add_column("kind", no_wrap=True)
-    table.add_column("left factors, terms")
     # Seconds to compile are in the JSON: the table has to fit 80 columns.
-    for name in ("parameters", "multiply-adds", "error", "s"):
+    kind, terms, *numbers = selection.COLUMNS
+    table.add_column(kind, no_wrap=True)
+    table.add_column(terms)
+    for name in numbers:
         table.add_column(name, justify="right", min_width=len(name))
-    for trial in found.trials:
-        terms = (
-            f"{m}x{n}, {c.rank}" for c in trial.configurations for m, n in [c.a_shape]
-        )
-        table.add_row(
-            trial.kind + " *" * trial.is_efficient,
-            "; ".join(terms),
-            f"{trial.num_parameters:,}",
-            f"{trial.multiply_adds:,}",
-            f"{trial.error:.5g}" + "~" * (not trial.is_full),
-            f"{trial.seconds:.2f}",
-        )
+    for trial in search.trials:
+        table.add_row(*trial.cells())
     return table
 
 
-def certified(approximation: "Approximation") -> dict[str, Any]:
-    """Return what is proven as values that JSON holds; null what is not known."""
-    found = dataclasses.asdict(approximation.certificate)
-    bound = found["global_bound"]
+def certified(certificate: "Certificate") -> dict[str, Any]:
+    """Return a certificate as values that JSON holds, with None for what is unknown."""
+    bound, second = certificate.global_bound, certificate.second_order
     return plain(
         {
-            "local_bound": found["local_bound"],
-            "local_gap": found["local_gap"],
+            "local_bound": certificate.local_bound,
+            "local_gap": certificate.local_gap,
             "global_bound": np.where(bound > 0, bound, np.nan),
-            "kkt_residual": found["kkt_residual"],
-            "second_order": None
-            if approximation.finishes is None
-            else found["second_order"],
+            "kkt_residual": certificate.kkt_residual,
+            "second_order": second if np.all(second != "") else None,
         }
     )
 
 
-def proven(approximation: "Approximation") -> str:
-    """Return lines that say how good the answer is, provably; means over a batch."""
-    found = approximation.certificate
-    error, gap, bound = (
-        float(np.mean(x)) for x in (found.error, found.local_gap, found.global_bound)
-    )
-    lines = [
-        f"spectral error  {error:<9.5g} local gap ≤ {100 * gap:.2g} %   (no change of "
-        "all A_k or of all B_k can improve it by more)"
-    ]
-    if bound > 0:
-        rank = approximation.terms[0].rank
-        lines.append(
-            f"global bound    {bound:<9.5g} value / bound {error / bound:.3g}   (no "
-            f"sum of {rank} such terms can be below the bound)"
-        )
-    if approximation.finishes is not None:
-        count = np.ravel(found.second_order).tolist().count("strict local minimum")
-        many = np.size(approximation.status)
-        lines.append(
-            f"second order    {'strict local minimum' if count else 'not proven'}"
-            + (f" for {count} of {many}" if many > 1 else "")
-            + f", KKT residual {np.max(found.kkt_residual):.1g}"
-        )
-    return "\n".join(lines)
-
-
 def effort(approximation: "Approximation") -> str:
-    """Return one line on how the solve ended and what it cost."""
-    names, counts = np.unique(np.ravel(statuses(approximation)), return_counts=True)
-    many = np.size(approximation.status) > 1
-    status = ", ".join(
-        f"{name} ({count})" if many else str(name)
-        for name, count in zip(names, counts, strict=True)
-    )
-    gemms = f"{np.mean(approximation.gemms):,.0f} GEMMs" + " per matrix" * many
-    return (
-        f"Status: {status}; {gemms}; {approximation.seconds:.2f} s, and "
-        f"{approximation.compile_seconds:.2f} s to compile."
-    )
+    """Return one line with the status, the products and the seconds of a solve."""
+    return f"Status: {display.effort(approximation)}."
 
 
 def _percent(smaller: float, larger: float) -> str:

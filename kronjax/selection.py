@@ -22,7 +22,7 @@ import operator
 import time
 from typing import Any
 
-from kronjax import greedy, validation
+from kronjax import display, greedy, validation
 from kronjax.approximation import Approximation, approximate
 from kronjax.kronecker import Configuration, matmul_cost
 from kronjax.solver.problem import Problem, parse_norm
@@ -34,20 +34,25 @@ FINALISTS = 2
 """Of them so many are solved in full, and the best homogeneous one."""
 
 
+COLUMNS = "kind", "left factors, terms", "parameters", "multiply-adds", "error", "s"
+"""Names of the cells of a trial."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One sum that was solved.
+    """One sum that was solved during a search.
 
     Attributes:
         kind: "low rank", "homogeneous", "heterogeneous" or "dense".
-        configurations: What was looked for.
-        num_parameters: Numbers stored.
-        multiply_adds: Of `x @ K`, for one row of `x`.
-        error: In the norm asked for, weighted if there are weights.
-        relative: The same over that of the matrix.
-        seconds: Spent on solving, compilation apart.
-        compile_seconds: Spent on tracing and compiling.
-        is_full: Whether it was solved as `approximate` would, not in haste.
+        configurations: The configurations of the sum.
+        num_parameters: Number of stored numbers.
+        multiply_adds: Multiply-adds of `x @ K` for one row of `x`.
+        error: Error in the norm of the search, weighted if there are weights.
+        relative: The error over the norm of the matrix.
+        seconds: Seconds spent on solving, without compilation.
+        compile_seconds: Seconds spent on tracing and compiling.
+        is_full: Whether it was solved as `approximate` would, not with a reduced
+            budget.
         is_efficient: Whether no other trial has less error for no more parameters and
             no more multiply-adds (the Pareto front).
     """
@@ -63,18 +68,35 @@ class Trial:
     is_full: bool = True
     is_efficient: bool = False
 
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of this trial in the table of trials, as named by `COLUMNS`.
+
+        A star marks a trial on the Pareto front, a tilde the error of a reduced budget.
+        """
+        parts = (
+            f"{m}x{n}, {c.rank}" for c in self.configurations for m, n in [c.a_shape]
+        )
+        return (
+            self.kind + " *" * self.is_efficient,
+            "; ".join(parts),
+            f"{self.num_parameters:,}",
+            f"{self.multiply_adds:,}",
+            f"{self.error:.5g}" + "~" * (not self.is_full),
+            f"{self.seconds:.2f}",
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What `search` returns.
+    """The result of `search`.
 
     Attributes:
-        approximation: The best one.
+        approximation: The best approximation.
         configurations: Its configurations.
-        trials: All that was solved, by falling error.
-        notes: What was decided on the user's behalf.
-        seconds: Spent on choosing, solving and measuring, compilation apart.
-        compile_seconds: Spent on tracing and compiling.
+        trials: All sums that were solved, by rising error.
+        notes: Decisions made on behalf of the user.
+        seconds: Seconds spent on choosing, solving and measuring, without compilation.
+        compile_seconds: Seconds spent on tracing and compiling.
     """
 
     approximation: Approximation
@@ -83,6 +105,34 @@ class Search:
     notes: tuple[str, ...]
     seconds: float
     compile_seconds: float
+
+    def __repr__(self) -> str:
+        """Return the best sum, and the least error of every other kind."""
+        best, shape = self.trials[0], self.approximation.shape
+        parts = ((c.rank, c.a_shape, c.b_shape(shape)) for c in self.configurations)
+        rows = [
+            ("best", f"{best.kind}: {display.formula(parts)}"),
+            ("parameters", display.parameters(best.num_parameters, shape)),
+            ("multiply-adds", f"{best.multiply_adds:,} for one row of x @ K"),
+            ("error", f"{best.error:.5g} (relative: {best.relative:.4g})"),
+        ]
+        least = {trial.kind: trial.error for trial in reversed(self.trials)}
+        others = [f"{kind} {x:.5g}" for kind, x in least.items() if kind != best.kind]
+        if others:
+            rows.append(("other kinds", "; ".join(sorted(others))))
+        compiling = f"{self.compile_seconds:.2f} s to compile"
+        rows.append(("time", f"{self.seconds:.2f} s, and {compiling}"))
+        if self.notes:
+            rows.append(("notes", "; ".join(self.notes)))
+        return "\n".join(display.lines(self._title(), rows))
+
+    def _repr_html_(self) -> str:
+        rows = [trial.cells() for trial in self.trials]
+        return display.table(self._title(), rows, COLUMNS)
+
+    def _title(self) -> str:
+        m, n = self.approximation.shape
+        return f"Search: best of {len(self.trials)} sums for a {m}x{n} matrix"
 
 
 def search(

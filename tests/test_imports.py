@@ -24,6 +24,7 @@ ROOMS = [
     "nn",
     "recipe",
     "solver",
+    "display",
     "proof",
     "greedy",
     "approximation",
@@ -45,6 +46,7 @@ ROOMS = [
 # These import jax and NumPy only.
 CORE = {
     "approximation",
+    "display",
     "greedy",
     "kronecker",
     "linalg",

@@ -100,9 +100,10 @@ def test_verdict_names_the_winner(ours, van_loan, svd, expected):
 
 def test_effort_counts_statuses():
     line = report.effort(approximation(1, 1))
-    assert line == "Status: converged; 40 GEMMs; 0.50 s, and 1.50 s to compile."
+    assert line == "Status: converged; 40 products; 0.50 s, and 1.50 s to compile."
     batch = approximation([1, 1, 1], [1, 1, 1], status=np.array([0, 2, 0]))
-    assert "converged (2), max_steps (1); 40 GEMMs per matrix" in report.effort(batch)
+    line = report.effort(batch)
+    assert "converged (2), max_steps (1); 40 products per matrix" in line
 
 
 def test_summary_is_plain_and_knows_no_nan():

@@ -75,6 +75,7 @@ def approximate(
     from kronjax import report
     from kronjax.io import atomic, matrices
     from kronjax.linalg import residuals
+    from kronjax.proof import certificate as certificates
 
     if out is not None:
         atomic.check_output(out, ".safetensors", source=file)
@@ -106,15 +107,18 @@ def approximate(
     for name, one in (("left_weight", left_weight), ("right_weight", right_weight)):
         asked[name] = one and atomic.readable(one)
     fields = {**asked, "seed": seed, **_fields(approximation, baseline)}
-    if certify:
-        fields |= report.certified(approximation)
+    certificate = approximation.proven
+    if certify and certificate is None:
+        certificate = certificates.certify(approximation, source.matrix, *weights)
+    if certificate is not None:
+        fields |= report.certified(certificate)
     if found is not None:
         fields["trials"] = report.plain(list(map(dataclasses.asdict, found.trials)))
     # Neither a full disk nor a closed pipe may lose what was computed.
     try:
         _print_result(approximation, baseline, fields if as_json else None, found)
-        if certify and not as_json:
-            print(report.proven(approximation))
+        if certificate is not None and not as_json:
+            print(certificate)
     finally:
         if out is not None:
             _write_terms(out, approximation, fields)

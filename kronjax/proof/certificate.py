@@ -1,9 +1,10 @@
-"""What is known for certain about an answer: certificates on the host, in float64.
+"""Certificates: proven statements about an approximation, in float64 on the host.
 
-`certificate` proves the bounds, one matrix at a time; `newton` says whether the answer
-is a strict local minimum. Both are brought together here, for a batch. An accelerator
-without float64 of its own may emulate it with fewer digits than the bounds allow for:
-whatever jax computes on, proofs are the processor's.
+`bounds` proves lower bounds for one matrix at a time, and `newton` decides whether a
+sum is a strict local minimum. `certify` combines both for an approximation of one
+matrix or of a batch. Proofs are always computed on the CPU, whatever device jax uses
+otherwise: an accelerator without native float64 may emulate it with fewer digits than
+the bounds allow for.
 
 >>> from kronjax.kronecker import KroneckerTerms
 >>> half = np.eye(2)[None] / 2**0.5
@@ -14,29 +15,36 @@ whatever jax computes on, proofs are the processor's.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from kronjax import display, validation
 from kronjax.kronecker import KroneckerTerms
 from kronjax.proof import bounds
 from kronjax.proof.newton import Finish
+
+AGREEMENT = 1e-8
+"""Largest difference, over the size of the matrix, of the errors of one solution."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What is proven about an approximation; `[...]` for a batch, float64.
+    """Bounds on what any other sum could reach; arrays `[...]` for a batch, float64.
 
     Attributes:
         error: `‖L^{1/2} (T − K) R^{1/2}‖_2`.
-        local_bound: No change of all `A_k`, or of all `B_k`, reaches less.
-        local_gap: By how much of the error such a change could lower it, at most.
-        global_bound: No sum of that Kronecker rank reaches less; 0 if none is known, as
-            for several configurations.
-        kkt_residual: Of the second-order finish, see `newton.Finish`; NaN without one.
+        local_bound: Lower bound on the error after any change of all `A_k`, or of all
+            `B_k`.
+        local_gap: Largest fraction of the error by which such a change could lower it.
+        global_bound: Lower bound on the error of every sum of the same Kronecker rank;
+            0 if none is known, as for several configurations.
+        kkt_residual: Stationarity residual of the second-order finish, see
+            `newton.Finish`; NaN without a finish.
         second_order: `strict local minimum` (multipliers and projected Hessian are
             positive), `not proven`, or empty without a finish.
     """
@@ -48,6 +56,110 @@ class Certificate:
     kkt_residual: np.ndarray
     second_order: np.ndarray
 
+    def __repr__(self) -> str:
+        """Return the error, the gap and the bound; median and worst of a batch."""
+        return "\n".join(display.lines(*self._summary()))
+
+    def _repr_html_(self) -> str:
+        title, rows = self._summary()
+        return display.table(title, rows)
+
+    def _summary(self) -> tuple[str, list[tuple[str, str]]]:
+        title, count = "Certificate", np.size(self.error)
+        if count > 1:
+            title += f" of {count} approximations"
+        rows = [
+            ("spectral error", display.spread(self.error)),
+            ("local gap", display.gap(self.local_gap)),
+            ("", "(what a change of all A_k, or of all B_k, can gain)"),
+        ]
+        bound = np.ravel(self.global_bound)
+        if np.any(bound > 0):
+            ratio = np.ravel(self.error)[bound > 0] / bound[bound > 0]
+            if count == 1:
+                rows.append(("global bound", f"{bound[0]:.5g}"))
+            rows += [
+                ("error / bound", display.spread(ratio, ".3g")),
+                ("", "(no sum of the same Kronecker rank is below the global bound)"),
+            ]
+        if np.any(np.asarray(self.second_order) != ""):
+            residual = f"{np.max(self.kkt_residual):.1g}"
+            text = f"{display.counts(self.second_order)}; KKT residual {residual}"
+            rows.append(("second order", text))
+        return title, rows
+
+
+def certify(
+    approximation: Any, matrix, left_weight=None, right_weight=None
+) -> Certificate:
+    """Prove how good an approximation is.
+
+    The first call for a shape takes seconds to compile. A proof takes, for every
+    matrix, some ten singular value decompositions and 200 eigenvalue decompositions of
+    the leading part of the error, of order 256 at most, in float64.
+
+    Args:
+        approximation: Result of `approximate`, or any object with `terms`, one
+            `KroneckerTerms` for each configuration, and `finishes`, one `newton.Finish`
+            for each matrix or None.
+        matrix: The matrices that were approximated, `[..., m, n]`, NumPy or jax, real.
+        left_weight: The weight of the rows with which they were approximated, `[m, m]`
+            or `[..., m, m]`, or None.
+        right_weight: The weight of the columns, `[n, n]` or `[..., n, n]`, or None.
+
+    Returns:
+        `Certificate` with the batch axes of the matrices.
+
+    Raises:
+        ValueError: If the matrix or a weight does not fit the terms, is not finite or
+            not a valid input of `approximate`; or if `finishes` belong to another
+            matrix or to other weights.
+    """
+    terms, finishes = approximation.terms, approximation.finishes
+    batch, shape = terms[0].a.shape[:-3], terms[0].shape
+    if np.shape(matrix) != (*batch, *shape):
+        raise ValueError(
+            f"the approximation is of matrices of shape {(*batch, *shape)}; got "
+            f"shape {np.shape(matrix)}. Pass the matrix that was approximated."
+        )
+    target = validation.matrix(matrix, "float64", [])
+    # Weights are rounded to the precision of the solve.
+    single = terms[0].a.dtype == np.float32
+    dtype = np.float32 if single else np.float64
+    weights = (
+        validation.weight(left_weight, "left_weight", shape[0], batch, dtype),
+        validation.weight(right_weight, "right_weight", shape[1], batch, dtype),
+    )
+    certificate = certificate_of(target, terms, *weights, finishes)
+    if finishes is not None:
+        _check_finishes(finishes, np.asarray(certificate.error), target, weights)
+    return certificate
+
+
+def _check_finishes(finishes: Sequence[Finish], errors, matrix, weights) -> None:
+    """Raise a `ValueError` if the finishes have other errors than the certificate.
+
+    What a finish says about second order holds for its own matrix and weights alone.
+    """
+    given = [finish.spectral_error for finish in finishes]
+    is_known = [finish.status != "rank_deficient" for finish in finishes]
+    size = _size(matrix)
+    for weight in weights:
+        size = size if weight is None else size * np.sqrt(_size(weight))
+    differs = np.abs(np.reshape(given, errors.shape) - errors) > AGREEMENT * size
+    if np.any(differs & np.reshape(is_known, errors.shape)):
+        raise ValueError(
+            "the second-order finish of the approximation has another error than "
+            "its terms have for this matrix and these weights; pass the matrix, "
+            "left_weight and right_weight that were given to kronjax.approximate."
+        )
+
+
+def _size(array) -> np.ndarray:
+    """Return an upper bound on the Frobenius norms of `[..., m, n]`."""
+    largest = np.max(np.abs(array), axis=(-2, -1))
+    return largest * math.sqrt(math.prod(array.shape[-2:]))
+
 
 def certificate_of(
     matrix: np.ndarray,
@@ -56,38 +168,38 @@ def certificate_of(
     right_weight: np.ndarray | None = None,
     finishes: Sequence[Finish] | None = None,
 ) -> Certificate:
-    """Return the certificate of sums for one matrix or a batch.
+    """Return the certificate of sums of one matrix or a batch; inputs are not checked.
 
     Args:
         matrix: `[..., m, n]`.
-        terms: One for each configuration, with the same batch axes.
+        terms: One `KroneckerTerms` for each configuration, with the same batch axes.
         left_weight: `[m, m]` or `[..., m, m]`, or None.
         right_weight: `[n, n]` or `[..., n, n]`, or None.
-        finishes: Of `newton.finish`, one for each matrix, or None.
+        finishes: Results of `newton.finish`, one for each matrix, or None.
     """
     matrix = np.asarray(matrix)
     *batch, m, n = matrix.shape
     flat = [
         _flat(matrix, 2),
-        *(_side(one, batch) for one in (left_weight, right_weight)),
+        *(_side(weight, batch) for weight in (left_weight, right_weight)),
     ]
-    factors = [jax.tree.map(lambda x: _flat(x, 3), one) for one in terms]
+    factors = [jax.tree.map(lambda x: _flat(x, 3), each) for each in terms]
     rows = []
     with jax.enable_x64(True), jax.default_device(_host()):
         for i in range(len(flat[0])):
             target, left, right = (None if x is None else _double(x[i]) for x in flat)
             own = tuple(jax.tree.map(lambda x, i=i: _double(x[i]), x) for x in factors)
             dual = None if finishes is None else finishes[i].dual
-            found = jax.device_get(_program()(target, own, left, right, dual))
-            rows.append([found.error, found.local_bound, found.global_bound])
-    bounds: Any = np.reshape(np.array(rows, np.float64).T, (3, *batch))
-    error, local, bound = bounds
+            proof = jax.device_get(_program()(target, own, left, right, dual))
+            rows.append([proof.error, proof.local_bound, proof.global_bound])
+    columns: Any = np.reshape(np.array(rows, np.float64).T, (3, *batch))
+    error, local, bound = columns
     safe = np.where(error > 0, error, 1)
     kkt = np.full(len(rows), np.nan)
     second = np.full(len(rows), "", object)
-    for i, one in enumerate(finishes or ()):
-        kkt[i] = one.kkt_residual
-        second[i] = "strict local minimum" if one.is_strict_minimum else "not proven"
+    for i, finish in enumerate(finishes or ()):
+        kkt[i] = finish.kkt_residual
+        second[i] = "strict local minimum" if finish.is_strict_minimum else "not proven"
     return Certificate(
         error=error[()],
         local_bound=local[()],
@@ -104,7 +216,7 @@ def _program() -> Any:
 
 
 def _host():
-    """Return the processor, or None where jax was told to use accelerators only."""
+    """Return the CPU, or None where jax is configured without its CPU backend."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The second-order finish: to a local minimum, in float64 on the host.
+"""The second-order finish: Newton's method to a local minimum, in float64 on the host.
 
 At a minimiser of `‖T − K‖_2` several leading singular values of the error coincide.
 With their vectors `U_1`, `V_1`, a tangent vector ξ and the matrices of `cluster`, each
@@ -7,21 +7,22 @@ becoming `t` to first order,
 
     [[H, 𝒜ᵀ, 0], [𝒜, 0, −e], [0, −eᵀ, 0]] [ξ; y; t] = [0; −svec diag(σ_1 … σ_k); −1],
 
-and retracts; it is solved on the null space of 𝒜 less its trace, where negative
-curvature counts as positive. Near a minimiser with positive multipliers and positive
-projected Hessian the steps converge quadratically, in practice to the last digit.
+and retracts. The system is solved on the null space of 𝒜 less its trace, where negative
+curvature is replaced by its modulus. Near a minimiser with positive multipliers and
+positive projected Hessian the steps converge quadratically, in practice to the last
+digit.
 
-That needs k. Small problems are tried at once, with k where the values fall most, or
-one of its neighbours. Where this does not lead to positive multipliers, and where
-problems are larger, the central path of `barrier` comes first, which needs no k and at
-whose end it can be read off. What comes back is never worse than what came.
+The method needs k. Small problems are tried at once, with k where the values fall most,
+or a neighbour of it. Where this does not lead to positive multipliers, and for larger
+problems, the central path of `barrier` comes first; it does not need k, and reveals k
+at its end. The result is never worse than the input.
 
 References: Overton (1988); Overton and Womersley (1995); Absil and Malick (2012).
 
 >>> import numpy as np
 >>> from kronjax.kronecker import KroneckerTerms
->>> one = KroneckerTerms(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
->>> found = finish(np.kron(np.ones((2, 2)), np.ones((2, 2))), (one,))
+>>> ones = KroneckerTerms(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
+>>> found = finish(np.kron(np.ones((2, 2)), np.ones((2, 2))), (ones,))
 >>> found.status, found.steps
 ('exact', 0)
 """
@@ -32,55 +33,58 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from kronjax import display
 from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg.residuals import measure
 from kronjax.proof import barrier
 from kronjax.proof.cluster import Cluster, ClusterProblem, View
 
 ROUNDS = 40
-"""Rounds of Newton's method at most; five are enough where it converges quickly."""
+"""Limit on steps of Newton's method; five suffice where it converges quickly."""
 
 QUICK = 400
-"""Rows and columns, together, up to which Newton's method is tried first."""
+"""Sum of rows and columns up to which Newton's method is tried first."""
 
 SETTLED = 3e-13
-"""Spread of the cluster, relative, and KKT residual at which there is no more to do."""
+"""Residual (KKT, or relative spread of the cluster) at which the method stops."""
 
 CONVERGED = 1e-9
-"""The same, at which a point is stationary."""
+"""Residual below which a point counts as stationary."""
 
 NEAR = 2e-4
 """Gap on the central path from which Newton's method is tried."""
 
 POSITIVE = 1e-8
-"""What a relative eigenvalue has to exceed to be positive beyond rounding."""
+"""Threshold above which a relative eigenvalue is positive beyond rounding."""
 
 CHASED = 3
-"""Full steps in a row before the norm has to be smaller."""
+"""Largest number of full steps in a row after which the norm must be smaller."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finish:
-    """What the second-order finish returns.
+    """The result of the second-order finish.
 
     Attributes:
-        terms: One `KroneckerTerms` for each that was given, float64.
+        terms: One `KroneckerTerms` for each one that was given, float64.
         spectral_error: `‖L^{1/2} (T − K) R^{1/2}‖_2`.
-        steps: Of Newton's method on the cluster.
-        path_steps: Of the interior-point method; 0 where it was not needed.
-        cluster: Leading singular values that coincide; 0 where none were looked at.
-        kkt_residual: Norm of the stationarity residual `𝒜ᵀy` at multipliers of trace
-            one, and of the relative spread of the cluster.
+        steps: Number of steps of Newton's method on the cluster.
+        path_steps: Number of steps of the interior-point method; 0 where it was not
+            needed.
+        cluster: Number of leading singular values that coincide; 0 where none were
+            examined.
+        kkt_residual: The larger of the norm of the stationarity residual `𝒜ᵀy` at
+            multipliers of trace one and the relative spread of the cluster.
         multipliers_min: Smallest eigenvalue of the multipliers, relative to `1 / k`.
         hessian_min: Smallest eigenvalue of the Hessian on the directions that keep the
             cluster together, relative to its norm; infinite if there are none.
         dual: `U_1 Λ V_1ᵀ`, or `2 X_12` of the interior-point method where that is
             nearer to a certificate, `[m, n]`; zeros without a cluster.
-        status: "converged", "stalled", "max_steps", "exact" (nothing is left) or
-            "rank_deficient" (as it came).
+        status: "converged", "stalled", "max_steps", "exact" (the error is zero up to
+            rounding) or "rank_deficient" (the terms are returned as they were given).
     """
 
-    terms: tuple[KroneckerTerms, ...] = dataclasses.field(repr=False)
+    terms: tuple[KroneckerTerms, ...]
     spectral_error: float
     steps: int
     path_steps: int
@@ -88,7 +92,7 @@ class Finish:
     kkt_residual: float
     multipliers_min: float
     hessian_min: float
-    dual: np.ndarray = dataclasses.field(repr=False)
+    dual: np.ndarray
     status: str
 
     @property
@@ -96,6 +100,22 @@ class Finish:
         """Whether the second-order conditions of a strict local minimum hold."""
         positive = min(self.multipliers_min, self.hessian_min) > POSITIVE
         return self.status == "converged" and positive
+
+    def __repr__(self) -> str:
+        """Return the status, the error, the steps and the second-order conditions."""
+        rows = [
+            ("status", self.status + ", strict local minimum" * self.is_strict_minimum),
+            ("spectral error", f"{self.spectral_error:.5g}"),
+            (
+                "steps",
+                f"{self.steps} of Newton's method, {self.path_steps} on the path",
+            ),
+            ("cluster", f"{self.cluster} coinciding singular values"),
+            ("KKT residual", f"{self.kkt_residual:.1g}"),
+            ("multipliers", f"smallest {self.multipliers_min:.2g} (relative to 1 / k)"),
+            ("Hessian", f"smallest eigenvalue {self.hessian_min:.2g} (relative)"),
+        ]
+        return "\n".join(display.lines("Second-order finish", rows))
 
 
 def finish(
@@ -107,15 +127,15 @@ def finish(
     rounds: int = ROUNDS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Finish:
-    """Return the local minimum near a sum, or as far as its error could be lowered.
+    """Return the local minimum near a sum, or the best sum on the way to it.
 
     Args:
         matrix: `T`, `[m, n]`, finite.
-        terms: The sum to begin with, one for each configuration.
-        left_weight: `[m, m]`, as for `solve`, or None.
-        right_weight: `[n, n]`, likewise.
-        rounds: Steps of Newton's method, at most.
-        tell: Told what is done, every few seconds where a problem is large.
+        terms: The sum to begin with, one `KroneckerTerms` for each configuration.
+        left_weight: Weight of the rows, `[m, m]`, as for `solve`, or None.
+        right_weight: Weight of the columns, `[n, n]`, as for `solve`, or None.
+        rounds: Limit on steps of Newton's method.
+        tell: Callback for progress messages, every few seconds for large problems.
 
     Returns:
         `Finish`; its error is at most that of `terms`.
@@ -123,21 +143,21 @@ def finish(
     space = ClusterProblem.of(matrix, terms, left_weight, right_weight)
     if space is None:
         return _as_given(matrix, terms, left_weight, right_weight, "rank_deficient")
-    found = _Path(space.cluster(), None, 0)
+    direct = _Path(space.cluster(), None, 0)
     if sum(space.target.shape) <= QUICK:
-        found = _converge(found.here, None, rounds)
-    if found.is_settled or found.is_cut:
-        return found.result(space, None)
+        direct = _converge(direct.here, None, rounds)
+    if direct.is_settled or direct.is_cut:
+        return direct.result(space, None)
     inner, polished = _along_the_path(space, rounds, tell)
-    if polished.here.s[0] <= found.here.s[0]:
+    if polished.here.s[0] <= direct.here.s[0]:
         return polished.result(space, inner)
-    return found.result(space, None)
+    return direct.result(space, None)
 
 
 def _along_the_path(space: ClusterProblem, rounds, tell):
-    """Return a point of the central path, and where Newton's method leads from it.
+    """Return a point of the central path, and the end of Newton's method from there.
 
-    The first point from which that is a strict minimum, or the last one.
+    The point is the first from which the method reaches a strict minimum, or the last.
     """
     inner, polished = None, None
     for inner in barrier.levels(space, tell=tell):
@@ -157,13 +177,13 @@ def _along_the_path(space: ClusterProblem, rounds, tell):
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    """Where Newton's method has led.
+    """The end of a run of Newton's method.
 
     Attributes:
         here: The last point.
-        view: Its cluster, or None.
-        steps: Taken.
-        is_cut: Whether there could have been more.
+        view: View of its cluster, or None.
+        steps: Number of steps.
+        is_cut: Whether the run ended at the limit on steps.
     """
 
     here: Cluster
@@ -173,7 +193,7 @@ class _Path:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is stationary and no multiplier is negative, or exact."""
+        """Whether the point is exact, or stationary with no negative multiplier."""
         if self.here.is_exact:
             return True
         view = self.view
@@ -183,13 +203,13 @@ class _Path:
 
     @property
     def is_strict(self) -> bool:
-        """Whether it is a strict minimum, or exact."""
+        """Whether the point is exact or a strict minimum."""
         if not self.is_settled or self.view is None:
             return self.is_settled
         return min(self.view.multipliers[0], self.view.hessian_min()) > POSITIVE
 
     def result(self, space: ClusterProblem, inner: barrier.Inner | None) -> Finish:
-        """Return all of it, after what the interior-point method has left, if any."""
+        """Return the finish; `inner` is the last interior point, if there is one."""
         here, view = self.here, self.view
         dual, residual = np.zeros(space.target.shape), 0.0
         status = "max_steps" if self.is_cut else "stalled"
@@ -218,9 +238,9 @@ def _converge(here: Cluster, size: int | None, rounds: int) -> _Path:
     """Take steps of Newton's method while the norm falls.
 
     Args:
-        here: Where to begin.
-        size: Of the cluster, if that is known.
-        rounds: At most.
+        here: The point to begin with.
+        size: Size of the cluster, or None if it is unknown.
+        rounds: Limit on steps.
     """
     view, steps = None, 0
     for _ in range(rounds):
@@ -236,9 +256,10 @@ def _converge(here: Cluster, size: int | None, rounds: int) -> _Path:
 
 
 def _improve(here: Cluster, sizes: list[int]):
-    """Return the best view, steps, and the next point of smaller norm or None.
+    """Return the best view, the number of steps, and the next point or None.
 
-    On a curved manifold a step may raise the norm and the next one bring it below.
+    The next point has a smaller norm. On a curved manifold a step may raise the norm
+    and the following step lower it below the first.
     """
     views = sorted(map(here.view, sizes), key=lambda view: view.residual)
     first, best = views[0], None
@@ -254,14 +275,17 @@ def _improve(here: Cluster, sizes: list[int]):
 
 
 def _revealed(here: Cluster, inner: barrier.Inner) -> int:
-    """Return how many multipliers have not vanished, where `λ (t − σ)` is equal."""
+    """Return the number of multipliers that are not vanishing on the central path.
+
+    There all products `λ (t − σ)` are equal.
+    """
     bound = (max(inner.gap, 0.0) / sum(inner.error.shape)) ** 0.5
     near = int(np.sum(here.s > (1 - bound) * inner.t))
     return min(max(near, 1), here.space.most, len(here.s))
 
 
 def _chase(here: Cluster, view):
-    """Take full steps until the norm is below where it was; say how many."""
+    """Take full steps until the norm is smaller; return their number and the point."""
     for count in range(1, CHASED + 1):
         there = view.cluster.moved(view.step())
         if there is None or there.s[0] > 2 * here.s[0]:
@@ -273,17 +297,17 @@ def _chase(here: Cluster, view):
 
 
 def _lands(here: Cluster, there: Cluster, k: int) -> bool:
-    """Return whether a step has brought the cluster much closer together."""
-    before, after = (one.s[0] - one.s[k - 1] for one in (here, there))
+    """Return whether a step has reduced the spread of the cluster to a tenth."""
+    before, after = (point.s[0] - point.s[k - 1] for point in (here, there))
     return after < 0.1 * before
 
 
 def _sizes(here: Cluster) -> list[int]:
-    """Return sizes of the cluster, by how much the singular values fall after it."""
+    """Return likely sizes of the cluster, by the fall of singular values after it."""
     s = here.s
     most = here.space.most
     near = [k for k in range(1, min(len(s), most + 1)) if s[k - 1] > 0.5 * s[0]]
-    # Where the spread of what is inside is small against the fall.
+    # The fall is relative to the spread within the cluster.
     falls = {k: (s[k - 1] - s[k]) / (s[0] - s[k - 1] + 1e-3 * s[0]) for k in near}
     if len(s) <= most and s[-1] > 0.5 * s[0]:
         falls[len(s)] = s[-1] / (s[0] - s[-1] + 1e-3 * s[0])

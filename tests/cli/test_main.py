@@ -29,7 +29,7 @@ FIELDS = {
     "svd_rank": int,
     "svd_spectral_error": float,
     "status": str,
-    "gemms": int,
+    "products": int,
     "seconds": float,
     "compile_seconds": float,
     "notes": list,
@@ -155,7 +155,7 @@ def test_table_compares_and_names_the_effort(weights, run):
     for word in ("kronjax", "SVD, rank 2", "Van Loan", "parameters", "48"):
         assert word in out
     assert "below Van Loan" in out
-    assert "GEMMs" in out
+    assert "products" in out
     assert "to compile" in out
 
 
@@ -165,7 +165,7 @@ def test_batches_are_lists_in_json_and_means_in_the_table(npy, solve, run):
     assert (found["batch"], found["shape"]) == ([2], [12, 12])
     expected = singular_values(random_matrix(2))[:, 2]
     np.testing.assert_allclose(found["svd_spectral_error"], expected)
-    for name in ("spectral_error", "gemms", "status", "relative_spectral_error"):
+    for name in ("spectral_error", "products", "status", "relative_spectral_error"):
         assert len(found[name]) == 2, name
     code, out, _ = run("approximate", path, *ASKED)
     assert code == 0
@@ -311,7 +311,7 @@ def test_a_full_disk_loses_no_result(weights, run, tmp_path, monkeypatch, form):
     if form:
         assert json.loads(printed)["rank"] == 2
     else:
-        assert "GEMMs" in printed
+        assert "products" in printed
         assert "Factors written" not in printed
     assert list(tmp_path.iterdir()) == [weights]
 
