@@ -1,7 +1,7 @@
-"""What a user hands over: matrices and weights, checked, on the host.
+"""Validation of the matrices and weights that users pass, on the host.
 
 `matrix` and `weight` return NumPy arrays in the dtype of the computation, or raise a
-`ValueError` that says what is wrong and what to hand over instead.
+`ValueError` that says what is wrong and what to pass instead.
 
 >>> import numpy as np
 >>> weight(np.diag([1, 2]), "right_weight", 2, (), np.float32).dtype
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 LARGEST = 1e25
-"""Largest entry of a weight; its inverse is the smallest."""
+"""Upper limit of the largest entry of a weight; the lower limit is its inverse."""
 
 SLACK = 1e-5
-"""Asymmetry and negative eigenvalues that count as rounding, as parts of the norm."""
+"""Relative asymmetry and negative eigenvalues that are accepted as rounding."""
 
 
 def matrix(given, dtype, notes: list[str]) -> np.ndarray:
@@ -23,23 +23,24 @@ def matrix(given, dtype, notes: list[str]) -> np.ndarray:
 
     Args:
         given: `[..., m, n]`, NumPy or jax, real.
-        dtype: "float32", "float64" or None: that of the matrix, or float32.
-        notes: What was decided on the user's behalf is appended.
+        dtype: "float32", "float64", or None for float64 if the matrix has it and
+            float32 otherwise.
+        notes: List to which decisions made on behalf of the user are appended.
 
     Returns:
         `[..., m, n]`.
 
     Raises:
-        ValueError: If it is empty, a vector, complex, or not finite.
+        ValueError: If the matrix is empty, a vector, complex, or not finite.
     """
     array = np.asarray(given)
     if array.ndim < 2 or array.size == 0:
         raise ValueError(
-            f"approximate takes matrices [..., m, n] with entries; got shape "
-            f"{array.shape}. Reshape a vector to [1, n] or [n, 1]."
+            f"expected matrices [..., m, n] with entries; got shape {array.shape}. "
+            "Reshape a vector to [1, n] or [n, 1]."
         )
     if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"approximate takes real numbers; got dtype {array.dtype}.")
+        raise ValueError(f"expected real numbers; got dtype {array.dtype}.")
     if dtype is None:
         dtype = "float64" if array.dtype == np.float64 else "float32"
         if array.dtype not in (np.float32, np.float64):
@@ -76,12 +77,12 @@ def weight(
     """Return a weight, symmetric, in the dtype of the computation.
 
     Args:
-        given: `[size, size]`, shared by all matrices, or one for each of them,
+        given: One weight `[size, size]` shared by all matrices, or one for each matrix,
             `[..., size, size]`; None for the identity.
-        name: Of the argument.
-        size: Rows or columns of the matrices.
-        batch: Batch axes of the matrices.
-        dtype: Of the computation.
+        name: Name of the argument, for error messages.
+        size: Number of rows or columns of the matrices.
+        batch: Shape of the batch axes of the matrices.
+        dtype: The dtype of the computation.
 
     Returns:
         The weight, or None.
@@ -97,8 +98,8 @@ def weight(
         raise ValueError(
             f"{name} must be [{size}, {size}], or one for each matrix, "
             f"{[*batch, size, size]}; got shape {array.shape}. A right_weight is the "
-            "second moment of what K multiplies, mean(x xᵀ), a left_weight that of the "
-            "gradients of its output."
+            "second moment mean(x xᵀ) of the inputs of K, a left_weight that of the "
+            "gradients of its outputs."
         )
     if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}.")
@@ -110,28 +111,27 @@ def weight(
             "second moments in float32 or wider."
         )
     flat = array.reshape(-1, size, size)
-    for number, one in enumerate(flat):
-        where = f"{name}[{number}]" if len(flat) > 1 else name
-        flat[number] = _semidefinite(one, where)
+    for i in range(len(flat)):
+        flat[i] = _semidefinite(flat[i], f"{name}[{i}]" if len(flat) > 1 else name)
     return flat.reshape(array.shape).astype(dtype)
 
 
 def _semidefinite(array, name):
     largest = np.max(np.abs(array))
     if largest == 0:
-        raise ValueError(f"{name} is zero: every sum would do; leave it out.")
+        raise ValueError(f"{name} is zero, so that every sum has error 0; omit it.")
     if not 1 / LARGEST <= largest <= LARGEST:
         raise ValueError(
-            f"{name} has a largest entry of {largest:.3g}, too far from one for the "
-            "computation; divide it by that, which changes no solution."
+            f"{name} has a largest entry of {largest:.3g}, too far from 1 for the "
+            "computation; divide it by that entry, which changes no solution."
         )
     unit = array / largest
     asymmetry = np.max(np.abs(unit - unit.T))
     if asymmetry > SLACK:
         raise ValueError(
             f"{name} is not symmetric: it differs from its transpose by "
-            f"{asymmetry:.2g} of its largest entry; pass (C + C.T) / 2 if that is what "
-            "you mean."
+            f"{asymmetry:.2g} of its largest entry; pass (C + C.T) / 2 if that is "
+            "intended."
         )
     unit = (unit + unit.T) / 2
     slack = SLACK * np.linalg.norm(unit)

@@ -1,4 +1,4 @@
-"""Along the central path: an interior-point method for the spectral norm.
+"""An interior-point method for the spectral norm, which follows the central path.
 
 `min t` subject to `Z = tI − J(E) ⪰ 0`, `J(E) = [[0, E], [Eᵀ, 0]]`, has multipliers
 `X ⪰ 0` of trace one. For a falling μ, Newton's method on
@@ -12,24 +12,24 @@ manifold, a step solves
     [[S + B, c], [cᵀ, tr X Z⁻¹]] [ξ; τ] = [2 μ 𝒫(Z⁻¹_12); μ tr Z⁻¹ − 1]
 
 with `c = 2 𝒫(sym(X Z⁻¹)_12)`. Where the matrix is not positive definite its negative
-eigenvalues count as positive: ξ always descends `min_t t − μ log det Z`, and is
-shortened until that falls. The minimising t is taken, not `t + τ`: with it steps that
-follow a curved boundary are several times as long. Nothing needs to be known of the
-leading singular values that will coincide: at the end those are the ones of which `X`
-has not vanished. `2 X_12`, whose nuclear norm is at most one, certifies what is reached
-up to `(m + n) μ`.
+eigenvalues are replaced by their moduli: ξ is always a direction of descent of
+`min_t t − μ log det Z`, and is shortened until that falls. The next t is the minimising
+t, not `t + τ`: this allows steps along a curved boundary that are several times as
+long. The method needs to know nothing about the leading singular values that will
+coincide: at the end they are the ones for which `X` has not vanished. `2 X_12`, whose
+nuclear norm is at most one, certifies the result up to `(m + n) μ`.
 
-All of it is NumPy: the work is in products, Cholesky factors and eigenvalues, which are
-BLAS and LAPACK already. Compiled by jax the products of a step took 1.2 times as long
-at order 768 on a CPU, and three times as long at 36.
+The module is NumPy only: its work is in products, Cholesky factors and eigenvalues,
+which are calls to BLAS and LAPACK already. Compiled by jax the products of a step took
+1.2 times as long at order 768 on a CPU, and three times as long at order 36.
 
 References: Helmberg, Rendl, Vanderbei and Wolkowicz (1996); Forsgren, Gill and Wright
-(2002), for the treatment of what is not convex.
+(2002), for the treatment of nonconvexity.
 
 >>> import numpy as np
 >>> from kronjax.kronecker import KroneckerTerms
->>> one = KroneckerTerms(np.eye(2)[None], np.eye(2)[None])
->>> found = descend(ClusterProblem.of(np.diag([1.0, 0.0, 0.0, 1.0]), (one,)))
+>>> eye = KroneckerTerms(np.eye(2)[None], np.eye(2)[None])
+>>> found = descend(ClusterProblem.of(np.diag([1.0, 0.0, 0.0, 1.0]), (eye,)))
 >>> error = found.space.scale * np.linalg.norm(found.error, 2)
 >>> bool(abs(error - 0.5) < 1e-6)
 True
@@ -46,54 +46,54 @@ from kronjax.proof.cluster import Blocks, ClusterProblem
 from kronjax.proof.tangent_coordinates import Sheet
 
 BEGIN = 1e-2
-"""Relative gap `(m + n) μ` of the point of the central path that is aimed at first."""
+"""Relative gap `(m + n) μ` of the first target on the central path."""
 
 END = 1e-8
-"""Of the last one."""
+"""Relative gap of the last target on the central path."""
 
 LARGEST = 5000
-"""Unknowns of the largest dense system; larger ones take conjugate gradients."""
+"""Unknowns of the largest dense system; conjugate gradients solve larger systems."""
 
 PRODUCTS = 100
-"""Of those, at most, in a step."""
+"""Limit on conjugate gradient iterations in a step."""
 
 ENOUGH = 0.03
-"""To which part of its length the residual is reduced."""
+"""Factor by which conjugate gradients reduce the norm of the residual."""
 
 FALL = 0.1
-"""By what μ is multiplied."""
+"""Factor by which μ is reduced."""
 
 CENTRED = 1.0
 """Newton decrement, over μ, below which μ falls."""
 
 STEPS = 150
-"""Newton steps at most."""
+"""Limit on Newton steps."""
 
 SHORTER = 0.8
-"""By what steps are shortened that leave the interior or do not descend."""
+"""Factor by which steps are shortened that leave the interior or do not descend."""
 
 FLAT = 0.1
-"""Curvature, over the largest of the manifold, that counts at least, at first.
+"""Initial lower limit of the curvature, over the largest curvature of the manifold.
 
-Four times as much after a step that had to be shortened much, and a quarter after one
-that was not.
+The limit is multiplied by four after a step that had to be shortened much, and divided
+by four after a full step.
 """
 
 FLATTEST = 1e-3
-"""The least it becomes."""
+"""Smallest value of that limit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    """A point inside, and its multipliers.
+    """A point in the interior, and its multipliers.
 
     Attributes:
         space: The problem.
-        sheets: Where it is.
+        sheets: Tangent spaces at the sum.
         error: E, `[m, n]`.
-        t: More than `‖E‖_2`.
+        t: Upper bound on `‖E‖_2`, strict.
         x: X, `[m + n, m + n]`.
-        steps: Taken.
+        steps: Number of steps so far.
     """
 
     space: ClusterProblem
@@ -105,7 +105,7 @@ class Inner:
 
     @functools.cached_property
     def inverse(self) -> Blocks:
-        """`Z⁻¹`."""
+        """The blocks of `Z⁻¹`."""
         e, t = self.error, self.t
         core = np.linalg.inv(t * t * np.eye(e.shape[1]) - e.T @ e)
         core = (core + core.T) / 2
@@ -125,12 +125,12 @@ class Inner:
 
     @property
     def residual(self) -> float:
-        """Length of the tangential part of the dual."""
+        """Norm of the tangential part of the dual."""
         return float(np.linalg.norm(self.space.project(self.sheets, self.dual)))
 
     @property
     def gap(self) -> float:
-        """`<X, Z>` over t."""
+        """The duality gap `<X, Z>` over t."""
         return 1 - float(np.sum(self.dual * self.error)) / self.t
 
 
@@ -142,14 +142,14 @@ def levels(
     steps: int = STEPS,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Inner]:
-    """Go along the central path; yield a point near it for every μ, and the last one.
+    """Follow the central path; yield a point near it for every μ, and the last point.
 
     Args:
         space: The problem, with the sum to begin with.
-        begin: Relative gap of the first point of the path.
-        end: Of the last one.
-        steps: Of Newton's method, at most.
-        tell: Told how far it is, after every step.
+        begin: Relative gap of the first target on the path.
+        end: Relative gap of the last target.
+        steps: Limit on steps of Newton's method.
+        tell: Callback for a progress message after every step.
     """
     error = space.error(space.sheets)
     s = np.linalg.svd(error, compute_uv=False)
@@ -183,14 +183,14 @@ def levels(
 
 
 def descend(space: ClusterProblem, **keywords) -> Inner:
-    """Return the last of the `levels`."""
+    """Return the last point of `levels`."""
     *_, last = levels(space, **keywords)
     return last
 
 
 @dataclasses.dataclass(frozen=True)
 class _System:
-    """What a Newton step solves, `[[S + B, c], [cᵀ, e]] [ξ; τ] = [f; g]`."""
+    """The linear system of a Newton step, `[[S + B, c], [cᵀ, e]] [ξ; τ] = [f; g]`."""
 
     here: Inner
     c: np.ndarray
@@ -208,7 +208,10 @@ class _System:
         return cls(here, c, float(e), f, mu * (np.trace(z.uu) + np.trace(z.vv)) - 1)
 
     def dense(self, flat: float):
-        """Solve it; what is not positive is made so, and at least `flat`."""
+        """Solve the system; if it is indefinite, with moduli of eigenvalues.
+
+        The moduli are at least `flat` times the norm of the curvature of the manifold.
+        """
         here, size = self.here, len(self.c)
         bend = here.space.bend(here.sheets, here.dual)
         matrix = np.empty((size + 1, size + 1))
@@ -218,32 +221,32 @@ class _System:
         matrix[size, size] = self.e
         right = np.append(self.f, self.g)
         if _is_positive(matrix):
-            found = np.linalg.solve(matrix, right)
+            solution = np.linalg.solve(matrix, right)
         else:
             values, vectors = np.linalg.eigh(matrix)
             moduli = np.maximum(np.abs(values), flat * _norm(bend))
-            found = vectors @ ((right @ vectors) / moduli)
-        return found[:size], float(found[size])
+            solution = vectors @ ((right @ vectors) / moduli)
+        return solution[:size], float(solution[size])
 
     def free(self):
-        """Solve it by conjugate gradients, until the curvature is negative."""
+        """Solve the system by conjugate gradients, which stop at negative curvature."""
         right = self.f - self.c * (self.g / self.e)
-        found, rest, direction = np.zeros(len(right)), right, right
+        xi, rest, direction = np.zeros(len(right)), right, right
         size = limit = rest @ rest
         for _ in range(PRODUCTS):
             image = self._product(direction)
             curvature = direction @ image
             if curvature <= 0:
                 break
-            found = found + size / curvature * direction
+            xi = xi + size / curvature * direction
             rest = rest - size / curvature * image
             size, last = rest @ rest, size
             if size < ENOUGH**2 * limit:
                 break
             direction = rest + size / last * direction
-        if not found.any():
-            found = right
-        return found, float((self.g - self.c @ found) / self.e)
+        if not xi.any():
+            xi = right
+        return xi, float((self.g - self.c @ xi) / self.e)
 
     def _product(self, xi):
         """Return `(S + B − c cᵀ / e) ξ`."""
@@ -254,7 +257,7 @@ class _System:
 
 
 def _searched(here: Inner, mu, xi, rise, decrement):
-    """Return the next point, or None, and how much of the step was taken."""
+    """Return the next point, or None, and the fraction of the step that was taken."""
     value, length = _value(here.error, here.t, mu), 1.0
     order = sum(here.error.shape)
     while length > 1e-4:
@@ -272,7 +275,7 @@ def _searched(here: Inner, mu, xi, rise, decrement):
 
 
 def _value(error, t, mu) -> float:
-    """Return `t − μ log det Z`, infinite outside."""
+    """Return `t − μ log det Z`, or infinity outside of the interior."""
     m, n = error.shape
     if t <= 0:
         return math.inf
@@ -284,7 +287,7 @@ def _value(error, t, mu) -> float:
 
 
 def _multiplied(here: Inner, mu, xi, rise) -> np.ndarray:
-    """Return the multipliers after the step, as far as they stay positive."""
+    """Return the multipliers after the step, shortened to keep them positive."""
     x, inverse = here.x, _whole(here.inverse)
     d = here.space.push(here.sheets, xi)
     m, n = d.shape
@@ -309,7 +312,7 @@ def _is_positive(matrix) -> bool:
 
 
 def _norm(symmetric) -> float:
-    """Return about the spectral norm, by the power method."""
+    """Return an estimate of the spectral norm by the power method."""
     vector = np.random.default_rng(0).standard_normal(len(symmetric))
     for _ in range(20):
         vector = symmetric @ (vector / max(np.linalg.norm(vector), 1e-300))

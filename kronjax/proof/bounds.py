@@ -1,26 +1,30 @@
-"""Proof of how good a sum is: bounds from below on what any other could reach.
+"""Lower bounds that prove how good a sum of Kronecker products is.
 
 With `E = L^{1/2} (T − K) R^{1/2}` and `N = min(m, n)`:
 
-- local: every tangent vector ξ of the manifold at K, so every change of all `A_k` alone
-  and of all `B_k` alone, leaves `‖E − L^{1/2} ξ R^{1/2}‖_2 ≥ <E, Y> / ‖Y‖_*` for any Y
-  that is orthogonal to all `L^{1/2} ξ R^{1/2}`. Candidates are `U Σ^{p−1} Vᵀ` for some
-  p, and `U_1 Λ V_1ᵀ` with the leading singular vectors and multipliers `Λ ⪰ 0` of trace
-  one, less their tangential parts; `multipliers` finds Λ.
-- global, for one configuration: for every K of Kronecker rank r and any `G = P ⊗ Q`,
-  `H = P' ⊗ Q'`, `‖E‖_2² ≥ Σ_{i>r} s_i(R(G T Hᵀ))² / Σ_i σ_i(G)² σ_i(H)²`, maximised
-  over the four factors by L-BFGS. Under weights `G` is `L1^{1/2} ⊗ L2^{1/2}` of their
-  nearest Kronecker products, and the singular values are those of `G L^{-1/2}`.
+- The local bound holds for every tangent vector ξ of the manifold at K, so for every
+  change of all `A_k` alone and of all `B_k` alone:
+  `‖E − L^{1/2} ξ R^{1/2}‖_2 ≥ <E, Y> / ‖Y‖_*` for any Y that is orthogonal to all
+  `L^{1/2} ξ R^{1/2}`. Candidates for Y are `U Σ^{p−1} Vᵀ` for several p, and
+  `U_1 Λ V_1ᵀ` with the leading singular vectors and multipliers `Λ ⪰ 0` of trace one,
+  less their tangential parts; `multipliers` finds Λ.
+- The global bound holds for every K of Kronecker rank r in one configuration. For any
+  `G = P ⊗ Q` and `H = P' ⊗ Q'`,
+  `‖E‖_2² ≥ Σ_{i>r} s_i(R(G T Hᵀ))² / Σ_i σ_i(G)² σ_i(H)²`; the right-hand side is
+  maximised over the four factors by L-BFGS. Under weights `G` is `L1^{1/2} ⊗ L2^{1/2}`
+  of their nearest Kronecker products, and the singular values are those of
+  `G L^{-1/2}`.
 
-Rounding never works in favour of a bound. Inner products lose `(m + n) ε` of the sum of
-the moduli, the error matrix `ε` times the norms and lengths of all that it is made of;
-sums of singular values gain their backward error; what is left of the tangential part
-is multiplied by the longest change that could lower the norm: `2 √N ‖E‖_2` for one
-configuration without weights. With several, or with weights, no such length is known:
-the bound is then one for changes up to `REACH ‖L^{1/2} T R^{1/2}‖_F` in the coordinates
-of `weighted.Frame`.
+Rounding never makes a bound larger than it should be. Inner products are reduced by
+`(m + n) ε` times the sum of the moduli, and the error matrix by `ε` times the norms and
+lengths of the sums that it is made of; sums of singular values are increased by their
+backward error; the remaining tangential part is multiplied by the length of the longest
+change that could lower the norm, which is `2 √N ‖E‖_2` for one configuration without
+weights. With several configurations, or with weights, no such length is known: the
+bound then holds for changes up to `REACH ‖L^{1/2} T R^{1/2}‖_F` in the coordinates of
+`weighted.Frame`.
 
-References: Van Loan and Pitsianis (1993); and those of `multipliers`.
+References: Van Loan and Pitsianis (1993); and the references of `multipliers`.
 
 >>> import jax.numpy as jnp
 >>> matrix = jnp.diag(jnp.array([1.0, 0.0, 0.0, 1.0]))
@@ -45,26 +49,27 @@ from kronjax.solver import weighted
 from kronjax.solver.weighted import Root
 
 REACH = 100.0
-"""How long changes may be, relatively, for local bounds where no limit is known."""
+"""Relative length of changes that local bounds cover where no limit is known."""
 
 CHUNK = 16
-"""Terms that are summed before they are taken from the matrix."""
+"""Number of terms that are summed before they are subtracted from the matrix."""
 
 EXPONENTS = (4098.0, 1026.0, 514.0, 258.0, 66.0)
-"""Schatten norms whose gradients are tried."""
+"""Exponents p of the Schatten norms whose gradients are candidates."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What `certify` returns; scalars.
+    """Bounds on what any other sum could reach; scalars.
 
     Attributes:
-        error: `‖L^{1/2} (T − K) R^{1/2}‖_2`, from singular values; in haste not below
-            it.
-        local_bound: No change of all `A_k`, or of all `B_k`, reaches less.
-        global_bound: No sum of that Kronecker rank reaches less; 0 where no bound is
-            known, as for several configurations.
+        error: `‖L^{1/2} (T − K) R^{1/2}‖_2`, from singular values; an upper bound of it
+            from `certify_stage`.
+        local_bound: Lower bound on the error after any change of all `A_k`, or of all
+            `B_k`.
+        global_bound: Lower bound on the error of every sum of the same Kronecker rank;
+            0 where no bound is known, as for several configurations.
     """
 
     error: jax.Array
@@ -79,13 +84,14 @@ def certify(
     right_weight: jax.Array | None = None,
     dual: jax.Array | None = None,
 ) -> Bounds:
-    """Return what is proven about a sum; pure.
+    """Prove bounds for a sum; a pure function.
 
     Args:
-        matrix: `T`, `[m, n]`, float32 or float64; rounding widens the bounds of the
-            former.
-        terms: One for each configuration, `[r, m1, n1]` and `[r, m2, n2]`.
-        left_weight: `L`, `[m, m]`, or None; regular by `weighted.RIDGE`.
+        matrix: `T`, `[m, n]`, float32 or float64; rounding widens the bounds in
+            float32.
+        terms: One `KroneckerTerms` for each configuration, `[r, m1, n1]` and
+            `[r, m2, n2]`.
+        left_weight: `L`, `[m, m]`, or None; `weighted.RIDGE` makes it regular.
         right_weight: `R`, `[n, n]`, or None.
         dual: `[m, n]`, a candidate for Y, such as `newton.Finish.dual`.
 
@@ -110,27 +116,27 @@ def certify_stage(
     left_weight: jax.Array | None = None,
     right_weight: jax.Array | None = None,
 ) -> Bounds:
-    """Return what is proven in haste; pure.
+    """Prove a local bound by matrix products mostly; a pure function.
 
-    Y is what `multipliers.balance` makes, by products only, of the gradient of a
-    Schatten norm: where that norm was minimised, the gradient is all but orthogonal
-    already. Gaps of random 36×36 of rank 3, solved to 2e-4, are 0.5 % on average, where
-    the gradient as it is proves 15 %. There is no global bound. As accelerators are
-    slow in float64, it is made to be computed in float32: rounding makes the error
-    larger, and the bound smaller.
+    Y is the gradient of a Schatten norm, corrected by `multipliers.balance` with
+    products only: where that norm was minimised, the gradient is nearly orthogonal to
+    the tangent space already. Gaps of random 36×36 of rank 3, solved to 2e-4, are 0.5 %
+    on average, while the uncorrected gradient proves 15 %. There is no global bound.
+    The function is meant for float32, as accelerators are slow in float64: rounding
+    makes the error larger and the bound smaller.
 
     Args:
         matrix: `T`, `[m, n]`.
-        terms: One for each configuration.
-        p: Of the norm.
-        rounds: Of `multipliers.balance`.
-        left_weight: As for `certify`, and so is `right_weight`.
-        right_weight: Of the columns.
+        terms: One `KroneckerTerms` for each configuration.
+        p: Exponent of the Schatten norm.
+        rounds: Number of rounds of `multipliers.balance`.
+        left_weight: Weight of the rows, as for `certify`, or None.
+        right_weight: Weight of the columns, or None.
     """
     task = _Task.of(matrix, terms, left_weight, right_weight)
     space, error = task.space, task.error
-    # Any candidate will do: what eigenvectors lack in orthogonality is harmless. What
-    # they miss of the norm is less than is added for rounding.
+    # Any candidate is valid, so eigenvectors need not be orthogonal. The part of the
+    # norm that they miss is smaller than the addition for rounding.
     u, s, vt = spectral.triplets(after(error, space.slack), orthogonal=False)
     eps = float(jnp.finfo(error.dtype).eps)
     norm = s[0] * (1 + 4 * sum(error.shape) ** 0.5 * eps) + eps * task.size
@@ -143,17 +149,17 @@ def certify_stage(
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """What there is to prove, at Frobenius norm one.
+    """The problem scaled to Frobenius norm one.
 
     Attributes:
         plain: `T`, `[m, n]`.
-        terms: The sum.
-        space: Its tangent space.
-        error: `E`.
-        size: What the rounding of E is relative to.
-        reach: Length of changes that are looked at, or None where the length of those
-            that lower the norm is known.
-        unit: What bounds have to be multiplied by.
+        terms: Terms of the sum, one `KroneckerTerms` for each configuration.
+        space: Tangent space at the sum.
+        error: `E`, `[m, n]`.
+        size: Magnitude that, times the machine epsilon, bounds the rounding of E.
+        reach: Length of the changes that the local bound covers, or None where the
+            length of the changes that lower the norm is known.
+        unit: Factor by which bounds are multiplied to undo the scaling.
     """
 
     plain: jax.Array
@@ -167,7 +173,7 @@ class _Task:
     @classmethod
     def of(cls, matrix, terms, left_weight=None, right_weight=None):
         plain, unit = _unit(matrix)
-        terms = tuple(_scaled(one, unit) for one in terms)
+        terms = tuple(_scaled(each, unit) for each in terms)
         left, right, last = None, None, plain
         if right_weight is not None:
             right = Root.of(after(right_weight, jnp.zeros_like(last)))
@@ -178,17 +184,17 @@ class _Task:
             unit = unit if root is None else unit * root.scale
         space = TangentMap.of(plain.shape, terms, left, right)
         error = plain
-        for one in terms:
-            error = _less(error, one)
+        for each in terms:
+            error = _less(error, each)
         error = weighted.whiten(error, left, right)
         error = jnp.where(jnp.isfinite(error).all(), error, 0)
         reach = REACH * jnp.linalg.norm(weighted.whiten(plain, left, right))
         if left is None and right is None and len(terms) == 1:
             reach = None
-        # What the rounding of E is relative to: the norms of its terms, times the
-        # lengths of the sums in the products that make it.
+        # The rounding of E is relative to the norms of its terms, times the lengths of
+        # the sums in the products that make it.
         sizes = [jnp.linalg.norm(plain), *map(_length, terms)]
-        depth = sum(min(one.rank, CHUNK) + -(-one.rank // CHUNK) for one in terms)
+        depth = sum(min(x.rank, CHUNK) + -(-x.rank // CHUNK) for x in terms)
         size = (8 + depth) * sum(sizes[1:], sizes[0])
         for root in (left, right):
             if root is not None:
@@ -196,7 +202,7 @@ class _Task:
         return cls(plain, terms, space, error, size, reach, unit)
 
     def reach_from(self, norm):
-        """Return the length of changes, where the spectral norm of E is known."""
+        """Return the length of the changes to cover, given the spectral norm of E."""
         if self.reach is not None:
             return self.reach
         return 2 * min(self.error.shape) ** 0.5 * norm
@@ -204,8 +210,8 @@ class _Task:
     def bounds(self, norm, local, bound) -> Bounds:
         """Return the bounds of the problem as given: NaN where it is not finite."""
         finite = jnp.isfinite(self.size)
-        found = norm, jnp.minimum(local, norm), jnp.minimum(bound, norm)
-        return Bounds(*(jnp.where(finite, x, jnp.nan) * self.unit for x in found))
+        scaled = norm, jnp.minimum(local, norm), jnp.minimum(bound, norm)
+        return Bounds(*(jnp.where(finite, x, jnp.nan) * self.unit for x in scaled))
 
 
 def _local_bound(task, dual):
@@ -214,7 +220,7 @@ def _local_bound(task, dual):
     last = sum((jnp.sum(point.b) for point in space.points), jnp.zeros((), error.dtype))
     u, s, vt = jnp.linalg.svd(after(error, last), full_matrices=False)
     weights = jnp.stack([multipliers.weights(s, p) for p in EXPONENTS])
-    candidates = [_mm(u * one[None], vt) for one in weights]
+    candidates = [_mm(u * diagonal[None], vt) for diagonal in weights]
     reach = task.reach_from(s[0])
 
     def value(ambient):
@@ -234,10 +240,10 @@ def _singular_values(matrix):
 
 
 def _proven(task, ambient, reach, values=_singular_values):
-    """Return `<E, Y> / ‖Y‖_*`, less all that rounding may have added.
+    """Return `<E, Y> / ‖Y‖_*`, less the largest possible effect of rounding.
 
-    Y is the normal part of the ambient matrix; `reach` the length of changes; `values`
-    returns what in sum is not below the nuclear norm, the largest first.
+    Y is the normal part of the ambient matrix; `reach` is the length of changes;
+    `values` returns numbers, the largest first, whose sum is at least the nuclear norm.
     """
     space, error = task.space, task.error
     normal = space.normal_part(ambient)
@@ -260,7 +266,7 @@ def _unit(matrix):
     """Return the matrix at Frobenius norm one, and that norm."""
     largest = jnp.max(jnp.abs(matrix))
     largest = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    # The reciprocal of 1e38 has no float32 digits: come closer to one, exactly, first.
+    # The reciprocal of 1e38 has no float32 digits: first scale it exactly towards one.
     shift = jnp.where(largest > 1, 2.0**-8, 2.0**8).astype(matrix.dtype)
     plain = matrix * shift / (largest * shift)
     norm = jnp.linalg.norm(plain)
@@ -269,8 +275,8 @@ def _unit(matrix):
 
 
 def _scaled(terms: KroneckerTerms, unit):
-    """Return the terms of the sum over `unit`, of factors alike in norm."""
-    # One after the other: their product need not be a number yet.
+    """Return the terms of the sum over `unit`, with factors of equal norm."""
+    # The norms are taken apart: their product may overflow.
     sizes = [
         jnp.sqrt(jnp.sum((x / _peak(x)) ** 2, axis=(1, 2), keepdims=True)) * _peak(x)
         for x in (terms.a, terms.b)
@@ -289,15 +295,15 @@ def _peak(x):
 def _less(matrix, terms: KroneckerTerms):
     """Return the matrix less the sum, `CHUNK` terms at a time.
 
-    The rounding of a sum is relative to its length: two short ones round less.
+    The rounding of a sum is relative to its length, so two short sums round less.
     """
 
     def chunks(x):
         x = jnp.pad(x, ((0, -len(x) % CHUNK), (0, 0), (0, 0)))
         return x.reshape(-1, CHUNK, *x.shape[1:])
 
-    def step(rest, some):
-        return rest - some.to_matrix(), None
+    def step(rest, chunk):
+        return rest - chunk.to_matrix(), None
 
     return jax.lax.scan(step, matrix, jax.tree.map(chunks, terms))[0]
 

@@ -8,17 +8,18 @@ R^{1/2}`. Then
     H[ξ, ξ] = 2 tr(Λ Wᵀ J(dE) W_o (tI − D_o)⁻¹ W_oᵀ J(dE) W)
               − 2 <U_1 Λ V_1ᵀ, L^{1/2} R⁻¹(U_p ξ_p C⁻¹ ξ_q V_pᵀ) R^{1/2}>
 
-with `J(X) = [[0, X], [Xᵀ, 0]]`, `W = [U_1; V_1] / √2` and `W_o`, `D_o` its other
-eigenpairs: `±σ_j` beyond the cluster and `−σ_j` within. The second line of H is the
-curvature of the manifold. `W_o` is not stored: `Space.form` takes the blocks of
-`W Λ Wᵀ` and of `W_o (tI − D_o)⁻¹ W_oᵀ`. Tangent vectors are coordinates of `Sheet`.
+with `J(X) = [[0, X], [Xᵀ, 0]]`, `W = [U_1; V_1] / √2` and `W_o`, `D_o` the other
+eigenpairs of `J(E)`: `±σ_j` beyond the cluster and `−σ_j` within. The second line of H
+is the curvature of the manifold. `W_o` is not stored: `ClusterProblem.form` takes the
+blocks of `W Λ Wᵀ` and of `W_o (tI − D_o)⁻¹ W_oᵀ`. Tangent vectors are given by the
+coordinates of `Sheet`.
 
 References: Overton (1988); Overton and Womersley (1995).
 
 >>> import numpy as np
 >>> from kronjax.kronecker import KroneckerTerms
->>> one = KroneckerTerms(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
->>> space = ClusterProblem.of(np.eye(4), (one,))
+>>> ones = KroneckerTerms(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
+>>> space = ClusterProblem.of(np.eye(4), (ones,))
 >>> space.dimension
 7
 """
@@ -52,13 +53,13 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterProblem:
-    """A problem: a matrix, the roots of its weights, and shapes.
+    """A matrix, the roots of its weights, and the sum to begin with.
 
     Attributes:
         target: `T` over `scale`, `[m, n]`.
         roots: `G` and `F` of `L = G Gᵀ` and `R = F Fᵀ`, or None.
-        scale: Of errors.
-        sheets: Where it begins.
+        scale: Factor that takes errors back to the scale of the matrix.
+        sheets: Tangent spaces at the sum to begin with, one for each configuration.
     """
 
     target: np.ndarray
@@ -68,11 +69,11 @@ class ClusterProblem:
 
     @classmethod
     def of(cls, matrix, terms: Sequence[KroneckerTerms], left=None, right=None):
-        """Return the space of a sum, or None where its rank is deficient.
+        """Return the problem of a sum, or None where its rank is deficient.
 
         Args:
             matrix: `[m, n]`.
-            terms: One for each configuration.
+            terms: One `KroneckerTerms` for each configuration.
             left: `L`, `[m, m]`, or None.
             right: `R`, `[n, n]`, or None.
         """
@@ -80,8 +81,8 @@ class ClusterProblem:
         largest = np.abs(target).max()
         scale = largest * np.linalg.norm(target / (largest or 1.0)) or 1.0
         sheets = []
-        for one in terms:
-            a, b = (np.asarray(x, np.float64) for x in (one.a, one.b))
+        for each in terms:
+            a, b = (np.asarray(x, np.float64) for x in (each.a, each.b))
             shapes = a.shape[1:], b.shape[1:]
             a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
             # The factors share the scale equally.
@@ -98,22 +99,22 @@ class ClusterProblem:
 
     @property
     def dimension(self) -> int:
-        """Of the tangent space."""
+        """Dimension of the tangent space."""
         return sum(sheet.dimension for sheet in self.sheets)
 
     @property
     def most(self) -> int:
-        """The largest cluster that is no further condition than there are unknowns."""
+        """Size of the largest cluster with no more conditions than unknowns."""
         return max(1, int((math.isqrt(8 * self.dimension + 1) - 1) // 2))
 
     def cluster(self, sheets: tuple[Sheet, ...] | None = None) -> "Cluster":
-        """Decompose the error where it begins, or at other sheets."""
+        """Decompose the error at `sheets`, or at the sum to begin with."""
         sheets = self.sheets if sheets is None else sheets
         u, s, vt = np.linalg.svd(self.error(sheets))
         return Cluster(self, sheets, u.T, s, vt)
 
     def error(self, sheets: tuple[Sheet, ...]) -> np.ndarray:
-        """Return `L^{1/2} (T − K) R^{1/2}` there, `[m, n]`."""
+        """Return `L^{1/2} (T − K) R^{1/2}` at these sheets, `[m, n]`."""
         return self._whitened(self.target - sum(sheet.matrix() for sheet in sheets))
 
     def _whitened(self, matrix):
@@ -134,14 +135,13 @@ class ClusterProblem:
         return np.concatenate([sheet.pull(us, vs) for sheet in sheets], axis=2)
 
     def moved(self, sheets, xi) -> tuple[Sheet, ...] | None:
-        """Retract along coordinates; None where that is not defined."""
-        there = [
-            one.moved(part) for one, part in zip(sheets, self._parts(xi), strict=True)
-        ]
+        """Return the retraction along coordinates, or None where it is not defined."""
+        parts = zip(sheets, self._parts(xi), strict=True)
+        there = [sheet.moved(part) for sheet, part in parts]
         return None if None in there else tuple(there)
 
     def push(self, sheets, xi) -> np.ndarray:
-        """Return `L^{1/2} ξ R^{1/2}` of coordinates, `[m, n]`."""
+        """Return `L^{1/2} ξ R^{1/2}` for coordinates of ξ, `[m, n]`."""
         parts = zip(sheets, self._parts(xi), strict=True)
         pushed = [sheet.push(part) for sheet, part in parts]
         return self._whitened(np.sum(pushed, axis=0))
@@ -152,7 +152,7 @@ class ClusterProblem:
         return np.concatenate([sheet.project(ambient) for sheet in sheets])
 
     def bend(self, sheets, dual) -> np.ndarray:
-        """Return the Hessian of `<Y, L^{1/2} (T − K) R^{1/2}>`, of the manifold."""
+        """Return the Riemannian Hessian of `<Y, L^{1/2} (T − K) R^{1/2}>`."""
         dual = self._gradient(dual)
         result, at = np.zeros((self.dimension,) * 2), 0
         for sheet in sheets:
@@ -162,34 +162,34 @@ class ClusterProblem:
         return result
 
     def bent(self, sheets, dual, xi) -> np.ndarray:
-        """Return the product of `bend` with coordinates."""
+        """Return the product of the matrix of `bend` with coordinates."""
         dual, parts = self._gradient(dual), zip(sheets, self._parts(xi), strict=True)
         return np.concatenate([sheet.bent(dual, part) for sheet, part in parts])
 
     def form(self, sheets, x: Blocks, z: Blocks) -> np.ndarray:
         """Return `tr(X J(D) Z J(D))`, `D = L^{1/2} ξ R^{1/2}`, as a matrix.
 
-        For several configurations column by column.
+        For several configurations it is computed column by column.
         """
         if len(sheets) > 1:
             basis = np.eye(self.dimension)
-            columns = [self.curve(sheets, x, z, one) for one in basis]
+            columns = [self.curve(sheets, x, z, xi) for xi in basis]
             return np.array(columns)
         (sheet,), (left, right) = sheets, self.roots
 
-        def carried(matrix, one, other):
-            matrix = matrix if one is None else one @ matrix
-            return matrix if other is None else matrix @ other.T
+        def carried(matrix, before, behind):
+            matrix = matrix if before is None else before @ matrix
+            return matrix if behind is None else matrix @ behind.T
 
         straight = [
-            (carried(one.uu, left, left), carried(other.vv, right, right))
-            for one, other in ((z, x), (x, z))
+            (carried(p.uu, left, left), carried(q.vv, right, right))
+            for p, q in ((z, x), (x, z))
         ]
-        crossed = [tuple(carried(one.uv.T, right, left) for one in (x, z))]
+        crossed = [tuple(carried(p.uv.T, right, left) for p in (x, z))]
         return sheet.form(straight, crossed)
 
     def curve(self, sheets, x: Blocks, z: Blocks, xi) -> np.ndarray:
-        """Return the product of `form` with coordinates, by matrix products alone."""
+        """Return the product of the matrix of `form` with coordinates, by products."""
         d = self.push(sheets, xi)
         image = z.uu @ d @ x.vv + x.uu @ d @ z.vv
         image += x.uv @ d.T @ z.uv + z.uv @ d.T @ x.uv
@@ -206,10 +206,10 @@ class Cluster:
 
     Attributes:
         space: The problem.
-        sheets: Where it is.
+        sheets: Tangent spaces at the sum.
         u: `[m, m]`, left singular vectors as rows.
-        s: `[min(m, n)]`.
-        v: `[n, n]`, right ones as rows.
+        s: `[min(m, n)]`, singular values, descending.
+        v: `[n, n]`, right singular vectors as rows.
     """
 
     space: ClusterProblem
@@ -220,41 +220,41 @@ class Cluster:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing but rounding is left."""
+        """Whether the error is zero up to rounding."""
         return bool(self.s[0] <= 64 * np.finfo(float).eps * len(self.u) ** 0.5)
 
     def terms(self) -> tuple[KroneckerTerms, ...]:
         """Return the sum, at the scale of the matrix."""
         root = math.sqrt(self.space.scale)
-        found = (sheet.terms() for sheet in self.sheets)
-        return tuple(KroneckerTerms(one.a * root, one.b * root) for one in found)
+        scaled = (sheet.terms() for sheet in self.sheets)
+        return tuple(KroneckerTerms(x.a * root, x.b * root) for x in scaled)
 
     def moved(self, xi: np.ndarray) -> "Cluster | None":
-        """Retract along coordinates; None where that is not defined."""
+        """Return the retraction along coordinates, or None where it is not defined."""
         there = self.space.moved(self.sheets, xi)
         return None if there is None else self.space.cluster(there)
 
     def view(self, size: int) -> "View":
-        """Take so many singular values for the cluster."""
+        """Return the view in which the first `size` values form the cluster."""
         return View(self, size)
 
 
 class View:
-    """A cluster of a size: its multipliers, and the step of Newton's method.
+    """A cluster of given size: its multipliers, and the step of Newton's method.
 
     Attributes:
-        cluster: The error.
-        size: k.
+        cluster: The error and its singular triplets.
+        size: Number k of singular values in the cluster.
         multipliers: Eigenvalues of Λ, ascending; their sum is one.
         residual: Norm of `𝒜ᵀy`, or the relative spread of the cluster if larger.
     """
 
     def __init__(self, cluster: Cluster, size: int) -> None:
-        """Find the multipliers.
+        """Compute the multipliers.
 
         Args:
-            cluster: The error.
-            size: At most `min(m, n)`.
+            cluster: The error and its singular triplets.
+            size: Number of singular values in the cluster, at most `min(m, n)`.
         """
         self.cluster, self.size = cluster, size
         own = slice(size)
@@ -273,9 +273,9 @@ class View:
         self.residual = max(np.linalg.norm(y @ self._rows), spread)
 
     def _least_squares(self) -> np.ndarray:
-        """Return y of trace one that makes `𝒜ᵀy` least."""
+        """Return the y of trace one that minimises the norm of `𝒜ᵀy`."""
         first = self._trace / self._trace.sum()
-        # A basis of what has no trace: the off-diagonal ones, and differences.
+        # A basis of the traceless matrices: off-diagonal entries, and differences.
         basis = self._traceless
         left, right = basis @ self._rows, first @ self._rows
         free = np.linalg.lstsq(left.T, -right, rcond=1e-13)[0]
@@ -288,7 +288,7 @@ class View:
 
     @functools.cached_property
     def hessian(self) -> np.ndarray:
-        """`H`, symmetric, in the coordinates."""
+        """The symmetric matrix `H` in the coordinates."""
         space, sheets = self.cluster.space, self.cluster.sheets
         own, k = slice(self.size), self.size
         u, s, v = self.cluster.u, self.cluster.s, self.cluster.v
@@ -312,10 +312,10 @@ class View:
     def step(self) -> np.ndarray:
         """Return the coordinates of the step, `[d]`.
 
-        Negative curvature counts as positive: from beside a saddle point the step leads
-        away from it.
+        Negative curvature is replaced by its modulus, so that near a saddle point the
+        step leads away from it.
         """
-        # The least step that brings the cluster together, to first order.
+        # The shortest step that makes the cluster coincide, to first order.
         spread = self._traceless @ (self._trace * self.cluster.s[self._pairs[0]])
         fixed = -self._bases[0] @ spread
         values, vectors = self.curvature
@@ -327,7 +327,7 @@ class View:
 
     @functools.cached_property
     def _bases(self):
-        """The pseudoinverse of what holds the cluster together, and its null space."""
+        """Pseudoinverse and null space of the conditions that hold the cluster."""
         kept = self._traceless @ self._rows
         if not len(kept):
             return np.zeros((kept.shape[1], 0)), np.eye(kept.shape[1])
@@ -337,13 +337,13 @@ class View:
 
     @functools.cached_property
     def curvature(self) -> tuple[np.ndarray, np.ndarray]:
-        """Eigenvalues of H where the cluster stays together, and vectors as rows."""
+        """Eigenvalues of H on the null space, and their eigenvectors as rows."""
         null = self._bases[1]
         values, vectors = np.linalg.eigh(null @ self.hessian @ null.T)
         return values, vectors.T @ null
 
     def hessian_min(self) -> float:
-        """Return the least of these eigenvalues over the largest; inf without any."""
+        """Return the least eigenvalue of `curvature`, relative; inf without any."""
         values = self.curvature[0]
         if not len(values):
             return math.inf
@@ -351,12 +351,12 @@ class View:
 
 
 def _complement(vector: np.ndarray) -> np.ndarray:
-    """Return `[n - 1, n]`, an orthonormal basis of what is orthogonal to a vector."""
+    """Return an orthonormal basis of the complement of a vector, `[n − 1, n]`."""
     return np.linalg.qr(vector[:, None], mode="complete")[0][:, 1:].T
 
 
 def _root(weight) -> np.ndarray:
-    """Return `F` of `F Fᵀ = W + RIDGE`, as `weighted.Root` has it."""
+    """Return `F` with `F Fᵀ = W + RIDGE mean(λ(W)) I`, as in `weighted.Root`."""
     weight = np.asarray(weight, np.float64)
     values, vectors = np.linalg.eigh((weight + weight.T) / 2)
     mean = max(np.trace(weight) / len(weight), 0.0)

@@ -1,12 +1,13 @@
-"""Bounds that no sum of a Kronecker rank is below, whatever its factors.
+"""Lower bounds on the error of every sum of one Kronecker rank, whatever its factors.
 
 With `G = P ⊗ Q` and `H = P' ⊗ Q'`, of any factors, and `s_i` the singular values of the
 rearrangement, every sum of rank r has
 
     ‖T − K‖_2² ≥ Σ_{i>r} s_i(R(G T Hᵀ))² / Σ_i σ_i(G)² σ_i(H)²
 
-as `R(G K Hᵀ)` has rank r, too. With identities that is the bound of Van Loan's sum; the
-four factors are then climbed. Rounding never works in favour of a bound.
+because `R(G K Hᵀ)` has rank r as well. With identities for all four factors this is the
+bound that Van Loan's sum proves; the bound is then maximised over the factors. Rounding
+never makes a bound larger than it should be.
 """
 
 import jax
@@ -20,19 +21,19 @@ from kronjax.solver import descent, factored, weighted
 from kronjax.solver.factored import Pair
 
 SHAKEN = 0.3
-"""Standard deviation of what is added to the four identities where that begins."""
+"""Standard deviation of the noise added to the four identities at the start."""
 
 CLIMB = 300
-"""Values and gradients that the four factors of the global bound may take."""
+"""Limit on evaluations of the value and the gradient of the global bound."""
 
 
 def prove(plain: jax.Array, terms: KroneckerTerms, space: TangentMap) -> jax.Array:
-    """Return what no sum of the Kronecker rank of `terms` is below, or 0.
+    """Return a lower bound for all sums of the Kronecker rank of `terms`, or 0.
 
     Args:
         plain: `T`, `[m, n]`, of Frobenius norm one.
-        terms: Their rank and their shapes are what matters.
-        space: Knows the weights.
+        terms: Terms of the sum; only their rank and shapes are used.
+        space: Tangent space at the sum, which holds the weights.
     """
     (_, m1, n1), (_, m2, n2) = terms.a.shape, terms.b.shape
     rank, ambient = terms.rank, rearrange(plain, (m1, n1))
@@ -45,10 +46,10 @@ def prove(plain: jax.Array, terms: KroneckerTerms, space: TangentMap) -> jax.Arr
         for sizes in ((m1, n1), (m2, n2))
     )
     first = _of_scalings(ambient, rank, outer, inner)
-    # The identity is nearly stationary: for 36x36, N(0, 1), rank 1 it ends at 5.76, and
-    # beside it 7.2 is reached.
-    begun = jax.tree.map(_shaken, (outer, inner))
-    climbed = _climb(after(ambient, first), rank, *begun)
+    # The identity is nearly stationary: for 36x36, N(0, 1), rank 1 the climb from it
+    # ends at 5.76, and from a point beside it at 7.2.
+    starts = jax.tree.map(_shaken, (outer, inner))
+    climbed = _climb(after(ambient, first), rank, *starts)
     return jnp.maximum(first, _of_scalings(ambient, rank, *climbed))
 
 
@@ -59,7 +60,7 @@ def _climb(ambient, rank, outer: Pair, inner: Pair):
         outer, inner = pairs
         image = _scale(ambient, outer, inner)
         u = spectral.leading(jax.lax.stop_gradient(image), rank)[0]
-        # The span of the leading vectors is stationary: no derivative of theirs.
+        # The span of the leading vectors is stationary: their derivative is not needed.
         tail = jnp.sum(image**2) - jnp.sum(_mm(u.T, image) ** 2)
         return _spread(outer, inner, u) / tail
 
@@ -109,7 +110,7 @@ def _spread(outer: Pair, inner: Pair, last):
 
 
 def _of_scalings(ambient, rank, outer: Pair, inner: Pair):
-    """Return the bound that four factors prove."""
+    """Return the bound that the four factors prove."""
     image = _scale(ambient, outer, inner)
     size = jnp.linalg.norm(ambient)
     for factor in (outer.a, outer.b, inner.a, inner.b):
@@ -119,7 +120,7 @@ def _of_scalings(ambient, rank, outer: Pair, inner: Pair):
 
 
 def _of_weights(plain, rank, space):
-    """Return the bound that the Kronecker products nearest to the weights prove."""
+    """Return the bound that the nearest Kronecker products of the weights prove."""
     (frame,), (inverses,), (shapes,) = space.frames, space.inverses, space.shapes
     image = rearrange(weighted.to_start(plain, *inverses), shapes[0])
     size = jnp.linalg.norm(plain)
@@ -142,15 +143,15 @@ def _of_weights(plain, rank, space):
 
 
 def _tail(image, rank, size):
-    """Return `(Σ_{i>r} s_i²)^{1/2}` at least, and the singular values.
+    """Return a lower bound of `(Σ_{i>r} s_i²)^{1/2}`, and the singular values.
 
-    `size` is what the rounding of the image is relative to: the norms of all that was
-    multiplied.
+    The rounding of the image is relative to `size`, the product of the norms of all
+    its factors.
     """
     s = jnp.linalg.svd(image, compute_uv=False)
     eps = float(jnp.finfo(image.dtype).eps)
     tail = jnp.linalg.norm(s[rank:])
-    # The distance to low rank changes by no more than the matrix does.
+    # The distance to low rank changes at most as much as the matrix.
     return tail - 8 * sum(image.shape) ** 0.5 * eps * size, s
 
 

@@ -1,13 +1,14 @@
-"""Multipliers of leading singular values, and what is nearly normal by them.
+"""Multipliers of the leading singular values, which give candidates for local bounds.
 
-Where the norm of `E = U Σ Vᵀ` is least, `U Λ Vᵀ` is orthogonal to all tangent vectors
-for some `Λ ⪰ 0` of trace one on the leading singular vectors. Elsewhere there is a best
-one: what `certificate` takes the tangential part of, which then is small, proves a
-bound. Both ways here begin with the gradient of a Schatten norm, whose Λ is diagonal:
+Where the norm of `E = U Σ Vᵀ` is minimal, `U Λ Vᵀ` is orthogonal to all tangent vectors
+for some `Λ ⪰ 0` of trace one on the leading singular vectors. Elsewhere some Λ makes
+the tangential part of `U Λ Vᵀ` smallest; `bounds` subtracts that part, and the rest
+proves a bound. Both methods start from the gradient of a Schatten norm, whose Λ is
+diagonal:
 
 - `climb` maximises `tr(Λ Σ) / σ_1 − c/2 ‖tangential part‖²` over all Λ by accelerated
   projected gradients, with an eigenvalue decomposition in every round;
-- `balance` makes the tangential part small near where it begins, by products only.
+- `balance` makes the tangential part small near the starting point, by products only.
 
 References: Overton (1988), for the multipliers; Beck and Teboulle (2009), for the
 gradients.
@@ -22,31 +23,31 @@ import jax.numpy as jnp
 from kronjax.proof.tangent_map import TangentMap
 
 CLUSTER = 768
-"""Leading singular vectors, at most, whose multipliers are optimised."""
+"""Largest number of leading singular vectors whose multipliers are optimised."""
 
 FINE = 256
-"""Of so many, at most, in the precision of the matrix, and with all penalties; of more
-in float32, without the first."""
+"""Largest number of vectors for which the climb uses the precision of the matrix and
+all penalties; above it uses float32 and skips the first penalty."""
 
 PENALTIES = 30.0, 300.0, 3000.0, 30000.0
-"""On the tangential part, one after the other."""
+"""Penalties on the tangential part, applied one after the other."""
 
 ROUNDS = 50
-"""Projected gradient steps with each penalty."""
+"""Number of projected gradient steps with each penalty."""
 
 BALANCED = 12
-"""Conjugate gradient steps of `balance`, if nobody says otherwise."""
+"""Default number of conjugate gradient steps of `balance`."""
 
 
 def weights(s: jax.Array, p: float | jax.Array) -> jax.Array:
-    """Return the singular values of the gradient of a Schatten norm, of sum one.
+    """Return the singular values of the gradient of a Schatten norm, scaled to sum one.
 
     Args:
         s: `[k]`, singular values of the matrix, descending.
-        p: Of the norm.
+        p: Exponent of the norm.
     """
-    found = (s / jnp.where(s[0] > 0, s[0], 1)) ** (p - 1)
-    return found / jnp.maximum(jnp.sum(found), 1)
+    powers = (s / jnp.where(s[0] > 0, s[0], 1)) ** (p - 1)
+    return powers / jnp.maximum(jnp.sum(powers), 1)
 
 
 def climb(
@@ -55,11 +56,11 @@ def climb(
     """Return `U Λ Vᵀ` for the best Λ with each penalty, `[penalties, m, n]`.
 
     Args:
-        space: Tangent vectors.
+        space: Tangent space.
         u: `[m, k]`, orthonormal.
         s: `[k]`, descending.
         vt: `[k, n]`, orthonormal.
-        start: `[k]`, the diagonal of the first Λ, such as `weights`.
+        start: `[k]`, the diagonal of the first Λ, for example from `weights`.
     """
     k = min(CLUSTER, len(s))
     fine = k <= FINE
@@ -76,23 +77,23 @@ def balance(
     diagonal: jax.Array,
     rounds: int | jax.Array = BALANCED,
 ) -> jax.Array:
-    """Return `U Λ Vᵀ`, `[m, n]`, the tangential part of which is small.
+    """Return `U Λ Vᵀ`, `[m, n]`, with a small tangential part.
 
-    `Λ = W^{1/2} (I + Z) W^{1/2}` with the diagonal W; Z is symmetric and comes by
-    conjugate gradients. They begin at zero and stop early, so it stays so small that Λ
-    is positive, or nearly.
+    `Λ = W^{1/2} (I + Z) W^{1/2}` with the diagonal W; Z is symmetric and found by
+    conjugate gradients. They start at zero and stop early, so that Z stays small and Λ
+    is positive, or nearly so.
 
     Args:
-        space: Tangent vectors.
+        space: Tangent space.
         u: `[m, k]`.
         vt: `[k, n]`.
-        diagonal: `[k]`, of W, such as `weights`.
-        rounds: Steps; may be traced.
+        diagonal: `[k]`, the diagonal of W, for example from `weights`.
+        rounds: Number of steps; may be traced.
     """
     root = jnp.sqrt(diagonal)
     left, right = u * root[None], root[:, None] * vt
 
-    # The longer side of the matrix is multiplied once only.
+    # The longer side of the matrix is multiplied only once.
     is_tall = len(left) > right.shape[1]
 
     def ambient(z):
@@ -103,12 +104,12 @@ def balance(
 
     def slope(tangents):
         image = space.push(tangents)
-        found = (
+        pulled = (
             _mm(_mm(left.T, image), right.T)
             if is_tall
             else _mm(left.T, _mm(image, right.T))
         )
-        return (found + found.T) / 2
+        return (pulled + pulled.T) / 2
 
     def step(_, carry):
         z, rest, direction, size = carry
@@ -146,15 +147,15 @@ def _climb(given, penalties):
             new = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
             return there, there + (momentum - 1) / new * (there - here), new
 
-        one = jnp.ones((), s.dtype)
-        found = jax.lax.fori_loop(0, ROUNDS, step, (start, start, one))[0]
-        return found, found
+        momentum = jnp.ones((), s.dtype)
+        end = jax.lax.fori_loop(0, ROUNDS, step, (start, start, momentum))[0]
+        return end, end
 
     return jax.lax.scan(leg, jnp.diag(diagonal), jnp.array(penalties, s.dtype))[1]
 
 
 def _largest(space, start):
-    """Return a little more than the largest eigenvalue of push ∘ pull."""
+    """Return an upper estimate of the largest eigenvalue of push ∘ pull."""
 
     def power(_, carry):
         ambient, _ = carry
@@ -163,8 +164,8 @@ def _largest(space, start):
         return image / jnp.where(norm > 0, norm, 1), norm
 
     start = start / jnp.maximum(jnp.linalg.norm(start), 1e-30)
-    one = jnp.ones((), start.dtype)
-    return jnp.maximum(1.2 * jax.lax.fori_loop(0, 10, power, (start, one))[1], 1)
+    norm = jnp.ones((), start.dtype)
+    return jnp.maximum(1.2 * jax.lax.fori_loop(0, 10, power, (start, norm))[1], 1)
 
 
 def _spectraplex(symmetric):

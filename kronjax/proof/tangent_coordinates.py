@@ -1,11 +1,11 @@
-"""The tangent space of one configuration, in coordinates and in float64.
+"""The tangent space of one configuration, in orthonormal coordinates and in float64.
 
-Tangent vectors are given by orthonormal coordinates: `R(ξ) = U M Vᵀ + U_p X Vᵀ + U Y
-V_pᵀ` by the entries of M, X and Y, where `U_p`, `V_p` complete U and V. Quadratic forms
-in ξ that are made of products with large matrices become matrices in the coordinates
-without one product of their size for each of them: a tangent vector is the change of
-the left factors and that of the right ones, and a Kronecker product with one factor
-given is contracted one factor after the other.
+A tangent vector `R(ξ) = U M Vᵀ + U_p X Vᵀ + U Y V_pᵀ` is given by the entries of M, X
+and Y, where `U_p`, `V_p` complete U and V. A quadratic form in ξ that is made of
+products with large matrices becomes a matrix in the coordinates without one such
+product for every coordinate: a tangent vector is a change of the left factors plus a
+change of the right factors, and a Kronecker product with one factor given is contracted
+one factor after the other.
 
 References: Absil and Malick (2012), for the retraction.
 
@@ -28,8 +28,8 @@ class Sheet:
     """The tangent space of one configuration at a point.
 
     Attributes:
-        left: `[d1, d1]`, orthogonal; its first r rows are the vectorised `A_k`.
-        right: `[d2, d2]`, likewise.
+        left: `[d1, d1]`, orthogonal; the first r rows span the vectorised `A_k`.
+        right: `[d2, d2]`, orthogonal; the first r rows span the vectorised `B_k`.
         core: `[r, r]`, with `R(K) = U core Vᵀ`.
         shapes: `(m1, n1)` and `(m2, n2)`.
     """
@@ -41,7 +41,7 @@ class Sheet:
 
     @classmethod
     def of(cls, a: np.ndarray, core: np.ndarray, b: np.ndarray, shapes):
-        """Complete rows that are independent, of `[r, d1]` and `[r, d2]`."""
+        """Complete independent rows `[r, d1]` and `[r, d2]` to orthogonal matrices."""
         left, upper = np.linalg.qr(a.T, mode="complete")
         right, lower = np.linalg.qr(b.T, mode="complete")
         r = len(core)
@@ -54,7 +54,7 @@ class Sheet:
 
     @property
     def dimension(self) -> int:
-        """Of the tangent space."""
+        """Dimension of the tangent space."""
         return self.rank * (len(self.left) + len(self.right) - self.rank)
 
     def matrix(self) -> np.ndarray:
@@ -69,8 +69,8 @@ class Sheet:
         u, s, vt = np.linalg.svd(self.core)
         root = np.sqrt(s)[:, None]
         a, b = root * (u.T @ self.left[:r]), root * (vt @ self.right[:r])
-        held: Any = a.reshape(r, *a_shape), b.reshape(r, *b_shape)
-        return KroneckerTerms(*held)
+        factors: Any = a.reshape(r, *a_shape), b.reshape(r, *b_shape)
+        return KroneckerTerms(*factors)
 
     def pull(self, us: np.ndarray, vs: np.ndarray) -> np.ndarray:
         """Return the coordinates of the projections of all `u vᵀ`.
@@ -86,7 +86,7 @@ class Sheet:
         p, q = len(us), len(vs)
         u, v = us.reshape(p, m1, m2), vs.reshape(q, n1, n2)
         a, b = self.left[:r].reshape(r, m1, n1), self.right[:r].reshape(r, m2, n2)
-        # Against the left factors, [p, q, r, d2], and against the right ones.
+        # Contract with the left factors, [p, q, r, d2], then with the right factors.
         half = np.einsum("pxi,rxy->priy", u, a, optimize=True)
         from_a = np.einsum("priy,qyj->pqrij", half, v, optimize=True)
         from_a = from_a.reshape(-1, m2 * n2) @ self.right.T
@@ -97,13 +97,13 @@ class Sheet:
         return np.concatenate(list(parts), axis=2)
 
     def split(self, xi: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return `M [r, r]`, `X [d1 − r, r]` and `Y [r, d2 − r]` of coordinates."""
+        """Split coordinates into `M [r, r]`, `X [d1 − r, r]` and `Y [r, d2 − r]`."""
         r, d2 = self.rank, len(self.right)
         row = xi[: r * d2].reshape(r, d2)
         return row[:, :r], xi[r * d2 :].reshape(r, -1).T, row[:, r:]
 
     def moved(self, xi: np.ndarray) -> "Sheet | None":
-        """Retract orthographically; None where that is not defined."""
+        """Return the orthographic retraction, or None where it is not defined."""
         r = self.rank
         m, x, y = self.split(xi)
         core = self.core + m
@@ -125,7 +125,7 @@ class Sheet:
         """
         r, d1, d2 = self.rank, len(self.left), len(self.right)
         inside, inverse = self._outside(normal), np.linalg.inv(self.core)
-        # X is stored [r, d1 − r], and Y inside of [r, d2].
+        # X is stored as [r, d1 − r], and Y as part of [r, d2].
         block = np.zeros((r, d1 - r, r, d2))
         block[:, :, :, r:] = -np.einsum("pq,ij->ipjq", inside, inverse)
         block = block.reshape(r * (d1 - r), r * d2)
@@ -136,7 +136,7 @@ class Sheet:
         return result
 
     def bent(self, normal: np.ndarray, xi: np.ndarray) -> np.ndarray:
-        """Return the product of `bend` with coordinates."""
+        """Return the product of the matrix of `bend` with coordinates."""
         r, d2 = self.rank, len(self.right)
         inside, inverse = self._outside(normal), np.linalg.inv(self.core)
         column, row = xi[r * d2 :].reshape(r, -1), xi[: r * d2].reshape(r, d2)
@@ -191,10 +191,10 @@ class Sheet:
         for pair in crossed:
             p, q = (x.reshape(n1, n2, m1, m2) for x in pair)
             operators += [(p, q, "yjXI,YJxi"), (q, p, "yjXI,YJxi")]
-        for one, other, index in operators:
+        for first, second, index in operators:
             for i, (x, y, factors, out) in enumerate(sides):
                 equation = factors + index + out
-                piece = np.einsum(equation, x, y, one, other, optimize=True)
+                piece = np.einsum(equation, x, y, first, second, optimize=True)
                 pieces[i] = pieces[i] + piece
         lower, right = self.left[r:], self.right
         d1, d2 = len(self.left), len(right)

@@ -2,13 +2,13 @@
 
     push(ξ) = Σ_c L^{1/2} ξ_c R^{1/2},    pull(Y) = its adjoint
 
-in the coordinates of `weighted.Frame`, which make push close to an isometry. Only the
-spans of the factors matter. What is orthogonal to all `push(ξ)` proves local bounds:
-see `certificate`.
+in the coordinates of `weighted.Frame`, in which push is close to an isometry. Only the
+spans of the factors matter. Matrices orthogonal to all `push(ξ)` prove local bounds:
+see `bounds`.
 
 >>> import jax.numpy as jnp
->>> one = KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))
->>> rest = TangentMap.of((4, 4), (one,)).normal_part(jnp.eye(4))
+>>> ones = KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2)))
+>>> rest = TangentMap.of((4, 4), (ones,)).normal_part(jnp.eye(4))
 >>> jnp.round(rest, 3).tolist()[0]
 [0.25, -0.25, -0.25, 0.25]
 """
@@ -27,7 +27,7 @@ from kronjax.solver.manifold import Point
 from kronjax.solver.weighted import Frame, Root
 
 SWEEPS = 200
-"""Products with the tangent space, at most, that take the tangential part out."""
+"""Largest number of products with push and pull to remove the tangential part."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,11 +36,11 @@ class TangentMap:
     """The tangent space at a sum of one or of several configurations.
 
     Attributes:
-        points: For each configuration, orthonormal factors; the cores do not matter.
-        frames: The coordinates of each.
-        inverses: What leads there.
-        slack: Angle by which rounding may have turned the spans of the factors.
-        shapes: `((m1, n1), (m2, n2))` of each.
+        points: Orthonormal factors for each configuration; the cores are not used.
+        frames: Coordinates for each configuration.
+        inverses: Maps into these coordinates, for each configuration.
+        slack: Largest angle by which rounding may have turned the spans of the factors.
+        shapes: `((m1, n1), (m2, n2))` for each configuration.
     """
 
     points: tuple[Point, ...]
@@ -61,31 +61,31 @@ class TangentMap:
 
         Args:
             shape: `(m, n)`.
-            terms: One for each configuration.
-            left: Of the weight of the rows, or None.
-            right: Of that of the columns.
+            terms: One `KroneckerTerms` for each configuration.
+            left: Root of the weight of the rows, or None.
+            right: Root of the weight of the columns, or None.
         """
         configurations = tuple(
-            Configuration((one.a.shape[1], one.a.shape[2]), one.rank) for one in terms
+            Configuration((x.a.shape[1], x.a.shape[2]), x.rank) for x in terms
         )
         m, n = shape
         frames, inverses = weighted.frames((m, n), configurations, left, right)
-        # The terms themselves come from decompositions, of which the last one ends all.
+        # The terms come from decompositions, too; the last term ends them all.
         last = [*jax.tree.leaves((inverses, left, right)), terms[-1].a]
         points, slack = [], jnp.zeros((), terms[0].a.dtype)
-        for one, backs in zip(terms, inverses, strict=True):
-            a, b = _coordinates(one, *backs)
-            for other in last:
-                a = after(a, other)
-            a, turned = _orthonormal(a)
-            b, too = _orthonormal(after(b, turned))
-            last, slack = [too], jnp.maximum(slack, jnp.maximum(turned, too))
+        for each, backs in zip(terms, inverses, strict=True):
+            a, b = _coordinates(each, *backs)
+            for earlier in last:
+                a = after(a, earlier)
+            a, angle_a = _orthonormal(a)
+            b, angle_b = _orthonormal(after(b, angle_a))
+            last, slack = [angle_b], jnp.maximum(slack, jnp.maximum(angle_a, angle_b))
             points.append(Point(a, jnp.eye(len(a), len(b), dtype=a.dtype), b))
-        shapes = tuple((one.a.shape[1:], one.b.shape[1:]) for one in terms)
+        shapes = tuple((x.a.shape[1:], x.b.shape[1:]) for x in terms)
         return cls(tuple(points), frames, inverses, slack, shapes)
 
     def pull(self, ambient: jax.Array) -> tuple:
-        """Return the gradient of `<Y, push(·)>` for Y, `[m, n]`: a tangent for each."""
+        """Return the gradient of `<Y, push(·)>` for Y, `[m, n]`, as tangents."""
         return tuple(
             manifold.project(point, rearrange(frame.adjoint(ambient), shapes[0]))
             for point, frame, shapes in zip(
@@ -94,27 +94,27 @@ class TangentMap:
         )
 
     def push(self, tangents: tuple) -> jax.Array:
-        """Return what a change does to the weighted matrix, `[m, n]`."""
+        """Return the change of the weighted matrix along tangents, `[m, n]`."""
         first, *rest = (
-            frame.forward(unrearrange(manifold.tangent_to_ambient(point, one), *shapes))
-            for point, frame, shapes, one in zip(
+            frame.forward(unrearrange(manifold.tangent_to_ambient(point, xi), *shapes))
+            for point, frame, shapes, xi in zip(
                 self.points, self.frames, self.shapes, tangents, strict=True
             )
         )
         return sum(rest, first)
 
     def length(self, tangents: tuple) -> jax.Array:
-        """Return the norm of a change in these coordinates."""
-        squares = sum(manifold.inner(one, one) for one in tangents)
+        """Return the norm of tangents in these coordinates."""
+        squares = sum(manifold.inner(xi, xi) for xi in tangents)
         return jnp.sqrt(squares)
 
     def normal_part(self, ambient: jax.Array) -> jax.Array:
-        """Take the tangential part out of `[m, n]`, by conjugate gradients.
+        """Remove the tangential part of a matrix `[m, n]` by conjugate gradients.
 
         For one configuration without weights the first step is exact, and the second
-        takes out what rounding has left.
+        removes its rounding error.
         """
-        # Beyond what rounding leaves the gradients would grow again.
+        # Below the level of rounding the gradients would grow again.
         tiny = 8 * jnp.finfo(ambient.dtype).eps * jnp.linalg.norm(ambient)
 
         def sweep(carry):
@@ -148,13 +148,13 @@ def _coordinates(terms, left, right):
 
 
 def _orthonormal(rows):
-    """Return an orthonormal basis of rows `[r, d]`, and how far it may be turned."""
+    """Return an orthonormal basis of rows `[r, d]`, and the angle of its rounding."""
     largest = jnp.max(jnp.abs(rows), axis=1, keepdims=True)
     rows = rows / jnp.where(largest > 0, largest, 1)
     size = jnp.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / jnp.where(size > 0, size, 1)
     basis = jnp.linalg.qr(rows.T)[0].T
-    # A row of zeros spans nothing, whatever stands for it.
+    # A row of zeros spans nothing, so any basis vector may stand for it.
     gram = _mm(rows, rows.T) + jnp.diag((size[:, 0] == 0).astype(rows.dtype))
     least = jnp.linalg.eigvalsh(after(gram, basis))[0]
     eps = float(jnp.finfo(rows.dtype).eps)
