@@ -25,6 +25,7 @@ from bench import script, timing
 from bench.products import MODES, is_gpu, multiplier
 from kronjax import Configuration, approximate
 from kronjax.linalg import schatten
+from kronjax.norm import MAX_SQUARINGS
 from kronjax.proof import certificate
 from kronjax.solver import continuation
 
@@ -33,7 +34,7 @@ TOLERANCE = 2e-4
 
 NEEDED = {"value": TOLERANCE / 200, "gradient": (TOLERANCE / 200) ** 0.5}
 
-TOP = schatten.MAX_SQUARINGS
+TOP = MAX_SQUARINGS
 STAGES = range(TOP + 1)
 
 EXACT = schatten.value_and_gradient

@@ -34,11 +34,17 @@ import pydantic
 import yaml
 
 from kronjax.kronecker import Configuration, interpolative_rank
+from kronjax.norm import Norm
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
 Method = Literal["kronecker", "low-rank", "interpolative", "keep"]
 Weighting = Literal["none", "input", "input+gradient"]
 Start = Literal["van-loan", "rescaled", "pruning", "random"]
+
+
+def _norm(word: str) -> str:
+    """Return the word for a norm as `Norm` writes it; "auto" stays."""
+    return word if word == "auto" else str(Norm.parse(word))
 
 
 class _Strict(pydantic.BaseModel):
@@ -81,9 +87,7 @@ class Rule(_Strict):
     terms: tuple[Term, ...] = ()
     rank: Positive | None = None
     fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] | None = None
-    norm: Annotated[
-        str, pydantic.Field(pattern=r"^(auto|spectral|frobenius|schatten:\d+(\.\d+)?)$")
-    ] = "auto"
+    norm: Annotated[str, pydantic.AfterValidator(_norm)] = "auto"
     weighting: Weighting = "input"
     start: Start = "van-loan"
     scalars: bool = False

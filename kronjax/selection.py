@@ -25,7 +25,8 @@ from typing import Any
 from kronjax import display, greedy, validation
 from kronjax.approximation import Approximation, approximate
 from kronjax.kronecker import Configuration, matmul_cost
-from kronjax.solver.problem import Problem, parse_norm
+from kronjax.norm import Norm
+from kronjax.solver.problem import Problem
 
 HASTE = 4
 """A trial of a large matrix may spend so many times less than a solve."""
@@ -139,7 +140,7 @@ def search(
     matrix,
     parameters: int | None = None,
     *,
-    norm: float | str = "spectral",
+    norm: float | str | Norm = "spectral",
     left_weight=None,
     right_weight=None,
     dtype: str | None = None,
@@ -191,7 +192,7 @@ def search(
         wanted = [("dense", (Configuration(shape, 1),))]
     else:
         _note_primes(shape, notes)
-        wanted = _proposals(target, parameters, weights, parse_norm(norm))
+        wanted = _proposals(target, parameters, weights, Norm.parse(norm))
     solved = _compete(matrix, wanted, options, target.size > greedy.THOROUGH)
     trials = [trial for trial, _ in solved]
     approximation = solved[0][1]
@@ -262,7 +263,7 @@ def _note_primes(shape, notes):
         )
 
 
-def _proposals(target, parameters, weights, p):
+def _proposals(target, parameters, weights, norm):
     """Return what to solve: pairs of a kind and a tuple of configurations."""
     shape = target.shape
     everything = greedy.candidates(shape)
@@ -294,13 +295,15 @@ def _proposals(target, parameters, weights, p):
         order = sorted(range(len(wholes)), key=lambda i: left[i])
         balanced = sorted(products, key=lambda c: _imbalance(c, shape))
         first = full[balanced[0].a_shape]
-        if p == 2 and all(x is None for x in weights):  # then the tails are the errors
+        if norm.is_frobenius and all(
+            x is None for x in weights
+        ):  # then the tails are the errors
             wanted.append((wholes[order[0]],))
         else:
             wanted += [(wholes[i],) for i in order[:2]] + [(first,)]
         if low_rank.a_shape in full:
             wanted.append(_split((low_rank, products[order[0]]), parameters, shape))
-        if p > 2:  # distinct products have more freedom than alike ones
+        if not norm.is_frobenius:  # distinct products have more freedom than alike ones
             wanted.append(_split(tuple(balanced[:3]), parameters, shape))
             wanted.append(_split(tuple(balanced[1:3]), parameters, shape))
     wanted.append(mixed)
@@ -342,8 +345,8 @@ def _kind(configurations, low_rank):
 
 def _solve(matrix, kind, configurations, options, in_haste=False):
     """Return the trial and its approximation."""
-    p = parse_norm(options["norm"])
-    if kind in ("low rank", "dense") and math.isinf(p):
+    norm = Norm.parse(options["norm"])
+    if kind in ("low rank", "dense") and norm.is_spectral:
         # The (whitened) singular value decomposition solves every norm.
         options = {**options, "norm": "frobenius"}
     weighted = tuple(
@@ -360,9 +363,9 @@ def _solve(matrix, kind, configurations, options, in_haste=False):
     errors, relative = found.error, found.relative
     if found.weighted is not None and found.weighted_relative is not None:
         errors, relative = found.weighted, found.weighted_relative
-    if p == 2:
+    if norm.is_frobenius:
         error, ratio = errors.frobenius, relative.frobenius
-    elif math.isinf(p):
+    elif norm.is_spectral:
         error, ratio = errors.spectral, relative.spectral
     else:
         error, ratio = found.trace.value[-1], math.nan

@@ -4,6 +4,7 @@ from test_greedy import planted
 
 import kronjax
 from kronjax import Configuration, search, selection
+from kronjax.norm import Norm
 
 FAST = {"norm": "frobenius", "starts": 1, "progress": False}
 
@@ -105,7 +106,7 @@ def test_one_product_of_expensive_terms_is_proposed():
     """Its price is many times the least, and one term is all it takes."""
     rng = np.random.default_rng(0)
     matrix = np.kron(rng.normal(size=(2, 2)), rng.normal(size=(36, 36)))
-    proposed = selection._proposals(matrix, 1300, (None, None), 2.0)
+    proposed = selection._proposals(matrix, 1300, (None, None), Norm(2))
     assert ("homogeneous", (Configuration((2, 2), 1),)) in proposed
 
 

@@ -25,9 +25,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-MAX_SQUARINGS = 11
-"""The largest exponent in use is p = 4098: beyond it float32 has no digits left."""
-
 HALVED = 384
 """Columns from which processors leave blocks of a symmetric product out. Of 768, in two
 steps, that is three eighths of the operations, and a sixth to a quarter of the time."""
@@ -37,21 +34,6 @@ def exponent(squarings):
     """Return `p = 2^{j+1} + 2`, an integer, or 2 for `j = -1`; `j` may be traced."""
     j = jnp.asarray(squarings)
     return jnp.where(j < 0, 2, (2 << jnp.maximum(j, 0)) + 2)
-
-
-def squarings_for(p: float) -> int:
-    """Return the number of squarings that gives `p`.
-
-    Raises:
-        ValueError: If `p` is not 2 or `2^{j+1} + 2` for `j = 0 … 11`.
-    """
-    for j in range(-1, MAX_SQUARINGS + 1):
-        if p == (2 if j < 0 else 2 ** (j + 1) + 2):
-            return j
-    served = ", ".join(str(2 ** (j + 1) + 2) for j in range(MAX_SQUARINGS + 1))
-    raise ValueError(
-        f"Schatten p-norms are available for p = 2, {served}; got p = {p}."
-    )
 
 
 def num_products(squarings):

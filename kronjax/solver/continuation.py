@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from kronjax.kronecker import Configuration
 from kronjax.linalg import schatten, spectral
 from kronjax.linalg.batching import after, any_lane, in_turn, select
+from kronjax.norm import Norm
 from kronjax.solver import descent, factored, least_squares, manifold, objective
 from kronjax.solver.descent import State, Status
 from kronjax.solver.problem import Origin, Problem, Stage
@@ -39,7 +40,7 @@ def solve(
     matrix: jax.Array,
     configuration: Configuration | Sequence[Configuration],
     *,
-    norm: float | str = "spectral",
+    norm: float | str | Norm = "spectral",
     left_weight: jax.Array | None = None,
     right_weight: jax.Array | None = None,
     starts: int = 4,
@@ -235,7 +236,7 @@ def descend(
 
     It is there when the status is no longer `Status.RUNNING`.
     """
-    products = schatten.num_products(stage.squarings)
+    products = problem.norm.num_products(stage.squarings)
     rounding = 10 * float(jnp.finfo(setting.target.dtype).eps)  # its norm is one
     limits = descent.Limits(
         tolerance=tolerance / 200,
@@ -295,7 +296,7 @@ def _origin(problem, path, stage, seed):
 def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:
     """Return the solution: for the spectral norm, the best stage or the limit."""
     points, last = path.state.points, path.error
-    if problem.is_spectral:
+    if problem.norm.is_spectral:
         # A champion may have been at the last p before: then there is no line.
         weight = _weight(path.previous_p, path.p, jnp.inf)
         weight = jnp.where(path.p > path.previous_p, weight, 0)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kronjax.kronecker import rearrange, unrearrange
-from kronjax.linalg import schatten, spectral
+from kronjax.linalg import spectral
 from kronjax.solver import descent, factored, least_squares, manifold
 from kronjax.solver.descent import Objective, State
 from kronjax.solver.problem import Problem, Stage
@@ -44,7 +44,7 @@ def of(problem: Problem, setting: Setting, stage: Stage) -> Objective:
 
     def objective(points):
         rest = error(problem, setting, points)
-        value, gradient = schatten.value_and_gradient(rest, stage.squarings)
+        value, gradient = problem.norm.value_and_gradient(rest, stage.squarings)
         return value, tuple(
             geometry(problem).project(
                 point, rearrange(-frame.adjoint(gradient), one.a_shape)

@@ -19,17 +19,13 @@ from collections.abc import Sequence
 import jax
 
 from kronjax.kronecker import Configuration
-from kronjax.linalg import schatten
-
-FIXED = (0, 1, 3, 5, 7, 9, 11)
-"""p = 4, then 6 and four times as much at every stage, up to 4098."""
-
-ADAPTIVE = tuple(range(schatten.MAX_SQUARINGS + 1))
-"""p about doubles at every stage, and each matrix ends where it is good enough."""
-
+from kronjax.norm import Norm
 
 SLICES = 8
 """At most so many parts has the only stage of a problem that `is_flat`."""
+
+
+_FROBENIUS = Norm(2)
 
 
 class Origin(enum.IntEnum):
@@ -69,8 +65,8 @@ class Problem:
     Attributes:
         shape: `(m, n)` of the matrix.
         configurations: What to look for.
+        norm: The norm of the error.
         squarings: The stages, ascending; empty where the start is the solution.
-        is_spectral: Whether the last stage stands for p = inf.
         is_adaptive: Whether stages are predicted, and the last ones left out.
         starts: Starts in the race.
         budget: Products of the size of `EᵀE` per stage.
@@ -78,8 +74,8 @@ class Problem:
 
     shape: tuple[int, int]
     configurations: tuple[Configuration, ...]
+    norm: Norm
     squarings: tuple[int, ...]
-    is_spectral: bool
     is_adaptive: bool
     starts: int
     budget: int
@@ -89,7 +85,7 @@ class Problem:
         cls,
         shape: tuple[int, ...],
         configuration: Configuration | Sequence[Configuration],
-        norm: float | str = "spectral",
+        norm: float | str | Norm = "spectral",
         starts: int = 4,
         budget: int | None = None,
         weighted: tuple[bool, ...] = (False, False),
@@ -119,16 +115,14 @@ class Problem:
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}.")
         size = shape[0], shape[1]
-        p = parse_norm(norm)
-        last = schatten.MAX_SQUARINGS if p == math.inf else schatten.squarings_for(p)
-        # Without a closed form p = 2 is a stage like any other.
-        closed = _has_closed_form(size, configuration, weighted)
-        adaptive = p == math.inf and schedule == "adaptive"
-        ladder = _ladder(schedule, adaptive)
-        if p == math.inf:
-            last = ladder[-1]
-        stages = ladder if closed else (-1, *ladder)
-        stages = tuple(j for j in stages if j < last) + (last,) * (last >= stages[0])
+        norm = Norm.parse(norm)
+        adaptive = norm.is_adaptive(schedule)
+        stages = norm.stages(
+            schedule,
+            starts_at_frobenius=_FROBENIUS.has_closed_form(
+                size, configuration, weighted
+            ),
+        )
         # At p = 2 evaluations are cheap, and half-converged weighted fits are poor.
         default = default_budget(size, adaptive) * (6 if stages == (-1,) else 1)
         return cls(
@@ -137,12 +131,17 @@ class Problem:
                 Configuration(c.a_shape, min(c.rank, c.max_rank(size)))
                 for c in configuration
             ),
+            norm=norm,
             squarings=stages,
-            is_spectral=p == math.inf,
             is_adaptive=adaptive,
             starts=starts,
             budget=budget or default,
         )
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether the norm is the spectral one."""
+        return self.norm.is_spectral
 
     @property
     def is_flat(self) -> bool:
@@ -215,20 +214,6 @@ class Problem:
         return stages
 
 
-def _ladder(schedule, adaptive):
-    """Return the squarings of a schedule by name, or of its exponents."""
-    if isinstance(schedule, str) and schedule in ("adaptive", "fixed"):
-        return ADAPTIVE if adaptive else FIXED
-    found = () if isinstance(schedule, str) else schedule
-    ladder = tuple(map(schatten.squarings_for, found))
-    if not ladder or ladder[0] < 0 or list(ladder) != sorted(set(ladder)):
-        raise ValueError(
-            'schedule must be "adaptive", "fixed", or rising exponents p > 2 such as '
-            f"[4, 18, 258]; got {schedule!r}."
-        )
-    return ladder
-
-
 def _refuse_duplicates(configurations, shape):
     m, n = shape
     # A column times a row is a row times a column, and so with a matrix and a number.
@@ -245,28 +230,9 @@ def _refuse_duplicates(configurations, shape):
         seen[key] = one
 
 
-def _has_closed_form(shape, configurations, weighted):
-    """Whether the start is the solution for p = 2.
-
-    It is for one configuration alone, and under weights of a side only if it is low
-    rank there: one of its factors has a single row, or column.
-    """
-    first = configurations[0]
-    sides = zip(first.a_shape, first.b_shape(shape), weighted, strict=True)
-    low_rank = (m1 == 1 or m2 == 1 for m1, m2, weight in sides if weight)
-    return len(configurations) == 1 and all(low_rank)
-
-
 def parse_norm(norm: float | str) -> float:
-    """Return the exponent p for "spectral", "frobenius", "schatten:P", or a number."""
-    names = {"spectral": math.inf, "frobenius": 2.0}
-    try:
-        text = str(norm)
-        return names[text] if text in names else float(text.removeprefix("schatten:"))
-    except ValueError:
-        raise ValueError(
-            f'norm must be "spectral", "frobenius" or "schatten:P"; got {norm!r}.'
-        ) from None
+    """Return the exponent of a norm."""
+    return Norm.parse(norm).p
 
 
 def default_budget(shape: tuple[int, int], adaptive: bool = False) -> int:

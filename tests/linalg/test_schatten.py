@@ -128,10 +128,3 @@ def test_one_compilation_serves_every_p():
     for j in range(-1, 12):
         value(jnp.eye(8), j)
     assert len(traced) == 1
-
-
-def test_exponents_and_squarings_match():
-    for j in range(-1, 12):
-        assert schatten.squarings_for(float(schatten.exponent(j))) == j
-    with pytest.raises(ValueError, match="p = 2, 4, 6, 10, .*got p = 5"):
-        schatten.squarings_for(5)
