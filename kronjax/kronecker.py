@@ -5,10 +5,10 @@ With `T` of shape `[m1 m2, n1 n2]`, the rearrangement `R` permutes its entries i
 
     R(A ⊗ B) = vec(A) vec(B)ᵀ
 
-so a sum of `r` Kronecker products is a matrix of rank `r` in disguise. `vec` reads a
-factor row by row. A sum is held as two stacks of factors, `a: [r, m1, n1]` and
-`b: [r, m2, n2]`; the shapes of the arrays say everything, and leading axes are batch
-axes.
+so a sum of `r` Kronecker products is a rearranged matrix of rank `r`. `vec` reads a
+factor row by row. A sum is stored as two stacks of factors, `a: [r, m1, n1]` and
+`b: [r, m2, n2]`; the shapes of the arrays determine the configuration, and leading axes
+are batch axes.
 
 References: Van Loan and Pitsianis (1993); Van Loan (2000).
 
@@ -35,12 +35,13 @@ from kronjax.linalg.dense import multiply_out
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What to look for: `rank` Kronecker products with left factors of `a_shape`.
+    """A sum to look for: `rank` Kronecker products with left factors of `a_shape`.
 
-    The right factors have shape `(m // m1, n // n1)`. `(m, 1)` is plain low rank.
+    The right factors have shape `(m // m1, n // n1)`. The shape `(m, 1)` is plain low
+    rank.
 
     Args:
-        a_shape: `(m1, n1)`, the shape of every left factor `A_k`.
+        a_shape: Shape `(m1, n1)` of every left factor `A_k`.
         rank: Number of terms `r`, the Kronecker rank.
 
     Raises:
@@ -51,7 +52,7 @@ class Configuration:
     rank: int
 
     def __post_init__(self):
-        """Accept any pair of positive integers and refuse the rest."""
+        """Check that all entries are positive integers, and convert them to int."""
         try:
             m1, n1 = map(_positive, self.a_shape)
             rank = _positive(self.rank)
@@ -67,7 +68,7 @@ class Configuration:
         """Return `(m2, n2)`, the shape of the right factors for a matrix of `shape`.
 
         Raises:
-            ValueError: If `a_shape` does not divide `shape`; lists what would.
+            ValueError: If `a_shape` does not divide `shape`; lists the divisors.
         """
         for size, part, axis in zip(
             shape, self.a_shape, ("rows", "columns"), strict=True
@@ -82,12 +83,12 @@ class Configuration:
 
     @property
     def T(self) -> "Configuration":
-        """What to look for in the transposed matrix."""
+        """The configuration for the transposed matrix."""
         m1, n1 = self.a_shape
         return Configuration((n1, m1), self.rank)
 
     def max_rank(self, shape: tuple[int, int]) -> int:
-        """Return the largest Kronecker rank a matrix of `shape` can have here."""
+        """Return the largest Kronecker rank of a matrix of `shape` for this a_shape."""
         return min(math.prod(self.a_shape), math.prod(self.b_shape(shape)))
 
     def num_parameters(self, shape: tuple[int, int]) -> int:
@@ -120,13 +121,13 @@ class KroneckerTerms:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape `(m1 m2, n1 n2)` of the matrix that the sum stands for."""
+        """Shape `(m1 m2, n1 n2)` of the dense matrix."""
         (m1, n1), (m2, n2) = self.a.shape[-2:], self.b.shape[-2:]
         return m1 * m2, n1 * n2
 
     @property
     def T(self) -> "KroneckerTerms":
-        """The transposed sum, of the transposed factors."""
+        """The transposed sum, with transposed factors."""
         return KroneckerTerms(self.a.swapaxes(-2, -1), self.b.swapaxes(-2, -1))
 
     @property
@@ -169,7 +170,7 @@ def divisors(number: int) -> list[int]:
 def interpolative_rank(shape: tuple[int, int], parameters: float) -> int:
     """Return the largest rank `r` with `r (m + n − r)` at most `parameters`.
 
-    So many numbers has a matrix of rank r in its interpolative decomposition.
+    That is the number of parameters of an interpolative decomposition of rank r.
     """
     m, n = shape
     half = (m + n) / 2
@@ -182,7 +183,7 @@ def rearrange(matrix: jax.Array, a_shape: tuple[int, int]) -> jax.Array:
 
     Args:
         matrix: `[..., m1 m2, n1 n2]`, any dtype.
-        a_shape: `(m1, n1)`.
+        a_shape: Shape `(m1, n1)` of the left factors.
 
     Returns:
         `[..., m1 n1, m2 n2]`: row `i1 n1 + j1` is block `(i1, j1)` read row by row.
@@ -205,11 +206,10 @@ def unrearrange(
 
 
 def matmul(x: jax.Array, terms: KroneckerTerms) -> jax.Array:
-    """Multiply `x @ Σ_k A_k ⊗ B_k` without forming the sum.
+    """Return `x @ Σ_k A_k ⊗ B_k` without forming the sum.
 
-    Both contractions are matrix products over all terms at once; the cheaper of the
-    two orders is taken from the shapes. Cost per row of `x`, in multiply-adds: see
-    `matmul_cost`.
+    Both contractions are matrix products over all terms at once, in the order that is
+    cheaper for these shapes. `matmul_cost` is the cost per row of `x` in multiply-adds.
 
     Args:
         x: `[..., m1 m2]`.
@@ -238,7 +238,7 @@ def matmul(x: jax.Array, terms: KroneckerTerms) -> jax.Array:
 
 
 def matmul_cost(terms: KroneckerTerms) -> int:
-    """Return the multiply-adds that `matmul` spends on one row of `x`."""
+    """Return the number of multiply-adds that `matmul` takes for one row of `x`."""
     (m1, n1), (m2, n2) = terms.a.shape[-2:], terms.b.shape[-2:]
     costs = _left_first_cost(m1, n1, m2, n2), _right_first_cost(m1, n1, m2, n2)
     return terms.rank * min(costs)

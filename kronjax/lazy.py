@@ -1,7 +1,7 @@
-"""Public names that are loaded when they are first used.
+"""Public names that are loaded on first use.
 
-So the command line answers before jax has been imported, and `import kronjax` loads no
-flax.
+The command line can therefore answer before jax is imported, and `import kronjax` loads
+no flax.
 """
 
 import importlib
@@ -17,8 +17,8 @@ def attach(
 
     Args:
         package: Name of the package.
-        homes: The public names that each module defines. A module is imported when the
-            first of its names is used.
+        homes: The public names that each module defines. A module is imported when one
+            of its names is first used.
     """
     module_of = {name: module for module, names in homes.items() for name in names}
 

@@ -1,14 +1,14 @@
-"""What lanes of a batch share: one answer to a question, and one order of work.
+"""Control flow and order of computation for the lanes of a batch.
 
 `vmap` turns `cond` into both of its branches and a selection between them, and makes a
-`while_loop` copy its whole carry, once per iteration, for the lanes that are done. Both
-are avoided by a predicate that is the same for every lane (`any_lane`).
+`while_loop` copy its whole carry, once per iteration, for the lanes that are done. A
+predicate that is the same for every lane (`any_lane`) avoids both.
 
-XLA runs what does not depend on each other at the same time. Two batched LAPACK calls
-then wait for worker threads that the other one holds: with two cores, for ever (seen
-with jaxlib 0.10). Whatever decomposes matrices does so in turn (`after`, `in_turn`),
-and takes either Q or R from a QR decomposition: what needs only R runs beside what
-makes Q.
+XLA runs independent computations at the same time. Two batched LAPACK calls can then
+wait for worker threads that the other one holds: with two cores, for ever (seen with
+jaxlib 0.10). Decompositions of matrices are therefore made in turn (`after`,
+`in_turn`), and only one of Q and R is taken from a QR decomposition: a computation that
+needs R alone would run beside the one that forms Q.
 
 >>> import jax, jax.numpy as jnp
 >>> jax.vmap(any_lane)(jnp.array([False, True])).tolist()
@@ -33,15 +33,16 @@ def _any_lane_batched(axis_size, in_batched, flag):
 
 
 def select(condition: jax.Array | bool, x, y):
-    """Return one pytree or the other: `x` where the condition holds."""
+    """Return the pytree `x` where the condition holds, and `y` elsewhere."""
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), x, y)
 
 
 @jax.custom_batching.custom_vmap
 def pick(condition: jax.Array, x, y):
-    """Return what `select` does; alone as a branch, which copies less of what is large.
+    """Return the same as `select`, by a branch where there is one lane.
 
-    Under `vmap` branches would be worth it only where all lanes agree, as one does.
+    A branch copies less of large arrays. Under `vmap` it would pay only if all lanes
+    agreed, which a single lane does.
     """
     return jax.lax.cond(condition, lambda: x, lambda: y)
 
@@ -57,15 +58,15 @@ def _pick_batched(axis_size, in_batched, condition, x, y):
 
 
 def after(x: jax.Array, other: jax.Array) -> jax.Array:
-    """Return `x`, to be computed only once the finite array `other` has been.
+    """Return `x`, made to depend on the finite array `other`.
 
-    A product with zero is a dependency that XLA keeps.
+    `x` is then computed after `other`: XLA keeps a product with zero as a dependency.
     """
     return x + 0 * jnp.sum(other)
 
 
 def in_turn(function: Callable, *tuples: tuple) -> tuple:
-    """Map `function` over tuples of floating pytrees, one call after the other."""
+    """Map `function` over tuples of pytrees of floats, each call after the last."""
     results = []
     for arguments in zip(*tuples, strict=True):
         if results:

@@ -1,6 +1,7 @@
-"""Kronecker sums multiplied out, for NumPy and for jax alike, and without loading jax.
+"""Multiplication of Kronecker sums to dense matrices, in NumPy or jax.
 
-As one product of rearranged factors: `R(Σ_k A_k ⊗ B_k) = Σ_k vec(A_k) vec(B_k)ᵀ`.
+A sum is one product of rearranged factors: `R(Σ_k A_k ⊗ B_k) = Σ_k vec(A_k) vec(B_k)ᵀ`.
+Importing this module does not load jax.
 
 >>> import numpy as np
 >>> multiply_out(np.ones((1, 2, 3)), np.ones((1, 4, 5))).shape

@@ -1,16 +1,17 @@
-"""Norms of linear maps known by products: a bound from above, with high probability.
+"""Probabilistic upper bounds of the norms of linear maps that are known by products.
 
-The Lanczos polynomial of a random vector is small on everything that the vector has
-shown, and large beyond. If the norm were larger than the bound, the vector would be all
-but orthogonal to the leading singular vector, which is as unlikely as one likes.
+The Lanczos polynomial of a random vector is small on the part of the spectrum that the
+vector has revealed, and large beyond it. If the norm were larger than the bound, the
+vector would be almost orthogonal to the leading singular vector, which has a
+probability that can be chosen.
 
 Reference: Hochstenbach (2013), Probabilistic upper bounds for the matrix two-norm.
 
 >>> import jax
 >>> matrix = jnp.diag(jnp.arange(1.0, 51.0))
 >>> start = jax.random.normal(jax.random.key(0), (50,))
->>> found = map_norm_bounds(lambda x: matrix @ x, lambda y: matrix.T @ y, start)
->>> bool(found.lower <= 50 <= found.upper), round(float(found.upper), 1)
+>>> bounds = map_norm_bounds(lambda x: matrix @ x, lambda y: matrix.T @ y, start)
+>>> bool(bounds.lower <= 50 <= bounds.upper), round(float(bounds.upper), 1)
 (True, 50.0)
 """
 
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from kronjax.linalg.norms import Bounds
 
 CHUNK = 8
-"""Steps between two looks at the bounds."""
+"""Number of steps between two evaluations of the bounds."""
 
 
 def map_norm_bounds(
@@ -35,25 +36,27 @@ def map_norm_bounds(
     steps: int = 64,
     failure: float = 1e-9,
 ) -> Bounds:
-    """Return bounds of the norm of a linear map; the upper one holds with probability.
+    """Return bounds of the norm of a linear map, the upper one probabilistic.
 
-    Lanczos on `MᵀM` with every vector orthogonalised against all before. Its k-th
-    polynomial `p_k`, the characteristic one of `T_k`, has `‖p_k(MᵀM) v_1‖ = Π β_j`, so
-    that `p_k(‖M‖²) ≤ Π β_j / δ` unless the part of `v_1` along the leading vector is
-    below δ: of probability `δ √(2n / π)` at most for a uniformly random direction.
-    Rounding is allowed for, not proven. The lower bound is `‖M v‖ / ‖v‖`.
+    Lanczos iteration on `MᵀM` with every vector orthogonalised against all before. Its
+    k-th polynomial `p_k`, the characteristic polynomial of `T_k`, has
+    `‖p_k(MᵀM) v_1‖ = Π β_j`, so that `p_k(‖M‖²) ≤ Π β_j / δ` unless the part of `v_1`
+    along the leading vector is below δ, which has probability `δ √(2n / π)` at most for
+    a uniformly random direction. There is an allowance for rounding, but no proof of
+    it. The lower bound is `‖M v‖ / ‖v‖`.
 
     Args:
-        forward: `x [n] ↦ M x [m]`.
-        adjoint: `y [m] ↦ Mᵀ y [n]`.
-        start: `[n]`, drawn from the standard normal distribution: by any other choice
-            the upper bound means nothing.
-        width: `(upper − lower) / lower` to stop at.
-        steps: Products with M and Mᵀ, at most; rounded up to a multiple of `CHUNK`.
+        forward: The map `x [n] ↦ M x [m]`.
+        adjoint: The map `y [m] ↦ Mᵀ y [n]`.
+        start: `[n]`, drawn from the standard normal distribution; with any other choice
+            the upper bound is meaningless.
+        width: The value of `(upper − lower) / lower` at which to stop.
+        steps: Largest number of products with M and Mᵀ; rounded up to a multiple of
+            `CHUNK`.
         failure: Probability that the upper bound is too small.
 
     Returns:
-        Bounds, with the right vector of the lower one.
+        `Bounds`, with the right vector that attains the lower bound.
 
     References: Hochstenbach (2013). Memory: `n · steps` numbers.
     """
@@ -78,12 +81,12 @@ def map_norm_bounds(
     lower = jnp.linalg.norm(image)
     upper = jnp.sqrt(_beyond(alphas, betas, count, log_limit))
     upper = jnp.maximum(upper, lower) * (1 + slack) * scale
-    # A map that is not finite somewhere has no bounds.
+    # If the image is not finite, the upper bound becomes NaN.
     return Bounds(lower * (1 - slack) * scale, upper + 0 * jnp.sum(image), v[:, None])
 
 
 def _expand(gram, v, width, steps, log_limit):
-    """Return `basis [steps + 1, n]`, the entries of T and how many are used."""
+    """Return `basis [steps + 1, n]`, the entries of T and the number of those used."""
 
     def chunk(carry):
         basis, alphas, betas, count, _ = carry
@@ -112,7 +115,7 @@ def _expand(gram, v, width, steps, log_limit):
 
 
 def _step(gram, i, basis, alphas, betas):
-    """Put the next vector into `basis [steps + 1, n]`, and what belongs to it."""
+    """Put the next vector into `basis [steps + 1, n]`, and its entries into T."""
     n, eps = basis.shape[1], float(jnp.finfo(basis.dtype).eps)
     w = gram(basis[i])
     alphas = alphas.at[i].set(jnp.sum(basis[i] * w))
@@ -120,7 +123,7 @@ def _step(gram, i, basis, alphas, betas):
         w = w - _mm(_mm(basis, w), basis)
     beta = jnp.linalg.norm(w)
     largest = jnp.max(alphas)
-    # What is left where the space is exhausted is rounding: no direction.
+    # Once the space is exhausted, `w` is rounding noise without a useful direction.
     spent = beta <= 8 * eps * n**0.5 * largest
     betas = betas.at[i].set(jnp.where(spent, eps**2 * largest, beta))
     w = jnp.where(spent, 0, w / jnp.where(spent, 1, beta))
@@ -128,7 +131,7 @@ def _step(gram, i, basis, alphas, betas):
 
 
 def _beyond(alphas, betas, count, log_limit):
-    """Return where `log p(t) / Π β` is at least a limit, right of all zeros of p.
+    """Return a t right of all zeros of p where `log p(t) / Π β` reaches a limit.
 
     `p(t)` is the product of the pivots of `t − T`, which are positive to the right of
     the eigenvalues of T and only there. The search is in logarithms of the distance
@@ -154,9 +157,8 @@ def _beyond(alphas, betas, count, log_limit):
         (_, total, positive), _ = jax.lax.scan(pivot, start, entries)
         return positive & (total >= log_limit)
 
-    # Gershgorin's circles end below the first, all limits are met at the second.
-    most = jnp.max(betas)
-    high = jnp.log(_positive(most)) + max(log_limit, 0) + math.log(4)
+    # Gershgorin circles end below `origin + 4 max β`; `high` meets every limit.
+    high = jnp.log(_positive(jnp.max(betas))) + max(log_limit, 0) + math.log(4)
     low = jnp.log(_positive(eps * origin))
     for _ in range(4):
         logs = low + (high - low) * jnp.arange(points + 1, dtype=low.dtype) / points

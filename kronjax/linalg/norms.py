@@ -1,4 +1,4 @@
-"""Spectral norms between two bounds: by matrix products, rounding included.
+"""Certain lower and upper bounds of spectral norms, by matrix products.
 
 Let `V` be k approximate leading right vectors, `G = MᵀM`, and `y ⟂ V`. Then
 
@@ -6,20 +6,20 @@ Let `V` be k approximate leading right vectors, `G = MᵀM`, and `y ⟂ V`. Then
 
 for any `t_i`, so that `‖M‖²` is at most the largest eigenvalue of the comparison matrix
 `[[|v_iᵀG v_j|, ‖r_i‖], [‖r_j‖, d]]`, divided by `1 − ‖VᵀV − I‖`, where `d` bounds G on
-the complement of V. Residuals count squared over a gap: a crude V and a crude `d` give
-a fine bound. `V` comes from block Krylov spaces; `d` from the Frobenius norm of a
-Chebyshev polynomial of the deflated Gram matrix, formed by squarings and only as many
-as it takes. The lower bound is `‖M v‖ / ‖v‖`. Every rounding is bounded and counted
-against the bounds, so that those of `norm_bounds` hold with certainty: `γ_k ≤ k · eps`
-for sums of k products in any order, which leaves a factor of two for accelerators that
-put products together from shorter ones.
+the complement of V. Residuals enter squared and divided by a gap: a crude V and a crude
+`d` give a fine bound. `V` comes from block Krylov spaces, and `d` from the Frobenius
+norm of a Chebyshev polynomial of the deflated Gram matrix, formed by as few squarings
+as suffice. The lower bound is `‖M v‖ / ‖v‖`. Every rounding error is bounded and
+counted against the bounds, so that those of `norm_bounds` hold with certainty:
+`γ_k ≤ k · eps` for sums of k products in any order, which leaves a factor of two for
+accelerators that compose products from shorter ones.
 
 References: Horn and Johnson (2013), for Collatz–Wielandt; Higham (2002), for rounding;
 Musco and Musco (2015), for block Krylov spaces.
 
 >>> import jax.numpy as jnp
->>> found = norm_bounds(jnp.diag(jnp.array([1.0, 5.0, 2.0])))
->>> bool(found.lower <= 5 <= found.upper), round(float(found.upper), 3)
+>>> bounds = norm_bounds(jnp.diag(jnp.array([1.0, 5.0, 2.0])))
+>>> bool(bounds.lower <= 5 <= bounds.upper), round(float(bounds.upper), 3)
 (True, 5.0)
 """
 
@@ -32,32 +32,32 @@ import jax.numpy as jnp
 from kronjax.linalg import batching
 
 VECTORS = 16
-"""Leading vectors that are split off."""
+"""Number of leading vectors that are split off."""
 
 RESTARTS = 10
-"""Krylov spaces at most, of three blocks each."""
+"""Largest number of Krylov spaces, of three blocks each."""
 
 SQUARINGS = 8
-"""Chebyshev degree 256 at most."""
+"""Largest number of squarings: Chebyshev degree 256."""
 
 BLOCK = 128
-"""Terms of a sum that are added in one go where rounding must stay small."""
+"""Number of terms that are added in one block where rounding must stay small."""
 
 
 SHARES = 10
-"""Ways to divide one error between two places, of which the best counts."""
+"""Number of ways to divide one error between two entries; the best is used."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What a spectral norm lies between.
+    """Lower and upper bounds of a spectral norm.
 
     Attributes:
         lower: A scalar, at most `‖M‖_2`.
         upper: A scalar, at least `‖M‖_2`.
-        vectors: `[min(m, n), k]`, leading singular vectors on the shorter side, of use
-            as a `start` for a matrix nearby. For linear maps `[n, 1]`.
+        vectors: `[min(m, n), k]`, leading singular vectors on the shorter side, which
+            can serve as the `start` for a nearby matrix. For linear maps `[n, 1]`.
     """
 
     lower: jax.Array
@@ -70,19 +70,20 @@ def norm_bounds(
 ) -> Bounds:
     """Return a lower and an upper bound of `‖M‖_2`, both certain.
 
-    They come within `width` where the dtype allows it. In float32 that asks for a norm
-    that stands out from the bulk, and a stable rank `‖M‖_F² / ‖M‖_2²` of two hundred at
-    most; otherwise they hold as well, a few 1e-2 apart at worst (an orthogonal matrix).
-    In float64 there is no such limit.
+    They come within `width` of each other where the dtype allows it. In float32 that
+    requires a largest singular value that stands out from the others, and a stable
+    rank `‖M‖_F² / ‖M‖_2²` of at most two hundred; otherwise the bounds hold as well,
+    but can be a few 1e-2 apart at worst (for an orthogonal matrix). In float64 there is
+    no such limit.
 
     Args:
-        matrix: `[m, n]`, float32 or float64; shorter dtypes are taken as float32.
-            Subnormal entries count as zero, as XLA has it.
-        start: `[min(m, n), k]`, `vectors` of a matrix nearby; random when not given.
-        width: `(upper − lower) / lower` to stop at.
+        matrix: `[m, n]`, float32 or float64; shorter dtypes are converted to float32.
+            Subnormal entries count as zero, as in XLA.
+        start: `[min(m, n), k]`, the `vectors` of a nearby matrix; random by default.
+        width: The value of `(upper − lower) / lower` at which to stop.
 
     Returns:
-        Bounds in the dtype of the computation. NaN where entries are not finite.
+        Bounds in the dtype of the computation; NaN where entries are not finite.
 
     Raises:
         ValueError: If the matrix is not `[m, n]` or is empty.
@@ -102,7 +103,7 @@ def norm_bounds(
     finite = jnp.isfinite(largest)
     largest = jnp.where(finite & (largest > 0), largest, 1)
     scale = largest / (2 * jnp.frexp(largest)[0])
-    # XLA would scale the matrix again for every product that it is in.
+    # Without the barrier XLA scales the matrix again in every product that uses it.
     scaled = jax.lax.optimization_barrier(jnp.where(finite, matrix, 0) / scale)
     axis = 0 if matrix.shape[0] == m else 1
     gram = _sum_of_products(scaled, scaled, BLOCK, axis)
@@ -112,11 +113,12 @@ def norm_bounds(
         start = jax.random.normal(key, (n, min(VECTORS, n)), matrix.dtype)
     split = _split(gram, start.astype(matrix.dtype), width)
     lower, upper = _bounds(tall, gram, split, width)
-    # A norm beyond the largest number is infinite from above only.
+    # If the norm overflows, the upper bound is infinite and the lower one is not.
     lower = jnp.minimum(lower * scale, float(jnp.finfo(matrix.dtype).max))
-    some, nan = jnp.any(matrix != 0), jnp.asarray(jnp.nan, matrix.dtype)
+    is_nonzero, nan = jnp.any(matrix != 0), jnp.asarray(jnp.nan, matrix.dtype)
     lower, upper = (
-        jnp.where(finite, jnp.where(some, x, 0), nan) for x in (lower, upper * scale)
+        jnp.where(finite, jnp.where(is_nonzero, x, 0), nan)
+        for x in (lower, upper * scale)
     )
     return Bounds(lower, upper, split.vectors)
 
@@ -124,9 +126,14 @@ def norm_bounds(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Orthonormal `vectors [n, k]`, best first; `G V − V diag(values)`; and the rest.
+    """Leading vectors of a Gram matrix.
 
-    `beyond` is an estimate, from below, of the largest eigenvalue on the complement.
+    Attributes:
+        vectors: `V`, `[n, k]`, orthonormal, best first.
+        residuals: `G V − V diag(values)`, `[n, k]`.
+        values: `[k]`, descending.
+        beyond: A lower estimate of the largest eigenvalue on the complement.
+        settled: Whether the vectors are good enough for the bounds.
     """
 
     vectors: jax.Array
@@ -137,7 +144,7 @@ class _Split:
 
 
 def _split(gram, start, width):
-    """Return leading vectors of `gram`, as good as bounds of this width need them."""
+    """Return leading vectors of `gram`, accurate enough for bounds of this width."""
     k = start.shape[1]
 
     def project(basis):
@@ -147,7 +154,7 @@ def _split(gram, start, width):
         vectors = _mm(basis, w[:, :k])
         residuals = _mm(images, w[:, :k]) - vectors * values[None, :k]
         beyond = values[k] if values.size > k else jnp.zeros((), gram.dtype)
-        # Half of what the bounds may lie apart is left for rounding.
+        # Half of the permitted width is left for rounding.
         goal = values[0] * (1 + width)
         load = jnp.sum(jnp.sum(residuals**2, axis=0) / _positive(goal - values[:k]))
         return _Split(
@@ -163,7 +170,7 @@ def _split(gram, start, width):
     def unsettled(carry):
         return ~carry[0].settled & (carry[1] < RESTARTS)
 
-    # A block alone says nothing about what is beyond it.
+    # A single block gives no estimate of the spectrum beyond it.
     first = restart(project(_orthonormal(start)))
     split, _ = jax.lax.while_loop(
         unsettled, lambda carry: (restart(carry[0]), carry[1] + 1), (first, 1)
@@ -179,16 +186,16 @@ def _bounds(tall, gram, split, width):
     fine = math.isqrt(n - 1) + 1
     size = _frobenius(gram)
     square_sum = jnp.trace(gram) * (1 + (n + _terms(m, BLOCK)) * eps)
-    # Eight for scaling the matrix, where a division is not exact.
+    # Eight roundings for scaling the matrix, where a division is not exact.
     gram_error = (_terms(m, BLOCK) + 8) * eps * square_sum + eps * size
     overlaps = _sum_of_products(v, v, fine) - jnp.eye(k, dtype=v.dtype)
     own = _terms(n, fine) * eps
-    # As long as this is well below 1, `long` bounds every ‖v_i‖ and ‖V‖.
+    # As long as `skew` is well below 1, `long` bounds every ‖v_i‖ and ‖V‖.
     skew = (_frobenius(overlaps) + k * own) * (1 + 2 * k * own)
     long = 1 + skew
 
     lower, top = _along(tall, v[:, 0], jnp.sqrt(square_sum), skew)
-    # Both ways, since G is symmetric but for rounding only.
+    # The mean of both products, since G is symmetric only up to rounding.
     z = (_sum_of_products(gram, v, fine) + _sum_of_products(gram, v.T, fine, 1)) / 2
     t = _sum_of_products(v, z, fine)
     r = z - _mm(v, t)
@@ -199,8 +206,8 @@ def _bounds(tall, gram, split, width):
     compared = (jnp.abs(t) + jnp.abs(t.T)) / 2 + product_error
     compared = compared.at[0, 0].set(top)
 
-    # With G's own error e, 2 |a_1| e ‖z‖ ≤ e (s a_1² + ‖z‖² / s) for any s: there are
-    # several to choose from. The first diagonal entry itself has no such error.
+    # If e is the error of G, 2 |a_1| e ‖z‖ ≤ e (s a_1² + ‖z‖² / s) for any s: several
+    # are tried. The first diagonal entry itself has no such error.
     shares = 0.5 ** jnp.arange(SHARES, dtype=v.dtype)
     extra = jnp.tile((1 + 1 / shares)[:, None] * gram_error * long**2, (1, k + 1))
     extra = extra.at[:, 0].set(shares * gram_error * long)
@@ -209,7 +216,7 @@ def _bounds(tall, gram, split, width):
     room = _positive(goal - jnp.diag(compared)[None, :] - extra[:, :k])
     wanted = goal - extra[:, k] - jnp.sum(rho[None, :] ** 2 / room, axis=1)
     wanted = jnp.max(wanted) - deflated_error
-    # Out of reach: then whatever is clearly below the norm makes the best of it.
+    # If that is out of reach, a value clearly below the norm gives the best bound.
     wanted = jnp.where(wanted > split.beyond, wanted, (goal + split.beyond) / 2)
     d = jnp.maximum(_remainder(deflated, wanted, split.beyond) + deflated_error, 0)
 
@@ -230,7 +237,7 @@ def _along(tall, v, frobenius, skew):
     image = _apply(tall, v, fine)
     image = _frobenius(jnp.pad(image, (0, -m % side)).reshape(-1, side))
     rounding = 4 * (side + 2) * eps
-    # Four for scaling the matrix, as above.
+    # Four roundings for scaling the matrix, as above.
     error = (_terms(n, fine) + 4) * eps * frobenius * (1 + skew)
     lower = jnp.maximum(image * (1 - rounding) - error, 0)
     own = _sum_of_products(v[:, None], v[:, None], fine)[0, 0]
@@ -239,9 +246,9 @@ def _along(tall, v, frobenius, skew):
 
 
 def _deflated(gram, v, half, size, long):
-    """Return G without V, which is `G − V Hᵀ − H Vᵀ`, and its rounding in norm.
+    """Return `G − V Hᵀ − H Vᵀ`, which is G without V, and the norm of its rounding.
 
-    For `y ⟂ V` and any H it has the same `yᵀG y`.
+    For `y ⟂ V` and any H its quadratic form `yᵀG y` is the same.
     """
     k = v.shape[1]
     left, right = (jnp.concatenate(x, axis=1) for x in ((v, half), (half, v)))
@@ -251,16 +258,17 @@ def _deflated(gram, v, half, size, long):
 
 
 def _remainder(deflated, wanted, estimate):
-    """Return a bound of the norm of `deflated [n, n]`, not above `wanted` if need be.
+    """Return an upper bound of the norm of `deflated [n, n]`, at best `wanted`.
 
     With `X = 2 D / d_0 − I` and Chebyshev's `T_2q(X) = 2 T_q(X)² − I`, whose entries'
-    errors are bounded, `‖T_q‖ ≤ √((1 + ‖T_2q‖ + error) / 2)` leads back from the last.
-    Eigenvalues inside `[0, d_0]` count 1 each, however many times they are squared.
+    errors are bounded, `‖T_q‖ ≤ √((1 + ‖T_2q‖ + error) / 2)` leads back from the last
+    polynomial. Eigenvalues inside `[0, d_0]` contribute at most 1 each, after any
+    number of squarings.
     """
     n = deflated.shape[0]
     eps = float(jnp.finfo(deflated.dtype).eps)
     _, plain = _largest(deflated)
-    # One squaring is mostly enough where all eigenvalues are inside.
+    # One squaring is usually enough where all eigenvalues are inside.
     reach = (1 + ((1 + n**0.5 / 2) / 2) ** 0.5) / 2
     inside = _positive(jnp.maximum(estimate, 0.95 * wanted / reach))
 
@@ -298,16 +306,16 @@ def _remainder(deflated, wanted, estimate):
 
 
 def _largest(x):
-    """Return bounds of `‖X‖_F` and of all `yᵀ X y` for unit y, for `[n, n]`.
+    """Return upper bounds of `‖X‖_F` and of all `yᵀ X y` for unit y, for `[n, n]`.
 
-    The latter is at most `μ + ‖X − μ I‖_F`, for any μ: near the mean it is least.
+    The latter is at most `μ + ‖X − μ I‖_F` for any μ, and smallest near the mean.
     """
     n = x.shape[0]
     norm = _frobenius(x)
     mean = jnp.trace(x) / n
     shifts = mean * jnp.linspace(0, 2, 9, dtype=x.dtype)
     squares = norm**2 + n * shifts * (shifts - 2 * mean)
-    # What the trace may be off by, and the roundings of this line.
+    # The error of the trace, and the roundings of this line.
     slack = (
         4 * n * float(jnp.finfo(x.dtype).eps) * (norm + n**0.5 * jnp.abs(shifts)) ** 2
     )
@@ -316,9 +324,9 @@ def _largest(x):
 
 
 def _perron(table):
-    """Return a bound of the largest eigenvalue of a positive matrix `[k, k]`.
+    """Return an upper bound of the largest eigenvalue of a positive matrix `[k, k]`.
 
-    Collatz–Wielandt: it is at most `max (A x)_i / x_i` for every positive x.
+    By Collatz–Wielandt it is at most `max (A x)_i / x_i` for every positive x.
     """
     k = table.shape[0]
     eps = float(jnp.finfo(table.dtype).eps)
@@ -338,7 +346,8 @@ def _terms(length, block):
 def _sum_of_products(x, y, block, axis=0):
     """Return `xᵀ y` for `[m, n]` and `[m, k]`, or `x yᵀ` (`axis=1`), summed in blocks.
 
-    In a loop, because XLA:CPU takes several times as long for products side by side.
+    The blocks are added in a loop: XLA:CPU takes several times as long for products
+    side by side.
     """
 
     def part(begin, size):
@@ -356,16 +365,16 @@ def _sum_of_products(x, y, block, axis=0):
 
 
 def _apply(matrix, v, block):
-    """Return `M v`, summed in blocks: products with zeros make no rounding error."""
+    """Return `M v`, summed in blocks; products with zeros make no rounding errors."""
     own = jnp.arange(v.size) // block
     blocks = own[:, None] == jnp.arange(-(-v.size // block))[None, :]
     return jnp.sum(_mm(matrix, jnp.where(blocks, v[:, None], 0)), axis=1)
 
 
 def _frobenius(x):
-    """Return the Frobenius norm of `[m, n]`, not less than it is.
+    """Return an upper bound of the Frobenius norm of `[m, n]`, tight up to rounding.
 
-    Without the barrier both sums may become one, whose rounding grows like `m n`.
+    Without the barrier XLA may merge both sums, and rounding then grows like `m n`.
     """
     rows = jax.lax.optimization_barrier(jnp.sum(x**2, axis=1))
     return jnp.sqrt(jnp.sum(rows)) * (1 + sum(x.shape) * float(jnp.finfo(x.dtype).eps))

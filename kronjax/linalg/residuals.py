@@ -1,6 +1,6 @@
-"""The norms of what is left, `T − K`, in float64 on the host, weighted or not.
+"""Norms of the residual `E = T − K`, in float64 on the host, weighted or not.
 
-The weighted ones, of `L^{1/2} (T − K) R^{1/2}`, come without a root of the weights:
+The weighted norms, of `L^{1/2} E R^{1/2}`, need the root of one weight at most:
 `‖·‖_F² = <L E R, E>`, and `‖·‖_2²` is the largest eigenvalue of `E R Eᵀ L`.
 
 >>> import numpy as np
@@ -28,7 +28,7 @@ class ResidualNorms:
     frobenius: np.ndarray
 
     def over(self, whole: "ResidualNorms") -> "ResidualNorms":
-        """Return the ratios to other norms; 0 where those are."""
+        """Return the ratios to other norms; 0 where those are 0."""
         return ResidualNorms(
             _ratio(self.spectral, whole.spectral),
             _ratio(self.frobenius, whole.frobenius),
@@ -36,26 +36,27 @@ class ResidualNorms:
 
 
 def measure(given, terms, left=None, right=None) -> ResidualNorms:
-    """Return the norms of the matrices less the sum of `terms`.
+    """Return the norms of matrices minus the sum of `terms`.
 
     Args:
-        given: `[..., m, n]`, real.
-        terms: `KroneckerTerms` with the same batch axes; any number of them.
+        given: The matrices, `[..., m, n]`, real.
+        terms: Any number of `KroneckerTerms` with the same batch axes.
         left: Weight of the rows, `[m, m]` or `[..., m, m]`, or None.
         right: Weight of the columns, `[n, n]` or `[..., n, n]`, or None.
 
     Returns:
-        `Errors`, `[...]`.
+        `ResidualNorms`, `[...]`.
     """
     *batch, m, n = given.shape
     matrices = given.reshape(-1, m, n)
-    factors = [(_flat(one.a, 3), _flat(one.b, 3)) for one in terms]
+    factors = [(_flat(term.a, 3), _flat(term.b, 3)) for term in terms]
     norms = []
     for i, matrix in enumerate(matrices):
-        rest = matrix.astype(np.float64)
-        for a, b in factors:
-            rest = rest - multiply_out(*(np.asarray(x[i], np.float64) for x in (a, b)))
-        norms.append(_norms(rest, _pick(left, i), _pick(right, i)))
+        residual = matrix.astype(np.float64)
+        for pair in factors:
+            a, b = (np.asarray(x[i], np.float64) for x in pair)
+            residual = residual - multiply_out(a, b)
+        norms.append(_norms(residual, _pick(left, i), _pick(right, i)))
     spectral, frobenius = (np.reshape(x, batch)[()] for x in zip(*norms, strict=True))
     return ResidualNorms(spectral, frobenius)
 
@@ -92,7 +93,7 @@ def _norms(matrix, left=None, right=None):
         gram = scaled @ scaled.T if len(scaled) < len(scaled.T) else scaled.T @ scaled
         top = max(np.linalg.eigvalsh(gram)[-1], 0)
         return largest * np.sqrt(top), largest * np.linalg.norm(scaled)
-    if right is None:  # the weight of the columns of the transpose
+    if right is None:  # the left weight is that of the columns of the transpose
         scaled, left, right = scaled.T, None, left
     right, right_unit = _unit(right)
     gram = scaled @ right @ scaled.T

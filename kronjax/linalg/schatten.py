@@ -1,4 +1,4 @@
-"""Schatten p-norms and their gradients by matrix products only.
+"""Schatten p-norms and their gradients, by matrix products only.
 
 For `p = 2^{j+1} + 2` and `W = (EᵀE)^{2^j}`, formed by `j` squarings of the smaller Gram
 matrix,
@@ -6,10 +6,10 @@ matrix,
     ‖E‖_p = <W, EᵀE>^{1/p},    ∇ ½‖E‖_p² = E W / ‖E‖_p^{p-2}
 
 `j` (`squarings`) may be traced, so one compilation serves every p; `j = -1` stands for
-p = 2. Every power is kept at trace one and the logarithm of its scale is carried, so
+p = 2. Every power is scaled to trace one and the logarithm of its scale is carried, so
 nothing overflows whatever the scale of `E` or the size of p. One call costs `j + 2`
 products of the size of `EᵀE`. No singular vectors are formed: the derivative is finite
-at equal and at zero singular values. Rounding grows like `p · eps`.
+at equal and at zero singular values. Rounding errors grow like `p · eps`.
 
 References: Nesterov (2007), for p-norms as smooth spectral norms; Higham (2008), for
 powers by squaring.
@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 
 HALVED = 384
-"""Columns from which processors leave blocks of a symmetric product out. Of 768, in two
-steps, that is three eighths of the operations, and a sixth to a quarter of the time."""
+"""Smallest number of columns for which CPUs leave out blocks of a symmetric product.
+With 768, in two steps, that saves three eighths of the operations, and a sixth to a
+quarter of the time."""
 
 
 def exponent(squarings):
@@ -37,7 +38,7 @@ def exponent(squarings):
 
 
 def num_products(squarings):
-    """Products of the size of `EᵀE` that one `value_and_gradient` spends."""
+    """Return the cost of `value_and_gradient`, in products of the size of `EᵀE`."""
     return jnp.maximum(squarings, 0) + 2
 
 
@@ -47,13 +48,14 @@ def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Arr
     Args:
         matrix: `E`, `[m, n]`, float32 or float64. Entries near the square root of the
             overflow threshold are safe; a zero matrix has value and gradient zero.
-        squarings: `j` with `p = 2^{j+1} + 2`, or -1 for p = 2; an integer, traced.
+        squarings: `j` with `p = 2^{j+1} + 2`, or -1 for p = 2; an integer, may be
+            traced.
 
     Returns:
         The value, a scalar, and the gradient `[m, n]`, both in the dtype of `matrix`.
     """
     m, n = matrix.shape
-    # The smaller Gram matrix; of small square ones the quicker.
+    # The smaller Gram matrix; for small square matrices, the quicker one.
     of_rows = m < n or m == n < HALVED
     largest = jnp.max(jnp.abs(matrix))
     scaled = matrix / jnp.where(largest > 0, largest, 1)
@@ -71,14 +73,14 @@ def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Arr
 
 
 def norm(matrix: jax.Array, p: float) -> jax.Array:
-    """Return `‖E‖_p` by singular values, the exact reference; any `p ≥ 1` or inf.
+    """Return `‖E‖_p` by singular values, the exact reference for any `p ≥ 1` or inf.
 
     Args:
-        matrix: `[..., m, n]`.
+        matrix: `E`, `[..., m, n]`.
         p: A Python number.
 
     Returns:
-        `[...]`.
+        The norms, `[...]`.
     """
     s = jnp.linalg.svd(matrix, compute_uv=False)
     largest = jnp.max(s, axis=-1)
@@ -89,7 +91,7 @@ def norm(matrix: jax.Array, p: float) -> jax.Array:
 
 
 def _trace_one_power(gram, squarings):
-    """Return `M^{2^j} / ω` of trace one, and log ω; the identity's share for j = -1."""
+    """Return `M^{2^j} / ω` of trace one, and log ω; for j = -1 the identity over n."""
     n = gram.shape[0]
 
     def square(_, carry):
@@ -115,12 +117,12 @@ def _gram(x):
 
 
 def _square(symmetric):
-    """Return the square; a small one is quicker without a transpose."""
+    """Return the square; for a small matrix it is quicker without a transpose."""
     return _symmetric(symmetric, lambda x: _product(x, x))
 
 
 def _symmetric(x, whole):
-    """Return `xᵀ x`, which `whole` computes, by halves where that pays."""
+    """Return `xᵀ x`, by halves where that is quicker, else by `whole`."""
     if x.shape[1] < HALVED:
         return whole(x)
     return jax.lax.platform_dependent(x, cpu=_by_halves, default=whole)
@@ -136,7 +138,7 @@ def _by_halves(x):
 
 
 def _trace(square):
-    """Return the trace; on processors without reading all entries."""
+    """Return the trace; on CPUs without reading all entries."""
 
     def of_diagonal(x):
         return jnp.sum(x.reshape(-1)[:: len(x) + 1])

@@ -2,9 +2,9 @@
 
 A linear map `M: R^n → R^m` is known through its products. Each restart spans the block
 Krylov space `[X, MᵀM X, (MᵀM)² X, …]` and keeps the best right vectors in it
-(Rayleigh–Ritz). Every estimate is `‖M v‖ / ‖v‖` for some `v`, hence a lower bound; it
-is also lowered by the rounding of that very product, so it is never above the true
-value. All functions are unbatched and go through `jit` and `vmap`.
+(Rayleigh–Ritz). Every estimate is `‖M v‖ / ‖v‖` for some `v`, hence a lower bound; the
+rounding error of that product is subtracted, so it is never above the true value. All
+functions are unbatched and compose with `jit` and `vmap`.
 
 References: Golub, Luk and Overton (1981); Musco and Musco (2015).
 
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 from kronjax.linalg.batching import after, any_lane, select
 
 LARGE = 256
-"""Shorter sides from which processors, too, are quicker by eigenvectors of the Gram
-matrix: 1.7 times with 768×768, 2.7 times with 3072×768, on one core. The loops of
+"""Length of the shorter side from which CPUs, too, are quicker by eigenvectors of the
+Gram matrix: 1.7 times with 768×768, 2.7 times with 3072×768, on one core. The loops of
 smaller problems gained nothing by them."""
 
 BLOCKS = 4
-"""Blocks in one Krylov space, the start included."""
+"""Number of blocks in one Krylov space, including the start."""
 
 
 def estimate_norm(
@@ -36,13 +36,13 @@ def estimate_norm(
     tolerance: float = 1e-6,
     restarts: int = 12,
 ) -> jax.Array:
-    """Return a lower bound of `‖M‖_2`, settled to `tolerance` if `restarts` allow.
+    """Return a lower bound of `‖M‖_2`, accurate to `tolerance` if `restarts` suffice.
 
     Args:
         matrix: `[m, n]`, float32 or float64.
-        start: `[n, k]`, right vectors to begin with; random when not given.
-        tolerance: Stop when a restart raises the estimate by less, relatively.
-        restarts: Stop after so many restarts at the latest.
+        start: `[n, k]`, right vectors to begin with; random by default.
+        tolerance: The relative increase of the estimate below which to stop.
+        restarts: Largest number of restarts.
 
     Returns:
         A scalar, never above the true spectral norm.
@@ -51,7 +51,7 @@ def estimate_norm(
     largest = jnp.max(jnp.abs(matrix))
     matrix = matrix / jnp.where(largest > 0, largest, 1)
     if min(m, n) <= 16 * BLOCKS:  # cheaper directly
-        # Of what is nearly square, singular values are the quicker ones on processors.
+        # For nearly square matrices singular values are quicker on CPUs.
         is_long = max(m, n) > 2 * min(m, n)
         top = jax.lax.platform_dependent(
             matrix,
@@ -79,11 +79,11 @@ def estimate_map_norm(
     """Return a lower bound of the spectral norm of a linear map, as `estimate_norm`.
 
     Args:
-        forward: `x [n, k] ↦ M x [m, k]`.
-        adjoint: `y [m, k] ↦ Mᵀ y [n, k]`.
+        forward: The map `x [n, k] ↦ M x [m, k]`.
+        adjoint: The map `y [m, k] ↦ Mᵀ y [n, k]`.
         start: `[n, k]`, right vectors to begin with.
-        tolerance: Stop when a restart raises the estimate by less, relatively.
-        restarts: Stop after so many restarts at the latest.
+        tolerance: The relative increase of the estimate below which to stop.
+        restarts: Largest number of restarts.
 
     Returns:
         A scalar, never above the true spectral norm.
@@ -97,18 +97,18 @@ def estimate_map_norm(
 def triplets(
     matrix: jax.Array, *, orthogonal: bool = True
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `u s vt`, equal to a matrix up to rounding.
+    """Return factors `u`, `s`, `vt` whose product is a matrix up to rounding.
 
-    On processors that is a singular value decomposition. A GPU takes thirty times as
-    long for those as for eigenvectors, and for batches of small matrices hundreds of
-    times: there `triplets_by_gram` does it, and on TPUs, where nobody measured either.
+    On CPUs they are a singular value decomposition. On a GPU that takes thirty times as
+    long as eigenvectors, and hundreds of times for batches of small matrices:
+    `triplets_by_gram` is used there, and also on TPUs, where neither was measured.
     Vectors that belong to values near rounding are then not orthogonal, which weakens
-    proofs about sums that are of lower rank than they could be.
+    proofs about sums of lower rank than they could have.
 
     Args:
         matrix: `[m, n]`, finite.
-        orthogonal: Whether such vectors matter on processors. Where not, large matrices
-            go by `triplets_by_gram` there, too.
+        orthogonal: Whether vectors must be orthogonal on CPUs. If not,
+            `triplets_by_gram` is used for large matrices there, too.
 
     Returns:
         `u: [m, k]`, `s: [k]` descending and `vt: [k, n]`, with `k = min(m, n)`.
@@ -119,10 +119,10 @@ def triplets(
 
 
 def lengths(matrix: jax.Array) -> jax.Array:
-    """Return `|M v|` for the v of a basis, descending: in sum, no less than `‖M‖_*`.
+    """Return `|M v|` for the v of a basis, descending; their sum is at least `‖M‖_*`.
 
-    They are the singular values where those are quick. Where they are not, the basis is
-    that of `triplets_by_gram`, and what it lacks in orthogonality is added.
+    They are the singular values where those are quick to compute. Elsewhere the basis
+    is that of `triplets_by_gram`, with an allowance for its lack of orthogonality.
 
     Args:
         matrix: `[m, n]`, finite.
@@ -133,12 +133,13 @@ def lengths(matrix: jax.Array) -> jax.Array:
 
 
 def leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `q core vt`, the matrix of a rank that is nearest to `matrix`.
+    """Return `q`, `core`, `vt`, whose product is the nearest matrix of a given rank.
 
-    By block Krylov iteration; or by a decomposition, where the Krylov space would fill
-    a good part of the matrix: of singular values for small matrices on processors, else
-    of the Gram matrix. Where that leaves doubt about small values, those below a
-    fiftieth of the largest in float32, the former follows, for the whole batch.
+    They come from block Krylov iteration, or from a full decomposition where the Krylov
+    space would fill a good part of the matrix: a singular value decomposition for small
+    matrices on CPUs, else the eigenvectors of the Gram matrix. Where those are not
+    reliable for small values (below a fiftieth of the largest in float32), a singular
+    value decomposition follows, for the whole batch.
 
     Args:
         matrix: `[m, n]`.
@@ -162,9 +163,9 @@ def leading(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Arr
 def triplets_by_gram(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the same as `triplets`, by the eigenvectors of the Gram matrix.
 
-    The vectors of the longer side, those of `u` if `m >= n`, are orthogonal up to
-    `eps s_1² / (s_i s_j)` only. The others are orthonormal, every `s` is the length of
-    `M v` for one of them, and the product is right up to rounding of the largest.
+    The vectors of the longer side, those of `u` if `m >= n`, are orthogonal only up to
+    `eps s_1² / (s_i s_j)`. The others are orthonormal, every `s` is the length of `M v`
+    for one of them, and the product is accurate up to rounding of the largest.
     """
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vt = triplets_by_gram(matrix.T)
@@ -190,19 +191,19 @@ def leading_by_gram(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the same as `leading`, by the eigenvectors of the Gram matrix.
 
-    The angle that rounding turns them by costs, in squared error, at most `eps s_1²`
-    for every pair of values that are as near to each other.
+    The angle by which rounding turns the vectors costs at most `eps s_1²` in squared
+    error, for every pair of values that are as near to each other.
     """
     if matrix.shape[0] < matrix.shape[1]:
         q, core, vt = leading_by_gram(matrix.T, rank)
         return vt.T, core.T, q.T
     u, s, vt = triplets_by_gram(matrix)
     s, vt = s[:rank], vt[:rank]
-    # Lanes without a matrix must not send their whole batch the slow way.
+    # A lane with a zero matrix must not send the whole batch the slow way.
     is_zero = s[0] == 0
     u = jnp.where(is_zero, jnp.eye(len(u), rank, dtype=u.dtype), u[:, :rank])
-    # Of nearly orthogonal vectors the root of a nearly trivial Gram matrix does the
-    # rest.
+    # Nearly orthogonal vectors are made orthonormal by the Cholesky factor of their
+    # Gram matrix, which is close to the identity.
     certain = is_zero | (s[-1] > float(jnp.finfo(s.dtype).eps) ** 0.25 * s[0])
     gram = jnp.where(certain, _mm(u.T, u), jnp.eye(rank, dtype=u.dtype))
     lower = jnp.linalg.cholesky(gram)
@@ -216,7 +217,7 @@ def leading_by_gram(
 
 
 def _by_gram_if_large(matrix, direct, by_gram):
-    """Return `direct` of small matrices on processors, `by_gram` of all others."""
+    """Return `direct(matrix)` for small matrices on CPUs, `by_gram(matrix)` else."""
     if min(matrix.shape) >= LARGE:
         return by_gram(matrix)
     return jax.lax.platform_dependent(matrix, cpu=direct, default=by_gram)
@@ -236,9 +237,10 @@ def _leading_by_svd(matrix, rank):
 
 
 def _leading_by_krylov(matrix, rank, width, tolerance=1e-7, restarts=12):
-    """Return the leading singular triplets; what they capture settles to `tolerance`.
+    """Return the leading singular triplets.
 
-    That refers to the squared Frobenius norm, relative to that of the matrix.
+    Restarts end when the squared Frobenius norm that the triplets capture rises by less
+    than `tolerance`, relative to that of the matrix.
     """
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vt = _leading_by_krylov(matrix.T, rank, width, tolerance, restarts)
@@ -254,7 +256,7 @@ def _leading_by_krylov(matrix, rank, width, tolerance=1e-7, restarts=12):
     v = _refine(forward, adjoint, start, rank, tolerance, restarts)
     image = forward(v)
     q = _orthonormal(image)
-    # Not by the R of that QR, which is there before Q is: see `lanes`.
+    # Not by the R of that QR, which is computed before Q: see `batching`.
     u, s, wt = jnp.linalg.svd(_mm(q.T, image))
     return _mm(q, u[:, :rank]), s[:rank], _mm(wt[:rank], v.T)
 
@@ -274,7 +276,7 @@ def _refine(forward, adjoint, start, rank, tolerance, restarts):
         gram = _mm(gram.T, gram)
         values, vectors = jnp.linalg.eigh(gram)
         captured = jnp.sum(values[-rank:])
-        # Frobenius mass of the map is at least that of all Ritz values found so far.
+        # The squared Frobenius norm of the map is at least the sum of all Ritz values.
         settled = captured - mass <= tolerance * jnp.sum(jnp.abs(values))
         best = _mm(basis, vectors[:, ::-1][:, :width])
         return best, captured, settled, count + 1
@@ -294,7 +296,7 @@ def _top_by_gram(matrix):
 
 
 def _lowered(norm, size):
-    """Subtract the rounding of products of length `size`, typical times four."""
+    """Subtract four times the typical rounding error of products of length `size`."""
     return norm * (1 - 4 * size**0.5 * float(jnp.finfo(norm.dtype).eps))
 
 
