@@ -11,25 +11,22 @@ progress, and measures the errors of the sums anew, in float64. Results are NumP
 True
 """
 
-import contextlib
 import dataclasses
 import math
-import sys
-import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from kronjax import validation
+from kronjax.io.progress import bar
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.linalg.dense import multiply_out
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.proof import newton
 from kronjax.proof.certificate import Certificate, certificate_of
-from kronjax.runs import engine, pool_programs, workers
+from kronjax.runs import pool_programs, workers
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.pool import Finished, Matrix
 from kronjax.runs.pool_programs import Kind
@@ -186,15 +183,18 @@ def approximate(
         (m, n), configuration, norm, starts, budget, (left, right), schedule
     )
     _note_caps(configuration, problem, notes)
+    count = math.prod(batch)
     kind = Kind(problem, target.dtype, (left, right), proves=False, traces=True)
     certificate = finishes = None
     with (
         jax.enable_x64(target.dtype == np.float64),
         one_blas_thread(),
-        _bar(math.prod(batch) * len(problem.schedule()), progress) as tick,
+        bar(
+            count * len(problem.schedule()), "compiling", unit="stages", wanted=progress
+        ) as tick,
     ):
         solves = _Solves(kind, target, weights, seed, tick)
-        solution = solves.run(range(math.prod(batch)), tolerance)
+        solution = solves.run(range(count), tolerance)
         if certify:
             begun = time.perf_counter()
             given = np.asarray(matrix).reshape(-1, m, n)
@@ -207,7 +207,7 @@ def approximate(
     seconds = solves.seconds
     if finish:
         begun, certificate = time.perf_counter(), None
-        with _bar(math.prod(batch), progress) as tick:
+        with bar(count, "finishing", unit="matrices", wanted=progress) as tick:
             solution, finishes = _finished(target, weights, solution, tick)
         seconds += time.perf_counter() - begun
         if certify:
@@ -258,9 +258,9 @@ class _Solves:
         begun, kind = time.perf_counter(), self.kind
         devices = jax.local_devices()
         share = -(-len(numbers) // len(devices))
-        lanes = engine.num_lanes(kind, devices, share)
+        lanes = workers.num_lanes(kind, devices, share)
         made = pool_programs.compiled.cache_info().misses
-        pools, _ = engine.pools_of(kind, len(numbers), lanes, devices, tolerance)
+        pools, _ = workers.pools_of(kind, len(numbers), lanes, devices, tolerance)
         if pool_programs.compiled.cache_info().misses > made:
             self.compile_seconds += time.perf_counter() - begun
             begun = time.perf_counter()
@@ -274,15 +274,16 @@ class _Solves:
             for number in numbers
         )
         stages = len(kind.problem.schedule())
-        told = 0
+        told = spent = 0
 
         def tick(products, turned):
-            nonlocal told
+            nonlocal told, spent
             told += turned
-            self.tick(f"{products:,} products", turned)
+            spent += products
+            self.tick(turned, f"{spent:,} products")
 
         solved = {x.key: x for x in workers.solve(pools, given, tick)}
-        self.tick("", max(len(numbers) * stages - told, 0))
+        self.tick(max(len(numbers) * stages - told, 0))
         self.seconds += time.perf_counter() - begun
         return _stacked([solved[number] for number in numbers])
 
@@ -386,9 +387,9 @@ def _finished(target, weights, solution, tick):
         terms = jax.tree.map(lambda x, i=i: x[i], flat)
         own = (x if x is None else x[i] for x in sides)
         found.append(
-            newton.finish(matrix, terms, *own, tell=lambda text: tick(text, advance=0))
+            newton.finish(matrix, terms, *own, tell=lambda text: tick(0, text))
         )
-        tick("finish")
+        tick(1)
     terms = jax.tree.map(lambda *x: np.stack(x), *(one.terms for one in found))
     terms = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), terms)
     return dataclasses.replace(solution, terms=terms), tuple(found)
@@ -426,29 +427,3 @@ def _note_caps(configuration, problem, notes):
                 f"rank {given.rank} capped at {used.rank}, the largest Kronecker rank "
                 f"with factors {used.a_shape}: the solution is exact"
             )
-
-
-@contextlib.contextmanager
-def _bar(total, wanted):
-    """Yield a function to call after every stage; a bar is drawn after two seconds.
-
-    With `advance=0` it tells what is done within one.
-    """
-    if wanted is False or (wanted is None and not sys.stderr.isatty()):
-        yield lambda text, advance=1: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    bar = Progress(console=Console(stderr=True), transient=True)
-    task = bar.add_task("compiling", total=total)
-    timer = threading.Timer(0 if wanted else 2, bar.start)
-    timer.start()
-    try:
-        yield lambda text, advance=1: bar.update(
-            task, advance=advance, description=text
-        )
-    finally:
-        timer.cancel()
-        timer.join()
-        bar.stop()

@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kronjax.io import atomic
 
@@ -43,7 +43,7 @@ PATIENCE = 3
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def find(where: str) -> "LocalFolder | RemoteFolder":
+def find(where: str) -> "Storage":
     """Return the place that a path or a URL means; nothing is made yet."""
     if where.startswith("file://"):
         return LocalFolder(Path(where.removeprefix("file://")))
@@ -60,6 +60,72 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise FileNotFoundError(f"{path}: there is no such user") from error
+
+
+class Storage(Protocol):
+    """A place for files by relative names, such as `matrices/00007.json`."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None if there is none."""
+        ...
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file as a whole or not at all."""
+        ...
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the files in a folder."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        ...
+
+    def hold(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """Hold the place for process `number` while the context lasts."""
+        ...
+
+    def is_held(self, number: int) -> bool:
+        """Return whether process `number` holds the place."""
+        ...
+
+
+class MemoryFolder:
+    """A place in the memory of this process."""
+
+    def __init__(self) -> None:
+        """Begin with no files."""
+        self._files: dict[str, bytes] = {}
+
+    def __str__(self) -> str:
+        """Return a name for messages."""
+        return "memory"
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None if there is none."""
+        return self._files.get(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file."""
+        self._files[name] = bytes(content)
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the files in a folder, sorted."""
+        pairs = (name.rpartition("/") for name in self._files)
+        return sorted(last for parent, _, last in pairs if parent == folder)
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        self._files.pop(name, None)
+
+    @contextlib.contextmanager
+    def hold(self, number: int) -> Iterator[None]:
+        """Hold the place: no other process can reach it."""
+        yield
+
+    def is_held(self, number: int) -> bool:
+        """Return whether process `number` holds the place, which only this one can."""
+        return number == 0
 
 
 class LocalFolder:
@@ -280,7 +346,7 @@ class RemoteFolder:
 
 
 @contextlib.contextmanager
-def beating(place: LocalFolder | RemoteFolder, number: int) -> Iterator[None]:
+def beating(place: Storage, number: int) -> Iterator[None]:
     """Hold a place by a file that changes as long as this lives.
 
     Raises:
@@ -316,7 +382,7 @@ def beating(place: LocalFolder | RemoteFolder, number: int) -> Iterator[None]:
         place.remove(name)
 
 
-def is_beating(place: LocalFolder | RemoteFolder, number: int) -> bool:
+def is_beating(place: Storage, number: int) -> bool:
     """Say whether the holder of a place, if there is one, lives."""
     name = lock_name(number)
     first = place.read(name)
@@ -329,7 +395,7 @@ def is_beating(place: LocalFolder | RemoteFolder, number: int) -> bool:
     return False
 
 
-def refuse_others(place: LocalFolder | RemoteFolder, processes: int) -> None:
+def refuse_others(place: Storage, processes: int) -> None:
     """Refuse a place that processes of an earlier run hold, of which there were more.
 
     Raises:

@@ -23,7 +23,6 @@ several devices), not on what was finished before an interruption.
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -33,7 +32,6 @@ import jax
 import numpy as np
 
 from kronjax import __version__
-from kronjax.io import matrices
 from kronjax.io.cache import Work
 from kronjax.kronecker import KroneckerTerms, arrays_of
 from kronjax.linalg.residuals import ResidualNorms, measure
@@ -41,23 +39,11 @@ from kronjax.runs import closed_form, joint, plan, store, workers
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.joint import Prepared, Target
 from kronjax.runs.plan import MatrixTask, SolveSettings, Weights
-from kronjax.runs.pool import Finished, Matrix, Pool
+from kronjax.runs.pool import Matrix
 from kronjax.runs.pool_programs import Kind
 from kronjax.runs.store import Store
 from kronjax.solver.descent import Status
 from kronjax.solver.problem import Problem
-
-ENTRIES = {"cpu": 2**17}
-"""Of the matrices that a device computes at once: of one of 768 x 768, or of some
-hundred of 36 x 36. A guess, as are `WAVES`: no other numbers were measured."""
-
-OTHERWISE = 2**26
-"""The same on accelerators."""
-
-WAVES = 8
-"""Slots for each lane, where there is more than one: see `pool`."""
-
-MOST_LANES = 4096
 
 Tell = Callable[[str, int], None]
 """Called with what is being done, and the number of matrices that are just finished."""
@@ -225,7 +211,9 @@ def lanes_of(store: Store, devices: Sequence[Any], processes: int = 1) -> dict:
         if group.problem is not None:
             share = -(-group.count // (len(devices) * processes))
             key = lanes_key(group, devices)
-            chosen[key] = plan.lanes.get(key) or num_lanes(group.kind, devices, share)
+            chosen[key] = plan.lanes.get(key) or workers.num_lanes(
+                group.kind, devices, share
+            )
     return chosen
 
 
@@ -271,7 +259,7 @@ def _solve(group: Group, work: Run) -> None:
     key = lanes_key(group, work.devices)
     wanted = work.store.plan.lanes[key]
     work.tell(f"compiling {group.key}", 0)
-    pools, lanes = pools_of(
+    pools, lanes = workers.pools_of(
         group.kind, group.count, wanted, work.devices, work.settings.tolerance
     )
     if lanes != wanted:
@@ -439,75 +427,6 @@ def _about(task: MatrixTask) -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     names = ("jax", "jaxlib", "numpy")
     return {"kronjax": __version__, **{name: metadata.version(name) for name in names}}
-
-
-def pools_of(
-    kind: Kind,
-    count: int,
-    lanes: int,
-    devices: Sequence[Any],
-    tolerance: float,
-) -> tuple[list[Pool], int]:
-    """Return pools that fit into memory, and the lanes of each: fewer if need be.
-
-    On processors several pools work at once on small matrices, whose decompositions use
-    a single core: two pools on two cores took 0.63 to 0.75 of the time of one for
-    36×36, and 1.05 of it for 768×768, whose products use all cores anyway.
-
-    Args:
-        kind: Kind of the matrices.
-        count: Number of matrices.
-        lanes: Lanes for each device.
-        devices: Devices to use.
-        tolerance: Tolerance of the solves.
-    """
-    limit, most = _limit(devices), workers.size(devices)
-    share = -(-count // (len(devices) * most))
-
-    def made(lanes):
-        return Pool(
-            kind,
-            lanes=lanes,
-            slots=min(lanes * WAVES, share) if lanes > 1 else 1,
-            devices=list(devices),
-            tolerance=tolerance,
-        )
-
-    pool = made(lanes)
-    while pool.memory > limit and lanes > 1:
-        lanes = max(min(lanes - 1, lanes * limit // pool.memory), 1)
-        pool = made(lanes)
-    if lanes == 1:
-        return [pool], lanes
-    useful = -(-count // (len(devices) * lanes))
-    several = max(min(most, useful, limit // max(pool.memory, 1)), 1)
-    return [pool, *(made(lanes) for _ in range(several - 1))], lanes
-
-
-def num_lanes(kind: Kind, devices: Sequence[Any], share: int) -> int:
-    """Return how many matrices a device should compute at once.
-
-    Args:
-        kind: Kind of the matrices.
-        devices: Devices to use.
-        share: Number of matrices for each device.
-    """
-    size = math.prod(kind.problem.shape)
-    most = ENTRIES.get(devices[0].platform, OTHERWISE) // size
-    each = sum(
-        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kind.shapes)
-    )
-    most = min(most, _limit(devices) // (each * (WAVES + 4)), MOST_LANES)
-    waves = -(-share // max(most, 1))
-    return -(-share // waves)
-
-
-def _limit(devices) -> int:
-    """Return the bytes that a device may be filled with."""
-    facts = devices[0].memory_stats() or {}
-    if "bytes_limit" in facts:
-        return int(0.8 * facts["bytes_limit"])
-    return matrices.physical_memory() // 4 // len(devices)
 
 
 def _way(task: MatrixTask) -> Callable[[Group, Run], None]:

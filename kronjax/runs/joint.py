@@ -15,7 +15,6 @@ and serves all smaller ones, as plans for a budget need them.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -24,7 +24,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from kronjax.io.storage import LocalFolder, RemoteFolder
+from kronjax.io.storage import Storage
 
 POLL = 1.0
 """Seconds between two looks at what the others have finished."""
@@ -196,7 +196,7 @@ def join(
 
 
 def wait(
-    place: LocalFolder | RemoteFolder,
+    place: Storage,
     hosts: Hosts,
     missing: Callable[[], Sequence[int]],
 ) -> None:

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 
 from kronjax.io import matrices
-from kronjax.io.storage import LocalFolder, RemoteFolder
+from kronjax.io.storage import Storage
 from kronjax.io.tensors import parse_json
 from kronjax.runs.plan import MatrixTask, RunPlan, differences
 
@@ -46,7 +46,7 @@ class Store:
         plan: Of which.
     """
 
-    def __init__(self, place: LocalFolder | RemoteFolder, plan: RunPlan) -> None:
+    def __init__(self, place: Storage, plan: RunPlan) -> None:
         """Look at nothing yet."""
         self.place, self.plan = place, plan
 
@@ -191,7 +191,7 @@ def file_names(index: int) -> tuple[str, str]:
     return f"{stem}.safetensors", f"{stem}.json"
 
 
-def read_plan(place: LocalFolder | RemoteFolder) -> RunPlan | None:
+def read_plan(place: Storage) -> RunPlan | None:
     """Return the plan that a place belongs to, or None.
 
     Raises:

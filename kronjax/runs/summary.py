@@ -1,6 +1,6 @@
-"""What came of a plan so far: a table, a figure, and values that JSON holds.
+"""The results of a run: a table, a figure, and values that JSON holds.
 
-Made of what a store holds and of nothing else, at any moment of a run.
+Everything is made from the records of a store, at any moment of a run.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from kronjax.io.atomic import printable
+from kronjax.kronecker import KroneckerTerms, terms_of
 from kronjax.runs import plan
 from kronjax.runs.plan import MatrixTask, RunPlan
 from kronjax.runs.store import FAILED, SOLVED, Store
@@ -20,25 +21,77 @@ FIGURE = "report.png"
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A plan with the records of what is finished.
+class Factorization:
+    """The results of a run, as far as it is finished.
 
     Attributes:
-        plan: All that was to be done.
-        records: By index.
+        store: Store of the results.
+        records: Records of the finished matrices, by index.
     """
 
-    plan: RunPlan
+    store: Store
     records: Mapping[int, Mapping[str, Any]]
 
     @classmethod
-    def of(cls, store: Store) -> "Outcome":
+    def of(cls, store: Store) -> "Factorization":
         """Read all records of a store."""
-        return cls(store.plan, store.records(store.plan.tasks))
+        return cls(store, store.records(store.plan.tasks))
+
+    def __repr__(self) -> str:
+        """Return the state of the run in at most ten lines."""
+        failed = [f"  {printable(task.name)}: {why}" for task, why in self.failed]
+        more = [f"  and {len(failed) - 5} more"] if len(failed) > 5 else []
+        return "\n".join([*verdict(self).split("\n"), *failed[:5], *more])
+
+    def _repr_html_(self) -> str:
+        """Return the table of groups for a notebook."""
+        from rich.console import Console
+
+        console = Console(record=True, file=io.StringIO(), width=100)
+        console.print(table(self))
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+    @property
+    def plan(self) -> RunPlan:
+        """The plan of the run."""
+        return self.store.plan
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the matrices that have factors."""
+        return [task.name for task, _ in self.solved]
+
+    def record(self, name: str) -> Mapping[str, Any]:
+        """Return the record of a finished matrix: errors, bounds, effort.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        return self.records[self._task(name).index]
+
+    def factors(self, name: str) -> dict[str, np.ndarray]:
+        """Return the factors of a finished matrix: `a`, `b`, then `a1`, `b1`, ...
+
+        Raises:
+            KeyError: If there are none.
+        """
+        if self.record(name)["status"] != SOLVED:
+            raise KeyError(f"{name} has failed and has no factors")
+        return self.store.factors(self._task(name))
+
+    def terms(self, name: str) -> tuple[KroneckerTerms, ...]:
+        """Return the factors of a Kronecker sum, one stack for each configuration."""
+        return terms_of(self.factors(name))
+
+    def _task(self, name: str) -> MatrixTask:
+        for task in self.plan.tasks:
+            if task.name == name:
+                return task
+        raise KeyError(f"no rule changes {name}")
 
     @property
     def failed(self) -> list[tuple[MatrixTask, str]]:
-        """What stays dense, and why."""
+        """The tasks that stay dense, and the reasons."""
         return [
             (task, self.records[task.index]["reason"])
             for task in self.plan.tasks
@@ -47,7 +100,7 @@ class Outcome:
 
     @property
     def solved(self) -> list[tuple[MatrixTask, Mapping[str, Any]]]:
-        """What has factors, with its records."""
+        """The tasks that have factors, with their records."""
         return [
             (task, self.records[task.index])
             for task in self.plan.tasks
@@ -56,7 +109,7 @@ class Outcome:
 
     @property
     def parameters(self) -> int:
-        """Of the whole model, what is finished in its new form."""
+        """Number of parameters of the whole model, finished matrices factored."""
         return self.plan.parameters - sum(x.size - x.parameters for x, _ in self.solved)
 
     def plain(self) -> dict[str, Any]:
@@ -68,31 +121,31 @@ class Outcome:
             "before": {"parameters": self.plan.parameters},
             "after": {"parameters": self.parameters},
             "planned": len(self.plan.tasks),
-            "matrices": [dict(one) for _, one in sorted(self.records.items())],
+            "matrices": [dict(record) for _, record in sorted(self.records.items())],
         }
 
     def _status(self, task):
         return self.records.get(task.index, {}).get("status")
 
 
-def table(outcome: Outcome) -> Table:
-    """Return a line for each group of matrices that are alike."""
+def table(found: Factorization) -> Table:
+    """Return a table with a row for each group of matrices that are alike."""
     made = Table()
     made.add_column("matrices", no_wrap=True)
     made.add_column("becomes", min_width=9)
-    for name in ("done", "size", "error", "worst", "gap", "worst", "GEMMs"):
+    for name in ("done", "size", "error", "worst", "gap", "worst", "products"):
         made.add_column(name, justify="right", no_wrap=True)
     groups: dict[Any, list[MatrixTask]] = {}
-    for task in outcome.plan.tasks:
+    for task in found.plan.tasks:
         key = task.shape, plan.describe(task.configurations), task.norm
         groups.setdefault(key, []).append(task)
-    records = {task.index: one for task, one in outcome.solved}
+    records = {task.index: record for task, record in found.solved}
     for (shape, what, _), members in groups.items():
         done = [records[x.index] for x in members if x.index in records]
         share = sum(x.parameters for x in members) / sum(x.size for x in members)
-        errors = [one["errors"]["relative_spectral"] for one in done]
-        gaps = [one["bounds"]["gap"] for one in done]
-        products = [one.get("gemms", 0) for one in done]
+        errors = [record["errors"]["relative_spectral"] for record in done]
+        gaps = [record["bounds"]["gap"] for record in done]
+        products = [record.get("products", 0) for record in done]
         made.add_row(
             f"{shape[0]}x{shape[1]}",
             what,
@@ -105,32 +158,35 @@ def table(outcome: Outcome) -> Table:
     return made
 
 
-def verdict(outcome: Outcome) -> str:
-    """Say in lines what is finished, what it saves, and what is missing."""
-    total, done = len(outcome.plan.tasks), len(outcome.records)
-    before, after = outcome.plan.parameters, outcome.parameters
+def verdict(found: Factorization) -> str:
+    """Return lines that say what is finished, and how much smaller it is."""
+    total, done = len(found.plan.tasks), len(found.records)
+    before, after = found.plan.parameters, found.parameters
     lines = [
         f"{done:,} of {total:,} matrices are finished; {after:,} of {before:,} "
-        f"parameters ({100 * after / max(before, 1):.1f} %).",
-        "Errors are spectral, over the norm of the matrix; no change of all A_k or of "
-        "all B_k can lower them by more than the gap.",
+        f"parameters ({100 * after / max(before, 1):.1f} %)."
     ]
-    if outcome.failed:
-        lines.append(f"{len(outcome.failed)} failed and stay dense.")
+    if any(record["bounds"]["gap"] is not None for _, record in found.solved):
+        lines.append(
+            "Errors are spectral, over the norm of the matrix; no change of all A_k or "
+            "of all B_k can lower them by more than the gap."
+        )
+    if found.failed:
+        lines.append(f"{len(found.failed)} failed and stay dense.")
     return "\n".join(lines)
 
 
-def failures(outcome: Outcome) -> Table | None:
-    """Return a line for each matrix that stays dense, or None if there is none."""
-    if not outcome.failed:
+def failures(found: Factorization) -> Table | None:
+    """Return a table of the matrices that stay dense, or None if there is none."""
+    if not found.failed:
         return None
     made = Table("matrix", "stays dense because")
-    for task, reason in outcome.failed:
+    for task, reason in found.failed:
         made.add_row(printable(task.name), reason)
     return made
 
 
-def figure(outcome: Outcome) -> bytes:
+def figure(found: Factorization) -> bytes:
     """Return a PNG: the errors of all finished matrices, and their gaps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -138,7 +194,7 @@ def figure(outcome: Outcome) -> bytes:
     chart = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     left, right = chart.subplots(1, 2)
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for task, one in outcome.solved:
+    for task, one in found.solved:
         label = f"{task.shape[0]}x{task.shape[1]}"
         groups.setdefault(label, []).append(one)
     for label, some in groups.items():
@@ -156,7 +212,7 @@ def figure(outcome: Outcome) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     if groups:
         left.legend(frameon=False)
-    chart.suptitle(f"{len(outcome.records)} of {len(outcome.plan.tasks)} matrices")
+    chart.suptitle(f"{len(found.records)} of {len(found.plan.tasks)} matrices")
     buffer = io.BytesIO()
     FigureCanvasAgg(chart).print_png(buffer)
     return buffer.getvalue()
@@ -167,3 +223,15 @@ def _mean_and_worst(values, form):
     if not values:
         return "", ""
     return format(float(np.mean(values)), form), format(max(values), form)
+
+
+def draw(found: Factorization) -> str | None:
+    """Write the figure into the store; return the reason if that is impossible.
+
+    A missing figure is no reason to fail.
+    """
+    try:
+        found.store.place.write(FIGURE, figure(found))
+    except (OSError, ValueError) as error:
+        return printable(str(error))
+    return None

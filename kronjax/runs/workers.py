@@ -1,8 +1,8 @@
-"""Several pools at work at once, each in a thread of its own.
+"""The pools that solve many matrices: how large they are, and several at work at once.
 
-On processors one pool leaves cores idle: only large products use all of them, and
-decompositions, which wait for products and are waited for, a single one. Other pools
-fill the gaps. What comes of a matrix does not depend on who solves it.
+On processors one pool of small matrices leaves cores idle: only large products use all
+of them, and decompositions a single one. Other pools, each in a thread of its own, fill
+the gaps. The result for a matrix does not depend on the pool that solves it.
 
 >>> import numpy as np
 >>> from kronjax.kronecker import Configuration
@@ -16,19 +16,37 @@ fill the gaps. What comes of a matrix does not depend on who solves it.
 """
 
 import contextlib
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kronjax.io import matrices as files
 from kronjax.runs import cpu_threads
 from kronjax.runs.pool import Finished, Matrix, Pool, Tick
+from kronjax.runs.pool_programs import Kind
+
+ENTRIES = {"cpu": 2**17}
+"""Entries of the matrices that a device computes at once: those of one of 768 x 768, or
+of some hundred of 36 x 36. A guess, as is `WAVES`: no other numbers were measured."""
+
+
+OTHERWISE = 2**26
+"""Entries on accelerators."""
+
+
+WAVES = 8
+"""Slots for each lane where there is more than one lane: see `pool`."""
+
+
+MOST_LANES = 4096
 
 PATIENCE = 0.1
-"""Seconds after which who waits to tell something looks whether all is over."""
+"""Seconds after which a thread that waits to send looks whether the run has ended."""
 
 
 def size(devices: Sequence[Any]) -> int:
@@ -107,6 +125,75 @@ def solve(
         for one in crew:
             if one.ident is not None:
                 one.join()
+
+
+def pools_of(
+    kind: Kind,
+    count: int,
+    lanes: int,
+    devices: Sequence[Any],
+    tolerance: float,
+) -> tuple[list[Pool], int]:
+    """Return pools that fit into memory, and the lanes of each: fewer if need be.
+
+    On processors several pools work at once on small matrices, whose decompositions use
+    a single core: two pools on two cores took 0.63 to 0.75 of the time of one for
+    36×36, and 1.05 of it for 768×768, whose products use all cores anyway.
+
+    Args:
+        kind: Kind of the matrices.
+        count: Number of matrices.
+        lanes: Lanes for each device.
+        devices: Devices to use.
+        tolerance: Tolerance of the solves.
+    """
+    limit, most = _limit(devices), size(devices)
+    share = -(-count // (len(devices) * most))
+
+    def made(lanes):
+        return Pool(
+            kind,
+            lanes=lanes,
+            slots=min(lanes * WAVES, share) if lanes > 1 else 1,
+            devices=list(devices),
+            tolerance=tolerance,
+        )
+
+    pool = made(lanes)
+    while pool.memory > limit and lanes > 1:
+        lanes = max(min(lanes - 1, lanes * limit // pool.memory), 1)
+        pool = made(lanes)
+    if lanes == 1:
+        return [pool], lanes
+    useful = -(-count // (len(devices) * lanes))
+    several = max(min(most, useful, limit // max(pool.memory, 1)), 1)
+    return [pool, *(made(lanes) for _ in range(several - 1))], lanes
+
+
+def num_lanes(kind: Kind, devices: Sequence[Any], share: int) -> int:
+    """Return how many matrices a device should compute at once.
+
+    Args:
+        kind: Kind of the matrices.
+        devices: Devices to use.
+        share: Number of matrices for each device.
+    """
+    size = math.prod(kind.problem.shape)
+    most = ENTRIES.get(devices[0].platform, OTHERWISE) // size
+    each = sum(
+        math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kind.shapes)
+    )
+    most = min(most, _limit(devices) // (each * (WAVES + 4)), MOST_LANES)
+    waves = -(-share // max(most, 1))
+    return -(-share // waves)
+
+
+def _limit(devices) -> int:
+    """Return the bytes that a device may be filled with."""
+    facts = devices[0].memory_stats() or {}
+    if "bytes_limit" in facts:
+        return int(0.8 * facts["bytes_limit"])
+    return files.physical_memory() // 4 // len(devices)
 
 
 class _Stopped(Exception):

@@ -105,7 +105,9 @@ def solve(
     setting, path, first = start(problem, matrix, *weights)
     stages = problem.schedule()
     if not stages:
-        return finish(problem, setting, path, gather(problem, path.winner, first, first))
+        return finish(
+            problem, setting, path, gather(problem, path.winner, first, first)
+        )
     path, lines = jax.lax.scan(
         lambda path, stage: advance(problem, setting, path, stage, tolerance, seed),
         path,
