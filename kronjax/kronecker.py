@@ -141,24 +141,38 @@ class KroneckerTerms:
             return multiply_out(self.a, self.b)
 
 
-def arrays_of(terms: Sequence[KroneckerTerms]) -> dict[str, np.ndarray]:
-    """Return the factors of a sum as NumPy arrays by name: `a`, `b`, `a1`, `b1`, ..."""
+def part_name(side: str, number: int) -> str:
+    """Return the name of the factors of a configuration: `a`, `b`, then `a1`, `b1`."""
+    return f"{side}{number or ''}"
+
+
+def to_arrays(terms: Sequence[KroneckerTerms]) -> dict[str, np.ndarray]:
+    """Return the factors of a sum by name, as files of factors store them.
+
+    Args:
+        terms: One sum for each configuration.
+
+    Returns:
+        `a` `[..., r, m1, n1]` and `b` `[..., r, m2, n2]` of the first configuration,
+        then `a1` and `b1`, ...
+    """
     return {
-        f"{side}{number or ''}": np.asarray(getattr(sum_, side))
-        for number, sum_ in enumerate(terms)
+        part_name(side, number): np.asarray(getattr(x, side))
+        for number, x in enumerate(terms)
         for side in "ab"
     }
 
 
-def terms_of(arrays: Mapping[str, Any]) -> tuple[KroneckerTerms, ...]:
-    """Return the sum whose factors `arrays_of` named.
+def from_arrays(arrays: Mapping[str, Any]) -> tuple[KroneckerTerms, ...]:
+    """Return the sum whose factors are named as by `to_arrays`.
 
     Raises:
-        KeyError: If a factor is missing.
+        KeyError: If `a` or `b` of a configuration is missing.
     """
-    count = len(arrays) // 2
-    names = [str(number or "") for number in range(count)]
-    return tuple(KroneckerTerms(arrays[f"a{n}"], arrays[f"b{n}"]) for n in names)
+    return tuple(
+        KroneckerTerms(arrays[part_name("a", i)], arrays[part_name("b", i)])
+        for i in range((len(arrays) + 1) // 2)
+    )
 
 
 def divisors(number: int) -> list[int]:

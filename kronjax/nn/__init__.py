@@ -1,7 +1,7 @@
-"""Layers that take the place of `nnx.Linear`, and how models hold them.
+"""Layers that replace `nnx.Linear` and `nnx.Embed`, and how models hold them.
 
-`linear_layers` finds the layers of a model, `replace` swaps one, `cost` counts what it
-stores and computes. Names are loaded when they are first used.
+`linear_layers` finds the layers of a model, `replace` swaps a layer, `cost` counts its
+parameters and operations. Names are loaded when they are first used.
 """
 
 from typing import TYPE_CHECKING
@@ -9,27 +9,41 @@ from typing import TYPE_CHECKING
 from kronjax.lazy import attach
 
 if TYPE_CHECKING:
-    from kronjax.nn.costs import Cost, cost
-    from kronjax.nn.description import describe, from_description
     from kronjax.nn.factors import (
         LowRankFactor,
         Mask,
         MaskedFactor,
     )
-    from kronjax.nn.layers import (
+    from kronjax.nn.interpolative import (
         InterpolativeLinear,
+    )
+    from kronjax.nn.kronecker import (
         KroneckerEmbedding,
         KroneckerLinear,
-        MaskedLinear,
-        Order,
     )
-    from kronjax.nn.surgery import (
+    from kronjax.nn.layers import (
+        Cost,
+        LinearLayer,
+        Order,
+        TableLayer,
+        register,
+    )
+    from kronjax.nn.matrix import (
         Layer,
+        MaskedLinear,
         Table,
+        as_layer,
         dense,
         dense_table,
+        is_dense,
         linear,
+    )
+    from kronjax.nn.surgery import (
+        cost,
+        describe,
+        from_description,
         linear_layers,
+        materialize,
         multiplied_out,
         put,
         replace,
@@ -43,21 +57,27 @@ __all__ = [
     "KroneckerEmbedding",
     "KroneckerLinear",
     "Layer",
+    "LinearLayer",
     "LowRankFactor",
     "Mask",
     "MaskedFactor",
     "MaskedLinear",
     "Order",
     "Table",
+    "TableLayer",
+    "as_layer",
     "cost",
     "dense",
     "dense_table",
     "describe",
     "from_description",
+    "is_dense",
     "linear",
     "linear_layers",
+    "materialize",
     "multiplied_out",
     "put",
+    "register",
     "replace",
     "shape_of",
     "tables",
@@ -66,27 +86,41 @@ __all__ = [
 __getattr__, __dir__ = attach(
     "kronjax.nn",
     {
-        "kronjax.nn.costs": ["Cost", "cost"],
-        "kronjax.nn.description": ["describe", "from_description"],
         "kronjax.nn.factors": [
             "LowRankFactor",
             "Mask",
             "MaskedFactor",
         ],
-        "kronjax.nn.layers": [
+        "kronjax.nn.interpolative": [
             "InterpolativeLinear",
+        ],
+        "kronjax.nn.kronecker": [
             "KroneckerEmbedding",
             "KroneckerLinear",
-            "MaskedLinear",
-            "Order",
         ],
-        "kronjax.nn.surgery": [
+        "kronjax.nn.layers": [
+            "Cost",
+            "LinearLayer",
+            "Order",
+            "TableLayer",
+            "register",
+        ],
+        "kronjax.nn.matrix": [
             "Layer",
+            "MaskedLinear",
             "Table",
+            "as_layer",
             "dense",
             "dense_table",
+            "is_dense",
             "linear",
+        ],
+        "kronjax.nn.surgery": [
+            "cost",
+            "describe",
+            "from_description",
             "linear_layers",
+            "materialize",
             "multiplied_out",
             "put",
             "replace",

@@ -1,16 +1,18 @@
-"""How a layer may hold one of its matrices: whole, masked, or as a product of two.
+"""Factors of a layer: matrices that are stored whole, masked, or as products of two.
 
     masked      value where the mask is true, else 0
     low rank    left @ right           left: [..., m, q],  right: [..., q, n]
 
-A Kronecker layer holds stacks of factors `[r, m1, n1]`, an interpolative one two
-matrices. Each is an `nnx.Param`, and either kind of module here may take its place: it
-answers `shape`, `dtype`, `get_value()` and `[...]` as a parameter does, so the layer
-need not know. A mask is data, no part of the structure: changing it compiles nothing.
+A Kronecker layer holds stacks of factors `[r, m1, n1]`, an interpolative layer two
+matrices. Each factor is an `nnx.Param` or one of the modules defined here, which answer
+`shape`, `dtype`, `get_value()` and `[...]` as a parameter does, so that the layer need
+not distinguish them. A mask is data and no part of the structure: changing it compiles
+nothing.
 
 >>> import jax.numpy as jnp
->>> one = MaskedFactor(jnp.ones((1, 2, 2)), jnp.array([[[True, False], [True, True]]]))
->>> one[...].tolist(), num_kept(one)
+>>> mask = jnp.array([[[True, False], [True, True]]])
+>>> factor = MaskedFactor(jnp.ones((1, 2, 2)), mask)
+>>> factor[...].tolist(), num_kept(factor)
 ([[[1.0, 0.0], [1.0, 1.0]]], 3)
 """
 
@@ -23,13 +25,39 @@ from flax import nnx
 
 
 class Mask(nnx.Variable):
-    """Which entries of a matrix are kept; no parameter, so no gradient reaches it."""
+    """The entries of a matrix that are kept; not a parameter, so without gradient."""
 
 
 class _Held(nnx.Module):
-    """What answers as an `nnx.Param` does."""
+    """Base class of factors that are read like an `nnx.Param`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the factor."""
+        raise NotImplementedError
+
+    @property
+    def num_held(self) -> int:
+        """Number of stored entries, masked ones included."""
+        return math.prod(self.shape)
+
+    @property
+    def num_kept(self) -> int:
+        """Number of stored entries that are not masked."""
+        return self.num_held
+
+    @property
+    def description(self) -> Any:
+        """The way the factor is stored, as a value that JSON knows."""
+        raise NotImplementedError
+
+    @property
+    def note(self) -> str:
+        """The addition to the shape of the factor in tables."""
+        return ""
 
     def get_value(self) -> jax.Array:
+        """Return the matrix."""
         raise NotImplementedError
 
     def __getitem__(self, key: Any) -> jax.Array:
@@ -38,41 +66,52 @@ class _Held(nnx.Module):
 
 
 class MaskedFactor(_Held):
-    """A matrix, or a stack of them, of which only some entries are kept.
+    """A matrix, or a stack of matrices, of which only some entries are kept.
 
     Attributes:
         value: `nnx.Param` `[..., m, n]`.
         mask: `Mask` `[..., m, n]`, bool.
 
     Args:
-        value: `[..., m, n]`.
-        mask: `[..., m, n]`, True where the entry is kept.
+        value: `[..., m, n]`, an array, or a parameter to share.
+        mask: `[..., m, n]`, True where the entry is kept; an array, or a `Mask` to
+            share.
 
     Raises:
         ValueError: If the shapes differ.
     """
 
-    def __init__(self, value: jax.Array, mask: jax.Array) -> None:
-        """Hold both."""
+    def __init__(self, value: jax.Array | nnx.Param, mask: jax.Array | Mask) -> None:
+        """Store the value and the mask."""
         if value.shape != mask.shape:
             raise ValueError(
                 f"a factor {value.shape} and its mask {mask.shape} must have one shape"
             )
-        self.value = nnx.Param(value)
-        self.mask = Mask(mask.astype(bool))
+        self.value = value if isinstance(value, nnx.Param) else nnx.Param(value)
+        self.mask = mask if isinstance(mask, Mask) else Mask(mask.astype(bool))
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the matrix."""
+        """Shape of the factor."""
         return self.value.shape
 
     @property
     def dtype(self) -> Any:
-        """That of the entries."""
+        """Dtype of the entries."""
         return self.value.dtype
 
+    @property
+    def num_kept(self) -> int:
+        """Number of entries that are not masked."""
+        return int(self.mask[...].sum())
+
+    @property
+    def description(self) -> Any:
+        """The way the factor is stored, as a value that JSON knows."""
+        return "masked"
+
     def get_value(self) -> jax.Array:
-        """Return the matrix with zeros where it is masked."""
+        """Return the matrix, with zeros where it is masked."""
         value = self.value[...]
         return jnp.where(self.mask[...], value, jnp.zeros((), value.dtype))
 
@@ -80,8 +119,8 @@ class MaskedFactor(_Held):
 class LowRankFactor(_Held):
     """A stack of matrices of low rank; multiplied out in every forward pass.
 
-    That costs `r m q n` multiply-adds for a whole batch, little beside what the batch
-    spends on the factor; what falls is what is stored and trained.
+    Multiplying out costs `r m q n` multiply-adds for a whole batch, little beside what
+    the batch spends on the factor; storage and the number of trained parameters fall.
 
     Attributes:
         left: `nnx.Param` `[..., m, q]`.
@@ -92,11 +131,11 @@ class LowRankFactor(_Held):
         right: `[..., q, n]`.
 
     Raises:
-        ValueError: If the shapes do not belong together.
+        ValueError: If the shapes do not match.
     """
 
     def __init__(self, left: jax.Array, right: jax.Array) -> None:
-        """Hold both."""
+        """Store both factors of the product."""
         if (
             left.shape[:-2] != right.shape[:-2]
             or left.shape[-1:] != right.shape[-2:][:1]
@@ -115,49 +154,63 @@ class LowRankFactor(_Held):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the stack."""
+        """Shape of the stack."""
         return (*self.left.shape[:-1], self.right.shape[-1])
 
     @property
     def dtype(self) -> Any:
-        """That of the entries."""
+        """Dtype of the entries."""
         return self.left.dtype
 
+    @property
+    def num_held(self) -> int:
+        """Number of stored entries."""
+        return math.prod(self.left.shape) + math.prod(self.right.shape)
+
+    @property
+    def description(self) -> Any:
+        """The way the factor is stored, as a value that JSON knows."""
+        return {"rank": self.rank}
+
+    @property
+    def note(self) -> str:
+        """The addition to the shape of the factor in tables."""
+        return f" of rank {self.rank}"
+
     def get_value(self) -> jax.Array:
-        """Multiply out."""
+        """Multiply the two factors."""
         return self.left[...] @ self.right[...]
 
 
-Held = nnx.Param | MaskedFactor | LowRankFactor
-"""What a layer may hold a matrix as."""
+Factor = nnx.Param | MaskedFactor | LowRankFactor
+"""The types of a factor of a layer."""
 
 
-def num_held(held: Any) -> int:
-    """Return the numbers that are held, masked ones included."""
-    if isinstance(held, LowRankFactor):
-        return math.prod(held.left.shape) + math.prod(held.right.shape)
-    return math.prod(held.shape)
+def num_held(factor: Any) -> int:
+    """Return the number of stored entries of a factor, masked ones included."""
+    return factor.num_held if isinstance(factor, _Held) else math.prod(factor.shape)
 
 
-def num_kept(held: Any) -> int:
-    """Return the numbers that count: of a mask the kept ones."""
-    if isinstance(held, MaskedFactor):
-        return int(held.mask[...].sum())
-    return num_held(held)
+def num_kept(factor: Any) -> int:
+    """Return the number of stored entries of a factor that are not masked."""
+    return factor.num_kept if isinstance(factor, _Held) else math.prod(factor.shape)
 
 
-def describe(held: Any) -> Any:
-    """Return how a matrix is held, as values that JSON knows; None for whole."""
-    if isinstance(held, MaskedFactor):
-        return "masked"
-    return {"rank": held.rank} if isinstance(held, LowRankFactor) else None
+def note(factor: Any) -> str:
+    """Return the addition to the shape of a factor in tables, such as ` of rank 3`."""
+    return factor.note if isinstance(factor, _Held) else ""
+
+
+def describe(factor: Any) -> Any:
+    """Return how a factor is stored, as a value that JSON knows; None for whole."""
+    return factor.description if isinstance(factor, _Held) else None
 
 
 def from_description(description: Any, shape: tuple[int, ...]) -> Any:
-    """Return what a `describe` describes, with abstract float32 arrays.
+    """Return the factor of a `describe`, with abstract float32 arrays.
 
     Raises:
-        TypeError: If it describes nothing.
+        TypeError: If the description is not one of a factor.
     """
 
     def abstract(*shape, dtype=jnp.float32):

@@ -1,30 +1,34 @@
-"""Layers of a model by name: found, replaced, multiplied out.
+"""Layers of a model by name: finding, replacing, describing and counting them.
 
-`linear_layers` finds them, `replace` puts another in the place of one. The kinds that
-kronjax adds to `nnx.Linear` stand in `kronjax.nn.layers`.
+`linear_layers` and `tables` find layers, `replace` puts another layer in the place of
+one. `cost`, `describe` and `from_description` call the methods of `kronjax.nn.layers`.
+
+>>> import jax.numpy as jnp
+>>> layer = linear(jnp.ones((2, 3)), None)
+>>> describe(layer), cost(layer).parameters
+({'kind': 'dense', 'shape': [2, 3], 'bias': False}, 6)
 """
 
 import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 
-from kronjax.nn.layers import (
-    InterpolativeLinear,
-    KroneckerEmbedding,
-    KroneckerLinear,
-    MaskedLinear,
+# Imported for the layers that they register.
+from kronjax.nn import interpolative as _interpolative  # noqa: F401
+from kronjax.nn import kronecker as _kronecker  # noqa: F401
+from kronjax.nn.layers import KINDS, Cost
+from kronjax.nn.matrix import (
+    Layer,
+    Table,
+    as_layer,
+    dense,
+    dense_table,
+    is_dense,
 )
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-Layer = nnx.Linear | KroneckerLinear | InterpolativeLinear | MaskedLinear
-"""What stands where a model multiplies by a matrix."""
-
-Table = nnx.Embed | KroneckerEmbedding
-"""What stands where a model looks up the row of a token or of a position."""
 
 
 def linear_layers(model: nnx.Module) -> dict[str, Layer]:
@@ -34,7 +38,7 @@ def linear_layers(model: nnx.Module) -> dict[str, Layer]:
         model: Any module.
 
     Returns:
-        `{"h.0.mlp.c_fc": layer, ...}`; what is inside of a layer is not listed.
+        `{"h.0.mlp.c_fc": layer, ...}`; modules inside of a layer are not listed.
     """
     found = {}
     for path, module in nnx.iter_modules(model):
@@ -54,18 +58,54 @@ def tables(model: nnx.Module) -> dict[str, Table]:
 
 def shape_of(layer: Layer | Table) -> tuple[int, int]:
     """Return `(n_in, n_out)` of a layer, or rows and columns of a table."""
-    if isinstance(layer, Table):
-        return layer.num_embeddings, layer.features
-    return layer.in_features, layer.out_features
+    return as_layer(layer).shape
+
+
+def materialize(layer: Layer | Table) -> Any:
+    """Return the kernel `[n_in, n_out]` of a layer, or the rows of a table."""
+    return as_layer(layer).materialize()
+
+
+def cost(layer: Layer | Table) -> Cost:
+    """Return the storage and the operations of a layer.
+
+    Args:
+        layer: Its arrays may be abstract, unless it is masked. The operations of a
+            table are those of a head that is tied to it.
+    """
+    return as_layer(layer).cost()
+
+
+def describe(layer: Layer | Table) -> dict[str, Any]:
+    """Return the structure of a layer without its numbers, as values for JSON."""
+    return as_layer(layer).describe()
+
+
+def from_description(description: Mapping[str, Any]) -> Layer | Table:
+    """Return the layer of a `describe`, with abstract float32 arrays.
+
+    Raises:
+        ValueError: If it describes no layer.
+    """
+    try:
+        kind = description["kind"]
+        if kind in KINDS:
+            return KINDS[kind].outline(description)
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{description!r} describes no layer: {error}") from error
+    raise ValueError(
+        f"a layer of kind {kind!r} is unknown: update kronjax, or import the module "
+        "that registers it"
+    )
 
 
 def replace(model: nnx.Module, name: str, layer: Layer | Table) -> None:
-    """Put `layer` where the layer called `name` is.
+    """Put `layer` in the place of the layer called `name`.
 
     Args:
         model: Changed in place.
         name: As `linear_layers` or `tables` gives it, e.g. `h.0.mlp.c_fc`.
-        layer: Of the same shape, a table for a table.
+        layer: A layer of the same shape, a table for a table.
 
     Raises:
         ValueError: If there is no such layer, or the sizes differ.
@@ -85,19 +125,35 @@ def replace(model: nnx.Module, name: str, layer: Layer | Table) -> None:
 
 
 def put(model: nnx.Module, name: str, call: Any) -> None:
-    """Put anything that can be called where the layer called `name` is, unchecked.
+    """Put any callable in the place of the layer called `name`, unchecked.
 
     Args:
         model: Changed in place.
         name: As `linear_layers` gives it.
-        call: What the model will call with the input of the layer.
+        call: The function that the model will call with the input of the layer.
     """
     *path, last = name.split(".")
     setattr(_at(model, path), last, call)
 
 
+def multiplied_out(model: Model) -> Model:
+    """Return a model with dense layers alone, which shares the arrays of the others.
+
+    Args:
+        model: Left as it is.
+    """
+    other = nnx.merge(*nnx.split(model))
+    for name, layer in linear_layers(other).items():
+        if not is_dense(layer):
+            replace(other, name, dense(layer))
+    for name, table in tables(other).items():
+        if not is_dense(table):
+            replace(other, name, dense_table(table))
+    return other
+
+
 def _at(model, path) -> Any:
-    """Return what is at a path of names and numbers, or None."""
+    """Return the object at a path of names and numbers, or None."""
     there: Any = model
     for part in path:
         inside = getattr(there, "__dict__", {})
@@ -111,54 +167,8 @@ def _at(model, path) -> Any:
 def _index(part: str) -> int:
     number = int(part)
     if part != str(abs(number)):
-        raise ValueError(f"{part} is no plain number")
+        raise ValueError(f"{part} is not a plain number")
     return number
-
-
-def dense(layer: Layer) -> nnx.Linear:
-    """Return a layer with its kernel multiplied out, of the same bias and dtype."""
-    if isinstance(layer, nnx.Linear):
-        return layer
-    bias = None if layer.bias is None else layer.bias[...]
-    return linear(layer.materialize(), bias)
-
-
-def dense_table(table: Table) -> nnx.Embed:
-    """Return a table with its rows multiplied out, of the same dtype."""
-    if isinstance(table, nnx.Embed):
-        return table
-    made = nnx.eval_shape(lambda: nnx.Embed(*shape_of(table), rngs=nnx.Rngs(0)))
-    made.embedding = nnx.Param(table.materialize())
-    made.dtype = None  # type: ignore[assignment]  # that of its numbers
-    return made
-
-
-def multiplied_out(model: Model) -> Model:
-    """Return a model with dense layers alone, which shares the arrays of the others.
-
-    Args:
-        model: Left as it is.
-    """
-    other = nnx.merge(*nnx.split(model))
-    for name, layer in linear_layers(other).items():
-        if not isinstance(layer, nnx.Linear):
-            replace(other, name, dense(layer))
-    for name, table in tables(other).items():
-        if not isinstance(table, nnx.Embed):
-            replace(other, name, dense_table(table))
-    return other
-
-
-def linear(kernel: jax.Array, bias: jax.Array | None) -> nnx.Linear:
-    """Return an `nnx.Linear` that holds `kernel` `[n_in, n_out]` and `bias`."""
-    with_bias = bias is not None
-    made = nnx.eval_shape(
-        lambda: nnx.Linear(*kernel.shape, use_bias=with_bias, rngs=nnx.Rngs(0))
-    )
-    made.kernel = nnx.Param(kernel)
-    if with_bias:
-        made.bias = nnx.Param(bias)
-    return made
 
 
 def _order(path):

@@ -33,7 +33,7 @@ import numpy as np
 
 from kronjax import __version__
 from kronjax.io.cache import Work
-from kronjax.kronecker import KroneckerTerms, arrays_of
+from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.runs import closed_form, joint, plan, store, workers
 from kronjax.runs.cpu_threads import one_blas_thread
@@ -168,7 +168,7 @@ class Run:
             self.fail(task, "the solver diverged", effort)
             return
         facts = _facts(task, target, terms, bound, relative)
-        self.store.put(task, arrays_of(terms), {**facts, **effort})
+        self.store.put(task, to_arrays(terms), {**facts, **effort})
         self.tell("", 1)
 
     def fail(self, task: MatrixTask, reason: str, effort: Mapping[str, Any]) -> None:

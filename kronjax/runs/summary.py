@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from kronjax.io.atomic import printable
-from kronjax.kronecker import KroneckerTerms, terms_of
+from kronjax.kronecker import KroneckerTerms, from_arrays
 from kronjax.runs import plan
 from kronjax.runs.plan import MatrixTask, RunPlan
 from kronjax.runs.store import FAILED, SOLVED, Store
@@ -81,7 +81,7 @@ class Factorization:
 
     def terms(self, name: str) -> tuple[KroneckerTerms, ...]:
         """Return the factors of a Kronecker sum, one stack for each configuration."""
-        return terms_of(self.factors(name))
+        return from_arrays(self.factors(name))
 
     def _task(self, name: str) -> MatrixTask:
         for task in self.plan.tasks:

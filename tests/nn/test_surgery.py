@@ -273,6 +273,6 @@ def test_scales_multiply_the_terms_and_are_parameters():
     again = nn.from_description(nn.describe(layer))
     assert nn.describe(again) == nn.describe(layer)
     gradient = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
-    assert [one[...].shape for one in gradient["scales"].values()] == [(2,), (2,)]
+    assert [x[...].shape for x in gradient["scales"].values()] == [(2,), (2,)]
     with pytest.raises(ValueError, match="one \\[r\\] for each of the 2"):
         nn.KroneckerLinear(terms, scales=scales[:1])

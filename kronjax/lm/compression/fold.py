@@ -16,7 +16,6 @@ References: the ports, whose `HIDDEN` names what is elementwise between two laye
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from kronjax import nn
 from kronjax.lm.models.base import LanguageModel
@@ -44,73 +43,36 @@ def fold(model: LanguageModel) -> int:
     return removed
 
 
-def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
-    """Return a layer whose output `i` is output `order[i]` of the one given.
+def reorder_outputs(layer: nn.Layer, order: np.ndarray) -> Any:
+    """Return a layer whose output `i` is output `order[i]` of the given one.
 
     Args:
         layer: Left as it is.
         order: `[n_out]`, a permutation.
+
+    Returns:
+        The layer, or None where its kind cannot be reordered.
     """
-    bias = None if layer.bias is None else layer.bias[...][order]
-    if isinstance(layer, nn.MaskedLinear):
-        kernel, mask = layer.kernel[...][:, order], layer.mask[...][:, order]
-        return nn.MaskedLinear(kernel, mask, bias)
-    if isinstance(layer, nnx.Linear):
-        return nn.linear(layer.kernel[...][:, order], bias)
-    if isinstance(layer, nn.InterpolativeLinear):
-        order = np.asarray(layer.outputs[...])[order]
-        made = nn.InterpolativeLinear(layer.columns[...], layer.rest[...], order, bias)
-        made.columns, made.rest = layer.columns, layer.rest  # masked ones, too
-        return made
-    outputs = np.arange(layer.out_features)
-    outputs = outputs if layer.outputs is None else np.asarray(layer.outputs[...])
-    rows = None if layer.inputs is None else np.asarray(layer.inputs[...])
-    columns = np.argsort(outputs[order])
-    return _reordered(layer, bias, rows, columns)
+    return nn.as_layer(layer).reorder_outputs(order)
 
 
-def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> nn.Layer:
-    """Return a layer whose input `i` is input `order[i]` of the one given.
+def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> Any:
+    """Return a layer whose input `i` is input `order[i]` of the given one.
 
     Args:
         layer: Left as it is.
         order: `[n_in]`, a permutation.
+
+    Returns:
+        The layer, or None where its kind cannot be reordered.
     """
-    bias = None if layer.bias is None else layer.bias[...]
-    if isinstance(layer, nn.MaskedLinear):
-        return nn.MaskedLinear(layer.kernel[...][order], layer.mask[...][order], bias)
-    if isinstance(layer, nnx.Linear):
-        return nn.linear(layer.kernel[...][order], bias)
-    if isinstance(layer, nn.InterpolativeLinear):
-        columns, outputs = layer.columns[...][order], layer.outputs[...]
-        made = nn.InterpolativeLinear(columns, layer.rest[...], outputs, bias)
-        if isinstance(layer.columns, nn.MaskedFactor):
-            value, mask = layer.columns.value[...], layer.columns.mask[...]
-            masked: Any = nn.MaskedFactor(value[order], mask[order])
-            made.columns = masked
-        made.rest = layer.rest
-        return made
-    inputs = np.arange(layer.in_features)
-    inputs = inputs if layer.inputs is None else np.asarray(layer.inputs[...])
-    columns = None if layer.outputs is None else np.argsort(layer.outputs[...])
-    rows = np.argsort(order)[inputs]
-    return _reordered(layer, bias, rows, columns)
-
-
-def _reordered(layer, bias, rows, columns):
-    """Return a Kronecker layer with the same factors and other orders."""
-    scales = None if layer.scales is None else [one[...] for one in layer.scales]
-    made = nn.KroneckerLinear(
-        layer.factors, bias, rows=rows, columns=columns, scales=scales
-    )
-    made.a, made.b = layer.a, layer.b  # masked ones, and those of low rank, too
-    return made
+    return nn.as_layer(layer).reorder_inputs(order)
 
 
 def _fold(model, sources, target):
     """Let the first permuted source say the order of the hidden units."""
     layers = nn.linear_layers(model)
-    orders = (_columns(layers[name]) for name in sources)
+    orders = (_column_order(layers[name]) for name in sources)
     order = next((one for one in orders if one is not None), None)
     if order is None:
         return 0
@@ -120,7 +82,7 @@ def _fold(model, sources, target):
 def _fold_values(model, source, target):
     """Fold an order of values that stays within heads, each of which may serve many."""
     layers = nn.linear_layers(model)
-    order = _columns(layers[source])
+    order = _column_order(layers[source])
     groups, d = model.config.cache_shape
     if order is None or not np.array_equal(order // d, np.arange(groups * d) // d):
         return 0
@@ -136,7 +98,9 @@ def _reorder(model, sources, target, order, wide):
     layers = nn.linear_layers(model)
     new = {name: reorder_outputs(layers[name], order) for name in sources}
     new[target] = reorder_inputs(layers[target], wide)
-    removed = sum(_gathers(layers[name]) - _gathers(new[name]) for name in new)
+    if any(layer is None for layer in new.values()):
+        return 0
+    removed = sum(_num_gathers(layers[name]) - _num_gathers(new[name]) for name in new)
     if removed <= 0:
         return 0
     for name, layer in new.items():
@@ -144,14 +108,9 @@ def _reorder(model, sources, target, order, wide):
     return removed
 
 
-def _gathers(layer):
-    if not isinstance(layer, nn.KroneckerLinear):
-        return 0
-    return (layer.inputs is not None) + (layer.outputs is not None)
+def _num_gathers(layer):
+    return nn.as_layer(layer).num_gathers
 
 
-def _columns(layer):
-    """Return the order of the columns of a permuted layer, or None."""
-    if not isinstance(layer, nn.KroneckerLinear) or layer.outputs is None:
-        return None
-    return np.argsort(np.asarray(layer.outputs[...]))
+def _column_order(layer):
+    return nn.as_layer(layer).column_order

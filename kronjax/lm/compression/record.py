@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from kronjax import __version__, nn
 from kronjax.io import atomic
@@ -162,9 +161,10 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
     choices = {one.name: one for one in result.plan.choices} if result.plan else {}
     counted = result.after
     sizes = {one.name: one for one in (*counted.tables, *counted.layers)}
+    tables = nn.tables(model)
     rows = []
     for name, layer in _all_layers(model).items():
-        if name not in done and isinstance(layer, nnx.Embed):
+        if name not in done and name in tables:
             continue
         size = sizes[name]
         row: dict[str, Any] = {
@@ -177,7 +177,7 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
         }
         if name in done:
             one = done[name]
-            kernel = np.asarray(_kernel(layer), np.float64)
+            kernel = np.asarray(nn.materialize(layer), np.float64)
             left = kernel - np.asarray(after[name].materialize(), np.float64)
             error, whole = (np.linalg.svd(x, compute_uv=False) for x in (left, kernel))
             schatten = [
@@ -202,12 +202,6 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
 
 def _all_layers(model) -> dict[str, Any]:
     return {**nn.tables(model), **nn.linear_layers(model)}
-
-
-def _kernel(layer):
-    if isinstance(layer, nnx.Embed):
-        return layer.embedding[...]
-    return nn.dense(layer).kernel[...]
 
 
 def _norm(values: np.ndarray, p: float) -> float:

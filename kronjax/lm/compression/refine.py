@@ -13,6 +13,7 @@ References: Hubara et al. (2021) and Li et al. (2021), for the reconstruction of
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ def refine(
             graph, state = nnx.split(whole)
             theirs = _mapped(functools.partial(run, graph, state), theirs, batch)
             done = None
-            if _is_factored(block):
+            if _factored(block):
                 draws = np.random.default_rng(i).permutation(
                     np.resize(training, steps * batch)
                 )
@@ -134,25 +135,28 @@ def check(
         raise ValueError(f"refinement needs at least one step; got {steps}")
 
 
-def _is_factored(block: nnx.Module) -> bool:
-    layers = nn.linear_layers(block).values()
-    kinds = nn.KroneckerLinear, nn.InterpolativeLinear
-    return any(isinstance(layer, kinds) for layer in layers)
+def _factored(block: nnx.Module) -> list[str]:
+    """Return the names of the layers of a block that are not dense."""
+    layers = nn.linear_layers(block)
+    return [name for name, layer in layers.items() if not nn.is_dense(layer)]
 
 
-def _is_factor(path: Any, value: Any) -> bool:
-    """Say whether a variable is in the `a` or the `b` of a sum, or interpolative."""
-    path = path[:-1] if path[-1] in ("value", "left", "right") else path
-    low_rank = path[-1] in ("columns", "rest")
-    return isinstance(value, nnx.Param) and (
-        low_rank or path[-2] in ("a", "b", "scales")
-    )
+def _factors(block: nnx.Module) -> Callable[[Any, Any], bool]:
+    """Return a filter of the parameters of factored layers, biases left out."""
+    names = _factored(block)
+
+    def is_factor(path, value):
+        dotted = ".".join(map(str, path))
+        inside = any(dotted.startswith(f"{name}.") for name in names)
+        return inside and isinstance(value, nnx.Param) and path[-1] != "bias"
+
+    return is_factor
 
 
 def _train(block, ours, theirs, order, held_out, step, error):
     """Return the trained factors of a block, if held-out windows agree, and facts."""
     batch = order.shape[1]
-    graph, stored, rest = nnx.split(block, _is_factor, ...)
+    graph, stored, rest = nnx.split(block, _factors(block), ...)
     # Steps are smaller than the spacing of short floats.
     factors = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     test = [held_out[k : k + batch] for k in range(0, len(held_out), batch)]
@@ -178,7 +182,7 @@ def _train(block, ours, theirs, order, held_out, step, error):
 def _put(block, arrays) -> None:
     """Give a block the factors that `_train` named; leave it as it is without any."""
     if arrays:
-        _, stored, _ = nnx.split(block, _is_factor, ...)
+        _, stored, _ = nnx.split(block, _factors(block), ...)
         leaves, structure = jax.tree.flatten(stored)
         cast = [jnp.asarray(arrays[str(i)], x.dtype) for i, x in enumerate(leaves)]
         nnx.update(block, jax.tree.unflatten(structure, cast))

@@ -117,25 +117,7 @@ def kind(layer: nn.Layer | nn.Table) -> str:
     >>> kind(nn.KroneckerLinear([KroneckerTerms(a, b)]))
     '2 × 4x8 ⊗ 3x5'
     """
-    if isinstance(layer, nn.KroneckerLinear | nn.KroneckerEmbedding):
-        pairs = list(zip(layer.a, layer.b, strict=True))
-        words = " + ".join(f"{a.shape[0]} × {_side(a)} ⊗ {_side(b)}" for a, b in pairs)
-        return words + _masked(one for pair in pairs for one in pair)
-    if isinstance(layer, nn.InterpolativeLinear):
-        masked = _masked((layer.columns, layer.rest))
-        return f"rank {layer.rest.shape[0]}, interpolative{masked}"
-    return "masked" if isinstance(layer, nn.MaskedLinear) else "dense"
-
-
-def _side(factor) -> str:
-    words = "{}x{}".format(*factor.shape[1:])
-    if isinstance(factor, nn.LowRankFactor):
-        words += f" of rank {factor.rank}"
-    return words
-
-
-def _masked(parts) -> str:
-    return ", masked" if any(isinstance(x, nn.MaskedFactor) for x in parts) else ""
+    return nn.as_layer(layer).summary()
 
 
 def _num_parameters(module: nnx.Module) -> int:

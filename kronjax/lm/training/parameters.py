@@ -3,7 +3,7 @@
 Parameters are picked by patterns of their names, `h.*.attn.*`, and a jitted step takes
 a flat dictionary much faster than a tree of variables.
 
->>> from kronjax.nn.layers import MaskedLinear
+>>> from kronjax.nn import MaskedLinear
 >>> layer = MaskedLinear(jnp.ones((2, 3)), jnp.ones((2, 3)))
 >>> form, arrays = take(layer)
 >>> sorted(arrays), form.parameters

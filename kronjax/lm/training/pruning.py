@@ -122,19 +122,9 @@ def begin(model: LanguageModel, pruning: Pruning) -> list[str]:
             _check(shapes, pruning)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        layer = layers[name]
-        if isinstance(layer, nnx.Linear):
-            kernel = layer.kernel[...]
-            bias = None if layer.bias is None else layer.bias[...]
-            masked = nn.MaskedLinear(kernel, jnp.ones(kernel.shape, bool), bias)
+        masked = nn.as_layer(layers[name]).with_masks()
+        if masked is not layers[name]:
             nn.replace(model, name, masked)
-        elif not isinstance(layer, nn.MaskedLinear):
-            for place in shapes:
-                part = _part(layer, place)
-                if not isinstance(part, nn.MaskedFactor):
-                    value = part[...]
-                    kept = jnp.ones(value.shape, bool)
-                    _put(layer, place, nn.MaskedFactor(value, kept))
     return names
 
 
@@ -165,14 +155,11 @@ def prune(
         seen = {name: moments.input(name) for name in names}
     sparsity = pruning.final if sparsity is None else sparsity
     found = _masks({name: layers[name] for name in names}, pruning, seen, sparsity)
-    for name, parts in found.items():
-        for place, mask in parts.items():
-            part = _part(layers[name], place)
-            held = part if place == "kernel" else part.value
-            where: Any = layers[name] if place == "kernel" else part
-            value, kept = held[...], mask & where.mask[...]
-            _assign(held, jnp.where(kept, value, jnp.zeros((), value.dtype)))
-            _assign(where.mask, kept)
+    for name, kept_of in found.items():
+        for place, part in nn.as_layer(layers[name]).parts().items():
+            value, kept = part.value[...], kept_of[place] & part.mask[...]
+            _assign(part.value, jnp.where(kept, value, jnp.zeros((), value.dtype)))
+            _assign(part.mask, kept)
 
 
 class Gradual:
@@ -256,20 +243,6 @@ def _check(shapes: Mapping[Any, Any], pruning: Pruning) -> None:
         for shape in (x.shape for x in shapes.values()):
             if shape[-2] % m:
                 raise ValueError(f"{shape[-2]} inputs cannot be grouped for {n}:{m}")
-
-
-def _part(layer: Any, place: Any) -> Any:
-    """Return a part of a layer: of `saliency.of`, its place."""
-    if isinstance(place, tuple):
-        return getattr(layer, place[0])[place[1]]
-    return getattr(layer, place)
-
-
-def _put(layer: Any, place: Any, part: Any) -> None:
-    if isinstance(place, tuple):
-        getattr(layer, place[0])[place[1]] = part
-    else:
-        setattr(layer, place, part)
 
 
 def _assign(variable: Any, value: jax.Array) -> None:

@@ -13,7 +13,7 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models import llama, sizes
 from kronjax.lm.training import masks, saliency
-from kronjax.lm.training.pruning import Gradual, Pruning, _part, begin, prune, sparsity
+from kronjax.lm.training.pruning import Gradual, Pruning, begin, prune, sparsity
 
 CONFIG = llama.Config(
     hidden_size=16,
@@ -108,7 +108,7 @@ def test_a_score_is_the_error_of_losing_an_entry(weighted):
         root = np.linalg.cholesky(moment + 1e-9 * np.eye(len(moment))).T
         whole = np.asarray(layer.materialize(), np.float64)
         for place, score in found.items():
-            part = _part(layer, place)
+            part = layer.parts()[place]
             for _ in range(4):
                 at = tuple(rng.integers(0, part.shape))
                 value = part[...]
@@ -125,7 +125,7 @@ def test_scores_follow_the_order_of_the_inputs():
     moment = np.diag(np.arange(1.0, 9)).astype(np.float32)
     terms = KroneckerTerms(jnp.ones((1, 8, 1)), jnp.ones((1, 1, 3)))
     layer = nn.KroneckerLinear([terms], rows=order)
-    found = saliency.of(layer, moment)["a", 0]
+    found = saliency.of(layer, moment)["a"]
     np.testing.assert_allclose(found[0, :, 0] ** 2, 3 * (order + 1), rtol=1e-5)
 
 
