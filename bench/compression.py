@@ -156,7 +156,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
         )
     seconds = {**done.seconds, "calibrate": experiment.calibration_seconds(name)}
     seconds["all"] = sum(seconds.values())
-    kinds = [choice.kind for choice in done.plan.choices] if done.plan else []
+    kinds = [choice.method.name for choice in done.plan.choices] if done.plan else []
     return {
         "calibration": name,
         "fraction": fraction,

@@ -1,6 +1,7 @@
-"""Recipes: rules over the names of layers that say what each of them becomes.
+"""Recipes: rules over the names of layers that say how each layer is compressed.
 
     name: half
+    ignore: h.0.*
     rules:
       - match: "h.{0..5}.mlp.*"
         method: low-rank
@@ -11,15 +12,21 @@
 Names are matched as in a shell: `*` is any text and `?` any character, `{fc,proj}` one
 of several, `{0..5}` a number in a range, `{odd}` and `{even}` the numbers of blocks,
 `{early}`, `{middle}` and `{late}` a third of them. The first rule that matches decides;
-what no rule matches is kept. A rule that matches nothing is a mistake. Embeddings are
-meant only by rules that give their very names, `wte`, so that `*` is all linear layers.
+layers that no rule matches are kept. A rule that matches nothing is a mistake. `*`
+stands for linear layers only: a rule applies to an embedding if it lists its exact
+name, `wte`.
+
+`targets` can be written in place of `match`. A rule does not apply to the layers that
+its `ignore` matches, and no rule to those that the `ignore` of the recipe matches; an
+`ignore` may match nothing, so that `lm_head`, which is never compressed, can be listed.
 
 >>> recipe = loads('''
 ... rules:
-...   - {match: "h.{odd}.fc", method: low-rank, rank: 2}
+...   - {targets: "h.{odd}.fc", ignore: "h.3.*", method: low-rank, rank: 2}
 ... ''')
->>> [one.name for one in resolve(recipe, {f"h.{i}.fc": (8, 8) for i in range(4)})]
-['h.1.fc', 'h.3.fc']
+>>> shapes = {f"h.{i}.fc": (8, 8) for i in range(4)}
+>>> [assignment.name for assignment in resolve(recipe, shapes)]
+['h.1.fc']
 """
 
 import dataclasses
@@ -28,16 +35,20 @@ import importlib.resources
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 import yaml
 
-from kronjax.kronecker import Configuration, interpolative_rank
+from kronjax import methods
+from kronjax.methods import Method
 from kronjax.norm import Norm
 
+if TYPE_CHECKING:
+    from kronjax.kronecker import Configuration
+
 Positive = Annotated[int, pydantic.Field(ge=1)]
-Method = Literal["kronecker", "low-rank", "interpolative", "keep"]
+Patterns = str | tuple[str, ...]
 Weighting = Literal["none", "input", "input+gradient"]
 Start = Literal["van-loan", "rescaled", "pruning", "random"]
 
@@ -64,26 +75,29 @@ class Term(_Strict):
 
 
 class Rule(_Strict):
-    """What the layers become whose name matches.
+    """The compression of the layers whose names match.
 
     Attributes:
-        match: A pattern, or several.
-        method: `kronecker`, `low-rank`, `interpolative` (low rank with fewer numbers,
-            `nn.InterpolativeLinear`) or `keep`.
+        match: A pattern, or several; `targets` is read as the same field.
+        method: Name of a method of `kronjax.methods`: `kronecker`, `low-rank`,
+            `interpolative` (low rank with fewer parameters), `keep`, or one that was
+            registered.
+        ignore: Patterns of layers that the rule does not apply to.
         terms: The configurations of a Kronecker sum; with low rank, `(n_in, 1)`.
-        rank: Of `low-rank` and `interpolative`.
-        fraction: Of those, in the place of the rank: parameters over those of the dense
-            kernel.
+        rank: Rank of `low-rank` and `interpolative`.
+        fraction: Parameters over those of the dense kernel, in place of the rank.
         norm: `spectral`, `frobenius`, `schatten:P`, or `auto`: Frobenius where there
             are weights, and spectral where there are none.
-        weighting: What the error is weighted by, from calibration.
-        start: Where a solve starts, or all there is to it in schemes that train later.
+        weighting: Moments from calibration that the error is weighted by.
+        start: Factors that training starts from: those of the fit, or of a scheme in
+            the literature that trains them later.
         scalars: Whether every term of a Kronecker sum gets a scalar of its own, to be
             learned beside its factors.
     """
 
-    match: str | tuple[str, ...]
-    method: Method
+    match: Patterns
+    method: str
+    ignore: Patterns = ()
     terms: tuple[Term, ...] = ()
     rank: Positive | None = None
     fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] | None = None
@@ -92,76 +106,74 @@ class Rule(_Strict):
     start: Start = "van-loan"
     scalars: bool = False
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _accept_targets(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "targets" not in values:
+            return values
+        if "match" in values:
+            raise ValueError("match and targets are the same: write one of them")
+        values = dict(values)
+        return {"match": values.pop("targets"), **values}
+
+    @pydantic.field_validator("method")
+    @classmethod
+    def _method_is_known(cls, name: str) -> str:
+        return methods.find(name).name
+
     @pydantic.model_validator(mode="after")
     def _belongs_together(self) -> "Rule":
-        has_rank = not self.terms and (self.rank is None) != (self.fraction is None)
-        wanted = {
-            "kronecker": bool(self.terms) and self.rank is None is self.fraction,
-            "low-rank": has_rank,
-            "interpolative": has_rank,
-            "keep": not self.terms and self.rank is None is self.fraction,
-        }
-        if self.scalars and self.method != "kronecker":
-            raise ValueError("scalars are those of the terms of method kronecker")
-        if not wanted[self.method]:
-            needs = {
-                "kronecker": "terms, and neither rank nor fraction",
-                "low-rank": "either rank or fraction, and no terms",
-                "interpolative": "either rank or fraction, and no terms",
-                "keep": "neither terms nor rank nor fraction",
-            }
-            raise ValueError(f"method {self.method} takes {needs[self.method]}")
+        methods.find(self.method).validate(self)
         return self
 
 
 class Recipe(_Strict):
-    """Rules in order, and where they come from.
+    """Rules in order, and their origin.
 
     Attributes:
-        rules: The first that matches a layer decides.
-        name: Of the recipe.
-        source: Where it was published.
-        model_type: The architecture it is for, such as `gpt2`; None for any.
+        rules: The rules; the first that matches a layer decides.
+        name: Name of the recipe.
+        source: Publication that the recipe comes from.
+        model_type: Architecture it is for, such as `gpt2`; None for any.
+        ignore: Patterns of layers that stay as they are, whatever the rules match.
     """
 
     rules: tuple[Rule, ...]
     name: str = ""
     source: str = ""
     model_type: str | None = None
+    ignore: Patterns = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What one layer becomes.
+    """The compression of one layer.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         shape: `(n_in, n_out)`.
-        configurations: Of its sum.
+        method: The method of the rule.
+        configurations: The Kronecker sum to fit; none where the method fits by itself.
         rule: The rule that decided.
     """
 
     name: str
     shape: tuple[int, int]
-    configurations: tuple[Configuration, ...]
+    method: Method
+    configurations: tuple["Configuration", ...]
     rule: Rule
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that are stored."""
-        if self.rule.method == "interpolative":
-            (one,) = self.configurations
-            return one.rank * (sum(self.shape) - one.rank)
-        terms = sum(one.num_parameters(self.shape) for one in self.configurations)
-        scalars = sum(one.rank for one in self.configurations) * self.rule.scalars
-        return terms + scalars
+        """Number of parameters that replace the kernel."""
+        return self.method.num_parameters(self.rule, self.shape)
 
 
 def load(source: str | Path) -> Recipe:
-    """Read a recipe by its path, or by the name of one that comes with kronjax.
+    """Read a recipe by its path, or by the name of a recipe that kronjax contains.
 
     Raises:
-        ValueError: If it is no recipe; says where.
+        ValueError: If it is not a recipe; says where.
         OSError: If there is no such file, and no such name; lists the names.
     """
     path = Path(source)
@@ -183,35 +195,35 @@ def loads(text: str, *, where: str = "recipe") -> Recipe:
 
     Args:
         text: The YAML.
-        where: What messages call it.
+        where: Name of the source in messages.
 
     Raises:
-        ValueError: If it is no recipe; says where.
+        ValueError: If it is not a recipe; says where.
     """
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds no mapping with rules")
+        raise ValueError(f"{where} is not a mapping with rules")
     try:
         return Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, one['loc'])) or 'recipe'}: {one['msg']}"
-            for one in error.errors()
+            f"{'.'.join(map(str, mistake['loc'])) or 'recipe'}: {mistake['msg']}"
+            for mistake in error.errors()
         ]
         raise ValueError(f"{where}: {'; '.join(lines)}") from error
 
 
 def dumps(recipe: Recipe) -> str:
-    """Write a recipe as YAML, without what is as by default."""
+    """Write a recipe as YAML, without fields that have their default."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def builtin() -> dict[str, str]:
-    """Return the YAML of the recipes that come with kronjax, by name."""
+    """Return the YAML of the recipes that kronjax contains, by name."""
     folder = importlib.resources.files("kronjax") / "recipes"
     texts = {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
@@ -234,7 +246,7 @@ def resolve(
         recipe: The rules.
         shapes: `(n_in, n_out)` of each layer, in the order of the model.
         tables: `(rows, columns)` of each embedding.
-        model_type: Of the model, if it is known.
+        model_type: Architecture of the model, if it is known.
 
     Returns:
         The layers that change, in order.
@@ -251,22 +263,21 @@ def resolve(
     tables = tables or {}
     matched = matches(recipe, shapes, tables)
     decided = {name: numbers[0] for name, numbers in matched.items() if numbers}
-    used, found = set(decided.values()), []
-    for names, assign in ((tables, _assign_table), (shapes, _assign)):
-        for name, shape in names.items():
+    used, assigned = set(decided.values()), []
+    for named, assign in ((tables, _assign_table), (shapes, _assign)):
+        for name, shape in named.items():
             rule = recipe.rules[decided[name]] if name in decided else None
-            if rule is not None and rule.method != "keep":
-                found.append(assign(rule, name, shape))
+            if rule is not None and methods.find(rule.method).changes:
+                assigned.append(assign(rule, name, shape))
     for i, rule in enumerate(recipe.rules):
         if i not in used:
-            raise ValueError(
-                _unused(rule, _expression(rule, shapes), [*shapes, *tables])
-            )
-    return found
+            expression = _expression(rule.match, shapes)
+            raise ValueError(_unused(rule.match, expression, [*shapes, *tables]))
+    return assigned
 
 
 def matching(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the names that a pattern, or one of several, matches, in their order.
+    """Return the names that any of the patterns matches, in their order.
 
     >>> matching("h.{early}.*", ["h.0.fc", "h.1.fc", "h.2.fc", "lm_head"])
     ['h.0.fc']
@@ -275,14 +286,11 @@ def matching(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
         ValueError: If a pattern matches none of them.
     """
     names = list(names)
-    rules = [
-        Rule(match=one, method="keep")
-        for one in ([patterns] if isinstance(patterns, str) else patterns)
-    ]
-    expressions = [_expression(rule, names) for rule in rules]
-    for rule, expression in zip(rules, expressions, strict=True):
+    patterns = _tuple(patterns)
+    expressions = [_expression(pattern, names) for pattern in patterns]
+    for pattern, expression in zip(patterns, expressions, strict=True):
         if not any(map(expression.fullmatch, names)):
-            raise ValueError(_unused(rule, expression, names))
+            raise ValueError(_unused(pattern, expression, names))
     return [name for name in names if any(x.fullmatch(name) for x in expressions)]
 
 
@@ -293,68 +301,60 @@ def matches(
 
     Args:
         recipe: The rules.
-        names: Of layers.
-        tables: Names of embeddings, which patterns do not match.
+        names: Names of layers.
+        tables: Names of embeddings, which a rule must list exactly.
+
+    Returns:
+        For each name the numbers of the rules; none where the recipe ignores it.
     """
     names = list(names)
-    expressions = [_expression(rule, names) for rule in recipe.rules]
-    found = {
-        name: [i for i, rule in enumerate(recipe.rules) if name in _patterns(rule)]
-        for name in tables
-    }
-    for name in names:
-        found[name] = [i for i, one in enumerate(expressions) if one.fullmatch(name)]
-    return found
+    kept = _expression(recipe.ignore, names)
+    matched: dict[str, list[int]] = {name: [] for name in (*tables, *names)}
+    for number, rule in enumerate(recipe.rules):
+        targets = _expression(rule.match, names)
+        ignored = _expression(rule.ignore, names)
+        chosen = [name for name in tables if name in _tuple(rule.match)]
+        chosen += [name for name in names if targets.fullmatch(name)]
+        for name in chosen:
+            if not ignored.fullmatch(name) and not kept.fullmatch(name):
+                matched[name].append(number)
+    return matched
 
 
 def _assign(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
-    m, n = shape
-    if rule.method in ("low-rank", "interpolative"):
-        if rule.rank is not None:
-            rank = rule.rank
-        else:
-            assert rule.fraction is not None
-            budget = int(rule.fraction * m * n)
-            rank = budget // (m + n)
-            if rule.method == "interpolative":
-                rank = interpolative_rank(shape, budget)
-            rank = max(rank, 1)
-        configurations = (Configuration((m, 1), rank),)
-    else:
-        configurations = tuple(Configuration(x.a_shape, x.rank) for x in rule.terms)
+    method = methods.find(rule.method)
     try:
-        for one in configurations:
-            most = one.max_rank(shape)
-            if one.rank > most:
-                raise ValueError(
-                    f"rank {one.rank} is more than the {most} that is exact"
-                )
+        configurations = method.configurations(rule, shape)
+        method.num_parameters(rule, shape)
     except ValueError as error:
         raise ValueError(f"{name}, by the rule for {rule.match}: {error}") from error
-    return Assignment(name, shape, configurations, rule)
+    return Assignment(name, shape, method, configurations, rule)
 
 
 def _assign_table(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
-    if rule.method == "interpolative" or rule.weighting != "none" or rule.scalars:
+    takes_tables = methods.find(rule.method).takes_tables
+    if not takes_tables or rule.weighting != "none" or rule.scalars:
+        known = [x.name for x in methods.registered() if x.takes_tables and x.changes]
         raise ValueError(
             f"{name} is an embedding, which has no inputs to weight by: write method "
-            "kronecker or low-rank, weighting none, and no scalars"
+            f"{' or '.join(known)}, weighting none, and no scalars"
         )
     return _assign(rule, name, shape)
 
 
-def _expression(rule: Rule, names: Iterable[str]) -> re.Pattern[str]:
-    """Return the patterns of a rule as one regular expression."""
+def _expression(patterns: Iterable[str], names: Iterable[str]) -> re.Pattern[str]:
+    """Return patterns as one regular expression; without any it matches nothing."""
     numbers = [
         int(part) for name in names for part in name.split(".") if part.isdigit()
     ]
     blocks = max(numbers, default=-1) + 1
-    text = "|".join(_translate(one, blocks) for one in _patterns(rule))
-    return re.compile(text, re.DOTALL)  # names of tensors may hold anything
+    text = "|".join(_translate(pattern, blocks) for pattern in _tuple(patterns))
+    # Names of tensors may contain line ends.
+    return re.compile(text if _tuple(patterns) else "(?!)", re.DOTALL)
 
 
-def _patterns(rule: Rule) -> tuple[str, ...]:
-    return (rule.match,) if isinstance(rule.match, str) else rule.match
+def _tuple(patterns: Iterable[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _translate(pattern: str, blocks: int) -> str:
@@ -384,20 +384,19 @@ def _translate(pattern: str, blocks: int) -> str:
             elif inside in words:
                 options = [str(i) for i in words[inside]]
             else:
-                options = [_translate(one, blocks) for one in inside.split(",")]
+                options = [_translate(word, blocks) for word in inside.split(",")]
             parts.append(f"(?:{'|'.join(options)})" if options else "(?!)")
     return "".join(parts)
 
 
-def _unused(rule: Rule, expression: re.Pattern[str], names: Iterable[str]) -> str:
-    """Say why a rule decided nothing: no name is like it, or others came first."""
+def _unused(match: Patterns, expression: re.Pattern[str], names: Iterable[str]) -> str:
+    """Return why a rule decides nothing: it matches no name, or only decided ones."""
     names = list(names)
-    if any(expression.fullmatch(name) for name in names):
+    if any(expression.fullmatch(name) or name in _tuple(match) for name in names):
         return (
-            f"the rule for {rule.match} decides nothing: rules before it match all of "
-            "its layers; put it before them"
+            f"the rule for {match} decides nothing: rules before it match all of its "
+            "layers, or they are ignored; put it before them"
         )
-    pattern = _patterns(rule)[0]
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+    close = difflib.get_close_matches("".join(_tuple(match)[:1]), names, 3, 0.3)
     hint = f"layers are named like {', '.join(close or names[:3])}"
-    return f"the rule for {rule.match} matches no layer; {hint}"
+    return f"the rule for {match} matches no layer; {hint}"

@@ -23,6 +23,7 @@ ROOMS = [
     "norm",
     "io",
     "nn",
+    "methods",
     "recipe",
     "solver",
     "display",

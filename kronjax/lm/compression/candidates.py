@@ -1,10 +1,10 @@
-"""What layers offer to a plan: how large they could be, and at what damage.
+"""Candidates for every layer: the sizes it could have, and the damage of each.
 
-Dense; and at a number of sizes low rank (interpolative, which takes the fewest
-numbers), a sum of near-square Kronecker products, or a mixture of both, whichever does
-the least damage. That of low rank is known at every size from the singular values of
-the whitened kernel. What the others leave of it is measured: joint fits in a few
-blocks, for every kind of layer.
+A layer can stay dense, or become at a number of sizes low rank (interpolative, with the
+fewest parameters), a sum of near-square Kronecker products, or a mixture of both,
+whichever does the least damage. The damage of low rank is known at every size from the
+singular values of the whitened kernel. The damage of sums relative to it is measured by
+joint fits in a few blocks, for every kind of layer.
 
 >>> kind_of_layer("h.3.mlp.c_fc")
 ('h.*.mlp.c_fc', 3)
@@ -18,86 +18,101 @@ from typing import Any
 
 import numpy as np
 
+from kronjax import methods
 from kronjax.io.cache import Work
-from kronjax.kronecker import Configuration, interpolative_rank
+from kronjax.kronecker import Configuration
 from kronjax.lm.compression import fit, mixture
+from kronjax.methods import Method
+from kronjax.recipe import Rule, Weighting
 
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
-"""Sizes that are offered, as parts of the dense kernel."""
+"""Sizes of the candidates, as fractions of the dense kernel."""
 
 PROBES = (0.15, 0.3, 0.5)
-"""Sizes at which sums are fitted to learn what they leave of low rank's damage. From
-the smallest up, and no further than they gain: the larger a sum, the less it does."""
+"""Sizes at which sums are fitted to compare their damage with that of low rank. They
+are tried in ascending order, until there is no gain: the larger a sum, the smaller its
+gain."""
 
-SHARES = {"mixture": 0.5, "kronecker": 0.0}
-"""Kinds of sums that are probed, and the part of them that is low rank. Of the bundled
-model no layer whose mixture lost had near-square terms alone that won."""
+SHARES = (0.5, 0.0)
+"""Mixtures that are probed, by the fraction of their parameters that is low rank. In
+the bundled model near-square terms alone did not gain in any layer whose mixture did
+not."""
 
 WORTH, NEAR = 0.9, 0.1
-"""Other sums are offered where probes promise so much of low rank's damage at most, and
-at sizes so near to a probe's. At larger ones they lose: of SmolLM2-135M at 0.8 all
-mixtures that were fitted at 0.65 to 0.85 of a kernel, more than thirty, came out behind
-low rank, though probes at 0.5 had promised 2 to 12 % less."""
+"""Sums are candidates where probes predict at most this fraction of the damage of low
+rank, and at sizes no further than this from the size of a probe. At larger sizes they
+lose: for SmolLM2-135M at 0.8 all mixtures that were fitted at 0.65 to 0.85 of a kernel,
+more than thirty, did more damage than low rank, though probes at 0.5 had predicted 2 to
+12 % less."""
 
 BLOCKS = 2
-"""Blocks in which every kind of layer is probed, spread evenly."""
+"""Number of blocks in which every kind of layer is probed, spread evenly."""
 
-Probe = tuple[str, str, float, float]
-"""A layer, a kind of sum, a fraction, and its damage over that of low rank."""
+Probe = tuple[str, float, float, float]
+"""A layer, the share of low rank in a mixture, the size of the mixture as a fraction of
+the kernel, and its damage divided by that of low rank."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """What a layer gets.
+    """A size and a method for a layer.
 
     Attributes:
-        name: Of the layer.
+        name: Name of the layer.
         shape: `(n_in, n_out)`.
-        kind: `dense`, `interpolative`, `kronecker` or `mixture`.
-        configurations: Of its sum; none where it is dense.
-        fraction: Parameters of the kernel over those of the dense one.
-        damage: Predicted, in nats per token if there are gradients.
+        rule: The rule that makes it.
+        fraction: Parameters of the kernel over those of the dense kernel.
+        damage: Predicted damage, in nats per token if there are gradients.
         low_rank: Damage of low rank at the same size, from its closed form.
-        reason: In words.
+        reason: The reason for the method, in words.
     """
 
     name: str
     shape: tuple[int, int]
-    kind: str
-    configurations: tuple[Configuration, ...]
+    rule: Rule
     fraction: float
     damage: float
     low_rank: float
     reason: str
 
+    @property
+    def method(self) -> Method:
+        """The method of the rule."""
+        return methods.find(self.rule.method)
+
+    @property
+    def configurations(self) -> tuple[Configuration, ...]:
+        """The Kronecker sum to fit; none where the layer stays dense."""
+        return self.method.configurations(self.rule, self.shape)
+
 
 def kind_of_layer(name: str) -> tuple[str, int]:
-    """Return the name without the number of its block, and that number."""
-    found = re.search(r"\.(\d+)\.", name)
-    if found is None:
+    """Return the name with `*` for the number of its block, and that number."""
+    block = re.search(r"\.(\d+)\.", name)
+    if block is None:
         return name, 0
-    return name[: found.start()] + ".*." + name[found.end() :], int(found[1])
+    return name[: block.start()] + ".*." + name[block.end() :], int(block[1])
 
 
 def probed(names: Iterable[str]) -> set[str]:
-    """Return the layers of every kind in a few blocks, spread evenly."""
+    """Return the layers to probe: of every kind those of a few blocks."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         kinds.setdefault(kind_of_layer(name)[0], []).append(name)
-    found = set()
+    chosen = set()
     for members in kinds.values():
         places = (np.arange(BLOCKS) + 0.5) * len(members) / BLOCKS
-        found |= {members[int(place)] for place in places}
-    return found
+        chosen |= {members[int(place)] for place in places}
+    return chosen
 
 
 def probe(prepared: fit.Prepared, work: Work, evaluations: int) -> list[Probe]:
-    """Fit the kinds of sums at a few sizes; return their damages over low rank's.
+    """Fit mixtures at a few sizes; return their damages over those of low rank.
 
     Args:
         prepared: A kernel.
-        work: Keeps what is found.
-        evaluations: That each fit may spend.
+        work: Cache of the results.
+        evaluations: Products that each fit may spend.
     """
     target = prepared.target
 
@@ -109,17 +124,17 @@ def probe(prepared: fit.Prepared, work: Work, evaluations: int) -> list[Probe]:
 
 
 def _ratios(prepared, evaluations):
-    """Yield kinds, sizes and damages over those of low rank, while there is gain."""
+    """Yield shares, sizes and damages over those of low rank, while there is gain."""
     for fraction in PROBES:
         tail = prepared.low_rank.tail(fraction)
-        for kind, share in SHARES.items():
+        for share in SHARES:
             ranks = mixture.mix(prepared.target.shape, fraction, share)
             if tail == 0 or not all(ranks[share == 0 :]):
                 continue
-            found = prepared.mixture(ranks, evaluations=evaluations)
-            ratio = found.relative**2 / tail
-            yield kind, fraction, ratio
-            if kind == "mixture" and ratio > 1:
+            fitted = prepared.mixture(ranks, evaluations=evaluations)
+            ratio = fitted.relative**2 / tail
+            yield share, fraction, ratio
+            if share and ratio > 1:
                 return
 
 
@@ -129,67 +144,90 @@ def of_layer(
     total: float,
     tails: np.ndarray,
     ratios: Sequence[Probe],
+    weighting: Weighting = "none",
 ) -> list[Candidate]:
-    """Return what a layer offers: dense, and the best kind of every size."""
+    """Return the candidates of a layer: dense, and the best method of every size.
+
+    Args:
+        name: Name of the layer.
+        layer: The dense layer.
+        total: Damage of leaving the layer out.
+        tails: `[k + 1]`, relative squared error of low rank, of every rank from 0 on.
+        ratios: Results of all probes.
+        weighting: Weighting of the error in the rules.
+    """
     shape = layer.in_features, layer.out_features
     whole = math.prod(shape)
-    offers = [Candidate(name, shape, "dense", (), 1.0, 0.0, 0.0, "what it holds pays")]
+    keep = Rule(match=name, method="keep")
+    candidates = [Candidate(name, shape, keep, 1.0, 0.0, 0.0, "worth its parameters")]
     for fraction in FRACTIONS:
-        rank = max(interpolative_rank(shape, fraction * whole), 1)
-        tail = float(tails[min(rank, len(tails) - 1)])
-        factors = {"interpolative": 1.0}
-        for other in SHARES:
-            ratio = _ratio(name, other, fraction, ratios)
-            if ratio <= WORTH:
-                factors[other] = ratio
-        kind = min(factors, key=lambda k: factors[k])
-        if kind == "interpolative":
-            held: tuple[Configuration, ...] = (Configuration((shape[0], 1), rank),)
-            parameters = rank * (sum(shape) - rank)
-            reason = "low rank is best here"
-        else:
-            held = mixture.configurations(
-                shape, mixture.mix(shape, fraction, SHARES[kind])
-            )
-            parameters = sum(one.num_parameters(shape) for one in held)
-            reason = f"{1 - factors[kind]:.0%} less damage than low rank, by probes"
-        if held and parameters < whole:
+        low = Rule(match=name, method="interpolative", fraction=fraction)
+        method = methods.find(low.method)
+        (low_rank,) = method.configurations(low, shape)
+        tail = float(tails[min(low_rank.rank, len(tails) - 1)])
+        expected = {x: _ratio(name, x, fraction, ratios) for x in SHARES}
+        share = min(SHARES, key=lambda x: expected[x])
+        ratio, held, reason = 1.0, (low_rank,), "low rank is best here"
+        if expected[share] <= WORTH:
+            method, ratio = methods.find("kronecker"), expected[share]
+            held = mixture.configurations(shape, mixture.mix(shape, fraction, share))
+            reason = f"{1 - ratio:.0%} less damage than low rank, by probes"
+        if not held:
+            continue
+        made = rule(name, method, held, weighting)
+        parameters = method.num_parameters(made, shape)
+        if parameters < whole:
             damage = total * tail
-            share = parameters / whole
-            offers.append(
-                Candidate(
-                    name,
-                    shape,
-                    kind,
-                    held,
-                    share,
-                    damage * factors[kind],
-                    damage,
-                    reason,
-                )
+            size = parameters / whole
+            candidates.append(
+                Candidate(name, shape, made, size, damage * ratio, damage, reason)
             )
-    return offers
+    return candidates
+
+
+def rule(
+    name: str,
+    method: Method,
+    configurations: Sequence[Configuration],
+    weighting: Weighting,
+) -> Rule:
+    """Return the rule that fits given configurations to a layer.
+
+    Args:
+        name: Name of the layer.
+        method: A method that fits Kronecker sums.
+        configurations: The sum.
+        weighting: Weighting of the error.
+    """
+    fields = method.fields(configurations)
+    return Rule(
+        match=name,
+        method=method.name,
+        norm="frobenius",
+        weighting=weighting,
+        **fields,
+    )
 
 
 def _ratio(
     name: str,
-    kind: str,
+    share: float,
     fraction: float,
     ratios: Sequence[Probe],
 ) -> float:
-    """Return the damage over low rank's: the mean of probes, nearest ones most.
+    """Return the damage over that of low rank: the mean of probes, by their distance.
 
-    Infinite without a probe of that kind and about that size.
+    Infinite without a probe of that share and about that size.
     """
-    same, block = kind_of_layer(name)
+    kind, block = kind_of_layer(name)
     logs, weights = [], []
-    for probe, probed_kind, size, ratio in ratios:
-        other, place = kind_of_layer(probe)
+    for probed_layer, probed_share, size, ratio in ratios:
+        other, place = kind_of_layer(probed_layer)
         is_near = abs(size - fraction) <= NEAR + 1e-9
-        if (other, probed_kind) == (same, kind) and is_near:
-            far = abs(place - block) + 30 * abs(size - fraction)
+        if (other, probed_share) == (kind, share) and is_near:
+            distance = abs(place - block) + 30 * abs(size - fraction)
             logs.append(math.log(max(ratio, 1e-12)))
-            weights.append(1 / (1 + far) ** 2)
+            weights.append(1 / (1 + distance) ** 2)
     if not logs:
         return math.inf
     return math.exp(float(np.average(logs, weights=weights)))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kronjax import nn
+from kronjax import methods, nn
 from kronjax import recipe as recipes
 from kronjax.io.cache import Work
 from kronjax.io.progress import bar, timed
@@ -405,6 +405,7 @@ def _as_fitted(rules: Recipe, done) -> Recipe:
         if not isinstance(old.match, str) or old.match not in taken:
             return old
         layer = taken[old.match]
-        return plan.rule(layer.name, layer.kind, layer.configurations, old.weighting)
+        method = methods.find(layer.kind)
+        return candidates.rule(layer.name, method, layer.configurations, old.weighting)
 
     return rules.model_copy(update={"rules": tuple(map(rule, rules.rules))})

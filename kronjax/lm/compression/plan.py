@@ -1,20 +1,21 @@
-"""Plans: what every layer gets for a budget, and why.
+"""Plans: the method and the size of every layer for a budget, and the reasons.
 
-Every layer has something to offer (`offers`), and `budget.share` spreads the budget so
-that the sum of all damages is least.
+Every layer has candidates (`candidates`), and `budget.share` divides the budget so that
+the sum of all damages is least.
 
-With moments of inputs and gradients a damage is an estimate of the loss it costs, and
-fragile layers, often those of the first block, stay dense because their estimates say
-so. With those of inputs alone it is the relative error of the outputs, and without any
-that of the kernel: layers are then compared by guess.
+With moments of inputs and gradients a damage is an estimate of the growth of the loss,
+and fragile layers, often those of the first block, stay dense because of it. With
+moments of inputs alone it is the relative error of the outputs, and without any that of
+the kernel: the comparison of layers is then a guess.
 
 The estimate ranks damages well and is too small for large ones: errors of several
-layers meet, and the loss is not quadratic. Reports show both beside each other.
+layers add up, and the loss is not quadratic. Reports show the estimate beside the
+measurement.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,26 +26,25 @@ from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.io.cache import Work
 from kronjax.io.progress import bar
-from kronjax.kronecker import Configuration, KroneckerTerms, matmul_cost
 from kronjax.lm.compression import candidates, fit
 from kronjax.lm.compression.budget import Budget, share
 from kronjax.lm.compression.candidates import Candidate, Probe
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models import sizes
 from kronjax.lm.models.base import LanguageModel, parameter_dtype
-from kronjax.recipe import Assignment, Recipe, Rule, Term, Weighting
+from kronjax.recipe import Assignment, Recipe, Rule, Weighting
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What all layers get.
+    """One candidate for every layer of a model.
 
     Attributes:
-        budget: What was asked for.
-        weighting: What damages are weighted by.
-        choices: One for every layer, in the order of the model.
-        damage: Sum of all.
-        ratios: Of all probes.
+        budget: The budget of the model.
+        weighting: Moments that damages are weighted by.
+        choices: The candidates chosen, in the order of the model.
+        damage: Sum of their damages.
+        ratios: Results of all probes.
     """
 
     budget: Budget
@@ -55,38 +55,12 @@ class Plan:
 
     def recipe(self, name: str = "plan") -> Recipe:
         """Return the plan as rules, one for every layer that changes."""
-        rules = [
-            rule(one.name, one.kind, one.configurations, self.weighting)
-            for one in self.choices
-            if one.configurations
-        ]
-        rules.append(Rule(match="*", method="keep"))
-        if len(rules) > len(self.choices):  # nothing is left for the last one
-            rules.pop()
+        rules = [x.rule for x in self.choices if x.method.changes]
+        if len(rules) < len(self.choices):
+            rules.append(Rule(match="*", method="keep"))
         return Recipe(
             rules=tuple(rules), name=name, source=f"planned for {self.budget}"
         )
-
-
-def rule(
-    name: str,
-    kind: str,
-    configurations: Sequence[Configuration],
-    weighting: Weighting,
-) -> Rule:
-    """Return the rule for one layer.
-
-    Args:
-        name: Of the layer.
-        kind: `interpolative`, or anything else for a sum.
-        configurations: What it consists of.
-        weighting: Of its error.
-    """
-    what: dict[str, Any] = {"method": "interpolative", "rank": configurations[0].rank}
-    if kind != "interpolative":
-        terms = tuple(Term(a_shape=c.a_shape, rank=c.rank) for c in configurations)
-        what = {"method": "kronecker", "terms": terms}
-    return Rule(match=name, norm="frobenius", weighting=weighting, **what)
 
 
 def make(
@@ -102,13 +76,13 @@ def make(
     """Plan a model for a budget.
 
     Args:
-        model: Dense in all layers; left as it is.
-        budget: See `budget.Budget`.
-        moments: From calibration.
-        weighting: What to weight by; by default all that the moments hold.
-        evaluations: That fits of mixtures will spend; those that probe take half of
-            it, so that what they promise is kept.
-        work: Keeps what the fits to come need again.
+        model: A model whose layers are all dense; left as it is.
+        budget: A `budget.Budget`, or its text.
+        moments: Moments from calibration.
+        weighting: Moments to weight by; by default all that there are.
+        evaluations: Products that fits of mixtures will spend; probes spend half of
+            them, so that the fits are at least as good as predicted.
+        work: Cache of decompositions, which the fits need again.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
 
     Raises:
@@ -135,12 +109,12 @@ def make(
                 ratios += candidates.probe(prepared, work, evaluations // 2)
             advance(1)
     offered = {
-        name: candidates.of_layer(name, layers[name], *tails[name], ratios)
+        name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)
         for name in names
     }
     width = layers[names[0]].kernel[...].dtype.itemsize
     measure = _cost_of(budget, width)
-    costs = [[(measure(one), one.damage) for one in offered[name]] for name in names]
+    costs = [[(measure(x), x.damage) for x in offered[name]] for name in names]
     picked = share(costs, room)
     choices = tuple(offered[name][i] for name, i in zip(names, picked, strict=True))
     return Plan(
@@ -152,30 +126,18 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
     """Return a model as a recipe makes it, with abstract arrays: for its sizes.
 
     Args:
-        model: Dense; its arrays may be abstract. Left as it is.
-        recipe: Rules.
+        model: A dense model; its arrays may be abstract. Left as it is.
+        recipe: The rules.
 
     Raises:
         ValueError: If the rules do not fit the model.
     """
-    layers = compressible(model)
+    layers: dict[str, Any] = {**compressible(model), **nn.tables(model)}
     graph, state = nnx.split(model)
     made = nnx.merge(graph, jax.eval_shape(lambda: state))
-    for one in resolve(recipe, model):
-        bias = one.name in layers and layers[one.name].bias is not None
-        described: dict[str, Any] = {"bias": bias}
-        if one.rule.method == "interpolative":
-            rank = one.configurations[0].rank
-            described |= {"kind": "interpolative", "shape": one.shape, "rank": rank}
-        else:
-            terms = [
-                {"a": [c.rank, *c.a_shape], "b": [c.rank, *c.b_shape(one.shape)]}
-                for c in one.configurations
-            ]
-            sum_of = "kronecker" if one.name in layers else "kronecker-embedding"
-            scales = one.rule.scalars
-            described |= {"kind": sum_of, "terms": terms, "scales": scales}
-        nn.replace(made, one.name, nn.from_description(described))
+    for assignment in resolve(recipe, model):
+        name, rule = assignment.name, assignment.rule
+        nn.replace(made, name, assignment.method.outline(rule, layers[name]))
     dtype = parameter_dtype(model)
     graph, state, rest = nnx.split(made, nnx.Param, ...)
     cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
@@ -183,20 +145,20 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
 
 
 def best_weighting(moments: Moments | None) -> Weighting:
-    """Return what moments allow."""
+    """Return the weighting that uses all of the moments."""
     if moments is None:
         return "none"
     return "input+gradient" if moments.outputs else "input"
 
 
 def resolve(recipe: Recipe, model: LanguageModel) -> list[Assignment]:
-    """Apply rules to the linear layers of a model, its head left out, and its tables.
+    """Apply rules to the linear layers of a model, without its head, and its tables.
 
     Raises:
         ValueError: If the rules do not fit the model, or it is compressed already.
     """
     shapes, tables = (
-        {name: nn.shape_of(one) for name, one in named.items()}
+        {name: nn.shape_of(layer) for name, layer in named.items()}
         for named in (compressible(model), nn.tables(model))
     )
     kind = model.config.model_type
@@ -204,14 +166,14 @@ def resolve(recipe: Recipe, model: LanguageModel) -> list[Assignment]:
 
 
 def compressible(model: LanguageModel) -> dict[str, Any]:
-    """Return the layers that a plan decides on: all linear ones but the head.
+    """Return the layers that a plan decides on: all linear layers but the head.
 
     Raises:
-        ValueError: If one is compressed already.
+        ValueError: If a layer is compressed already.
     """
     layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
     every = {**layers, **nn.tables(model)}
-    done = [k for k, v in every.items() if nn.describe(v)["kind"] != "dense"]
+    done = [k for k, v in every.items() if not nn.is_dense(v)]
     if done:
         raise ValueError(
             f"the model is compressed already ({len(done)} layers, {done[0]} is one); "
@@ -226,10 +188,9 @@ def target(
     """Return the kernel of a layer with its weights.
 
     Raises:
-        ValueError: If the moments lack what the weighting asks for.
+        ValueError: If there are no moments of the layer for the weighting.
     """
-    held = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
-    kernel = np.asarray(held[...], np.float32)
+    kernel = np.asarray(nn.materialize(layer), np.float32)
     if weighting == "none":
         return fit.Target(name, kernel)
     if moments is None or name not in moments.sources:
@@ -249,10 +210,10 @@ def target(
 
 
 def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:
-    """Return what the kernels of the layers may cost together."""
+    """Return the part of a budget that the kernels of the layers may take together."""
     counted = sizes.count(model)
     dense = [x for x in counted.layers if x.name in layers]
-    kernels = sum(math.prod(one.shape) for one in dense)
+    kernels = sum(math.prod(layer.shape) for layer in dense)
     if budget.measure == "fraction":
         return budget.amount * kernels
     if budget.measure == "flops":
@@ -272,34 +233,23 @@ def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> fl
 
 
 def _cost_of(budget: Budget, width: int) -> Callable[[Candidate], float]:
-    """Return what a choice costs, in the measure of `_room`.
+    """Return the function that measures a candidate, in the measure of `_room`.
 
     Args:
-        budget: What is measured.
-        width: Bytes of a parameter; an order is held in integers of four.
+        budget: The measure.
+        width: Bytes of a parameter; an order is stored in integers of four bytes.
     """
 
     def parameters(choice):
         return choice.fraction * math.prod(choice.shape)
 
     def flops(choice):
-        if choice.kind in ("dense", "interpolative"):
-            return 2 * parameters(choice)
-        held = choice.configurations
-        products = sum(2 * _multiply_adds(choice.shape, one) for one in held)
-        return products + (len(held) - 1) * choice.shape[1]
+        return choice.method.flops(choice.rule, choice.shape)
 
     def with_orders(choice):
-        # Of sums, too: an interpolative layer takes the place of a fit that fails.
+        # For sums, too: an interpolative layer takes the place of a fit that fails.
         order = 4 / width * choice.shape[1]
-        return parameters(choice) + order * (choice.kind != "dense")
+        return parameters(choice) + order * choice.method.changes
 
     costs = {"flops": flops, "bytes": with_orders}
     return costs.get(budget.measure, parameters)
-
-
-def _multiply_adds(shape, configuration):
-    a, b = configuration.a_shape, configuration.b_shape(shape)
-    sides = (jax.ShapeDtypeStruct((configuration.rank, *x), np.float32) for x in (a, b))
-    stand_ins: Any = tuple(sides)
-    return matmul_cost(KroneckerTerms(*stand_ins))

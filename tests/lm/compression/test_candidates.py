@@ -19,7 +19,7 @@ def test_probes_of_a_sum_of_kronecker_products_go_up_in_size_and_find_it():
     ]
     kernel = sum(products) + 0.1 * draws.standard_normal(SHAPE)
     found = _probes(kernel)
-    sizes = [size for _, kind, size, _ in found if kind == "mixture"]
+    sizes = [size for _, share, size, _ in found if share == 0.5]
     assert sizes == list(candidates.PROBES)
     assert min(ratio for *_, ratio in found) < 0.1
 
@@ -27,8 +27,8 @@ def test_probes_of_a_sum_of_kronecker_products_go_up_in_size_and_find_it():
 def test_probes_of_falling_singular_values_stop_at_the_smallest_size():
     draws = np.random.default_rng(1)
     u, v = (np.linalg.qr(draws.standard_normal((n, 48)))[0] for n in SHAPE)
-    ((_, kind, size, ratio),) = _probes(u * 0.7 ** np.arange(48) @ v.T)
-    assert (kind, size) == ("mixture", candidates.PROBES[0])
+    ((_, share, size, ratio),) = _probes(u * 0.7 ** np.arange(48) @ v.T)
+    assert (share, size) == (0.5, candidates.PROBES[0])
     assert ratio > 1
 
 
@@ -37,9 +37,10 @@ def test_sums_are_offered_where_probes_promise_gain_and_about_their_size():
         in_features, out_features = 48, 64
 
     tails = np.linspace(1, 0, 49)
-    ratios = [("h.0.x", "mixture", 0.3, 0.5), ("h.0.x", "kronecker", 0.3, 0.95)]
+    ratios = [("h.0.x", 0.5, 0.3, 0.5), ("h.0.x", 0.0, 0.3, 0.95)]
     choices = candidates.of_layer("h.1.x", Layer(), 2.0, tails, ratios)
-    mixed = [one for one in choices if one.kind == "mixture"]
-    assert {one.kind for one in choices} == {"dense", "interpolative", "mixture"}
-    assert all(abs(one.fraction - 0.3) < 0.15 for one in mixed)
-    assert all(one.damage < one.low_rank for one in mixed)
+    mixed = [x for x in choices if x.method.name == "kronecker"]
+    assert {x.method.name for x in choices} == {"keep", "interpolative", "kronecker"}
+    assert all(len(x.configurations) == 2 for x in mixed)
+    assert all(abs(x.fraction - 0.3) < 0.15 for x in mixed)
+    assert all(x.damage < x.low_rank for x in mixed)

@@ -55,7 +55,7 @@ def test_stages_of_low_rank_truncate_what_is_there(method):
         assert set(changed) == set(total)
         for name in changed:
             layer = nn.linear_layers(model)[name]
-            cost, rank = nn.cost(layer).parameters, truncate._rank(layer)
+            cost, rank = nn.cost(layer).parameters, layer.rank
             assert cost <= fraction * total[name]
             more = sum(nn.shape_of(layer)) - 2 * rank * (method == "interpolative")
             assert cost + more > fraction * total[name]  # one rank more is too much
@@ -79,7 +79,7 @@ def test_moments_weigh_what_is_cut():
     layer = nn.linear_layers(model)[UP]
     root = np.linalg.cholesky(inputs[UP].astype(np.float64)).T
     error = np.linalg.norm(root @ (kernel(layer) - old))
-    assert error == pytest.approx(tail(root @ old, truncate._rank(layer)), rel=1e-2)
+    assert error == pytest.approx(tail(root @ old, layer.rank), rel=1e-2)
 
 
 @pytest.mark.parametrize("scales", [False, True])
@@ -93,7 +93,7 @@ def test_fewer_terms_are_the_nearest_ones_whatever_training_made_of_them(scales)
     )
     whole = rearrange(jnp.asarray(layer.terms[0].to_matrix()), (4, 8))
     for rank in (1, 4, 6, 9):
-        made = truncate.kronecker(layer, [rank])
+        made = layer.truncate([rank])
         assert made.a[0].shape[0] == min(rank, 6)
         lost = np.linalg.norm(kernel(made) - kernel(layer))
         np.testing.assert_allclose(lost, tail(whole, rank), rtol=1e-3, atol=1e-3)
@@ -147,7 +147,7 @@ def test_what_would_be_undone_is_refused_by_name():
     layer = nn.KroneckerLinear([KroneckerTerms(draw(2, 8, 16), draw(2, 2, 2))])
     layer.a[0] = nn.MaskedFactor(layer.a[0][...], jnp.ones((2, 8, 16), bool))
     with pytest.raises(ValueError, match="undo"):
-        truncate.kronecker(layer, [1])
+        layer.truncate([1])
     with pytest.raises(ValueError, match="undo its mask"):
         truncate.inside(layer, "a", 1)
     for to, stages in ((1.0, 2), (0.0, 2), (-1, 2), (0.5, 0)):

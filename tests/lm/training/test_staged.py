@@ -33,7 +33,7 @@ def test_ranks_fall_from_stage_to_stage_and_a_stopped_run_goes_on(
     run = trainer.train
 
     def watched(model, *given, **options):
-        ranks = [truncate._rank(x) for x in nn.linear_layers(model).values()]
+        ranks = [nn.as_layer(x).rank for x in nn.linear_layers(model).values()]
         seen.append((given[1].steps, ranks))
         return run(model, *given, **options)
 
