@@ -218,7 +218,7 @@ def mixtures(experiment: Experiment, weighting: Any):
             experiment.model,
             Recipe(rules=(*rules, Rule(match="*", method="keep"))),
             experiment.moments("books"),
-            evaluations=experiment.evaluations,
+            max_products=2 * experiment.evaluations,
             work=experiment.work / "fits",
             progress=False,
         )

@@ -1,8 +1,9 @@
 """Sums of Kronecker products, fitted to matrices in the spectral norm.
 
 `approximate` solves one matrix or a batch, `solve` is the pure function inside it,
-`Configuration` states what both look for. Names are loaded when they are first used, so
-that the command line answers before jax has been imported.
+`Configuration` states the form of the sum. `certify` proves how good a sum is, `search`
+chooses a form, `factorize` solves all matrices of a file or folder. Names are loaded
+when they are first used, so that the command line answers before jax is imported.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from kronjax.lazy import attach
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation, approximate
     from kronjax.kronecker import Configuration, KroneckerTerms
+    from kronjax.proof.certificate import Certificate, certify
+    from kronjax.runs.factorize import factorize
     from kronjax.selection import search
     from kronjax.solver.continuation import solve
     from kronjax.solver.descent import Status
@@ -20,10 +23,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Approximation",
+    "Certificate",
     "Configuration",
     "KroneckerTerms",
     "Status",
     "approximate",
+    "certify",
+    "factorize",
     "search",
     "solve",
 ]
@@ -33,6 +39,8 @@ __getattr__, __dir__ = attach(
     {
         "kronjax.approximation": ["Approximation", "approximate"],
         "kronjax.kronecker": ["Configuration", "KroneckerTerms"],
+        "kronjax.proof.certificate": ["Certificate", "certify"],
+        "kronjax.runs.factorize": ["factorize"],
         "kronjax.selection": ["search"],
         "kronjax.solver.continuation": ["solve"],
         "kronjax.solver.descent": ["Status"],

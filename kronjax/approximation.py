@@ -291,7 +291,7 @@ class _Solves:
 def _stacked(solved: list[Finished]) -> _Solution:
     """Return solutions as one batch."""
     parts = [
-        _Solution(x.terms, x.frobenius or (), x.trace, np.int32(x.status))
+        _Solution(x.terms, x.frobenius or (), x.trace, np.asarray(x.status))
         for x in solved
     ]
     longest = max(len(x.trace.p) for x in solved)

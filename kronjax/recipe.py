@@ -126,6 +126,12 @@ class Rule(_Strict):
         methods.find(self.method).validate(self)
         return self
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the matrix alone decides the result, without text or training."""
+        plain = self.weighting == "none" and self.start == "van-loan"
+        return plain or not methods.find(self.method).changes
+
 
 class Recipe(_Strict):
     """Rules in order, and their origin.

@@ -75,7 +75,6 @@ def approximate(
     from kronjax import report
     from kronjax.io import atomic, matrices
     from kronjax.linalg import residuals
-    from kronjax.proof import certificate as certificates
 
     if out is not None:
         atomic.check_output(out, ".safetensors", source=file)
@@ -90,7 +89,7 @@ def approximate(
     options |= dict(zip(("left_weight", "right_weight"), weights, strict=True))
     found = None
     if parameters is None:
-        options["certify"] = certify and not finish and norm == "spectral"
+        options["certify"] = certify and norm == "spectral"
         configurations = _configurations(source, a_shape, rank, low_rank)
         approximation = kronjax.approximate(source.matrix, configurations, **options)
     else:
@@ -107,9 +106,9 @@ def approximate(
     for name, one in (("left_weight", left_weight), ("right_weight", right_weight)):
         asked[name] = one and atomic.readable(one)
     fields = {**asked, "seed": seed, **_fields(approximation, baseline)}
-    certificate = approximation.proven
+    certificate = approximation.certificate
     if certify and certificate is None:
-        certificate = certificates.certify(approximation, source.matrix, *weights)
+        certificate = kronjax.certify(approximation, source.matrix, *weights)
     if certificate is not None:
         fields |= report.certified(certificate)
     if found is not None:

@@ -4,14 +4,25 @@ What they need is imported inside them, so that `kronjax --help` loads no jax.
 """
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from kronjax.cli.factorize import FAILURE, forecast
 from kronjax.cli.language import Dtype, Model
-from kronjax.cli.options import Flag, Json, Seed, option
+from kronjax.cli.options import (
+    Flag,
+    Json,
+    MaxProducts,
+    NumStarts,
+    Seed,
+    Tolerance,
+    option,
+)
 from kronjax.runs import cpu_threads
 
 Weighting = Annotated[
@@ -20,10 +31,13 @@ Weighting = Annotated[
 ]
 
 HELD_OUT = 60_000
-"""Characters of the text after those that calibration reads, to measure on."""
+"""Characters of the text after the tokens of calibration, to measure perplexities."""
 
 WORK = ".kronjax-work"
-"""The folder with what is finished, inside the one that is being made."""
+"""Folder of the unfinished work, inside the folder of the model."""
+
+CONFIG = "config.json"
+"""The file that says that a folder holds a model."""
 
 
 def plan(
@@ -101,14 +115,15 @@ def compress(
     calibrate: Annotated[str | None, option("FILE")] = None,
     tokens: Annotated[int, option("N")] = 32_768,
     weighting: Weighting = None,
+    tolerance: Tolerance = 1e-2,
+    num_starts: NumStarts = 1,
+    seed: Seed = 0,
+    max_products: MaxProducts = None,
     refine: Annotated[int, option("STEPS")] = 0,
     sequential: Flag = False,
     evaluate: Annotated[str | None, option("FILE")] = None,
     protocol: Annotated[str, option("NAME")] = "krony-pt",
     dtype: Dtype | None = None,
-    tolerance: Annotated[float, option("X")] = 1e-2,
-    starts: Annotated[int, option("N")] = 1,
-    seed: Seed = 0,
     dry_run: Flag = False,
     distributed: Flag = False,
     coordinator: Annotated[str | None, option("HOST:PORT")] = None,
@@ -117,151 +132,175 @@ def compress(
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
-    """Make a smaller model, and a report with the reason for every choice.
+    """Compress a language model, and write a report with the reason for every choice.
 
-    The same line goes on where an interrupted one stopped. A recipe without weights is
-    for any safetensors file or folder: what is no language model ends as factors.
+    Run the same command again to resume after an interruption. For tensors that are no
+    language model, see kronjax factorize.
 
     Args:
-        model: A folder, a .gguf file, or owner/name on the hub; for a recipe without
-            weights a .safetensors file or a folder of them, too.
-        out: The folder to write: the model, report.json and report.html; by a recipe
-            without weights the factors of every matrix, which may go to a URL.
+        model: A folder, a .gguf file, or owner/name on the hub.
+        out: Folder, or URL, to write the model, report.json and report.html to.
         budget: 0.8 of the linear layers, or 81M parameters, 160MB, 170MFLOP in all.
         recipe: Rules instead of a budget: the name of a recipe or a .yaml file.
-        calibrate: A text to weight errors by; what it holds beyond the tokens read is
-            what perplexities are measured on, if no other text is given.
-        tokens: Of the text to read.
-        weighting: What to weight by; all that the text allows by default.
+        calibrate: A text to weight errors by; perplexities are measured on the part
+            after the tokens that are read, if no other text is given.
+        tokens: Number of tokens of the text to read.
+        weighting: Moments to weight by; all that the text allows by default.
+        tolerance: Gap at which a fit is good enough: 0.01 is one per cent.
+        num_starts: Number of starts of each fit; the best is taken to the end.
+        seed: Seed of the perturbed starts.
+        max_products: Matrix products that a stage of a fit may spend.
         refine: Train the factors of every block for so many steps to reproduce the
             dense block on the text, for example 100.
-        sequential: Weight every block by what the compressed ones before it hand on.
-        evaluate: A text to measure perplexities on.
+        sequential: Weight every block by the outputs of the compressed blocks before
+            it.
+        evaluate: A text to measure perplexities on; it changes no weight.
         protocol: krony-pt, gptq-2048 or hf-strided.
-        dtype: Precision of what is written; by default that of the model. Everything is
-            computed in float32.
-        tolerance: Gap that is good enough, for recipes without weights, as are all
-            that follow.
-        starts: Number of starts; the best is taken to the end.
-        seed: Of the perturbed starts.
-        dry_run: Print matrices, memory and time, and stop.
-        distributed: Share the work with the same line on other hosts: on Cloud TPU,
+        dtype: Precision of the written model; by default that of the given model. All
+            fits are computed in float32.
+        dry_run: Print matrices, memory and time of the fits, and stop.
+        distributed: Share the fits with the same command on other hosts: on Cloud TPU,
             under Slurm and Open MPI 4 they find each other.
-        coordinator: Where process 0 is, elsewhere.
-        processes: How many there are.
-        process: Number of this one, from 0.
-        force: Replace the model that is in FOLDER.
+        coordinator: Address of process 0, elsewhere.
+        processes: Number of processes.
+        process: Number of this process, from 0.
+        force: Replace the model, and the unfinished work, in FOLDER.
         as_json: Print the record as one JSON object.
+
+    Returns:
+        0, or 3 if a layer failed and stays dense.
     """
-    if recipe is not None:
-        cpu_threads.reserve()  # before jax is there
+    cpu_threads.reserve()  # before jax is there
     from kronjax import recipe as recipes
-    from kronjax.cli import matrices
     from kronjax.io import storage
+    from kronjax.lm.checkpoints import hugging_face
+    from kronjax.lm.compression import pipeline
+    from kronjax.lm.compression import plan as planning
     from kronjax.lm.compression.budget import Budget
+    from kronjax.lm.evaluation import protocols
     from kronjax.runs.plan import SolveSettings
     from kronjax.runs.processes import Hosts, meet
 
     _one_of(budget, recipe)
     if recipe is not None and weighting:
         raise ValueError("a recipe says itself how layers are weighted")
-    rules = recipes.load(recipe) if recipe else None
-    if rules is not None and not (calibrate or evaluate or refine or sequential):
-        path = _matrices_of(model)
-        if path is not None and matrices.is_meant(path, rules):
-            settings = SolveSettings(tolerance, starts, seed)
-            options = matrices.Options(settings, dtype, dry_run, force, as_json)
-            group = Hosts(0, 1)
-            if not dry_run:
-                group = meet(distributed, coordinator, processes, process)
-            return matrices.compress(path, rules, out, options, group)
-    if dry_run or distributed:
-        raise ValueError(
-            "--dry-run and --distributed are for recipes without weights, which need "
-            "no text"
-        )
-    return _calibrated(
-        model,
-        rules or Budget.parse(budget or ""),
-        storage.expanded(out),
-        calibrate=calibrate,
-        tokens=tokens,
-        weighting=weighting,
-        refine=refine,
-        sequential=sequential,
-        evaluate=evaluate,
-        protocol=protocol,
-        dtype=dtype,
-        force=force,
-        as_json=as_json,
-    )
-
-
-def _calibrated(
-    model: str,
-    asked: Any,
-    out: Path,
-    *,
-    calibrate: str | None,
-    tokens: int,
-    weighting: Any,
-    refine: int,
-    sequential: bool,
-    evaluate: str | None,
-    protocol: str,
-    dtype: str | None,
-    force: bool,
-    as_json: bool,
-) -> int:
-    """Compress a language model, weighted by what a text shows."""
-    from kronjax.io.cache import Work
-    from kronjax.lm.checkpoints import hugging_face
-    from kronjax.lm.compression import html, pipeline, record
-    from kronjax.lm.compression import plan as planning
-    from kronjax.lm.compression.moments import memory
-    from kronjax.lm.evaluation import protocols
-
+    settings = SolveSettings(tolerance, num_starts, seed, max_products)
     protocols.find(protocol)
-    if (out / "config.json").exists() and not force:
+    place = storage.find(out)
+    if place.read(CONFIG) is not None and not force:
         raise ValueError(f"{out} already holds a model; --force replaces it")
+    if storage.is_source(place, model):
+        raise ValueError(f"{out} holds the model: give --out another folder")
+    rules = recipes.load(recipe) if recipe else Budget.parse(budget or "")
     given = None if calibrate is None else _read(calibrate)
     measured = None if evaluate is None else _read(evaluate)
-    dense = hugging_face.load(model, dtype=dtype)
+    hosts = Hosts(0, 1)
+    if not dry_run:
+        hosts = meet(distributed, coordinator, processes, process)
+    elif distributed:
+        raise ValueError("--dry-run is for one process: leave out --distributed")
+    dense = hosts.together(lambda: hugging_face.load(model, dtype=dtype))
     planning.compressible(dense)
-    if given is not None:
-        taken = memory(dense, gradients=weighting != "input")
-        print(
-            f"Moments of inputs and gradients take up to {taken / 2**20:,.0f} MiB.",
-            file=sys.stderr,
+    _tell_memory(dense, given, rules, weighting)
+    prepared = hosts.together(
+        lambda: pipeline.prepare(
+            dense,
+            rules,
+            given,
+            weighting=weighting,
+            tokens=tokens,
+            settings=settings,
+            refine=refine,
+            sequential=sequential,
+            work=None if dry_run else f"{out.rstrip('/')}/{WORK}",
+            hosts=hosts,
+            force=force,
+            progress=None,
         )
-    work = out / WORK
-    result = pipeline.run(
-        dense,
-        asked,
-        given,
-        weighting=weighting,
-        tokens=tokens,
-        refine=refine,
-        sequential=sequential,
-        work=work,
     )
+    if dry_run:
+        if sequential:
+            raise ValueError("--dry-run cannot know the moments of --sequential")
+        plan, inputs = prepared.planned(dense, prepared.assignments, prepared.moments)
+        forecast(plan, inputs, as_json)
+        return 0
+    result = prepared.run()
+    if hosts.process > 0:
+        return 0
     if measured is None and given is not None:
         from kronjax.lm.models.reading import rest
 
         measured = rest(dense, given, tokens, HELD_OUT)
-    # All that takes time before anything is replaced.
-    found = record.of(result, dense, source=model, text=measured, protocol=protocol)
-    for old in (record.NAME, html.NAME):
-        (out / old).unlink(missing_ok=True)
-    hugging_face.save(result.model, out)
-    record.write(found, out)
-    html.write(found, out)
-    Work(work).clear()
+    found = _written(
+        result, dense, place, source=model, text=measured, protocol=protocol
+    )
+    _clear(place, f"{out.rstrip('/')}/{WORK}")
     if as_json:
-        print(json.dumps(record.read(out), allow_nan=False))
-        return 0
-    _tell(found, out)
-    return 0
+        print(json.dumps(found, allow_nan=False))
+    else:
+        _tell(found, out)
+    return FAILURE if result.failed else 0
+
+
+def _written(result, dense, place, **facts) -> dict[str, Any]:
+    """Write the model and its reports to a place; return the record."""
+    from kronjax.io.storage import LocalFolder
+    from kronjax.lm.checkpoints import hugging_face
+    from kronjax.lm.compression import html, record
+
+    # Everything that takes time comes before anything is replaced.
+    found = record.of(result, dense, **facts)
+
+    def write(folder: Path) -> None:
+        hugging_face.save(result.model, folder)
+        record.write(found, folder)
+        html.write(found, folder)
+
+    if isinstance(place, LocalFolder):
+        for old in (record.NAME, html.NAME):
+            (place.path / old).unlink(missing_ok=True)
+        write(place.path)
+        return record.read(place.path)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder)
+        # The file that says that there is a model comes last.
+        files = [x for x in folder.iterdir() if x.is_file()]
+        for path in sorted(files, key=lambda path: path.name == CONFIG):
+            place.write(path.name, path.read_bytes())
+        return record.read(folder)
+
+
+def _clear(place, where: str) -> None:
+    """Remove the folder of the work."""
+    from kronjax.io import storage
+    from kronjax.lm.compression.pipeline import FITS
+    from kronjax.runs.store import Store, read_plan
+
+    if isinstance(place, storage.LocalFolder):
+        shutil.rmtree(place.path / WORK, ignore_errors=True)
+        return
+    fits = storage.find(f"{where}/{FITS}")
+    plan = read_plan(fits)
+    if plan is not None:
+        Store(fits, plan).clear()
+
+
+def _tell_memory(dense, text, rules, weighting) -> None:
+    """Print the memory that moments take, if there is a text for them."""
+    from kronjax.lm.compression.moments import memory
+    from kronjax.recipe import Recipe
+
+    needed = {weighting or "input+gradient"}
+    if isinstance(rules, Recipe):
+        needed = {rule.weighting for rule in rules.rules}
+    if text is None or needed <= {"none"}:
+        return
+    taken = memory(dense, gradients="input+gradient" in needed)
+    print(
+        f"Moments of inputs and gradients take up to {taken / 2**20:,.0f} MiB.",
+        file=sys.stderr,
+    )
 
 
 def report(
@@ -270,48 +309,47 @@ def report(
     open_it: Annotated[bool, option(name="open")] = False,
     as_json: Json = False,
 ) -> int:
-    """Show what came of a compression, and write its page once more.
+    """Show the report of kronjax compress or kronjax factorize, finished or not.
 
     Args:
-        folder: That kronjax compress wrote, or still writes.
-        open_it: Open the page in a browser.
+        folder: Folder or URL that one of them wrote, or is writing.
+        open_it: Open the page, or the figure, in a browser.
         as_json: Print the record as one JSON object.
     """
-    from kronjax.cli import matrices
+    from kronjax.cli import factorize
     from kronjax.io import storage
     from kronjax.lm.compression import html, record
+    from kronjax.lm.compression.pipeline import FITS
+    from kronjax.runs import summary
+    from kronjax.runs.store import read_plan
 
-    place = storage.find(folder)
-    code = matrices.report(place, as_json)
-    if code is not None:
-        return code
     path = storage.expanded(folder)
+    is_finished = "://" not in folder and (path / record.NAME).is_file()
+    if not is_finished:
+        for name in (folder, f"{folder.rstrip('/')}/{WORK}/{FITS}"):
+            place = storage.find(name)
+            if read_plan(place) is not None:
+                code = factorize.report(place, as_json)
+                if open_it:
+                    _open(storage.expanded(name) / summary.FIGURE)
+                return code
     found = record.read(path)
     if as_json:
         print(json.dumps(found, allow_nan=False))
         return 0
-    _tell(found, path)
-    path = html.write(found, path)
+    _tell(found, folder)
+    page = html.write(found, path)
     if open_it:
-        import webbrowser
-
-        if not webbrowser.open(path.resolve().as_uri()):
-            print(f"No browser could be opened; the page is {path}.", file=sys.stderr)
+        _open(page)
     return 0
 
 
-def _matrices_of(model: str) -> Path | None:
-    """Return the file or folder that holds a model, or None if it is in no such."""
-    from kronjax.io import storage
-    from kronjax.lm.checkpoints import sources
+def _open(path: Path) -> None:
+    """Open a file in a browser."""
+    import webbrowser
 
-    path = storage.expanded(model)
-    if path.suffix == ".safetensors" and not path.is_dir():
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        return path
-    path = sources.find(model)
-    return path if path.is_dir() else None
+    if not path.is_file() or not webbrowser.open(path.resolve().as_uri()):
+        print(f"No browser could be opened; the file is {path}.", file=sys.stderr)
 
 
 def _one_of(budget: str | None, recipe: str | None) -> None:
@@ -325,11 +363,11 @@ def _read(name: str) -> Any:
     return documents.read_text(name)
 
 
-def _tell(found: dict[str, Any], folder: Path) -> None:
+def _tell(found: dict[str, Any], folder: str) -> None:
     from kronjax.lm.compression import html, tables
 
     _show(tables.compressed(found), html.summary(found))
-    print(f"{folder / html.NAME} shows every layer.")
+    print(f"{folder.rstrip('/')}/{html.NAME} shows every layer.")
 
 
 def _show(table: Any, verdict: str) -> None:

@@ -14,7 +14,15 @@ from typing import Annotated
 import tyro
 
 import kronjax
-from kronjax.cli import approximate, compress, doctor, language, new, train
+from kronjax.cli import (
+    approximate,
+    compress,
+    doctor,
+    factorize,
+    language,
+    new,
+    train,
+)
 from kronjax.cli.console import one_line
 from kronjax.cli.options import Json, Seed, option
 
@@ -41,6 +49,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(
             {
                 "approximate": approximate.approximate,
+                "factorize": factorize.factorize,
                 "plan": compress.plan,
                 "compress": compress.compress,
                 "report": compress.report,

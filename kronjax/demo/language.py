@@ -32,8 +32,8 @@ FRACTION = 0.15
 TOKENS = 8192
 """Of the text of training, for calibration."""
 
-EVALUATIONS = 60
-"""Of every fit of a mixture: half of the default, for a demo of two minutes."""
+PRODUCTS = 120
+"""Matrix products that a fit of a mixture may spend."""
 
 CHARACTERS = 40_000
 """Of the held-out text, to measure on: half of it."""
@@ -85,7 +85,7 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
         pipeline.run,
         model,
         calibration=moments,
-        evaluations=EVALUATIONS,
+        max_products=PRODUCTS,
         progress=False,
     )
     rows = []

@@ -417,3 +417,12 @@ def _refusal(place):
         f"another run works in {place}: wait until it has ended, or give --out another "
         "folder"
     )
+
+
+def is_source(place: Storage, source: str | Path) -> bool:
+    """Return whether a place is the folder of a model, or the folder of its file."""
+    path = expanded(source)
+    if not isinstance(place, LocalFolder) or not path.exists():
+        return False
+    folder = path if path.is_dir() else path.parent
+    return place.path.exists() and place.path.samefile(folder)

@@ -73,7 +73,7 @@ class LowRank:
         return float(self.tails[interpolative_rank(shape, fraction * math.prod(shape))])
 
     def fit(self, rank: int) -> tuple[KroneckerTerms, float]:
-        """Return the sum of `rank` columns times rows, NumPy, and its relative error."""
+        """Return the sum of `rank` columns times rows, and its relative error."""
         a, b = self.a.T[:rank, :, None], self.b[:rank, None]
         tail = float(self.tails[min(rank, len(self.tails) - 1)])
         return KroneckerTerms(a, b), math.sqrt(tail)  # type: ignore[arg-type]

@@ -23,9 +23,9 @@ MOST = 16
 def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which BLAS and LAPACK use one thread.
 
-    Threads of OpenBLAS, which NumPy and XLA's decompositions use, wait actively and take
-    the cores from XLA's products: of 768×768 at half their parameters, on two cores,
-    solves took 0.75 of the time with one.
+    Threads of OpenBLAS, which NumPy and XLA's decompositions use, wait actively, and
+    take the cores from XLA's products: 768×768 matrices at half their parameters took
+    0.8 of the time with one thread, on two cores.
     """
     from threadpoolctl import threadpool_limits
 

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kronjax import __version__
+from kronjax import __version__, methods
 from kronjax.io.cache import Work
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
@@ -74,9 +74,8 @@ class Inputs:
         """
         stored = np.array(self.matrices[task.name], order="C")  # the only copy
         weights = self.weights.get(task.name, (None, None))
-        digests = tuple("" if x is None else plan.digest(x) for x in weights)
         changed = stored.shape != task.shape or plan.digest(stored) != task.digest
-        if changed or digests != task.weights:
+        if changed or plan.digests(weights) != task.weights:
             raise ValueError(
                 f"{task.name} has changed since the plan was made: is its file being "
                 "written?"
@@ -340,7 +339,7 @@ def _fit_by_method(group: Group, work: Run) -> None:
     """Let a method that is no sum of Kronecker products fit its matrices."""
     for task, target in work.targets(group.tasks):
         begun, method = time.perf_counter(), methods.find(task.method)
-        factors = method.fit(*target.arrays, task.rule)
+        factors = method.fit(target.matrix, target.left, target.right, task.rule)
         dense = method.matrix(factors)
         if dense.shape != task.shape or not np.isfinite(dense).all():
             work.fail(task, f"the method {task.method} gave no finite matrix", {})
@@ -472,10 +471,10 @@ def _key(task: MatrixTask) -> str:
         configurations = tuple(one.T for one in configurations)
     if task.is_wide and way in (_solve, _fit_jointly):
         (m, n), (left, right) = (n, m), (right, left)
-    names = {_truncate: "svd", _fit_by_method: task.method}
+    ways: dict[Any, str] = {_truncate: "svd", _fit_by_method: task.method}
     words = [f"{m}x{n}"]
     words += [f"({plan.describe(configurations)})"] if configurations else []
-    words += [names.get(way, task.norm), task.precision]
+    words += [ways.get(way, task.norm), task.precision]
     words += ["left"] * left + ["right"] * right
     return " ".join(words)
 

@@ -1,50 +1,54 @@
-"""What a run will take, before it begins: memory as compiled, time after a short trial.
+"""Estimates of a run before it begins: memory as compiled, time after a short trial.
 
 >>> from kronjax import recipe
->>> from kronjax.io import storage
->>> from kronjax.runs import plan, store
+>>> from kronjax.io.storage import MemoryFolder
+>>> from kronjax.runs import plan
 >>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
->>> matrices = {"w": np.eye(4)}
->>> made = plan.make(recipe.loads(f"rules: [{rule}]"), matrices)
->>> held = store.Store(storage.find("memory://forecast"), made)
->>> [(one.memory, one.seconds < 1) for one in of(matrices, held)]
+>>> rules, matrices = recipe.loads(f"rules: [{rule}]"), {"w": np.eye(4)}
+>>> made = plan.make(recipe.resolve(rules, {"w": (4, 4)}), matrices)
+>>> held = Store(MemoryFolder(), made)
+>>> [(x.memory, x.seconds < 1) for x in of(engine.Inputs(matrices), held)]
 [(0, True)]
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from kronjax.runs import engine, workers
+from kronjax.runs.cpu_threads import one_blas_thread
+from kronjax.runs.pool import Matrix
 from kronjax.runs.store import Store
 
 PRODUCTS = 350
-"""That matrices took at a tolerance of 1e-2 from one start, of 12x12 to 768x768."""
+"""Products that matrices of 12x12 to 768x768 took at a tolerance of 1e-2 with one
+start."""
 
 DECADE = 250
-"""That each tenth of that tolerance takes more, and `START` each further start."""
+"""Products that each tenth of that tolerance takes more."""
 
 START = 100
+"""Products that each further start takes more."""
 
 PROBE = 2.0
-"""Seconds for which the solver is tried, to estimate how long it will take."""
+"""Seconds of the trial from which the time is estimated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a group will take.
+    """Memory and time of a group.
 
     Attributes:
-        group: Which.
-        lanes: Matrices of a device in one call.
-        memory: Bytes on every device, as compiled; 0 where none is used.
-        seconds: About: the products that matrices usually take, at the rate of a short
-            trial, and the compilation.
+        group: The group of tasks.
+        lanes: Matrices of a device in one call; 0 without a pool.
+        memory: Bytes on every device, as compiled; 0 without a pool.
+        seconds: Estimated seconds: the products that matrices usually take, at the rate
+            of a short trial, and the compilation.
     """
 
     group: engine.Group
@@ -54,50 +58,57 @@ class Estimate:
 
 
 def of(
-    matrices: Mapping[str, np.ndarray],
+    inputs: engine.Inputs,
     store: Store,
     devices: Sequence[Any] | None = None,
     tell: engine.Tell = lambda text, count: None,
 ) -> Iterator[Estimate]:
-    """Yield what each group will take, by compiling it and trying it for a moment."""
+    """Yield an estimate for each group, by compiling it and trying it for a moment."""
     devices = list(jax.local_devices() if devices is None else devices)
     plan, lanes = store.plan, engine.lanes_of(store, devices)
     for group in engine.groups(plan.tasks, plan.settings):
         tell(group.key, 0)
-        with jax.enable_x64(group.dtype == np.float64):
+        with jax.enable_x64(group.dtype == np.float64), one_blas_thread():
             if group.problem is None:
-                found = Estimate(group, 0, 0, _svd_seconds(group, matrices))
+                found = Estimate(group, 0, 0, _seconds_alone(group, inputs))
             else:
                 begun = time.perf_counter()
                 count = lanes[engine.lanes_key(group, devices)]
-                pools, count = engine.pools_of(group, count, devices, plan.settings)
+                pools, count = workers.pools_of(
+                    group.kind, group.count, count, devices, plan.settings.tolerance
+                )
                 compiling = time.perf_counter() - begun
-                seconds = compiling + _seconds(group, matrices, pools, plan.settings)
+                seconds = compiling + _seconds(group, inputs, pools, plan.settings)
                 memory = sum(pool.memory for pool in pools)
                 found = Estimate(group, count, memory, seconds)
         tell(group.key, group.count)
         yield found
 
 
-def _seconds(group, matrices, pools, settings) -> float:
+def _seconds(group, inputs, pools, settings) -> float:
     """Return the seconds that a group will take, after a short trial."""
     begun, count = time.perf_counter(), 0
     lanes = sum(pool.lanes * pool.mesh.devices.size for pool in pools)
     taken = group.tasks[:lanes]
     ticks: list[tuple[float, int]] = []
 
-    def tick(products):
+    def tick(products, turned):
+        if not products:
+            return
         ticks.append((time.perf_counter(), products))
         enough = len(ticks) >= 2 * len(pools)
         if enough and time.perf_counter() - begun > PROBE:
             raise TimeoutError
 
-    read = ((x, engine.read(x, matrices)) for x in taken)
-    finite = (
-        (x, engine.upright(matrix), 0) for x, matrix in read if matrix is not None
-    )
+    def given():
+        for task in taken:
+            target = inputs.read(task)
+            if target is not None:
+                tall = target.T if task.is_wide else target
+                yield Matrix(task, tall.matrix, 0, tall.left, tall.right)
+
     try:
-        for _ in workers.solve(pools, finite, tick):
+        for _ in workers.solve(pools, given(), tick):
             count += 1
     except TimeoutError:
         count = 0
@@ -110,15 +121,18 @@ def _seconds(group, matrices, pools, settings) -> float:
     each = (rest[-1][0] - first) / max(sum(products for _, products in rest), 1)
     allowed = sum(int(stage.budget) for stage in group.problem.schedule())
     decades = max(math.log10(1e-2 / settings.tolerance), 0)
-    usual = PRODUCTS + DECADE * decades + START * (settings.starts - 1)
+    usual = PRODUCTS + DECADE * decades + START * (settings.num_starts - 1)
     beginning = (first - begun) / len(taken)
     return group.count * (beginning + each * min(allowed, usual))
 
 
-def _svd_seconds(group, matrices) -> float:
-    """Return the seconds of the decompositions of a group, after a small one."""
+def _seconds_alone(group, inputs) -> float:
+    """Return the seconds of a group without a pool, by its first matrix in a corner.
+
+    The work of a decomposition is that of `m n min(m, n)` operations.
+    """
     m, n = group.tasks[0].shape
-    part = matrices[group.tasks[0].name][:512, :512].astype(group.dtype)
+    part = inputs.matrices[group.tasks[0].name][:512, :512].astype(group.dtype)
     begun = time.perf_counter()
     np.linalg.svd(np.nan_to_num(part), full_matrices=False)
     passed = time.perf_counter() - begun

@@ -5,10 +5,10 @@ finished matrix has a file of factors and a record, so that the same call resume
 an interruption, and several hosts can share the work.
 
 >>> from kronjax import recipe
->>> rules = recipe.loads('rules: [{match: "*", method: low-rank, rank: 1}]')
->>> found = factorize({"w": np.outer(np.arange(3.0), np.ones(4))}, rules, progress=False)
->>> found
-1 of 1 matrices are finished; 7 of 12 parameters (58.3 %).
+>>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
+>>> rules, product = recipe.loads(f"rules: [{rule}]"), np.outer([1.0, 2.0], np.ones(9))
+>>> factorize({"w": product}, rules, progress=False).names
+['w']
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import numpy as np
 
 from kronjax import recipe as recipes
 from kronjax.io import storage
-from kronjax.io.storage import LocalFolder, MemoryFolder, Storage
+from kronjax.io.storage import MemoryFolder
 from kronjax.io.tensors import is_matrix, map_all
 from kronjax.recipe import Assignment, Recipe
 from kronjax.runs import plan as planning
@@ -118,6 +118,7 @@ def planned(
         tensors,
         source=name,
         parameters=sum(int(x.size) for x in tensors.values()),
+        as_layers=False,
         settings=settings,
     )
     return plan, tensors
@@ -157,11 +158,7 @@ def assigned(rules: Recipe, tensors: Mapping[str, np.ndarray]) -> list[Assignmen
 
 def _refuse_model(store: Store, source) -> None:
     """Refuse a place that holds the source, or a model."""
-    place: Storage = store.place
-    if isinstance(place, LocalFolder) and not isinstance(source, Mapping):
-        path = storage.expanded(source)
-        folder = path if path.is_dir() else path.parent
-        if place.path.exists() and place.path.samefile(folder):
-            raise ValueError(f"{place} holds the model: give another folder for --out")
-    if place.read(CONFIG) is not None:
+    place = store.place
+    is_source = not isinstance(source, Mapping) and storage.is_source(place, source)
+    if is_source or place.read(CONFIG) is not None:
         raise ValueError(f"{place} holds a model: give another folder for --out")

@@ -8,13 +8,14 @@ and serves all smaller ones, as plans for a budget need them.
 
 >>> target = Target("", np.eye(6, dtype=np.float32))
 >>> wanted = (Configuration((6, 1), 2), Configuration((2, 3), 1))
->>> round(Prepared.of(target).fit(wanted).relative, 2)
-0.51
+>>> round(Prepared(target).fit(wanted).relative, 2)
+0.58
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,10 @@ from kronjax.solver.whitened import prepare
 TIERS = (0.35, 0.65, 1.0)
 """Sizes of the programs, as parts of the dense matrix: each takes time to compile, and
 costs in every step as much as the largest sum that it can fit."""
+
+
+PRODUCTS = 240
+"""Products of the size of `EᵀE` that a fit may spend by default: 120 evaluations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,30 +103,20 @@ class Prepared:
 
     def __init__(self, target: Target) -> None:
         """Keep the target; its weights are decomposed when they are needed."""
+        self._settings: dict[Any, Any] = {}
         self.target = target
         self.is_wide = target.shape[0] < target.shape[1]
         self.tall = target.T if self.is_wide else target
 
-    @classmethod
-    def of(cls, target: Target) -> "Prepared":
-        """Return a prepared target."""
-        return cls(target)
-
-    @functools.cached_property
-    def setting(self):
-        """The normalised tall matrix with its weights decomposed."""
-        # The same for all configurations without frames; frames depend on shapes.
-        return {}
-
     def _setting_of(self, problem):
-        """Return what `whitened.prepare` returns, once for each set of shapes."""
+        """Return the result of `whitened.prepare`, computed once for all ranks."""
         shapes = tuple(one.a_shape for one in problem.configurations)
-        if shapes not in self.setting:
+        if shapes not in self._settings:
             smallest = tuple(Configuration(a_shape, 1) for a_shape in shapes)
             alike = dataclasses.replace(problem, configurations=smallest)
             arrays = [x if x is None else jnp.asarray(x) for x in self.tall.arrays]
-            self.setting[shapes] = _preparer(alike)(*arrays)
-        return self.setting[shapes]
+            self._settings[shapes] = _preparer(alike)(*arrays)
+        return self._settings[shapes]
 
     def fit(
         self,
@@ -134,15 +129,14 @@ class Prepared:
 
         Args:
             configurations: The configurations of the sum.
-            max_products: Products of the size of `EᵀE` to spend; by default those of
-                the problem.
+            max_products: Products of the size of `EᵀE` to spend; `PRODUCTS` if None.
             tolerance: As for `continuation.solve`: a two-hundredth of it is the
                 predicted relative decrease of the squared error that is not worth a
                 step.
         """
         wanted = as_tall(configurations, self.target.shape)
         problem = program(self.tall.shape, wanted, self.target.weighted)
-        budget = max_products or problem.budget
+        budget = max_products or PRODUCTS
         solve = _fitter(problem)
         ranks = np.array([one.rank for one in wanted])
         found = jax.device_get(

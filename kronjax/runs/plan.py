@@ -9,7 +9,8 @@ plan, which is written into it first.
 >>> rule = '{match: "*", method: low-rank, rank: 1, weighting: none}'
 >>> rules = recipes.loads(f"rules: [{rule}]")
 >>> matrices = {"b.10": np.eye(4), "b.9": np.eye(4)}
->>> made = make(recipes.resolve(rules, {k: x.shape for k, x in matrices.items()}), matrices)
+>>> shapes = {name: x.shape for name, x in matrices.items()}
+>>> made = make(recipes.resolve(rules, shapes), matrices)
 >>> [(task.index, task.name, task.parameters) for task in made.tasks]
 [(0, 'b.9', 8), (1, 'b.10', 8)]
 """
@@ -28,6 +29,7 @@ import numpy as np
 from kronjax import recipe as recipes
 from kronjax.io.tensors import parse_json
 from kronjax.kronecker import Configuration
+from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Rule
 
 FORMAT = 2
@@ -200,8 +202,8 @@ class RunPlan:
                 return _plan(values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{where} is damaged ({error}): remove it to keep the finished matrices "
-                "of this plan; --force starts anew"
+                f"{where} is damaged ({error}): remove it to keep the finished "
+                "matrices of this plan; --force starts anew"
             ) from error
         if version < FORMAT:
             raise ValueError(
@@ -245,6 +247,7 @@ def make(
     source: str = "",
     parameters: int | None = None,
     settings: SolveSettings | None = None,
+    as_layers: bool = True,
 ) -> RunPlan:
     """Make the plan of a run; every matrix and weight is read once.
 
@@ -256,6 +259,8 @@ def make(
         parameters: Number of parameters of the whole model; by default the entries of
             the matrices.
         settings: Settings of the solves.
+        as_layers: Whether the factors become layers, which may hold fewer parameters,
+            or are stored as they are.
     """
     weights = weights or {}
     if parameters is None:
@@ -264,10 +269,13 @@ def make(
     tasks = []
     for index, assignment in enumerate(ordered):
         name, rule = assignment.name, assignment.rule
-        sides = weights.get(name, (None, None))
-        norm = rule.norm
-        if norm == "auto":
-            norm = "spectral" if sides == (None, None) else "frobenius"
+        left, right = weights.get(name, (None, None))
+        has_weights = left is not None or right is not None
+        stored = assignment.num_parameters
+        if assignment.configurations and not as_layers:
+            stored = sum(
+                x.num_parameters(assignment.shape) for x in assignment.configurations
+            )
         tasks.append(
             MatrixTask(
                 index=index,
@@ -275,11 +283,11 @@ def make(
                 shape=assignment.shape,
                 dtype=str(matrices[name].dtype),
                 digest=digest(matrices[name]),
-                weights=tuple("" if x is None else digest(x) for x in sides),
-                method=rule.method,
+                weights=digests((left, right)),
+                method=assignment.method.name,
                 configurations=assignment.configurations,
-                norm=norm,
-                parameters=assignment.num_parameters,
+                norm=str(Norm.for_weights(rule.norm, has_weights)),
+                parameters=stored,
                 rule=rule,
             )
         )
@@ -318,6 +326,12 @@ def digest(matrix: np.ndarray) -> str:
     return found.hexdigest()
 
 
+def digests(weights: Weights) -> tuple[str, str]:
+    """Return the digests of both weights; "" for one that is missing."""
+    left, right = ("" if x is None else digest(x) for x in weights)
+    return left, right
+
+
 def _changed(old: MatrixTask, new: MatrixTask) -> list[str]:
     for field in dataclasses.fields(MatrixTask):
         if field.name in ("index", "rule"):
@@ -343,12 +357,6 @@ def describe(configurations: tuple[Configuration, ...]) -> str:
     return "; ".join(
         f"{one.a_shape[0]}x{one.a_shape[1]}, {one.rank}" for one in configurations
     )
-
-
-def is_plain(rule: recipes.Rule) -> bool:
-    """Say whether a matrix alone decides what a rule makes of it."""
-    plain = rule.weighting == "none" and rule.start == "van-loan"
-    return plain or rule.method == "keep"
 
 
 def pattern(rule: recipes.Rule) -> str:

@@ -81,7 +81,7 @@ class Finished:
         local_bound: No change of all `A_k`, or of all `B_k`, reaches less: see
             `bounds.certify_stage`. None where nothing is proven.
         status: `Status` of the last stage.
-        trace: `Trace` of the winning start, `[stages]`, NumPy; the first stage is p = 2.
+        trace: `Trace` of the winning start, `[stages]`, NumPy; it begins at p = 2.
         frobenius: The terms at p = 2, or None if the pool does not return them.
     """
 

@@ -115,8 +115,7 @@ def _finish(kind, held, tolerance, order, matrices, last):
             bounds = certify_stage(plain, solution.terms, p, rounds, *weights)
         if kind.traces:
             frobenius = solution.frobenius
-        result = solution.terms, bounds, solution.status, path.winner, frobenius
-        return result
+        return solution.terms, bounds, solution.status, path.winner, frobenius
 
     own_settings, own_paths = _get(held, order)
     return held, _each(lane)(own_settings, own_paths, matrices, last)

@@ -21,9 +21,11 @@ import numpy as np
 from kronjax import methods
 from kronjax.io.cache import Work
 from kronjax.kronecker import Configuration
-from kronjax.lm.compression import fit, mixture
+from kronjax.lm.compression import mixture
 from kronjax.methods import Method
 from kronjax.recipe import Rule, Weighting
+from kronjax.runs.closed_form import LowRank
+from kronjax.runs.joint import Prepared, Target
 
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
 """Sizes of the candidates, as fractions of the dense kernel."""
@@ -106,32 +108,38 @@ def probed(names: Iterable[str]) -> set[str]:
     return chosen
 
 
-def probe(prepared: fit.Prepared, work: Work, evaluations: int) -> list[Probe]:
+def probe(
+    target: Target, low_rank: LowRank, work: Work, max_products: int
+) -> list[Probe]:
     """Fit mixtures at a few sizes; return their damages over those of low rank.
 
     Args:
-        prepared: A kernel.
+        target: A kernel with its weights.
+        low_rank: Its low-rank sums.
         work: Cache of the results.
-        evaluations: Products that each fit may spend.
+        max_products: Products that each fit may spend.
     """
-    target = prepared.target
 
     def make():
-        return {}, {"ratios": list(_ratios(prepared, evaluations))}
+        return {}, {"ratios": list(_ratios(target, low_rank, max_products))}
 
-    _, facts = work.once("probe", make, *target.parts, PROBES, SHARES, evaluations)
+    key = *target.arrays, PROBES, SHARES, max_products
+    _, facts = work.once("probe", make, *key)
     return [(target.name, *ratio) for ratio in facts["ratios"]]
 
 
-def _ratios(prepared, evaluations):
+def _ratios(target, low_rank, max_products):
     """Yield shares, sizes and damages over those of low rank, while there is gain."""
+    prepared = Prepared(target)
     for fraction in PROBES:
-        tail = prepared.low_rank.tail(fraction)
+        tail = low_rank.tail(fraction)
         for share in SHARES:
-            ranks = mixture.mix(prepared.target.shape, fraction, share)
+            ranks = mixture.mix(target.shape, fraction, share)
             if tail == 0 or not all(ranks[share == 0 :]):
                 continue
-            fitted = prepared.mixture(ranks, evaluations=evaluations)
+            fitted = prepared.fit(
+                mixture.configurations(target.shape, ranks), max_products=max_products
+            )
             ratio = fitted.relative**2 / tail
             yield share, fraction, ratio
             if share and ratio > 1:

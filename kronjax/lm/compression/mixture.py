@@ -12,11 +12,6 @@ those have follows from that of the kernel.
 import math
 
 from kronjax.kronecker import Configuration, divisors
-from kronjax.solver.problem import Problem
-
-TIERS = (0.35, 0.65, 1.0)
-"""Sizes of the programs for mixtures, as parts of the dense kernel: each takes time to
-compile, and costs in every step as much as the largest mixture that it can fit."""
 
 
 def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
@@ -71,19 +66,6 @@ def configurations(
     return tuple(Configuration(a, rank) for a, rank in pairs if a and rank)
 
 
-def ranks_of(
-    shape: tuple[int, int], wanted: tuple[Configuration, ...]
-) -> tuple[int, int] | None:
-    """Return the ranks if `wanted` is such a mixture, or None."""
-    held = {one.a_shape: one.rank for one in wanted}
-    if len(held) < len(wanted):
-        return None
-    low = held.pop((shape[0], 1), 0)
-    square = near_square(shape)
-    ranks = low, held.pop(square, 0) if square else 0
-    return None if held else ranks
-
-
 def _largest(shape, fraction):
     """Return low rank and near-square terms, if there are such, each at a size."""
     m, n = shape
@@ -95,17 +77,3 @@ def _largest(shape, fraction):
             most = max(int(budget / one.num_parameters(shape)), 1)
             found.append(Configuration(a_shape, min(most, one.max_rank(shape))))
     return tuple(found)
-
-
-def program(shape: tuple[int, int], ranks: tuple[int, int]) -> Problem:
-    """Return the smallest problem in which a mixture of these ranks fits.
-
-    Args:
-        shape: Wide.
-        ranks: Of low rank, and of near-square terms.
-    """
-    for fraction in TIERS:
-        largest = _largest(shape, fraction)
-        if all(rank <= one.rank for rank, one in zip(ranks, largest, strict=False)):
-            break
-    return Problem.of(shape, largest, 2, starts=1)

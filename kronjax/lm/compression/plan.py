@@ -26,13 +26,16 @@ from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.io.cache import Work
 from kronjax.io.progress import bar
-from kronjax.lm.compression import candidates, fit
+from kronjax.lm.compression import candidates
 from kronjax.lm.compression.budget import Budget, share
 from kronjax.lm.compression.candidates import Candidate, Probe
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models import sizes
 from kronjax.lm.models.base import LanguageModel, parameter_dtype
 from kronjax.recipe import Assignment, Recipe, Rule, Weighting
+from kronjax.runs import joint
+from kronjax.runs.closed_form import LowRank
+from kronjax.runs.joint import Target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,7 @@ def make(
     moments: Moments | None = None,
     *,
     weighting: Weighting | None = None,
-    evaluations: int = fit.EVALUATIONS,
+    max_products: int | None = None,
     work: Work | None = None,
     progress: bool | None = None,
 ) -> Plan:
@@ -80,8 +83,9 @@ def make(
         budget: A `budget.Budget`, or its text.
         moments: Moments from calibration.
         weighting: Moments to weight by; by default all that there are.
-        evaluations: Products that fits of mixtures will spend; probes spend half of
-            them, so that the fits are at least as good as predicted.
+        max_products: Products that fits of mixtures will spend, by default those of
+            `joint.PRODUCTS`; probes spend half of them, so that the fits are at least
+            as good as predicted.
         work: Cache of decompositions, which the fits need again.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
 
@@ -102,11 +106,11 @@ def make(
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
             wanted = target(layers[name], name, moments, weighting)
-            low_rank = fit.LowRank.kept(wanted, work)
-            tails[name] = low_rank.total, low_rank.tails
+            low_rank = LowRank.kept(wanted, work)
+            tails[name] = damage_unit(wanted, low_rank), low_rank.tails
             if name in probed:
-                prepared = fit.Prepared(wanted, low_rank)
-                ratios += candidates.probe(prepared, work, evaluations // 2)
+                products = (max_products or joint.PRODUCTS) // 2
+                ratios += candidates.probe(wanted, low_rank, work, products)
             advance(1)
     offered = {
         name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)
@@ -142,6 +146,27 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
     graph, state, rest = nnx.split(made, nnx.Param, ...)
     cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
     return nnx.merge(graph, cast, rest)
+
+
+def damage_unit(target: Target, low_rank: LowRank) -> float:
+    """Return the damage of leaving a layer out.
+
+    With gradients it is half the squared weighted norm, an estimate of the increase of
+    the loss per token. Without them damages of layers compare only as parts of a whole:
+    it is 1.
+    """
+    return 1.0 if target.right is None else low_rank.total
+
+
+def low_rank_rule(name: str, rank: int, weighting: Weighting) -> Rule:
+    """Return the rule for low rank with the fewest parameters."""
+    return Rule(
+        match=name,
+        method="interpolative",
+        rank=rank,
+        norm="frobenius",
+        weighting=weighting,
+    )
 
 
 def best_weighting(moments: Moments | None) -> Weighting:
@@ -184,7 +209,7 @@ def compressible(model: LanguageModel) -> dict[str, Any]:
 
 def target(
     layer: Any, name: str, moments: Moments | None, weighting: Weighting
-) -> fit.Target:
+) -> Target:
     """Return the kernel of a layer with its weights.
 
     Raises:
@@ -192,7 +217,7 @@ def target(
     """
     kernel = np.asarray(nn.materialize(layer), np.float32)
     if weighting == "none":
-        return fit.Target(name, kernel)
+        return Target(name, kernel)
     if moments is None or name not in moments.sources:
         raise ValueError(
             f"{name} is to be weighted by its {weighting}, and there are no moments of "
@@ -206,7 +231,7 @@ def target(
     for moment, size in zip((left, right), kernel.shape, strict=True):
         if moment is not None and moment.shape != (size, size):
             raise ValueError(f"the moments of {name} are those of another model")
-    return fit.Target(name, kernel, left, right)
+    return Target(name, kernel, left, right)
 
 
 def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:

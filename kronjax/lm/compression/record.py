@@ -151,7 +151,7 @@ def _size(counted: Sizes) -> dict[str, Any]:
 def _predicted(result):
     if result.plan is None or result.plan.weighting != "input+gradient":
         return None
-    return sum(one.damage for one in result.layers)
+    return sum(layer.damage or 0.0 for layer in result.layers)
 
 
 def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
         if name in done:
             one = done[name]
             kernel = np.asarray(nn.materialize(layer), np.float64)
-            left = kernel - np.asarray(after[name].materialize(), np.float64)
+            left = kernel - np.asarray(nn.materialize(after[name]), np.float64)
             error, whole = (np.linalg.svd(x, compute_uv=False) for x in (left, kernel))
             schatten = [
                 _norm(error, p) / max(_norm(whole, p), _TINY) for p in EXPONENTS
@@ -187,7 +187,7 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
                 **{
                     k: v
                     for k, v in dataclasses.asdict(one).items()
-                    if k not in ("name", "configurations", "kind", "parameters")
+                    if k not in ("name", "configurations", "rule", "parameters")
                 },
                 "spectral": float(error[0]),
                 "relative_spectral": float(error[0] / max(whole[0], _TINY)),

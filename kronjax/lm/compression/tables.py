@@ -83,7 +83,7 @@ def compressed(record: dict[str, Any]) -> Table:
     for one in record["layers"]:
         kinds.setdefault(re.sub(r"\.\d+\.", ".*.", one["name"]), []).append(one)
     for kind, members in kinds.items():
-        done = [x for x in members if "relative" in x]
+        done = [x for x in members if x.get("relative") is not None]
         share = sum(x["fraction"] for x in members) / len(members)
         cells = [f"{len(done)} of {len(members)}", f"{100 * share:.1f} %"]
         for key in ("relative", "low_rank", "relative_spectral"):

@@ -25,10 +25,11 @@ import numpy as np
 from kronjax import methods, nn
 from kronjax import recipe as recipes
 from kronjax.kronecker import to_arrays
-from kronjax.lm.compression.fit import LowRank, Target
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models.base import LanguageModel
 from kronjax.recipe import Rule
+from kronjax.runs.closed_form import LowRank
+from kronjax.runs.joint import Target
 
 Method = Literal["low-rank", "interpolative"]
 """Names of the methods whose rank can be lowered."""
@@ -112,7 +113,8 @@ def low_rank(
     dense = nn.dense(layer)
     kernel = np.asarray(dense.kernel[...])
     target = Target("", np.asarray(kernel, np.float32), left, right)
-    factors = to_arrays(LowRank.of(target).fit(rank).terms)
+    terms, _ = LowRank.of(target).fit(rank)
+    factors = to_arrays((terms,))
     rule = Rule(match="*", method=method, rank=rank)
     return methods.find(method).layer(factors, dense, kernel.dtype, rule)
 

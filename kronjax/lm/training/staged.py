@@ -151,7 +151,7 @@ def layer_by_layer(
     moments: Moments | None = None,
     *,
     order: Order = "forward",
-    evaluations: int | None = None,
+    max_products: int | None = None,
 ) -> list[Stage]:
     """Return one stage for every block, in which its layers become what rules say.
 
@@ -161,7 +161,7 @@ def layer_by_layer(
         recipe: Rules for any of its layers.
         moments: Of the dense model, if the rules weigh by them.
         order: From the first block to the last, or from the last to the first.
-        evaluations: That a fit may spend, as for `pipeline.run`.
+        max_products: Products that a fit may spend, as for `pipeline.run`.
 
     Raises:
         ValueError: If the rules do not fit the model.
@@ -174,7 +174,6 @@ def layer_by_layer(
         block = 0 if one.name in tables else candidates.kind_of_layer(one.name)[1]
         rule = one.rule.model_copy(update={"match": one.name})
         blocks.setdefault(block, []).append(rule)
-    options = {} if evaluations is None else {"evaluations": evaluations}
 
     def stage(block, rules):
         names = [rule.match for rule in rules]
@@ -187,8 +186,8 @@ def layer_by_layer(
                 nn.multiplied_out(model),
                 Recipe(rules=(*rules, *rest)),
                 moments,
+                max_products=max_products,
                 progress=False,
-                **options,
             )
             layers: dict[str, Any] = {**nn.tables(fitted), **nn.linear_layers(fitted)}
             for name in names:

@@ -5,7 +5,6 @@ import pytest
 from flax import nnx
 
 from kronjax import nn, recipe
-from kronjax.lm.compression import truncate
 from kronjax.lm.training import staged, trainer
 from kronjax.lm.training.settings import Settings
 
