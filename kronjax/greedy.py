@@ -1,20 +1,21 @@
-"""Which configurations to mix: chosen greedily, compared at equal parameters.
+"""Greedy choice of the configurations to mix, compared at equal parameters.
 
-`choose` adds term after term where the gain per parameter is largest. A term of the
-configuration `c` is worth `σ_1²(R_c(E))`, the fall of `‖E‖_F²`; with weights, that of
-the matrix in the coordinates of `weighted`. After every block of choices all terms are
-refined together, but not under weights, and at the end the terms that no longer pay are
-exchanged; whether they pay is asked without the weights. `search` solves what was
-chosen, in the norm that was asked for, beside low rank and homogeneous sums. Without a
-budget an information criterion decides how many terms there are,
+`choose` adds the term with the largest gain per parameter, one after the other. The
+gain of a term of the configuration `c` is `σ_1²(R_c(E))`, the decrease of `‖E‖_F²`;
+with weights, that of the matrix in the coordinates of `weighted`. After every block of
+choices all terms are refined together (not under weights), and at the end terms that no
+longer pay are exchanged; whether they pay is decided without the weights. `search`
+solves the chosen configurations in the norm of the user, next to low rank and
+homogeneous sums. Without a budget of parameters an information criterion decides the
+number of terms,
 
     m n log(‖E‖_F² / (m n)) + q Σ_c r_c (d1 + d2 − r_c),    q = log(m n)
 
-Weights stay approximate here, and the joint fit is left to the solver. Deciding by
+Weights are only approximated here, and the joint fit is left to the solver. Deciding by
 `‖L^{1/2} E R^{1/2}‖_F` and refining by gradient steps in the coordinates of `weighted`
-was tried: the steps are too slow to tell overlapping terms from each other, and of
-eight planted sums four or five were found with a budget instead of eight. The criterion
-finds few under weights either way (two of eight): its noise is white without them.
+was tried: the steps are too slow to separate overlapping terms, and of eight planted
+sums four or five were found with a budget instead of eight. The criterion finds few
+under weights either way (two of eight), because the noise is white without them.
 
 References: Cai, Chen and Xiao (2019), for the criterion; (2023), for greedy sums.
 
@@ -33,19 +34,20 @@ from kronjax.linalg.dense import multiply_out
 from kronjax.solver.weighted import RIDGE
 
 BLOCKS = 16
-"""Blocks of choices in which a budget is spent, at most."""
+"""Largest number of blocks of choices in which a budget is spent."""
 
 POWERS = (1.0, 0.5, 0.0)
-"""Gains are divided by these powers of their price; the best sum is taken."""
+"""Powers of the number of parameters that divide the gains; the best sum is taken."""
 
 THOROUGH = 5000
-"""Up to so many entries all powers are tried, and all but each chosen configuration."""
+"""Number of entries up to which all powers are tried, and the choice is repeated
+without each of the chosen configurations."""
 
 NARROW = 8
-"""Candidates that are kept for larger matrices: those whose first terms are best."""
+"""Number of candidates for larger matrices: those with the best first terms."""
 
 SPREAD = 3.0
-"""Terms of more than so many times the fewest parameters are not considered."""
+"""Largest number of parameters of a term, over the smallest of all candidates."""
 
 
 def candidates(
@@ -53,13 +55,13 @@ def candidates(
 ) -> list[Configuration]:
     """Return all configurations for a matrix of `shape`, low rank first.
 
-    Of those that express the same sums there is one: `(1, n)` is low rank as well. The
-    trivial ones, a matrix times a number, are left out.
+    Only one of several that express the same sums is returned: `(1, n)` is low rank,
+    too. Trivial configurations, a matrix times a number, are omitted.
 
     Args:
         shape: `(m, n)`.
-        spread: Leave out configurations whose terms have more than `spread` times the
-            parameters of the smallest; low rank stays.
+        spread: Limit on the parameters of a term, over those of the smallest; low rank
+            is always kept. None for no limit.
 
     Returns:
         Configurations of rank one.
@@ -67,13 +69,11 @@ def candidates(
     m, n = shape
     trivial = {(1, 1), (m, n), (1, n)}
     shapes = [(m1, n1) for m1 in divisors(m) for n1 in divisors(n)]
-    found = [Configuration(a, 1) for a in shapes if a not in trivial or a == (m, 1)]
-    found.sort(key=lambda c: (c.a_shape != (m, 1), c.a_shape[0] * c.a_shape[1]))
-    least = min(c.num_parameters(shape) for c in found)
+    unique = [Configuration(a, 1) for a in shapes if a not in trivial or a == (m, 1)]
+    unique.sort(key=lambda c: (c.a_shape != (m, 1), c.a_shape[0] * c.a_shape[1]))
+    least = min(c.num_parameters(shape) for c in unique)
     limit = math.inf if spread is None else spread * least
-    return [c for c in found[:1]] + [
-        c for c in found[1:] if c.num_parameters(shape) <= limit
-    ]
+    return unique[:1] + [c for c in unique[1:] if c.num_parameters(shape) <= limit]
 
 
 def choose(
@@ -83,19 +83,19 @@ def choose(
     left_weight: np.ndarray | None = None,
     right_weight: np.ndarray | None = None,
 ) -> tuple[Configuration, ...]:
-    """Choose configurations and their ranks for a matrix, term after term.
+    """Choose configurations and their ranks for a matrix, term by term.
 
     Args:
         matrix: `[m, n]`, float32 or float64.
-        parameters: Numbers that may be stored, enough for one term; None leaves the
-            number of terms to the information criterion.
-        among: Candidates, as from `candidates`.
-        left_weight: `[m, m]`, of the rows, or None.
-        right_weight: `[n, n]`, of the columns, or None.
+        parameters: Number of parameters, enough for one term; None leaves the number of
+            terms to the information criterion.
+        among: Candidates, for example from `candidates`.
+        left_weight: Weight of the rows, `[m, m]`, or None.
+        right_weight: Weight of the columns, `[n, n]`, or None.
 
     Returns:
-        Configurations, the one with the most parameters first. Deterministic. With a
-        criterion there may be none, if not even one term pays.
+        Configurations, the one with the most parameters first. Deterministic. The
+        criterion may choose none, if not even one term pays.
     """
     shape = matrix.shape
     scale = np.max(np.abs(matrix))
@@ -114,7 +114,7 @@ def choose(
         ((power, _run(empty, parameters, block, power)) for power in POWERS),
         key=lambda pair: pair[1].cost(),
     )
-    # A wrong choice early on is never quite mended.
+    # Exchanges do not fully repair a wrong early choice.
     for a_shape in list(best.held):
         rest = tuple(c for c in among if c.a_shape != a_shape)
         if any(c.num_parameters(shape) <= (parameters or math.inf) for c in rest):
@@ -130,15 +130,16 @@ def tails(
     left_weight: np.ndarray | None = None,
     right_weight: np.ndarray | None = None,
 ) -> list[float]:
-    """Return `‖·‖_F²` of what each configuration alone leaves, over that of the matrix.
+    """Return the relative squared Frobenius error of each configuration alone.
 
-    With weights, in the coordinates of `weighted`, and therefore about.
+    With weights the errors are those in the coordinates of `weighted`, and therefore
+    approximate.
 
     Args:
         matrix: `[m, n]`.
-        configurations: With their ranks.
-        left_weight: `[m, m]`, or None.
-        right_weight: `[n, n]`, or None.
+        configurations: Configurations with their ranks.
+        left_weight: Weight of the rows, `[m, m]`, or None.
+        right_weight: Weight of the columns, `[n, n]`, or None.
     """
     state = _State.of(matrix, configurations, left_weight, right_weight)
     results = []
@@ -151,7 +152,7 @@ def tails(
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """Terms held so far, `{a_shape: (a [r, d1], b [r, d2])}`, and what they leave."""
+    """The chosen terms, `{a_shape: (a [r, d1], b [r, d2])}`, and the residual."""
 
     residual: np.ndarray
     among: tuple[Configuration, ...]
@@ -166,7 +167,7 @@ class _State:
             weights = left_weight, right_weight
             for c in among:
                 pairs = zip(weights, c.a_shape, c.b_shape(matrix.shape), strict=True)
-                roots[c.a_shape] = [_factored_root(*each) for each in pairs]
+                roots[c.a_shape] = [_factored_root(*pair) for pair in pairs]
         return cls(matrix, tuple(among), roots, {})
 
     def rearranged(self, configuration):
@@ -180,7 +181,7 @@ class _State:
         return rearrange(x, configuration.a_shape)
 
     def to_matrix(self, a_shape, a, b):
-        """Multiply terms out that are in the coordinates of a configuration."""
+        """Multiply out terms given in the coordinates of a configuration."""
         m, n = self.residual.shape
         b_shape = m // a_shape[0], n // a_shape[1]
         x = multiply_out(a.reshape(-1, *a_shape), b.reshape(-1, *b_shape))
@@ -190,11 +191,11 @@ class _State:
         return x if right is None else _times(x, tuple(map(np.linalg.inv, right)))
 
     def num_parameters(self):
-        """Numbers stored for all terms."""
+        """Return the number of parameters of all terms."""
         return sum(a.size + b.size for a, b in self.held.values())
 
     def cost(self):
-        """What is to be made small: the residual, or the information criterion."""
+        """Return the objective: the squared residual, or the information criterion."""
         size = self.residual.size
         square = float(np.sum(np.square(self.residual, dtype=np.float64)))
         if not self.is_informed:
@@ -206,12 +207,12 @@ class _State:
 
 def _sorted(state):
     shape = state.residual.shape
-    found = [Configuration(a, len(pair[0])) for a, pair in state.held.items()]
-    return tuple(sorted(found, key=lambda c: (-c.num_parameters(shape), c.a_shape)))
+    chosen = [Configuration(a, len(pair[0])) for a, pair in state.held.items()]
+    return tuple(sorted(chosen, key=lambda c: (-c.num_parameters(shape), c.a_shape)))
 
 
 def _narrowed(state):
-    """Return the state with the candidates whose first terms are worth most."""
+    """Return the state with only the candidates with the best first terms."""
     shape = state.residual.shape
 
     def worth(c):
@@ -224,7 +225,7 @@ def _narrowed(state):
 
 
 def _run(state, parameters, block, power, exchanges=2 * BLOCKS):
-    """Grow a sum and exchange its terms that pay least, while that is of use."""
+    """Grow a sum, and exchange the terms that pay least while the cost falls."""
     state = _grow(state, parameters, block, power)
     for _ in range(exchanges):
         trial = _grow(_drop(state, block), parameters, block, power)
@@ -237,7 +238,7 @@ def _run(state, parameters, block, power, exchanges=2 * BLOCKS):
 def _grow(state, parameters, block, power):
     """Return the state with as many terms as the budget, or the criterion, allows.
 
-    The criterion may rise before it falls: its minimum on the way is taken.
+    The criterion may rise before it falls, so its minimum on the way is taken.
     """
     shape = state.residual.shape
     limit = state.residual.size // 2 if parameters is None else parameters
@@ -255,7 +256,7 @@ def _grow(state, parameters, block, power):
         if not offers:
             return best
         (gains, c, a, b), *others = sorted(offers, key=lambda x: -x[0][0])
-        # As many of its terms as are worth more than the best of another kind.
+        # Take the terms whose gain exceeds that of the best other configuration.
         rival = others[0][0][0] if others else 0
         count = max(1, int(np.sum(gains > rival)))
         state = _refine(_add(state, c, a[:, :count].T, b[:count]))
@@ -276,7 +277,7 @@ def _add(state, configuration, a, b):
 
 
 def _drop(state, count):
-    """Return the state without the terms that pay least per parameter."""
+    """Return the state without `count` terms that pay least per parameter."""
     worst = None
     for shape, (a, b) in state.held.items():
         gain = np.sum(b[-1] ** 2) * np.sum(a[-1] ** 2) / (a[0].size + b[0].size)
@@ -296,7 +297,8 @@ def _drop(state, count):
 def _refine(state, sweeps=30):
     """Fit all terms together: each configuration in turn, by a subspace iteration.
 
-    Not under weights, where its coordinates are not those of the error.
+    Nothing is done under weights: the coordinates of a configuration are then not
+    those of the error.
     """
     if state.roots or not state.held:
         return state
@@ -322,7 +324,7 @@ def _refine(state, sweeps=30):
 def leading(x: np.ndarray, count: int):
     """Return the `count` leading singular triplets of `[d1, d2]`.
 
-    Of a large matrix by a subspace iteration from a random start, always the same.
+    Those of a large matrix come from a subspace iteration with a fixed random start.
     """
     width = count + 8
     if 3 * width > min(x.shape) or min(x.shape) <= 64:
@@ -339,7 +341,7 @@ def leading(x: np.ndarray, count: int):
 
 
 def _factored_root(weight, n1, n2):
-    """Return `F1`, `F2` of a weight `≈ (F1 F1ᵀ) ⊗ (F2 F2ᵀ)`, by partial traces."""
+    """Return `F1`, `F2` with weight `≈ (F1 F1ᵀ) ⊗ (F2 F2ᵀ)`, from partial traces."""
     if weight is None:
         return None
     n = n1 * n2
@@ -364,7 +366,7 @@ def _times(x, pair):
 
 
 def rearrange(x: np.ndarray, a_shape: tuple[int, int]) -> np.ndarray:
-    """Return `kronecker.rearrange` of a NumPy matrix `[m, n]`, on the host."""
+    """Return the result of `kronecker.rearrange` for a NumPy matrix `[m, n]`."""
     (m, n), (m1, n1) = x.shape, a_shape
     return x.reshape(m1, m // m1, n1, n // n1).swapaxes(1, 2).reshape(m1 * n1, -1)
 

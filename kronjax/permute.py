@@ -1,24 +1,24 @@
-"""Row and column permutations that make a matrix more Kronecker-like.
+"""Row and column permutations that bring a matrix nearer to a Kronecker product.
 
 `T = W[rows][:, columns]` is approximated by `K`, so that `W ≈ K[rows⁻¹][:, columns⁻¹]`
-stores `m + n` integers beside the factors. Found by alternation: for a given order the
-terms are those of the Frobenius norm, and for given terms the rows of `W` are assigned
-to the rows of `K` at the least cost,
+stores `m + n` integers beside the factors. The permutations are found by alternation:
+for a given order the terms are the nearest in the Frobenius norm, and for given terms
+the rows of `W` are assigned to the rows of `K` at the least cost,
 
     min ‖W[rows][:, columns] − K‖_F²  =  const − 2 max Σ_i <W[rows_i, columns], K_i>,
 
-a linear assignment, and the columns likewise. Every step lowers the error, and every
-start ends in a local minimum. The first start is the order as given; others come from
-singular vectors: those of `A ⊗ B` are `u ⊗ v`, so that the ratio of two that share `v`
-takes one value for each row of `A`, in whatever order the rows are. Powers of the
-entries have the same order. The rest are random. Of 40 planted 36×36 sums all are found
-again if they have one term, half if they have two in the ratio 1 : 0.3, and one in
-twenty if both are equally strong.
+a linear assignment problem; the columns are assigned in the same way. Every step lowers
+the error, and every start ends in a local minimum. The first start is the given order.
+Others come from singular vectors: those of `A ⊗ B` are `u ⊗ v`, so the ratio of two
+that share `v` takes one value for each row of `A`, in whatever order the rows are;
+elementwise powers of the matrix have the same order. The rest are random. Of 40 planted
+36×36 sums all are recovered if they have one term, half if they have two in the ratio
+1 : 0.3, and one in twenty if both are equally strong.
 
-Where matrices are large, give `starts`: every one of them takes as long as the first.
+Set `starts` for large matrices: every start takes as long as the first.
 
-Weights enter through their diagonals. The solver proper, in any norm, then takes the
-permuted matrix, and the permuted weights.
+Weights enter through their diagonals. The solver, in any norm, is then applied to the
+permuted matrix with the permuted weights.
 
 References: Kuhn (1955), for the assignment.
 
@@ -40,10 +40,10 @@ from kronjax.greedy import leading, rearrange, unrearrange
 from kronjax.kronecker import Configuration
 
 ROUNDS = 60
-"""Alternations from one start, at most."""
+"""Limit on alternations from one start."""
 
 VECTORS = 8
-"""Singular vectors whose ratios are looked at."""
+"""Number of singular vectors whose ratios are examined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Permutation:
         return matrix[..., self.rows, :][..., self.columns]
 
     def undo(self, matrix):
-        """Return the matrix in the order as given, from a permuted one."""
+        """Return a permuted matrix in its original order."""
         rows, columns = np.argsort(self.rows), np.argsort(self.columns)
         return matrix[..., rows, :][..., columns]
 
     def apply_to_weights(self, left=None, right=None):
-        """Return the weights that belong to the permuted matrix."""
+        """Return the weights of the permuted matrix, or None for None."""
         if left is not None:
             left = left[..., self.rows, :][..., self.rows]
         if right is not None:
@@ -101,17 +101,18 @@ def permute(
     starts: int = 60,
     seed: int = 0,
 ) -> Permutation:
-    """Find an order of rows and columns in which a Kronecker sum comes nearer.
+    """Find an order of rows and columns that a Kronecker sum approximates better.
 
     Args:
         matrix: `[m, n]`, NumPy or jax, real.
-        configuration: What is to approximate the permuted matrix.
-        rows: Whether rows may be permuted.
-        columns: Whether columns may be.
-        left_weight: `[m, m]`, as for `approximate`; only its diagonal counts here.
-        right_weight: `[n, n]`, likewise.
-        starts: Orders to start from, at most; the one as given is the first.
-        seed: Of the random ones.
+        configuration: Configuration of the sum that approximates the permuted matrix.
+        rows: True if rows may be permuted.
+        columns: True if columns may be permuted.
+        left_weight: Weight of the rows, `[m, m]`, as for `approximate`; only its
+            diagonal is used.
+        right_weight: Weight of the columns, `[n, n]`; only its diagonal is used.
+        starts: Limit on orders to start from; the given order is the first.
+        seed: Seed of the random orders.
 
     Returns:
         `Permutation`, never worse than the order as given. Costs, for each start, up
@@ -119,8 +120,8 @@ def permute(
         many assignments of cost `m³`.
 
     Raises:
-        ValueError: If the matrix is no matrix, the configuration does not fit, or a
-            weight is not symmetric positive semidefinite.
+        ValueError: If `matrix` is not a single matrix, the configuration does not fit,
+            or a weight is not symmetric positive semidefinite.
     """
     target = validation.matrix(matrix, "float64", [])
     if target.ndim != 2 or starts < 1:
@@ -148,7 +149,7 @@ def permute(
     best = given, np.arange(m), np.arange(n)
     orders = _starts(target, a_shape, (rows, columns), np.random.default_rng(seed))
     for order in itertools.islice(orders, starts):
-        # The strongest term first: its order is that of all.
+        # The order of the strongest term is that of all terms, so fit it first.
         for terms in dict.fromkeys((1, rank)):
             order = _alternate(target, a_shape, terms, order, rows, columns)[1:]
         error = _fit(target[order[0]][:, order[1]], a_shape, rank)[1]
@@ -179,7 +180,7 @@ def _alternate(matrix, a_shape, rank, order, rows, columns):
 
 
 def _assign(scores):
-    """Return, for each row of `[k, k]` scores, the column that it is given."""
+    """Return the assigned column for each row of scores `[k, k]`."""
     from scipy.optimize import linear_sum_assignment
 
     return linear_sum_assignment(scores, maximize=True)[1]
@@ -195,7 +196,7 @@ def _fit(matrix, a_shape, rank):
 
 
 def _starts(matrix, a_shape, may, rng):
-    """Yield orders to start from."""
+    """Yield orders of rows and columns to start from; `may` says which may change."""
     (m, n), (m1, n1) = matrix.shape, a_shape
     same = np.arange(m), np.arange(n)
     yield same
@@ -215,7 +216,7 @@ def _orders(vectors, k1):
     """Return orders of rows from the ratios of singular vectors, likeliest first."""
     k = len(vectors)
     k2 = k // k1
-    found = []
+    orders = []
     leading = vectors[:, 0]
     safe = np.where(np.abs(leading) > 1e-12, leading, 1e-12)
     ratios = [vectors[:, j] / safe for j in range(1, vectors.shape[1])]
@@ -229,12 +230,12 @@ def _orders(vectors, k1):
             (place[:, None] == group[None]).astype(float)
             for place, group in zip(places, (first, second), strict=True)
         )
-        found.append((x + y, _assign(agree)))
-    return [order for _, order in sorted(found, key=lambda pair: pair[0])]
+        orders.append((x + y, _assign(agree)))
+    return [order for _, order in sorted(orders, key=lambda pair: pair[0])]
 
 
 def _grouped(ratio, groups):
-    """Return how far `[k]` is from `groups` values taken equally often, and which."""
+    """Return the relative variance within `groups` groups of equal size, and labels."""
     order = np.argsort(ratio, kind="stable")
     size = len(ratio) // groups
     labels = np.empty(len(ratio), int)

@@ -1,13 +1,14 @@
-"""The best sum for a number of parameters: what to mix, decided by solving.
+"""Search for the best sum of Kronecker products with a given number of parameters.
 
 `search` solves low rank, the most promising homogeneous sums and a few heterogeneous
-ones at equal parameters, in the norm that was asked for, and returns the best with the
-table of all: never worse than low rank, nor than the homogeneous sums that were tried.
-Those are the two that leave least in the Frobenius norm, of all that the budget allows,
-and the one with the smallest terms; in another norm a third may be the best. Of a large
-matrix all are tried with one start and a part of the budget, and the most promising
-are then solved in full: the best two and the best homogeneous one. (Low rank needs no
-more than a singular value decomposition, and is always solved.)
+sums of equal parameters in the norm of the user, and returns the best approximation
+with the table of all trials: it is never worse than low rank, nor than the homogeneous
+sums that were tried. The homogeneous sums are the two with the least Frobenius error of
+all that the budget allows, and the one with the smallest terms; in another norm a third
+may be the best. For a large matrix all sums are first tried with one start and a part
+of the budget, and the most promising are then solved in full: the best two and the best
+homogeneous sum. (Low rank needs only a singular value decomposition, and is always
+solved in full.)
 
 >>> import numpy as np
 >>> matrix = np.kron(np.arange(6.0).reshape(2, 3), np.arange(6.0).reshape(3, 2))
@@ -28,11 +29,11 @@ from kronjax.kronecker import Configuration, matmul_cost
 from kronjax.norm import Norm
 from kronjax.solver.problem import Problem
 
-HASTE = 4
-"""A trial of a large matrix may spend so many times less than a solve."""
+REDUCTION = 4
+"""Factor by which the budget of a trial of a large matrix is reduced."""
 
 FINALISTS = 2
-"""Of them so many are solved in full, and the best homogeneous one."""
+"""Number of trials solved in full, besides the best homogeneous one."""
 
 
 COLUMNS = "kind", "left factors, terms", "parameters", "multiply-adds", "error", "s"
@@ -52,9 +53,9 @@ class Trial:
         relative: The error over the norm of the matrix.
         seconds: Seconds spent on solving, without compilation.
         compile_seconds: Seconds spent on tracing and compiling.
-        is_full: Whether it was solved as `approximate` would, not with a reduced
+        is_full: True if it was solved as `approximate` would, not with a reduced
             budget.
-        is_efficient: Whether no other trial has less error for no more parameters and
+        is_efficient: True if no other trial has less error for no more parameters and
             no more multiply-adds (the Pareto front).
     """
 
@@ -146,27 +147,28 @@ def search(
     dtype: str | None = None,
     **options,
 ) -> Search:
-    """Find the best sum of Kronecker products for a number of parameters.
+    """Find the best sum of Kronecker products with a given number of parameters.
 
     Args:
         matrix: `[m, n]`, NumPy or jax, real.
-        parameters: Numbers that may be stored; None leaves the number of terms to the
-            information criterion of `greedy`, for a sum hidden in white noise
+        parameters: Largest number of parameters; None leaves the number of terms to the
+            information criterion of `greedy`, which is made for a sum in white noise
             (weights mislead it).
-        norm: As for `approximate`.
-        left_weight: `[m, m]`, as for `approximate`.
-        right_weight: `[n, n]`, likewise.
-        dtype: As for `approximate`.
-        **options: `starts`, `budget`, `tolerance`, `seed`, `progress`, handed on to
+        norm: Norm of the error, as for `approximate`.
+        left_weight: Weight of the rows, `[m, m]`, as for `approximate`.
+        right_weight: Weight of the columns, `[n, n]`, as for `approximate`.
+        dtype: Precision of the computation, as for `approximate`.
+        **options: `starts`, `budget`, `tolerance`, `seed` and `progress`, passed on to
             `approximate`.
 
     Returns:
-        `Search`. A budget of the dense matrix or more returns that, to rounding, as a
-        matrix times a number (one parameter more), and says so in the notes.
+        `Search`. If `parameters` reaches the size of the dense matrix, the result is
+        that matrix, up to rounding, as a matrix times a number (one parameter more),
+        and the notes say so.
 
     Raises:
-        ValueError: If the budget is below one term (says the smallest possible), or as
-            `approximate` does.
+        ValueError: If `parameters` is too small for one term (the message gives the
+            smallest possible number), or an input is invalid for `approximate`.
     """
     begun = time.perf_counter()
     notes: list[str] = []
@@ -174,7 +176,7 @@ def search(
     if target.ndim != 2:
         raise ValueError(
             f"search takes one matrix [m, n]; got shape {target.shape}. Search for one "
-            "of the batch and hand its configurations to kronjax.approximate."
+            "of the batch and pass its configurations to kronjax.approximate."
         )
     shape: tuple[int, int] = target.shape
     weights = (
@@ -187,7 +189,7 @@ def search(
     if parameters is not None and parameters >= math.prod(shape):
         notes.append(
             f"{parameters} parameters reach the {math.prod(shape)} of the dense "
-            "matrix: it is returned as it is"
+            "matrix, which is returned unchanged"
         )
         wanted = [("dense", (Configuration(shape, 1),))]
     else:
@@ -208,25 +210,25 @@ def search(
 
 
 def _compete(matrix, wanted, options, is_large):
-    """Return trials and their approximations, by rising error; the first is full."""
-    solved = [_solve(matrix, kind, one, options, is_large) for kind, one in wanted]
+    """Return trials and their approximations by rising error; the first is full."""
+    solved = [_solve(matrix, kind, cs, options, is_large) for kind, cs in wanted]
     solved.sort(key=_error)
     alone = [pair for pair in solved if pair[0].kind == "homogeneous"]
     promising = [pair[0].configurations for pair in solved[:FINALISTS] + alone[:1]]
-    for i, (trial, hasty) in enumerate(solved):
+    for i, (trial, reduced) in enumerate(solved):
         if trial.configurations in promising and not trial.is_full:
-            full, found = _solve(matrix, trial.kind, trial.configurations, options)
+            full, best = _solve(matrix, trial.kind, trial.configurations, options)
             full = dataclasses.replace(
                 full,
                 seconds=full.seconds + trial.seconds,
                 compile_seconds=full.compile_seconds + trial.compile_seconds,
             )
             if full.error > trial.error:  # more starts may end elsewhere
-                found = hasty
+                best = reduced
                 full = dataclasses.replace(
                     full, error=trial.error, relative=trial.relative
                 )
-            solved[i] = full, found
+            solved[i] = full, best
     return sorted(solved, key=_error)
 
 
@@ -259,12 +261,12 @@ def _note_primes(shape, notes):
     if len(greedy.candidates(shape)) == 1:
         notes.append(
             f"a matrix of shape {shape} has no other Kronecker products than low rank "
-            "and trivial ones"
+            "and trivial products"
         )
 
 
 def _proposals(target, parameters, weights, norm):
-    """Return what to solve: pairs of a kind and a tuple of configurations."""
+    """Return the sums to solve: pairs of a kind and a tuple of configurations."""
     shape = target.shape
     everything = greedy.candidates(shape)
     among = [
@@ -278,11 +280,11 @@ def _proposals(target, parameters, weights, norm):
     ]
     mixed = greedy.choose(target, parameters, among, *weights)
     if parameters is None:
-        # Compared at what the criterion was content with; at one term if with none.
+        # Compare at the size that the criterion chose; at one term if it chose none.
         mixed = mixed or (min(among, key=lambda c: c.num_parameters(shape)),)
         parameters = sum(c.num_parameters(shape) for c in mixed)
     low_rank = everything[0]
-    # Alone even those with expensive terms are proposed: one term may be all it takes.
+    # Expensive configurations are proposed, too: alone, one term may suffice.
     affordable = [c for c in everything if c.num_parameters(shape) <= parameters]
     full = {c.a_shape: _filled(c, parameters, shape) for c in affordable}
     products = [c for c in affordable if c != low_rank]
@@ -303,7 +305,7 @@ def _proposals(target, parameters, weights, norm):
             wanted += [(wholes[i],) for i in order[:2]] + [(first,)]
         if low_rank.a_shape in full:
             wanted.append(_split((low_rank, products[order[0]]), parameters, shape))
-        if not norm.is_frobenius:  # distinct products have more freedom than alike ones
+        if not norm.is_frobenius:  # products of distinct shapes have more freedom
             wanted.append(_split(tuple(balanced[:3]), parameters, shape))
             wanted.append(_split(tuple(balanced[1:3]), parameters, shape))
     wanted.append(mixed)
@@ -319,19 +321,22 @@ def _filled(configuration, parameters, shape):
 
 
 def _split(configurations, parameters, shape):
-    """Return them with equal shares of the budget, what remains going to the last."""
-    found, left = [], parameters
+    """Return the configurations with equal shares of the budget.
+
+    The last one gets the remainder; the result is empty if a share is too small.
+    """
+    filled, left = [], parameters
     for i, c in enumerate(configurations):
         share = left // (len(configurations) - i)
         if c.num_parameters(shape) > share:
             return ()
-        found.append(_filled(c, share, shape))
-        left -= found[-1].num_parameters(shape)
-    return tuple(found)
+        filled.append(_filled(c, share, shape))
+        left -= filled[-1].num_parameters(shape)
+    return tuple(filled)
 
 
 def _imbalance(configuration, shape):
-    """Sort by price, then by how far from square the factors are."""
+    """Return a sort key: parameters of a term, then how far from square it is."""
     (m1, n1), (m2, n2) = configuration.a_shape, configuration.b_shape(shape)
     skew = abs(math.log(m1 / n1)) + abs(math.log(m2 / n2))
     return configuration.num_parameters(shape), round(skew, 9), configuration.a_shape
@@ -343,8 +348,8 @@ def _kind(configurations, low_rank):
     return "low rank" if configurations[0].a_shape == low_rank else "homogeneous"
 
 
-def _solve(matrix, kind, configurations, options, in_haste=False):
-    """Return the trial and its approximation."""
+def _solve(matrix, kind, configurations, options, is_reduced=False):
+    """Return a trial and its approximation, with a reduced budget if asked."""
     norm = Norm.parse(options["norm"])
     if kind in ("low rank", "dense") and norm.is_spectral:
         # The (whitened) singular value decomposition solves every norm.
@@ -355,35 +360,37 @@ def _solve(matrix, kind, configurations, options, in_haste=False):
     problem = Problem.of(
         matrix.shape, configurations, options["norm"], weighted=weighted
     )
-    in_haste = in_haste and bool(problem.squarings)
-    if in_haste:
+    is_reduced = is_reduced and bool(problem.squarings)
+    if is_reduced:
         budget = options.get("budget") or problem.budget
-        options = {**options, "starts": 1, "budget": max(1, budget // HASTE)}
-    found = approximate(matrix, configurations, **options)
-    errors, relative = found.error, found.relative
-    if found.weighted is not None and found.weighted_relative is not None:
-        errors, relative = found.weighted, found.weighted_relative
+        options = {**options, "starts": 1, "budget": max(1, budget // REDUCTION)}
+    solved = approximate(matrix, configurations, **options)
+    errors, relative = solved.error, solved.relative
+    if solved.weighted is not None and solved.weighted_relative is not None:
+        errors, relative = solved.weighted, solved.weighted_relative
     if norm.is_frobenius:
         error, ratio = errors.frobenius, relative.frobenius
     elif norm.is_spectral:
         error, ratio = errors.spectral, relative.spectral
     else:
-        error, ratio = found.trace.value[-1], math.nan
+        error, ratio = solved.trace.value[-1], math.nan
     trial = Trial(
         kind=kind,
         configurations=configurations,
-        num_parameters=found.num_parameters,
-        multiply_adds=sum(matmul_cost(terms) for terms in found.terms),
+        num_parameters=solved.num_parameters,
+        multiply_adds=sum(matmul_cost(terms) for terms in solved.terms),
         error=float(error),
         relative=float(ratio),
-        seconds=found.seconds,
-        compile_seconds=found.compile_seconds,
-        is_full=not in_haste,
+        seconds=solved.seconds,
+        compile_seconds=solved.compile_seconds,
+        is_full=not is_reduced,
     )
-    return trial, found
+    return trial, solved
 
 
 def _with_front(trial, trials):
+    """Return the trial with `is_efficient` set."""
+
     def beats(other):
         ours = trial.error, trial.num_parameters, trial.multiply_adds
         theirs = other.error, other.num_parameters, other.multiply_adds

@@ -138,7 +138,7 @@ def test_training_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
         build.train(model, TOKENS, plan, kept=kept, every=2)
     capsys.readouterr()
     rest = build.train(model, TOKENS, plan, kept=kept, every=2)
-    assert "going on from step 2" in capsys.readouterr().out
+    assert "resuming from step 2" in capsys.readouterr().out
     same = jax.tree.map(np.array_equal, *(nnx.state(x) for x in (whole, rest)))
     assert all(jax.tree.leaves(same))
     mark = build._fingerprint([], TOKENS, plan)

@@ -86,7 +86,7 @@ def test_prime_dimensions_leave_low_rank():
         ((12, 12), 23, "less than one term.*smallest possible is 24, with"),
         ((12, 12), 0, "smallest possible is 24"),
         ((12, 12), 30.5, "whole number; got 30.5"),
-        ((2, 12, 12), 48, "one matrix.*hand its configurations to"),
+        ((2, 12, 12), 48, "one matrix.*pass its configurations to"),
     ],
 )
 def test_impossible_budgets_are_named(shape, parameters, message):

@@ -1,10 +1,10 @@
-"""What commands print: one line for a mistake."""
+"""Messages that commands print."""
 
 from kronjax.io.atomic import printable
 
 
 def one_line(error: Exception) -> str:
-    """Return the message on one line; a system error names its file."""
+    """Return the message of an error on one line, with the file of a system error."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror

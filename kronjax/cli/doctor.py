@@ -1,4 +1,4 @@
-"""`kronjax doctor`: versions, devices, and a small problem as a check."""
+"""The command `kronjax doctor`: versions, devices, and a self-check."""
 
 import json
 import os
@@ -10,9 +10,9 @@ from kronjax.cli.options import Json
 
 
 def doctor(*, as_json: Json = False) -> int:
-    """Print versions, devices and precision, and solve a tiny problem as a check.
+    """Print versions, devices and precision, and solve a small problem as a self-check.
 
-    Ends with exit code 1 if the check fails.
+    The exit code is 1 if the self-check fails.
 
     Args:
         as_json: Print one JSON object instead of the table.
@@ -24,7 +24,7 @@ def doctor(*, as_json: Json = False) -> int:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("what", "here")
+        table = Table("property", "value")
         for key, value in facts.items():
             text = ", ".join(value) if isinstance(value, list) else str(value)
             table.add_row(key if key.isupper() else key.replace("_", " "), text)
@@ -56,13 +56,13 @@ def _facts() -> dict[str, Any]:
 
 
 def _self_check() -> dict[str, Any]:
-    """Recover a Kronecker product and say how well."""
+    """Return whether a Kronecker product is recovered, and with which error."""
     import numpy as np
 
     a, b = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
     configuration = kronjax.Configuration(a.shape, rank=1)
-    found = kronjax.approximate(np.kron(a, b), configuration, progress=False)
-    error = float(found.relative.spectral)
+    result = kronjax.approximate(np.kron(a, b), configuration, progress=False)
+    error = float(result.relative.spectral)
     return {
         "self_check": "ok" if error < 1e-5 else "failed",
         "self_check_error": float(f"{error:.2e}"),

@@ -1,4 +1,4 @@
-"""How options of the command line are shown; without jax.
+"""Types of options of the command line; imports no jax.
 
 >>> Flag.__metadata__[0].metavar is None
 True
@@ -10,7 +10,7 @@ import tyro
 
 
 def option(metavar: str | None = None, name: str | None = None) -> object:
-    """Return how an option is shown: no default where none says as much."""
+    """Return the settings of an option; defaults None and False are not shown."""
 
     def hint(default: str) -> str:
         return "" if default in ("None", "False") else f"(default: {default})"

@@ -1,7 +1,7 @@
-"""What kronjax does, on random matrices and on a small language model.
+"""Demonstration of kronjax on random matrices and on a small language model.
 
-The model, `model`, comes with the package, for whatever needs one without a network;
-`held_out` is text to judge it by. Its data sheet is `model/README.md`.
+The package contains the language model (`model`), for uses without a network, and
+`held_out` returns text to evaluate it on. Its data sheet is `model/README.md`.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ def model(dtype: str = "float32") -> "LanguageModel":
     """Return the bundled language model, a GPT-2 of two million parameters.
 
     Args:
-        dtype: Of the parameters, which are stored as float16.
+        dtype: The dtype of the parameters, which are stored as float16.
 
     Returns:
         The model with its tokenizer.
@@ -39,7 +39,7 @@ def held_out() -> str:
     """Return text that the bundled model was not trained on.
 
     Raises:
-        FileNotFoundError: If this Python came without the sources of its library.
+        FileNotFoundError: If the sources of the standard library are not installed.
     """
     return corpus.held_out()
 
@@ -47,13 +47,13 @@ def held_out() -> str:
 def run(
     out: Path, matrices: int = 20, seed: int = 0, *, as_json: bool = False
 ) -> dict[str, Any]:
-    """Solve random matrices, compress the model; print tables, and draw figures.
+    """Solve random matrices and compress the model; print tables and draw figures.
 
     Args:
         out: The folder for `matrices.png`, `language.png`, `report.html` and
-            `report.json`; made if it is missing.
+            `report.json`; created if it is missing.
         matrices: Number of matrices.
-        seed: Of the matrices.
+        seed: Seed of the matrices.
         as_json: Print one JSON object instead of the tables.
 
     Returns:
@@ -82,33 +82,33 @@ def run(
     seconds = time.perf_counter() - begun
     console.print(
         f"{seconds:.0f} s. The figures are {out / 'matrices.png'} and "
-        f"{out / 'language.png'}; {out / 'report.html'} says what each layer of the "
-        "planned model got, and why.",
+        f"{out / 'language.png'}; {out / 'report.html'} shows the method and size of "
+        "each layer of the planned model, and the reasons.",
         soft_wrap=True,
     )
-    found = {
-        "matrices": [random.plain(one) for one in errors],
+    results = {
+        "matrices": [random.plain(each) for each in errors],
         "language": [dataclasses.asdict(row) for row in rows],
         "seconds": seconds,
     }
     if as_json:
-        print(json.dumps(found, allow_nan=False))
-    return found
+        print(json.dumps(results, allow_nan=False))
+    return results
 
 
 @contextlib.contextmanager
 def _spinner() -> Iterator[Callable[[str], None]]:
-    """Yield a function that says what happens from now on, with its seconds."""
+    """Yield a function that shows the name of the next step and its seconds."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
-        def say(what: str) -> None:
+        def say(step: str) -> None:
             for task in progress.tasks:
                 progress.update(task.id, completed=1)
-            progress.add_task(what, total=1)
+            progress.add_task(step, total=1)
 
         yield say
         for task in progress.tasks:

@@ -1,11 +1,11 @@
-"""Train the bundled language model: `python -m kronjax.demo.build --out FOLDER`.
+"""Training of the bundled model: `python -m kronjax.demo.build --out FOLDER`.
 
 A GPT-2 of 2.2 million parameters learns the documentation of the standard library
-(`kronjax.demo.corpus`): AdamW with warm-up and a cosine, in float32, on random windows
-of the text. All is drawn from one seed. What was reached is kept in `FOLDER.training`
-every hundred steps, from which the next run goes on; it is removed at the end. With
-`--start` another run begins with the weights of an earlier one, warm-up and all; the
-bundled model had two.
+(`kronjax.demo.corpus`) with AdamW, warm-up and a cosine schedule, in float32, on random
+windows of the text. All random numbers come from one seed. The state is saved in
+`FOLDER.training` every hundred steps, and the next run resumes from it; the file is
+removed at the end. With `--start` a run begins with the weights of an earlier one, and
+with a new warm-up; the bundled model took two runs.
 
 References: Loshchilov and Hutter (2019) for AdamW, and (2017) for warm restarts;
 Radford et al. (2019) for the model.
@@ -45,21 +45,21 @@ CONFIG = gpt2.Config(
     n_layer=4,
     n_head=6,
 )
-"""The model."""
+"""Configuration of the bundled model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a model is trained.
+    """Settings of a training run.
 
     Attributes:
         steps: Number of updates.
-        batch: Windows in each, as long as the context of the model.
+        batch: Number of windows in an update, each as long as the context of the model.
         rate: The largest learning rate.
-        warmup: Updates until it is reached, at most half of all; from there a cosine
-            leads to a hundredth.
-        decay: Of weights, for matrices alone.
-        seed: Of the weights and the windows.
+        warmup: Number of updates until that rate, at most half of all; a cosine then
+            reduces it to a hundredth.
+        decay: Weight decay of the matrices.
+        seed: Seed of the weights and the windows.
     """
 
     steps: int = 5000
@@ -70,7 +70,7 @@ class Plan:
     seed: int = 0
 
     def optimizer(self) -> optax.GradientTransformation:
-        """Return AdamW for this plan, behind a clip of the norm of the gradient."""
+        """Return AdamW with these settings, after clipping of the gradient norm."""
         rate = optax.warmup_cosine_decay_schedule(
             0.0,
             self.rate,
@@ -92,19 +92,19 @@ class Plan:
 def build(
     folder: Path, plan: Plan, *, start: Path | None = None, every: int = 100
 ) -> perplexity.Perplexity:
-    """Train, write and judge the model.
+    """Train, write and evaluate the model.
 
     Args:
-        folder: For the model in float16.
-        plan: How to train.
-        start: The folder of an earlier result to go on from, with its tokenizer.
-        every: Steps between two lines of progress.
+        folder: Output folder of the model, in float16.
+        plan: Settings of the training.
+        start: Folder of an earlier model to start from, with its tokenizer, or None.
+        every: Number of steps between two lines of progress.
 
     Returns:
-        The perplexity on the held-out part, of the model as it was written.
+        The perplexity of the written model on the held-out text.
     """
     folder = folder.expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)  # or fail now, not after the training
+    folder.mkdir(parents=True, exist_ok=True)  # fail before the training
     texts = list(corpus.documents())
     if start is None:
         tokenizer = tokenizers.train(
@@ -139,14 +139,15 @@ def train(
     kept: Path | None = None,
     every: int = 100,
 ) -> LanguageModel:
-    """Return a model that has been trained.
+    """Train a model, and return the trained model.
 
     Args:
-        model: To begin with; left as it is.
-        tokens: `[n]`, more than its context.
-        plan: How.
-        kept: A file for what was reached, to go on from if it is there.
-        every: Steps between two lines of progress, when what was reached is kept.
+        model: Initial model; not modified.
+        tokens: Training tokens, `[n]`, more than the context of the model.
+        plan: Settings of the training.
+        kept: File in which the state is saved, and from which it is resumed; None to
+            save nothing.
+        every: Number of steps between two lines of progress, and between two saves.
     """
     context = model.config.context
     graph, parameters = nnx.split(model)
@@ -187,14 +188,14 @@ def train(
 
 
 def _windows(tokens, context, plan, step):
-    """Return random windows of a text, `[batch, context + 1]`."""
+    """Return the random windows of a step, `[batch, context + 1]`."""
     generator = np.random.default_rng((plan.seed, step))
     begins = generator.integers(0, len(tokens) - context, plan.batch)
     return np.stack([tokens[i : i + context + 1] for i in begins])
 
 
 def _fingerprint(parameters, tokens, plan) -> np.ndarray:
-    """Return a digest of all that decides what comes out."""
+    """Return a digest of the weights, the tokens and the settings."""
     hashed = hashlib.sha256(repr(plan).encode() + tokens.tobytes())
     for leaf in jax.device_get(jax.tree.leaves(parameters)):
         hashed.update(np.asarray(leaf).tobytes())
@@ -209,15 +210,15 @@ def _keep(kept: Path, mark: np.ndarray, step: int, state: Any) -> None:
 
 
 def _resume(kept: Path | None, mark: np.ndarray, state: Any) -> tuple[int, Any]:
-    """Return the step that was reached, and the state there."""
+    """Return the number of completed steps, and the state after them."""
     if kept is None or not kept.is_file():
         return 0, state
     arrays = safetensors.numpy.load(kept.read_bytes())
     if not np.array_equal(arrays["mark"], mark):
-        print(f"{kept} belongs to another training and is not used", flush=True)
+        print(f"{kept} belongs to another training run and is not used", flush=True)
         return 0, state
     step = int(arrays["step"])
-    print(f"going on from step {step}", flush=True)
+    print(f"resuming from step {step}", flush=True)
     leaves, tree = jax.tree.flatten(state)
     return step, tree.unflatten(
         [jnp.asarray(arrays[str(i)]) for i in range(len(leaves))]
@@ -225,7 +226,7 @@ def _resume(kept: Path | None, mark: np.ndarray, state: Any) -> tuple[int, Any]:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line of this module."""
     parser = argparse.ArgumentParser(
         prog="python -m kronjax.demo.build", description="Train the bundled model."
     )

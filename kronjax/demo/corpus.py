@@ -1,12 +1,12 @@
-"""Text that every Python has: the documentation inside its standard library.
+"""Text that every Python installation has: the documentation in its standard library.
 
-Docstrings, comments, and the chapters of the language reference that `help()` shows,
-read by `ast` from the sources of the running Python; nothing of them is bundled. The
-order is that of the names of modules, so the text depends on the version of Python
-alone, and on whether parts such as tkinter are installed.
+The text consists of the docstrings, the comments, and the chapters of the language
+reference that `help()` shows, read by `ast` from the sources of the running Python;
+none of it is bundled. Modules are in alphabetical order, so the text depends only on
+the version of Python, and on whether parts such as tkinter are installed.
 
-Some modules are held out: whole ones, of few words in common with others, that Python
-3.11 to 3.14 have on every system.
+Some modules are held out: whole modules that share few words with others, and that
+Python 3.11 to 3.14 have on every system.
 
 >>> is_held_out("statistics"), is_held_out("email.message")
 (True, False)
@@ -38,7 +38,7 @@ HELD_OUT = frozenset(
         "wave",
     ]
 )
-"""Modules that no model is trained on; of a package, all that is in it."""
+"""Modules and packages that no model is trained on."""
 
 _SKIPPED = frozenset(
     [
@@ -58,33 +58,33 @@ _SKIPPED = frozenset(
 _DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _TOPICS = "pydoc_data.topics"
 _BETWEEN = "\n\n\n"  # passages
-_LEAST = 40  # characters: shorter comments say little without the code
+_LEAST = 40  # characters; shorter comments mean little without the code
 
 
 def training() -> str:
-    """Return the text of all modules but those held out: about three million letters.
+    """Return the text of all modules that are not held out: about 3 million letters.
 
     Raises:
-        FileNotFoundError: If this Python came without the sources of its library.
+        FileNotFoundError: If the sources of the standard library are not installed.
     """
     return _joined(documents())
 
 
 def documents() -> Iterator[str]:
-    """Yield the texts of which `training` is made, one for each module.
+    """Yield the texts that `training` joins, one for each module.
 
     Raises:
-        FileNotFoundError: If this Python came without the sources of its library.
+        FileNotFoundError: If the sources of the standard library are not installed.
     """
     root = _library()
     return _read(root, (x for x in _modules(root, root) if not is_held_out(x)))
 
 
 def held_out() -> str:
-    """Return the text of the modules held out: about a twentieth of all.
+    """Return the text of the held-out modules: about a twentieth of the whole.
 
     Raises:
-        FileNotFoundError: If this Python came without the sources of its library.
+        FileNotFoundError: If the sources of the standard library are not installed.
     """
     root = _library()
     names = set()
@@ -96,33 +96,33 @@ def held_out() -> str:
 
 
 def is_held_out(module: str) -> bool:
-    """Say whether a module, such as `json.decoder`, belongs to the held-out part."""
+    """Return whether a module, such as `json.decoder`, is held out."""
     return module.partition(".")[0] in HELD_OUT
 
 
 def passages(source: str) -> Iterator[str]:
-    """Yield the docstrings and the longer comments of a module in their order.
+    """Yield the docstrings and the longer comments of a module, in order.
 
     Args:
         source: The text of the module.
 
     Raises:
-        SyntaxError: If it is no Python.
+        SyntaxError: If the source is not valid Python.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes, say
+        warnings.simplefilter("ignore")  # for example about escapes
         tree = ast.parse(source)
     lines = source.splitlines()
-    found: list[tuple[int, str]] = []
+    blocks: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, _DOCUMENTED) and (docstring := ast.get_docstring(node)):
             first = node.body[0]
-            found.append((first.lineno, docstring))
-            # What looks like a comment in there is none.
+            blocks.append((first.lineno, docstring))
+            # A line of a docstring may look like a comment.
             for i in range(first.lineno - 1, first.end_lineno or first.lineno):
                 lines[i] = ""
-    found.extend(_comments(lines))
-    for _, passage in sorted(found):
+    blocks.extend(_comments(lines))
+    for _, passage in sorted(blocks):
         yield "\n".join(line.rstrip() for line in passage.splitlines())
 
 
@@ -152,8 +152,8 @@ def _library() -> Path:
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "statistics.py").is_file():
         raise FileNotFoundError(
-            f"this Python has no sources of its standard library in {root}; the text "
-            "of the demo is read from them: run it with another installation of Python"
+            f"this Python has no sources of its standard library in {root}; the demo "
+            "reads its text from them: run it with another installation of Python"
         )
     return root
 
@@ -167,7 +167,7 @@ def _modules(root: Path, folder: Path) -> Iterator[str]:
 
 
 def _read(root: Path, names: Iterable[str]) -> Iterator[str]:
-    """Yield the texts of those modules, in order, that can be read and have some."""
+    """Yield the texts of modules in order; skip unreadable and empty ones."""
     for name in sorted(names):
         path = root.joinpath(*name.split(".")).with_suffix(".py")
         try:
@@ -176,7 +176,7 @@ def _read(root: Path, names: Iterable[str]) -> Iterator[str]:
             parts = _topics(source) if name == _TOPICS else passages(source)
             text = _BETWEEN.join(parts)
         except (OSError, SyntaxError, ValueError, RecursionError):
-            continue  # damaged, or not for this reader: there is enough besides
+            continue  # damaged or unreadable files are skipped
         if text:
             yield text
 

@@ -1,8 +1,9 @@
-"""The bundled language model with smaller MLPs, compressed in five ways.
+"""Demonstration on the bundled language model: five compressions of its MLP layers.
 
-All five have equally many parameters: the MLP layers at 15 % of theirs, the others as
-they are; the plan may spend the same sum where it likes. Perplexities are those of text
-that neither training nor calibration has seen.
+All five have equally many parameters: the MLP layers are reduced to 15 % of theirs, and
+the other layers stay unchanged; the planned compression may distribute the same total
+over all layers. Perplexities are those of text that was used neither for training nor
+for calibration.
 """
 
 import dataclasses
@@ -27,16 +28,16 @@ from kronjax.lm.text import documents as texts
 from kronjax.recipe import Recipe, Rule, Term, Weighting
 
 FRACTION = 0.15
-"""Of the parameters of the MLP layers, what is left."""
+"""Fraction of the parameters of the MLP layers that remains."""
 
 TOKENS = 8192
-"""Of the text of training, for calibration."""
+"""Number of tokens of the training text for calibration."""
 
 PRODUCTS = 120
-"""Matrix products that a fit of a mixture may spend."""
+"""Matrix products of every fit of a mixture: half of the default, to save time."""
 
 CHARACTERS = 40_000
-"""Of the held-out text, to measure on: half of it."""
+"""Number of characters of the held-out text for perplexities: half of it."""
 
 PROTOCOL = "krony-pt"
 
@@ -46,12 +47,12 @@ PLANNED = "planned budget"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way.
+    """One row of the table: a model and its perplexity.
 
     Attributes:
-        name: In words.
-        parameters: Of the whole model.
-        perplexity: On held-out text.
+        name: Name of the compression.
+        parameters: Number of parameters of the whole model.
+        perplexity: Perplexity of held-out text.
     """
 
     name: str
@@ -60,23 +61,23 @@ class Row:
 
 
 def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
-    """Compress in every way; write the report of the planned one into `folder`.
+    """Compress the model in every way, and write the report of the planned one.
 
     Args:
-        folder: That exists.
-        say: Told what happens next.
+        folder: Existing folder for the report.
+        say: Callback with the name of the next step.
     """
     model = demo.model()
     held_out = texts.from_rows(
         [demo.held_out()[:CHARACTERS]], source="held-out documentation"
     )
 
-    def measured(name: str, parameters: int, one: LanguageModel) -> Row:
-        # Dense models of one kind share a program.
-        dense = nn.multiplied_out(one)
+    def measured(name: str, parameters: int, candidate: LanguageModel) -> Row:
+        # Dense models of one architecture share a compiled program.
+        dense = nn.multiplied_out(candidate)
         dense.recipe = None
-        found = perplexity.perplexity(dense, held_out, PROTOCOL, progress=False)
-        return Row(name, parameters, found.perplexity)
+        result = perplexity.perplexity(dense, held_out, PROTOCOL, progress=False)
+        return Row(name, parameters, result.perplexity)
 
     say("calibrating")
     tokens = tokens_of(model, _training(6 * TOKENS))[:TOKENS]
@@ -96,7 +97,7 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
     say(PLANNED)
     budget = Budget("parameters", max(row.parameters for row in rows))
     done = compressed(budget)
-    found = record.of(
+    planned = record.of(
         done,
         model,
         source="the bundled model",
@@ -105,10 +106,10 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
         timed=False,
         progress=False,
     )
-    record.write(found, folder)
-    html.write(found, folder)
+    record.write(planned, folder)
+    html.write(planned, folder)
     before, after = (
-        found["perplexity"][name]["perplexity"] for name in ("dense", "compressed")
+        planned["perplexity"][name]["perplexity"] for name in ("dense", "compressed")
     )
     return [
         Row(DENSE, done.before.parameters, before),
@@ -118,7 +119,7 @@ def run(folder: Path, say: Callable[[str], None]) -> list[Row]:
 
 
 def ways() -> dict[str, Recipe]:
-    """Return the recipes by the names under which they are shown."""
+    """Return the recipes by the names in the table."""
     return {
         "SVD": recipe("low-rank", "frobenius", "none"),
         "Kronecker, Van Loan": recipe("kronecker", "frobenius", "none"),
@@ -133,8 +134,8 @@ def recipe(method: str, norm: str, weighting: Weighting) -> Recipe:
     for name, shape in (("c_fc", (192, 768)), ("c_proj", (768, 192))):
         what: dict[str, Any] = {"method": "low-rank", "fraction": FRACTION}
         if method == "kronecker":
-            (one,) = mixture.configurations(shape, mixture.mix(shape, FRACTION, 0.0))
-            term = Term(a_shape=one.a_shape, rank=one.rank)
+            (chosen,) = mixture.configurations(shape, mixture.mix(shape, FRACTION, 0.0))
+            term = Term(a_shape=chosen.a_shape, rank=chosen.rank)
             what = {"method": "kronecker", "terms": (term,)}
         match = f"h.*.mlp.{name}"
         rules.append(Rule(match=match, norm=norm, weighting=weighting, **what))
@@ -142,16 +143,16 @@ def recipe(method: str, norm: str, weighting: Weighting) -> Recipe:
 
 
 def added(row: Row, dense: Row) -> float:
-    """Return the nats per token above the dense model."""
+    """Return the increase of the loss over the dense model, in nats per token."""
     return math.log(row.perplexity / dense.perplexity)
 
 
 def table(rows: list[Row]) -> Table:
-    """Return perplexities and sizes."""
+    """Return the table of perplexities and sizes."""
     result = Table(
         title="Bundled language model, perplexity of held-out text",
         caption=f"MLP layers at {FRACTION:.0%} of their parameters;\n"
-        "the plan spreads the same sum over all layers",
+        "the planned budget distributes the same total over all layers",
     )
     result.add_column("", justify="left")
     for name in ("parameters", "perplexity", "nats above dense"):
@@ -163,7 +164,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def figure(rows: list[Row]) -> bytes:
-    """Return a PNG: nats per token above the dense model, by way."""
+    """Return a PNG of nats per token above the dense model for every compression."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

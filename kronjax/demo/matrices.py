@@ -1,9 +1,9 @@
-"""Fifty random matrices: how near do short sums of Kronecker products come?
+"""Demonstration on random matrices: errors of short sums of Kronecker products.
 
 Matrices of shape 36×36 with independent N(0, 1) entries are approximated by sums of 1,
-3, 6 and 12 products of 6×6 factors. Truncated SVD of the same rank and Van Loan's sum
-have the same number of parameters. All errors are spectral norms. All matrices of one
-rank are solved as one batch.
+3 and 6 products of 6×6 factors. Truncated SVD of the same rank and Van Loan's sum have
+the same number of parameters. All errors are spectral norms. The matrices are solved
+together as one batch for each rank.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ class Errors:
 
     @property
     def wins(self) -> int:
-        """On how many matrices kronjax is nearer than both of the others."""
+        """Number of matrices on which kronjax has the smallest error."""
         return int(np.sum(self.kronjax < np.minimum(self.van_loan, self.svd)))
 
 
 def run(say: Callable[[str], None], matrices: int = 20, seed: int = 0) -> list[Errors]:
-    """Solve at every rank.
+    """Solve random matrices at every rank.
 
     Args:
-        say: Told what happens next.
+        say: Callback with the name of the next step.
         matrices: Number of matrices.
-        seed: Of the matrices.
+        seed: Seed of the matrices.
     """
     shape = (matrices, SIZE, SIZE)
     samples = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -59,15 +59,15 @@ def run(say: Callable[[str], None], matrices: int = 20, seed: int = 0) -> list[E
 def solve(samples: np.ndarray, rank: int) -> Errors:
     """Approximate all `samples`, `[matrices, 36, 36]`, by sums of `rank` products."""
     configuration = kronjax.Configuration((FACTOR, FACTOR), rank)
-    found = kronjax.approximate(samples, configuration, progress=False)
-    baseline = report.svd_baseline(samples, found.num_parameters)
+    approximation = kronjax.approximate(samples, configuration, progress=False)
+    baseline = report.svd_baseline(samples, approximation.num_parameters)
     return Errors(
         rank=rank,
-        kronjax=np.asarray(found.error.spectral),
-        van_loan=np.asarray(found.van_loan.spectral),
+        kronjax=np.asarray(approximation.error.spectral),
+        van_loan=np.asarray(approximation.van_loan.spectral),
         svd=baseline.spectral,
-        seconds=found.seconds,
-        compile_seconds=found.compile_seconds,
+        seconds=approximation.seconds,
+        compile_seconds=approximation.compile_seconds,
     )
 
 
@@ -89,7 +89,7 @@ def table(results: list[Errors]) -> Table:
     count = results[0].kronjax.size
     result = Table(
         title=f"Mean spectral error, {count} matrices {SIZE}×{SIZE}, entries N(0, 1)",
-        caption="of equal parameter count; wins: kronjax below both others",
+        caption="at equal parameter count; wins: kronjax below both others",
     )
     for name in ("rank", "kronjax", "Van Loan", "SVD", "SVD / kronjax", "wins"):
         result.add_column(name, justify="right")
@@ -106,8 +106,8 @@ def table(results: list[Errors]) -> Table:
 
 
 def figure(results: list[Errors]) -> bytes:
-    """Return a PNG: spectral error against rank, medians in bands of 10 to 90 %."""
-    # Not pyplot: it would choose a backend for the whole process.
+    """Return a PNG of spectral error against rank: medians and 10 to 90 % bands."""
+    # pyplot would choose a backend for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -138,13 +138,13 @@ def figure(results: list[Errors]) -> bytes:
 
 
 def _title(results: list[Errors]) -> str:
-    """Say what the figure shows, whoever wins."""
+    """Return a title that names the count of matrices on which kronjax wins."""
     count = results[0].kronjax.size
     wins = sum(errors.wins for errors in results)
     total = count * len(results)
-    seen = "every" if wins == total else f"{wins} of {total}"
+    share = "every" if wins == total else f"{wins} of {total}"
     return (
         f"{count} random {SIZE}×{SIZE} matrices, median and 10–90 % band:\n"
-        f"kronjax is nearest in {seen} case{'s' if wins != total else ''} "
+        f"kronjax is nearest in {share} case{'s' if wins != total else ''} "
         "at equal parameter count"
     )

@@ -1,1 +1,1 @@
-"""Bounds from below, and Newton's method to a strict local minimum."""
+"""Lower bounds, certificates, and Newton's method to a strict local minimum."""

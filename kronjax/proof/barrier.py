@@ -29,8 +29,8 @@ References: Helmberg, Rendl, Vanderbei and Wolkowicz (1996); Forsgren, Gill and 
 >>> import numpy as np
 >>> from kronjax.kronecker import KroneckerTerms
 >>> eye = KroneckerTerms(np.eye(2)[None], np.eye(2)[None])
->>> found = descend(ClusterProblem.of(np.diag([1.0, 0.0, 0.0, 1.0]), (eye,)))
->>> error = found.space.scale * np.linalg.norm(found.error, 2)
+>>> inner = descend(ClusterProblem.of(np.diag([1.0, 0.0, 0.0, 1.0]), (eye,)))
+>>> error = inner.space.scale * np.linalg.norm(inner.error, 2)
 >>> bool(abs(error - 0.5) < 1e-6)
 True
 """

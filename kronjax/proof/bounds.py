@@ -29,8 +29,8 @@ References: Van Loan and Pitsianis (1993); and the references of `multipliers`.
 >>> import jax.numpy as jnp
 >>> matrix = jnp.diag(jnp.array([1.0, 0.0, 0.0, 1.0]))
 >>> half = jnp.eye(2)[None] / 2**0.5
->>> found = certify(matrix, (KroneckerTerms(half, half),))
->>> [round(float(x), 3) for x in (found.error, found.local_bound, found.global_bound)]
+>>> proof = certify(matrix, (KroneckerTerms(half, half),))
+>>> [round(float(x), 3) for x in (proof.error, proof.local_bound, proof.global_bound)]
 [0.5, 0.5, 0.5]
 """
 

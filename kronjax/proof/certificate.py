@@ -8,8 +8,8 @@ the bounds allow for.
 
 >>> from kronjax.kronecker import KroneckerTerms
 >>> half = np.eye(2)[None] / 2**0.5
->>> found = certificate_of(np.diag([1.0, 0.0, 0.0, 1.0]), (KroneckerTerms(half, half),))
->>> round(float(found.global_bound), 6), bool(found.local_gap < 1e-12)
+>>> proof = certificate_of(np.diag([1.0, 0.0, 0.0, 1.0]), (KroneckerTerms(half, half),))
+>>> round(float(proof.global_bound), 6), bool(proof.local_gap < 1e-12)
 (0.5, True)
 """
 

@@ -220,7 +220,7 @@ class Cluster:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the error is zero up to rounding."""
+        """True if the error is zero up to rounding."""
         return bool(self.s[0] <= 64 * np.finfo(float).eps * len(self.u) ** 0.5)
 
     def terms(self) -> tuple[KroneckerTerms, ...]:

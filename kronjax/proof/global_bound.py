@@ -158,8 +158,8 @@ def _tail(image, rank, size):
 def _quotient(tail, spread, size):
     eps = float(jnp.finfo(tail.dtype).eps)
     spread = spread * (1 + 32 * size**0.5 * eps)
-    found = tail / jnp.sqrt(jnp.where(spread > 0, spread, 1))
-    return jnp.where((spread > 0) & jnp.isfinite(found), jnp.maximum(found, 0), 0)
+    bound = tail / jnp.sqrt(jnp.where(spread > 0, spread, 1))
+    return jnp.where((spread > 0) & jnp.isfinite(bound), jnp.maximum(bound, 0), 0)
 
 
 def _mm(x, y):

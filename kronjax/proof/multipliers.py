@@ -66,8 +66,8 @@ def climb(
     fine = k <= FINE
     given = space, u[:, :k], s[:k] / jnp.where(s[0] > 0, s[0], 1), vt[:k], start[:k]
     given = jax.tree.map(lambda x: x.astype(s.dtype if fine else jnp.float32), given)
-    found = _climb(given, PENALTIES if fine else PENALTIES[1:])
-    return jax.lax.map(lambda x: _mm(u[:, :k], _mm(x, vt[:k])), found.astype(s.dtype))
+    climbed = _climb(given, PENALTIES if fine else PENALTIES[1:])
+    return jax.lax.map(lambda x: _mm(u[:, :k], _mm(x, vt[:k])), climbed.astype(s.dtype))
 
 
 def balance(

@@ -22,8 +22,8 @@ References: Overton (1988); Overton and Womersley (1995); Absil and Malick (2012
 >>> import numpy as np
 >>> from kronjax.kronecker import KroneckerTerms
 >>> ones = KroneckerTerms(np.ones((1, 2, 2)), np.ones((1, 2, 2)))
->>> found = finish(np.kron(np.ones((2, 2)), np.ones((2, 2))), (ones,))
->>> found.status, found.steps
+>>> end = finish(np.kron(np.ones((2, 2)), np.ones((2, 2))), (ones,))
+>>> end.status, end.steps
 ('exact', 0)
 """
 
@@ -97,7 +97,7 @@ class Finish:
 
     @property
     def is_strict_minimum(self) -> bool:
-        """Whether the second-order conditions of a strict local minimum hold."""
+        """True if the second-order conditions of a strict local minimum hold."""
         positive = min(self.multipliers_min, self.hessian_min) > POSITIVE
         return self.status == "converged" and positive
 
@@ -183,7 +183,7 @@ class _Path:
         here: The last point.
         view: View of its cluster, or None.
         steps: Number of steps.
-        is_cut: Whether the run ended at the limit on steps.
+        is_cut: True if the run ended at the limit on steps.
     """
 
     here: Cluster
@@ -193,7 +193,7 @@ class _Path:
 
     @property
     def is_settled(self) -> bool:
-        """Whether the point is exact, or stationary with no negative multiplier."""
+        """True if the point is exact, or stationary with no negative multiplier."""
         if self.here.is_exact:
             return True
         view = self.view
@@ -203,7 +203,7 @@ class _Path:
 
     @property
     def is_strict(self) -> bool:
-        """Whether the point is exact or a strict minimum."""
+        """True if the point is exact or a strict minimum."""
         if not self.is_settled or self.view is None:
             return self.is_settled
         return min(self.view.multipliers[0], self.view.hessian_min()) > POSITIVE
