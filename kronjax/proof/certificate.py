@@ -28,7 +28,7 @@ from kronjax.proof import bounds
 from kronjax.proof.newton import Finish
 
 AGREEMENT = 1e-8
-"""Largest difference, over the size of the matrix, of the errors of one solution."""
+"""Relative tolerance, over the size of the matrix, for errors of the same solution."""
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +139,7 @@ def certify(
 def _check_finishes(finishes: Sequence[Finish], errors, matrix, weights) -> None:
     """Raise a `ValueError` if the finishes have other errors than the certificate.
 
-    What a finish says about second order holds for its own matrix and weights alone.
+    The second-order statement of a finish holds only for its own matrix and weights.
     """
     given = [finish.spectral_error for finish in finishes]
     is_known = [finish.status != "rank_deficient" for finish in finishes]
