@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 from bench import script
 from kronjax import lm
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.lm.compression import mixture, pipeline, plan
 from kronjax.lm.compression.moments import load_moments, measure_moments, save_moments
 from kronjax.lm.evaluation import perplexity
@@ -151,7 +151,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
             experiment.model,
             experiment.calibration(name),
             steps=refine,
-            work=Work(experiment.work / "fits"),
+            work=Cache(experiment.work / "fits"),
             progress=False,
         )
     seconds = {**done.seconds, "calibrate": experiment.calibration_seconds(name)}

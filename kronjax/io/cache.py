@@ -1,12 +1,13 @@
-"""Finished work, kept until all is done: what makes a run resumable.
+"""A cache of computed results, which makes an interrupted run resumable.
 
-Every piece lies under a digest of everything that it depends on, so that what is found
-there is what would have been computed. Files that were cut off count as absent. Without
-a folder pieces are kept in memory: what one stage decomposed, the next one needs again.
+Every entry is stored under a digest of everything that it depends on, so a stored entry
+equals what would be computed now. A truncated file counts as absent. Without a folder
+the entries stay in memory, where a later stage of the same run finds them.
 
->>> work = Work()
->>> arrays, facts = work.once("sum", lambda: ({"x": np.ones(2)}, {"n": 2}), "a key")
->>> work.once("sum", None, "a key")[1]
+>>> cache = Cache()
+>>> compute = lambda: ({"x": np.ones(2)}, {"n": 2})
+>>> arrays, facts = cache.get_or_compute("sum", compute, "a key")
+>>> cache.get_or_compute("sum", None, "a key")[1]
 {'n': 2}
 """
 
@@ -24,82 +25,87 @@ import safetensors.numpy
 from kronjax.io import atomic
 
 VERSION = b"2"
-"""Of what is kept; to be raised when the same parts would give something else."""
+"""Version of the entries; raise it when the same key would give another result."""
 
-Piece = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
-"""Arrays by name, and facts that JSON can hold."""
+Entry = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
+"""Arrays by name, and facts that JSON can represent."""
 
 
-class Work:
-    """Pieces by their kind and a digest.
+class Cache:
+    """Entries by kind and digest.
 
     Attributes:
-        folder: Where they lie, or None if they are kept in memory.
+        folder: Folder of the entries, or None if they are kept in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Make the folder if it is missing.
+        """Create the folder if it is missing.
 
         Raises:
-            OSError: If nothing can be written there.
+            OSError: If the folder is not writable.
         """
         self.folder = folder
-        self._held: dict[str, Piece] = {}
+        self._entries: dict[str, Entry] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             atomic.check_output(folder / "any.safetensors", ".safetensors")
 
-    def once(self, kind: str, make: Callable[[], Piece] | None, *parts: Any) -> Piece:
-        """Return a piece: as it was kept, or made now and kept.
+    def get_or_compute(
+        self, kind: str, compute: Callable[[], Entry] | None, *key: Any
+    ) -> Entry:
+        """Return the stored entry, or compute and store it.
 
         Args:
-            kind: What it is called.
-            make: Makes it.
-            parts: What it depends on; as for `digest`.
+            kind: Name of the kind of entry.
+            compute: Function that computes the entry; None if it must be stored.
+            key: Everything that the entry depends on, as for `digest`.
         """
-        (found,) = self.together(kind, make and (lambda _: [make()]), [parts])
-        return found
+        (entry,) = self.get_or_compute_many(
+            kind, compute and (lambda _: [compute()]), [key]
+        )
+        return entry
 
-    def together(
+    def get_or_compute_many(
         self,
         kind: str,
-        make: Callable[[list[int]], Sequence[Piece]] | None,
-        parts: Sequence[Sequence[Any]],
-    ) -> list[Piece]:
-        """Return several pieces; those that are not there are made in one go.
+        compute: Callable[[list[int]], Sequence[Entry]] | None,
+        keys: Sequence[Sequence[Any]],
+    ) -> list[Entry]:
+        """Return several entries, and compute all missing ones in one call.
 
         Args:
-            kind: What they are called.
-            make: Makes those whose places in `parts` it is given.
-            parts: What each of them depends on; as for `digest`.
+            kind: Name of the kind of entry.
+            compute: Function that computes the entries at given positions in `keys`;
+                None if all of them must be stored.
+            keys: Everything that each entry depends on, as for `digest`.
         """
-        names = [f"{kind}-{digest(*one)}" for one in parts]
-        read = self._held.get if self.folder is None else self._read
-        found = dict(enumerate(map(read, names)))
-        missing = [i for i, piece in found.items() if piece is None]
+        names = [f"{kind}-{digest(*key)}" for key in keys]
+        read = self._entries.get if self.folder is None else self._read
+        entries = list(map(read, names))
+        missing = [i for i, entry in enumerate(entries) if entry is None]
         if missing:
-            assert make is not None
-            for i, piece in zip(missing, make(missing), strict=True):
-                self._keep(names[i], piece)
-                found[i] = piece
-        return [piece for piece in found.values() if piece is not None]
+            assert compute is not None
+            for i, entry in zip(missing, compute(missing), strict=True):
+                self._store(names[i], entry)
+                entries[i] = entry
+        return [entry for entry in entries if entry is not None]
 
     def clear(self) -> None:
-        """Forget everything, and remove the folder."""
-        self._held.clear()
+        """Remove all entries, and the folder."""
+        self._entries.clear()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _keep(self, name, piece):
+    def _store(self, name, entry):
         if self.folder is None:
-            self._held[name] = piece
+            self._entries[name] = entry
             return
-        arrays, facts = piece
+        arrays, facts = entry
         tensors = {key: np.ascontiguousarray(x) for key, x in arrays.items()}
         content = safetensors.numpy.save(tensors, {"facts": json.dumps(facts)})
         atomic.write(self._path(name), content)
 
-    def _read(self, name) -> Piece | None:
+    def _read(self, name) -> Entry | None:
         path = self._path(name)
         if not path.is_file():
             return None
@@ -118,13 +124,13 @@ class Work:
 
 
 def digest(*parts: Any) -> str:
-    """Return a short digest of arrays, and of anything whose `repr` says it all."""
-    found = hashlib.sha256(VERSION)
+    """Return a short digest of arrays, and of objects with an unambiguous `repr`."""
+    sha = hashlib.sha256(VERSION)
     for part in parts:
         if isinstance(part, np.ndarray):
-            found.update(repr((part.shape, part.dtype)).encode())
-            # As bytes: a buffer cannot say that it holds bfloat16.
-            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            sha.update(repr((part.shape, part.dtype)).encode())
+            # As bytes: the buffer protocol does not support bfloat16.
+            sha.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
         else:
-            found.update(repr(part).encode())
-    return found.hexdigest()[:16]
+            sha.update(repr(part).encode())
+    return sha.hexdigest()[:16]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.kronecker import Configuration, KroneckerTerms, interpolative_rank
 from kronjax.runs.joint import Target
 from kronjax.solver.problem import Problem
@@ -41,7 +41,7 @@ class LowRank:
     total: float
 
     @classmethod
-    def kept(cls, target: Target, cache: Work) -> "LowRank":
+    def kept(cls, target: Target, cache: Cache) -> "LowRank":
         """Return the decomposition, computed once for all stages of a run."""
 
         def make():
@@ -49,7 +49,7 @@ class LowRank:
             arrays = {"a": found.a, "b": found.b, "tails": found.tails}
             return arrays, {"total": found.total}
 
-        arrays, facts = cache.once("low-rank", make, *target.arrays)
+        arrays, facts = cache.get_or_compute("low-rank", make, *target.arrays)
         return cls(**arrays, **facts)
 
     @classmethod

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from kronjax import __version__, methods
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.runs import closed_form, joint, plan, store, workers
@@ -61,7 +61,7 @@ class Inputs:
 
     matrices: Mapping[str, np.ndarray]
     weights: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
-    cache: Work = dataclasses.field(default_factory=Work)
+    cache: Cache = dataclasses.field(default_factory=Cache)
 
     def read(self, task: MatrixTask) -> Target | None:
         """Return a matrix and its weights in the precision of the computation.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from kronjax import methods
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.kronecker import Configuration
 from kronjax.lm.compression import mixture
 from kronjax.methods import Method
@@ -109,7 +109,7 @@ def probed(names: Iterable[str]) -> set[str]:
 
 
 def probe(
-    target: Target, low_rank: LowRank, work: Work, max_products: int
+    target: Target, low_rank: LowRank, work: Cache, max_products: int
 ) -> list[Probe]:
     """Fit mixtures at a few sizes; return their damages over those of low rank.
 
@@ -124,7 +124,7 @@ def probe(
         return {}, {"ratios": list(_ratios(target, low_rank, max_products))}
 
     key = *target.arrays, PROBES, SHARES, max_products
-    _, facts = work.once("probe", make, *key)
+    _, facts = work.get_or_compute("probe", make, *key)
     return [(target.name, *ratio) for ratio in facts["ratios"]]
 
 

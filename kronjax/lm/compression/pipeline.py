@@ -19,7 +19,7 @@ from flax import nnx
 from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.io import storage
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.io.progress import timed
 from kronjax.io.storage import MemoryFolder, Storage
 from kronjax.kronecker import (
@@ -170,7 +170,7 @@ class _Fits:
 
     settings: SolveSettings
     where: str | None
-    cache: Work
+    cache: Cache
     hosts: Hosts
     force: bool
     progress: bool | None
@@ -585,21 +585,21 @@ def _percent(after: sizes.Sizes, before: sizes.Sizes) -> str:
     return f"{100 * after.parameters / max(before.parameters, 1):.1f} %"
 
 
-def _cache(where: str | None, force: bool) -> Work:
+def _cache(where: str | None, force: bool) -> Cache:
     """Return the cache in the folder of the work; in memory for a URL.
 
     Raises:
         ValueError: If the folder holds the layers of an earlier version.
     """
     if where is None or "://" in where:
-        return Work()
+        return Cache()
     folder = Path(where)
     if not force and any(folder.glob("layer-*.safetensors")):
         raise ValueError(
             f"{folder} holds the half-finished work of an earlier version of kronjax, "
             "which cannot be continued: start anew in another folder, or with --force"
         )
-    return Work(folder)
+    return Cache(folder)
 
 
 def precise(model: LanguageModel) -> LanguageModel:
@@ -655,7 +655,7 @@ def _moments(model, calibration, needed, tokens, work, progress):
             measure_moments(model, read, gradients=gradients, progress=progress)
         )
 
-    return unpack(*work.once("moments", measured, fingerprint(model), read, needed))
+    return unpack(*work.get_or_compute("moments", measured, fingerprint(model), read, needed))
 
 
 def _as_fitted(rules: Recipe, done: Sequence[Layer]) -> Recipe:

@@ -24,7 +24,7 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax import recipe as recipes
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.io.progress import bar
 from kronjax.lm.compression import candidates
 from kronjax.lm.compression.budget import Budget, share
@@ -73,7 +73,7 @@ def make(
     *,
     weighting: Weighting | None = None,
     max_products: int | None = None,
-    work: Work | None = None,
+    work: Cache | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Plan a model for a budget.
@@ -96,7 +96,7 @@ def make(
     if not isinstance(budget, Budget):
         budget = Budget.parse(budget)
     weighting = weighting or best_weighting(moments)
-    work = work or Work()
+    work = work or Cache()
     layers = compressible(model)
     room = _room(model, layers, budget)  # before anything takes time
     names = list(layers)

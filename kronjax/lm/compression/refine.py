@@ -23,7 +23,7 @@ import optax
 from flax import nnx
 
 from kronjax import nn
-from kronjax.io.cache import Work, digest
+from kronjax.io.cache import Cache, digest
 from kronjax.io.progress import bar
 from kronjax.lm.models import attention
 from kronjax.lm.models.base import LanguageModel, fingerprint
@@ -56,7 +56,7 @@ def refine(
     context: int = 512,
     batch: int = 2,
     rate: float = RATE,
-    work: Work | None = None,
+    work: Cache | None = None,
     progress: bool | None = None,
 ) -> tuple[Block | None, ...]:
     """Train the factors of every block to reproduce the dense block.
@@ -84,7 +84,7 @@ def refine(
     windows = jnp.asarray(tokens[: count * context].reshape(count, context))
     held_out = np.flatnonzero(np.arange(count) % 8 == 7)
     training = np.flatnonzero(np.arange(count) % 8 != 7)
-    work = work or Work()
+    work = work or Cache()
     key = digest(
         fingerprint(model), fingerprint(dense), tokens, steps, context, batch, rate
     )
@@ -107,7 +107,7 @@ def refine(
                 train = functools.partial(
                     _train, block, ours, theirs, order, held_out, step, error
                 )
-                arrays, facts = work.once("block", train, key, i)
+                arrays, facts = work.get_or_compute("block", train, key, i)
                 _put(block, arrays)
                 done = Block(**facts)
             found.append(done)

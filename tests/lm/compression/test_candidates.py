@@ -1,6 +1,6 @@
 import numpy as np
 
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.lm.compression import candidates, fit
 
 SHAPE = (48, 64)
@@ -8,7 +8,7 @@ SHAPE = (48, 64)
 
 def _probes(kernel):
     prepared = fit.Prepared(fit.Target("h.0.x", kernel.astype(np.float32)))
-    return candidates.probe(prepared, Work(), 40)
+    return candidates.probe(prepared, Cache(), 40)
 
 
 def test_probes_of_a_sum_of_kronecker_products_go_up_in_size_and_find_it():

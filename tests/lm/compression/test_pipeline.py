@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from kronjax import nn, recipe
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.lm.checkpoints import hugging_face
 from kronjax.lm.compression import (
@@ -164,7 +164,7 @@ def test_a_group_in_one_batch_is_what_its_layers_are_alone(
     targets = [plan.target(linear[n], n, moments, weighting) for n in names]
 
     def pieces(places):
-        return fit_groups.fit_some(targets, group, 40, False, Work(), places)
+        return fit_groups.fit_some(targets, group, 40, False, Cache(), places)
 
     for i, (arrays, facts) in enumerate(pieces([0, 1])):
         ((alone, its),) = pieces([i])

@@ -3,7 +3,7 @@ import pytest
 from flax import nnx
 
 from kronjax import nn, recipe
-from kronjax.io.cache import Work
+from kronjax.io.cache import Cache
 from kronjax.lm.compression import pipeline, refine
 from kronjax.lm.models import llama
 
@@ -81,7 +81,7 @@ def test_finished_blocks_are_not_trained_again(dense, tokens, tmp_path, monkeypa
             steps=60,
             context=16,
             rate=1e-2,
-            work=Work(tmp_path),
+            work=Cache(tmp_path),
             progress=False,
         )
         return done, kernels(model)
