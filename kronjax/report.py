@@ -13,13 +13,13 @@ References: Eckart and Young (1936); Van Loan and Pitsianis (1993).
 """
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.table import Table
 
 from kronjax import display, selection
+from kronjax.io.json_values import jsonable
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation
@@ -112,7 +112,7 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
     terms = approximation.terms[0]
     weighted, ratio = approximation.weighted, approximation.weighted_relative
     error, van_loan = approximation.error, approximation.van_loan
-    return plain(
+    return jsonable(
         {
             "shape": approximation.shape,
             "batch": np.shape(approximation.status),
@@ -153,19 +153,6 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
             },
         }
     )
-
-
-def plain(value: Any) -> Any:
-    """Return `value` as JSON types, with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, str | bool | int) or value is None:
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return plain(np.asarray(value).tolist())
 
 
 def comparison(approximation: "Approximation", baseline: Baseline) -> Table:
@@ -256,7 +243,7 @@ def trials(search: "Search") -> Table:
 def certified(certificate: "Certificate") -> dict[str, Any]:
     """Return a certificate as values that JSON holds, with None for what is unknown."""
     bound, second = certificate.global_bound, certificate.second_order
-    return plain(
+    return jsonable(
         {
             "local_bound": certificate.local_bound,
             "local_gap": certificate.local_gap,

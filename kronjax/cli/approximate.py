@@ -74,6 +74,7 @@ def approximate(
     """
     from kronjax import report
     from kronjax.io import atomic, matrices
+    from kronjax.io.json_values import jsonable
     from kronjax.linalg import residuals
 
     if out is not None:
@@ -112,7 +113,7 @@ def approximate(
     if certificate is not None:
         fields |= report.certified(certificate)
     if found is not None:
-        fields["trials"] = report.plain(list(map(dataclasses.asdict, found.trials)))
+        fields["trials"] = jsonable(list(map(dataclasses.asdict, found.trials)))
     # Neither a full disk nor a closed pipe may lose what was computed.
     try:
         _print_result(approximation, baseline, fields if as_json else None, found)

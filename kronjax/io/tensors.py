@@ -7,15 +7,13 @@ there once. Whatever the tensors belong to, this needs to know nothing of it.
 (True, False, False)
 """
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from kronjax.io import matrices
+from kronjax.io.json_values import read_json
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
@@ -105,35 +103,3 @@ def is_matrix(array: np.ndarray) -> bool:
     """Say whether a tensor is one matrix of real numbers, with entries."""
     is_real = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
     return is_real and array.ndim == 2 and array.size > 0
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the mapping in a JSON file.
-
-    Raises:
-        ValueError: If it is not JSON or no mapping.
-        OSError: If it cannot be read.
-    """
-    try:
-        values = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not a mapping")
-    return dict(values)
-
-
-def parse_json(content: bytes) -> Any:
-    """Return what some JSON in UTF-8 says.
-
-    Raises:
-        ValueError: If it is none, or not of this world: NaN, or nested without end.
-    """
-    try:
-        return json.loads(content.decode(), parse_constant=_no_number)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from kronjax import recipe as recipes
-from kronjax.io.tensors import parse_json
+from kronjax.io.json_values import parse_json
 from kronjax.kronecker import Configuration
 from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Rule

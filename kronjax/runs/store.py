@@ -24,8 +24,8 @@ import safetensors
 import safetensors.numpy
 
 from kronjax.io import matrices
+from kronjax.io.json_values import jsonable, parse_json
 from kronjax.io.storage import Storage
-from kronjax.io.tensors import parse_json
 from kronjax.runs.plan import MatrixTask, RunPlan, differences
 
 FORMAT = 2
@@ -128,7 +128,7 @@ class Store:
             content = safetensors.numpy.save(arrays, format_)
             self.place.write(name, content)
             told["digest"] = hashlib.sha256(content).hexdigest()
-        told = _plain(told)
+        told = jsonable(told)
         text = json.dumps({**told, "seal": _seal(told)}, indent=1, allow_nan=False)
         self.place.write(record, text.encode() + b"\n")
 
@@ -204,14 +204,3 @@ def read_plan(place: Storage) -> RunPlan | None:
 def _seal(told: Mapping[str, Any]) -> str:
     """Return the digest of a record, by which a damaged one is told."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """Return values that JSON holds: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (np.floating, float)):
-        return float(value) if np.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

@@ -30,7 +30,7 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax.io import storage
-from kronjax.io.tensors import read_json
+from kronjax.io.json_values import read_json
 from kronjax.lm.checkpoints import sources
 from kronjax.lm.checkpoints.folder import (
     WEIGHTS,

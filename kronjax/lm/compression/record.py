@@ -20,6 +20,7 @@ import numpy as np
 
 from kronjax import __version__, nn
 from kronjax.io import atomic
+from kronjax.io.json_values import jsonable
 from kronjax.lm.compression.moments import is_foreign
 from kronjax.lm.compression.pipeline import Result, precise
 from kronjax.lm.evaluation import latency, perplexity, spectra
@@ -109,7 +110,7 @@ def of(
 def write(record: dict[str, Any], folder: Path) -> Path:
     """Write a record into the folder of a model; return its path."""
     path = folder / NAME
-    text = json.dumps(_plain(record), indent=1, allow_nan=False)
+    text = json.dumps(jsonable(record), indent=1, allow_nan=False)
     atomic.write(path, text.encode() + b"\n")
     return path
 
@@ -208,14 +209,3 @@ def _norm(values: np.ndarray, p: float) -> float:
     """Return the Schatten norm of singular values, at any scale."""
     top = max(float(values[0]), _TINY)
     return top * float(np.sum((values / top) ** p)) ** (1 / p)
-
-
-def _plain(value):
-    """Return values that JSON holds: numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, (np.floating, float)):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

@@ -18,7 +18,6 @@ perplexities.
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import jax
 import numpy as np
 
 from kronjax import __version__
+from kronjax.io.json_values import jsonable
 from kronjax.lm.evaluation.protocols import PROTOCOLS, Protocol, Window, find
 from kronjax.lm.models import likelihood
 from kronjax.lm.models.base import (
@@ -284,11 +284,9 @@ def summary(result: Perplexity | Lambada) -> dict[str, Any]:
         fields["full_text"] = None if whole is None else summary(whole)
         version = fields.pop("version")
         fields = {"protocol": "lambada", "protocol_version": version, **fields}
-    for name, value in fields.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            fields[name] = None
     device = jax.devices()[0].device_kind
-    return {**fields, "kronjax": __version__, "jax": jax.__version__, "device": device}
+    versions = {"kronjax": __version__, "jax": jax.__version__, "device": device}
+    return jsonable({**fields, **versions})
 
 
 def _score(model, tokens, windows, stride, batch, progress):

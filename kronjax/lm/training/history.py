@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from kronjax.io import atomic
+from kronjax.io.json_values import jsonable
 from kronjax.lm.evaluation import spectra
 
 METRICS = "metrics.jsonl"
@@ -226,21 +227,13 @@ def write(history: History, found: Mapping[str, Any], folder: Path) -> None:
     table = "".join(f"| {name} | {value} |\n" for name, value in rows(found))
     text = f"# Training\n\n| | |\n|---|---|\n{table}\n![Loss]({FIGURE})\n"
     atomic.write(folder / SUMMARY, text.encode())
-    content = json.dumps(_plain(found), indent=1, allow_nan=False)
+    content = json.dumps(jsonable(found), indent=1, allow_nan=False)
     atomic.write(folder / RECORD, content.encode() + b"\n")
     atomic.write(folder / FIGURE, figure(history))
 
 
-def _plain(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values that JSON holds: None for what is no number."""
-    return {
-        key: None if isinstance(x, float) and not math.isfinite(x) else x
-        for key, x in found.items()
-    }
-
-
 def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(values), allow_nan=False) + "\n"
+    return json.dumps(jsonable(values), allow_nan=False) + "\n"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
