@@ -9,7 +9,6 @@ from flax import nnx
 
 from kronjax import lm, nn
 from kronjax.cli.main import main
-from kronjax.io import progress
 from kronjax.kronecker import KroneckerTerms
 
 TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n" * 12
@@ -129,12 +128,3 @@ def test_mistakes_are_one_line(folder, capsys, args, words):
     assert code == 2
     assert err.startswith("kronjax: error: ") and err.count("\n") == 1
     assert words in err
-
-
-def test_work_without_a_terminal_is_told_in_lines(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SILENCE", 0)
-    with progress.bar(4, "scoring") as advance:
-        advance(1)
-        advance(2, "training")
-    told = capsys.readouterr().err
-    assert told == "scoring; 1 of 4 tokens\ntraining; 3 of 4 tokens\n"
