@@ -1,60 +1,77 @@
-"""Where results are kept: a local folder, or a URL that fsspec opens.
+"""Storage of results: a local folder, a URL that fsspec opens, or memory.
 
-A file is there as a whole or not at all. Whoever works in a place holds it, so that a
-second run is refused: on a local file system by a lock that the system drops when its
-holder dies, elsewhere by a file whose content changes as long as its holder lives.
-Nothing asks what time it is.
+A file exists either completely or not at all. A running process holds its storage, so
+that a second run is refused: on a local file system by a lock that the system releases
+when the process ends, elsewhere by a heartbeat, which is a file whose content changes
+as long as the process lives. No decision depends on a clock.
 
->>> place = find("memory://doctest")
->>> with place.hold(0):
-...     place.write("some.json", b"{}")
+>>> storage = find("memory://doctest")
+>>> with storage.hold(0):
+...     storage.write("some.json", b"{}")
+>>> storage.read("some.json"), storage.read("other.json")
+(b'{}', None)
 >>> expanded("runs/small").name
 'small'
->>> place.read("some.json"), place.read("other.json")
-(b'{}', None)
 """
 
 import contextlib
 import errno
-import json
 import os
 import re
 import stat
 import threading
-import time
 import uuid
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
-from kronjax.io import atomic
+from kronjax.io import atomic, heartbeat
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl: Any = None
 
-BEAT = 10.0
-"""Seconds between two changes of the file that says that a holder lives."""
-
-PATIENCE = 3
-"""Beats without a change after which it is taken for dead."""
-
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-def find(where: str) -> "Storage":
-    """Return the place that a path or a URL means; nothing is made yet."""
+class Storage(heartbeat.Files, Protocol):
+    """Named files, held by at most one process for each number.
+
+    `str` gives the location, for messages.
+    """
+
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names of all files in a subfolder."""
+        ...
+
+    def hold(self, number: int) -> AbstractContextManager[None]:
+        """Hold the storage as process `number` of those that share it.
+
+        Raises:
+            BlockingIOError: If another process holds it under this number.
+            OSError: If the storage is not writable.
+        """
+        ...
+
+    def is_held(self, number: int) -> bool:
+        """Return whether a process holds the storage under a number."""
+        ...
+
+
+def find(where: str) -> Storage:
+    """Return the storage at a path or URL, without creating anything."""
     if where.startswith("file://"):
         return LocalFolder(Path(where.removeprefix("file://")))
     return RemoteFolder(where) if "://" in where else LocalFolder(expanded(where))
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with the home folder in the place of `~`.
+    """Return a path with `~` replaced by the home folder.
 
     Raises:
-        OSError: If it names a user who is not there.
+        OSError: If the path names a user who does not exist.
     """
     try:
         return Path(path).expanduser()
@@ -62,81 +79,15 @@ def expanded(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: there is no such user") from error
 
 
-class Storage(Protocol):
-    """A place for files by relative names, such as `matrices/00007.json`."""
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if there is none."""
-        ...
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file as a whole or not at all."""
-        ...
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names of the files in a folder."""
-        ...
-
-    def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
-        ...
-
-    def hold(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """Hold the place for process `number` while the context lasts."""
-        ...
-
-    def is_held(self, number: int) -> bool:
-        """Return whether process `number` holds the place."""
-        ...
-
-
-class MemoryFolder:
-    """A place in the memory of this process."""
-
-    def __init__(self) -> None:
-        """Begin with no files."""
-        self._files: dict[str, bytes] = {}
-
-    def __str__(self) -> str:
-        """Return a name for messages."""
-        return "memory"
-
-    def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if there is none."""
-        return self._files.get(name)
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file."""
-        self._files[name] = bytes(content)
-
-    def names(self, folder: str) -> list[str]:
-        """Return the names of the files in a folder, sorted."""
-        pairs = (name.rpartition("/") for name in self._files)
-        return sorted(last for parent, _, last in pairs if parent == folder)
-
-    def remove(self, name: str) -> None:
-        """Remove a file if it is there."""
-        self._files.pop(name, None)
-
-    @contextlib.contextmanager
-    def hold(self, number: int) -> Iterator[None]:
-        """Hold the place: no other process can reach it."""
-        yield
-
-    def is_held(self, number: int) -> bool:
-        """Return whether process `number` holds the place, which only this one can."""
-        return number == 0
-
-
 class LocalFolder:
     """A folder of a file system.
 
     Attributes:
-        path: Of the folder.
+        path: Path of the folder.
     """
 
     def __init__(self, path: Path) -> None:
-        """Look at nothing yet."""
+        """Store the path without accessing it."""
         self.path = path
 
     def __str__(self) -> str:
@@ -144,21 +95,21 @@ class LocalFolder:
         return str(self.path)
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if it is not there.
+        """Return the content of a file, or None if it does not exist.
 
         Raises:
-            ValueError: If it is a symbolic link, or no file.
-            OSError: If it cannot be read.
+            ValueError: If the name is that of a symbolic link or not of a file.
+            OSError: If the file cannot be read.
         """
         path = self._checked(name)
         return path.read_bytes() if path.exists() else None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file as a whole or not at all.
+        """Write a file completely or not at all.
 
         Raises:
-            ValueError: If it is a symbolic link, or no file.
-            OSError: If it cannot be written; names it.
+            ValueError: If the name is that of a symbolic link or not of a file.
+            OSError: If the file cannot be written; the message names it.
         """
         path = self._checked(name)
         try:
@@ -169,21 +120,21 @@ class LocalFolder:
         atomic.write(path, content)
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of all files in a folder inside, sorted."""
+        """Return the sorted names of all files in a subfolder."""
         path = self._checked(folder, stat.S_ISDIR)
         return sorted(x.name for x in path.iterdir()) if path.exists() else []
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def hold(self, number: int) -> Iterator[None]:
-        """Hold the place as one of several processes that share it.
+        """Hold the folder as process `number` of those that share it.
 
         Raises:
-            BlockingIOError: If someone else does.
-            OSError: If nothing can be written there.
+            BlockingIOError: If another process holds it under this number.
+            OSError: If the folder is not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -197,8 +148,8 @@ class LocalFolder:
             if error.errno not in NO_LOCKS:
                 raise
             handle = None
-        if handle is None:  # no such locks here
-            with beating(self, number):
+        if handle is None:  # locks are not supported
+            with heartbeat.hold(self, number):
                 yield
             return
         try:
@@ -207,7 +158,7 @@ class LocalFolder:
             os.close(handle)
 
     def is_held(self, number: int) -> bool:
-        """Say whether someone holds the place under a number."""
+        """Return whether a process holds the folder under a number."""
         try:
             handle = self._locked(number)
         except BlockingIOError:
@@ -217,59 +168,59 @@ class LocalFolder:
                 raise
             handle = None
         if handle is None:
-            return is_beating(self, number)
+            return heartbeat.is_held(self, number)
         os.close(handle)
         return False
 
     def _locked(self, number: int) -> int | None:
-        """Return a handle that holds the lock as long as it is open."""
+        """Return a file handle that holds the lock while it is open."""
         if fcntl is None:
             return None
-        path = self._checked(lock_name(number))
+        path = self._checked(heartbeat.lock_name(number))
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         handle = os.open(path, flags, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
-            raise BlockingIOError(_refusal(self)) from error
+            raise BlockingIOError(heartbeat.refusal(self)) from error
         except OSError:
             os.close(handle)
             raise
         return handle
 
     def _checked(self, name: str, kind: Any = stat.S_ISREG) -> Path:
-        """Return a path inside, at which there is nothing, or no link."""
+        """Return the path of `name`, after refusing links and paths outside."""
         path = self.path / name
         inside = () if ".." in path.parts[len(self.path.parts) :] else path.parents
-        for one in (path, *inside):
-            if one == self.path:
+        for part in (path, *inside):
+            if part == self.path:
                 return path
-            wanted = kind if one == path else stat.S_ISDIR
+            wanted = kind if part == path else stat.S_ISDIR
             with contextlib.suppress(FileNotFoundError):
-                mode = os.lstat(one).st_mode
+                mode = os.lstat(part).st_mode
                 if not wanted(mode):
                     what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
                     raise ValueError(
-                        f"{one} is {what}, where kronjax keeps files of its own: "
+                        f"{part} is {what}, where kronjax keeps files of its own: "
                         "remove it, or give --out another folder"
                     )
         raise ValueError(f"{name} is outside of {self.path}")
 
 
 class RemoteFolder:
-    """What fsspec finds behind a URL: `gs://`, `s3://`, `memory://` and so on.
+    """A folder behind a URL that fsspec opens: `gs://`, `s3://`, `memory://`, etc.
 
     Attributes:
-        url: As it was given.
+        url: URL of the folder.
     """
 
     def __init__(self, url: str) -> None:
-        """Find the file system.
+        """Open the file system.
 
         Raises:
-            ImportError: If fsspec asks for a package that is not installed.
-            ValueError: If it does not know such URLs.
+            ImportError: If fsspec needs a package that is not installed.
+            ValueError: If fsspec does not know the protocol.
         """
         import fsspec
 
@@ -283,7 +234,7 @@ class RemoteFolder:
         return self.url
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file, or None if it is not there."""
+        """Return the content of a file, or None if it does not exist."""
         with self._errors("read", name):
             try:
                 return bytes(self._system.cat_file(self._path(name)))
@@ -292,7 +243,7 @@ class RemoteFolder:
         return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file as a whole or not at all."""
+        """Write a file completely or not at all."""
         path = self._path(name)
         folder, _, last = path.rpartition("/")
         temporary = f"{folder}/.{last}.{uuid.uuid4().hex}.tmp"
@@ -302,40 +253,40 @@ class RemoteFolder:
             self._system.mv(temporary, path)
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of all files in a folder inside, sorted."""
+        """Return the sorted names of all files in a subfolder."""
         with self._errors("read", folder):
             try:
-                found = self._system.ls(self._path(folder), detail=False)
+                paths = self._system.ls(self._path(folder), detail=False)
             except FileNotFoundError:
                 return []
-            return sorted(one.rstrip("/").rpartition("/")[2] for one in found)
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
         return []
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         with self._errors("remove", name), contextlib.suppress(FileNotFoundError):
             self._system.rm_file(self._path(name))
 
     @contextlib.contextmanager
     def hold(self, number: int) -> Iterator[None]:
-        """Hold the place as one of several processes that share it.
+        """Hold the folder as process `number` of those that share it.
 
         Raises:
-            BlockingIOError: If someone else does.
+            BlockingIOError: If another process holds it under this number.
         """
-        with beating(self, number):
+        with heartbeat.hold(self, number):
             yield
 
     def is_held(self, number: int) -> bool:
-        """Say whether someone holds the place under a number: takes some beats."""
-        return is_beating(self, number)
+        """Return whether a process holds the folder; waits for some heartbeats."""
+        return heartbeat.is_held(self, number)
 
     def _path(self, name):
         return f"{self._root}/{name}"
 
     @contextlib.contextmanager
     def _errors(self, verb, name):
-        """Turn what a client of some service raises into errors of the system."""
+        """Convert the exceptions of a service's client into `OSError`."""
         try:
             yield
         except (FileNotFoundError, MemoryError):
@@ -345,84 +296,73 @@ class RemoteFolder:
             raise OSError(f"cannot {verb} {self.url}/{name}: {reason}") from error
 
 
-@contextlib.contextmanager
-def beating(place: Storage, number: int) -> Iterator[None]:
-    """Hold a place by a file that changes as long as this lives.
+class MemoryFolder:
+    """Files in the memory of this process, for runs that store nothing on disk."""
+
+    def __init__(self) -> None:
+        """Create an empty folder."""
+        self._files: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        """Return a name for messages."""
+        return "memory"
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None if it does not exist."""
+        return self._files.get(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Store a file."""
+        self._files[name] = content
+
+    def names(self, folder: str) -> list[str]:
+        """Return the sorted names of all files in a subfolder."""
+        paths = (name.rpartition("/") for name in list(self._files))
+        return sorted(last for parent, _, last in paths if parent == folder)
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it exists."""
+        self._files.pop(name, None)
+
+    @contextlib.contextmanager
+    def hold(self, number: int) -> Iterator[None]:
+        """Hold the files under a number.
+
+        Raises:
+            BlockingIOError: If another thread holds them under this number.
+        """
+        name = heartbeat.lock_name(number)
+        with self._lock:
+            if name in self._files:
+                raise BlockingIOError(heartbeat.refusal(self))
+            self._files[name] = b""
+        try:
+            yield
+        finally:
+            self.remove(name)
+
+    def is_held(self, number: int) -> bool:
+        """Return whether the files are held under a number."""
+        return heartbeat.lock_name(number) in self._files
+
+
+def refuse_others(storage: Storage, processes: int) -> None:
+    """Refuse a storage that a surplus process of an earlier, larger run still holds.
 
     Raises:
-        BlockingIOError: If someone else changes it.
+        BlockingIOError: If it is held under any number from `processes` on.
     """
-    name, token = lock_name(number), uuid.uuid4().hex
-    if is_beating(place, number):
-        raise BlockingIOError(_refusal(place))
-
-    def beat(count):
-        place.write(name, json.dumps({"holder": token, "beat": count}).encode())
-
-    beat(0)
-    time.sleep(min(BEAT / 10, 1))
-    if token.encode() not in (place.read(name) or b""):  # two came at the same time
-        raise BlockingIOError(_refusal(place))
-    over = threading.Event()
-
-    def go_on():
-        count = 0
-        while not over.wait(BEAT):
-            count += 1
-            with contextlib.suppress(OSError):  # whoever writes results will tell
-                beat(count)
-
-    thread = threading.Thread(target=go_on, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        place.remove(name)
+    for name in storage.names(""):
+        match = re.fullmatch(r"\.lock-(\d+)", name)
+        if match and int(match[1]) >= processes and storage.is_held(int(match[1])):
+            raise BlockingIOError(heartbeat.refusal(storage))
 
 
-def is_beating(place: Storage, number: int) -> bool:
-    """Say whether the holder of a place, if there is one, lives."""
-    name = lock_name(number)
-    first = place.read(name)
-    if first is None:
-        return False
-    for _ in range(PATIENCE):
-        time.sleep(BEAT)
-        if place.read(name) not in (None, first):
-            return True
-    return False
-
-
-def refuse_others(place: Storage, processes: int) -> None:
-    """Refuse a place that processes of an earlier run hold, of which there were more.
-
-    Raises:
-        BlockingIOError: If one with a number from `processes` on does.
-    """
-    for name in place.names(""):
-        found = re.fullmatch(r"\.lock-(\d+)", name)
-        if found and int(found[1]) >= processes and place.is_held(int(found[1])):
-            raise BlockingIOError(_refusal(place))
-
-
-def lock_name(number: int) -> str:
-    """Return the name of the file by which a process holds its place."""
-    return f".lock-{number}"
-
-
-def _refusal(place):
-    return (
-        f"another run works in {place}: wait until it has ended, or give --out another "
-        "folder"
-    )
-
-
-def is_source(place: Storage, source: str | Path) -> bool:
-    """Return whether a place is the folder of a model, or the folder of its file."""
+def is_source(storage: Storage, source: str | Path) -> bool:
+    """Return whether a storage is the folder of a model, or the folder of its file."""
     path = expanded(source)
-    if not isinstance(place, LocalFolder) or not path.exists():
+    if not isinstance(storage, LocalFolder) or not path.exists():
         return False
     folder = path if path.is_dir() else path.parent
-    return place.path.exists() and place.path.samefile(folder)
+    return storage.path.exists() and storage.path.samefile(folder)

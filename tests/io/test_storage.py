@@ -1,4 +1,4 @@
-"""Where results are kept: whole files, no links, one run at a time."""
+"""Storage: complete files, no symbolic links, one run at a time."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from kronjax.io import storage
+from kronjax.io import heartbeat, storage
 
 HOLDER = """
 import sys, time
@@ -20,10 +20,12 @@ with storage.find(sys.argv[1]).hold(0):
 """
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["local", "remote", "memory"])
 def place(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "BEAT", 0.05)
-    if request.param == "folder":
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    if request.param == "memory":
+        return storage.MemoryFolder()
+    if request.param == "local":
         return storage.find(str(tmp_path / "new" / "out"))
     return storage.find(f"memory://{uuid.uuid4().hex}/out")
 
@@ -56,7 +58,7 @@ def test_a_second_run_is_refused_and_the_next_is_not(place):
         pass
 
 
-def test_processes_of_a_larger_run_that_still_live_are_not_overlooked(place):
+def test_surplus_processes_of_a_larger_run_are_refused(place):
     with place.hold(3), place.hold(0):
         storage.refuse_others(place, 4)
         with pytest.raises(BlockingIOError, match="another run works in"):
@@ -78,19 +80,19 @@ def test_a_lock_ends_with_its_holder(tmp_path):
         pass
 
 
-def test_without_locks_a_folder_is_held_by_beats(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "BEAT", 0.05)
+def test_without_locks_a_folder_is_held_by_a_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
     monkeypatch.setattr(storage, "fcntl", None)
     place = storage.find(str(tmp_path))
     with place.hold(0), pytest.raises(BlockingIOError), place.hold(0):
         pass
-    # Of one that was killed the file is left, and does not change.
-    place.write(storage.lock_name(0), b'{"holder": "x", "beat": 3}')
+    # A killed process leaves its file, which no longer changes.
+    place.write(heartbeat.lock_name(0), b'{"holder": "x", "beat": 3}')
     with place.hold(0):
-        assert b"beat" in place.read(storage.lock_name(0))
+        assert b"beat" in place.read(heartbeat.lock_name(0))
 
 
-def test_clocks_decide_nothing(place, monkeypatch):
+def test_clocks_have_no_influence(place, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: -1e9)
     with place.hold(0):
         place.write("x", b"1")
@@ -103,12 +105,12 @@ def test_clocks_decide_nothing(place, monkeypatch):
         assert place.read("x") == b"1"
 
 
-def test_of_two_that_come_together_one_is_refused(monkeypatch):
-    monkeypatch.setattr(storage, "BEAT", 0.2)
+def test_of_two_simultaneous_runs_at_most_one_is_accepted(monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT", 0.2)
     place, results = storage.find(f"memory://{uuid.uuid4().hex}"), []
     barrier = threading.Barrier(2)
 
-    def come():
+    def begin():
         barrier.wait()
         try:
             with place.hold(0):
@@ -117,11 +119,11 @@ def test_of_two_that_come_together_one_is_refused(monkeypatch):
         except BlockingIOError:
             results.append("refused")
 
-    threads = [threading.Thread(target=come) for _ in range(2)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert results.count("held") <= 1 and "refused" in results
 
 
@@ -155,12 +157,12 @@ def test_a_pipe_where_a_file_should_be_does_not_block(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x"])
-def test_nothing_is_outside(tmp_path, name):
+def test_names_outside_of_the_folder_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="outside"):
         storage.find(str(tmp_path / "out")).write(name, b"")
 
 
-def test_what_cannot_be_written_is_said_in_one_line(tmp_path):
+def test_a_storage_that_is_not_writable_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     place = storage.find(str(tmp_path / "file" / "out"))
     with pytest.raises(OSError, match="cannot write"), place.hold(0):
@@ -173,7 +175,7 @@ def test_what_cannot_be_written_is_said_in_one_line(tmp_path):
         storage.find("nosuchprotocol://x")
 
 
-def test_errors_of_services_are_errors_of_the_system(monkeypatch):
+def test_exceptions_of_services_become_os_errors(monkeypatch):
     place = storage.find("memory://some/out")
 
     def fail(*_, **__):

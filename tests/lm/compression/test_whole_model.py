@@ -15,7 +15,7 @@ from helpers import free_port
 from kronjax import lm, nn
 from kronjax.cli import matrices
 from kronjax.cli.main import main
-from kronjax.io import storage
+from kronjax.io import heartbeat, storage
 from kronjax.lm.compression import whole_model as wholes
 from kronjax.lm.models import llama, opt
 from kronjax.runs import processes, store
@@ -229,7 +229,7 @@ def test_a_dry_run_plans_and_writes_nothing(folder, capsys):
 
 
 def test_results_go_to_a_url(folder, capsys, monkeypatch):
-    monkeypatch.setattr(storage, "BEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
     url = "memory://whole/out"
     given = ("compress", folder / "dense", "--recipe", folder / "rules.yaml")
     code, out, err = run(capsys, *given, "--out", url)
