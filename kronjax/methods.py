@@ -148,14 +148,15 @@ class Method:
         raise NotImplementedError
 
     def outline(self, rule: Any, dense: Any) -> Any:
-        """Return the layer with abstract float32 arrays, to count its parameters.
+        """Return the layer with abstract float32 parameters, to count them.
 
-        The default makes it from the fit of a kernel of zeros.
+        The default makes it from the fit of a kernel of zeros; masks are not abstract.
 
         Args:
             rule: A rule with this method.
             dense: The layer to replace; its arrays may be abstract.
         """
+        import jax
         import jax.numpy as jnp
         from flax import nnx
 
@@ -163,11 +164,10 @@ class Method:
 
         factors = self.fit(np.zeros(nn.shape_of(dense), np.float32), None, None, rule)
         graph, state = nnx.split(dense)
-
-        def make(state):
-            return self.layer(factors, nnx.merge(graph, state), jnp.float32, rule)
-
-        return nnx.eval_shape(make, state)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+        layer = self.layer(factors, nnx.merge(graph, zeros), jnp.float32, rule)
+        graph, parameters, rest = nnx.split(layer, nnx.Param, ...)
+        return nnx.merge(graph, jax.eval_shape(lambda: parameters), rest)
 
 
 class _Sum(Method):

@@ -182,6 +182,11 @@ def test_the_names_a_user_starts_with_load_nothing_heavy():
     assert not (HEAVY | {"scipy.optimize"}) & set(json.loads(loaded))
 
 
+@pytest.mark.parametrize("name", ["methods", "recipe"])
+def test_recipes_and_methods_do_not_load_jax(name):
+    run_python(f"import sys, kronjax.{name}\nassert 'jax' not in sys.modules")
+
+
 def test_help_does_not_load_jax():
     output = run_python(
         "import json, sys\n"

@@ -58,6 +58,49 @@ def test_patterns_match_names(pattern, blocks, kinds):
     assert len(names) == len(list(blocks)) * kinds
 
 
+def test_targets_are_another_word_for_match():
+    rule = "method: low-rank, rank: 1"
+    targets = recipe.loads(f"rules: [{{targets: 'h.*.mlp.*', {rule}}}]")
+    assert targets == recipe.loads(f"rules: [{{match: 'h.*.mlp.*', {rule}}}]")
+    assert recipe.loads(recipe.dumps(targets)) == targets
+    with pytest.raises(ValueError, match="write one of them"):
+        recipe.loads(f"rules: [{{targets: '*', match: '*', {rule}}}]")
+
+
+def test_ignored_layers_are_left_to_later_rules_or_stay_as_they_are():
+    rules = recipe.loads(
+        """
+        ignore: [lm_head, "h.0.*"]
+        rules:
+          - {match: "*", ignore: ["*.mlp.*", "h.1.*"], method: low-rank, rank: 1}
+          - {match: "h.*.c_fc", method: low-rank, rank: 2}
+        """
+    )
+    assert recipe.loads(recipe.dumps(rules)) == rules
+    found = {x.name: x.configurations[0].rank for x in recipe.resolve(rules, GPT2)}
+    blocks = range(1, 12)
+    assert found == {f"h.{i}.mlp.c_fc": 2 for i in blocks} | {
+        f"h.{i}.attn.{x}": 1 for i in blocks[1:] for x in ("c_attn", "c_proj")
+    }
+    matched = recipe.matches(rules, ["h.0.fc", "h.1.fc", "h.2.c_fc"])
+    assert matched == {"h.0.fc": [], "h.1.fc": [], "h.2.c_fc": [0, 1]}
+    everything = rules.model_copy(update={"ignore": "h.*"})
+    with pytest.raises(ValueError, match="decides nothing: .* ignored"):
+        recipe.resolve(everything, GPT2)
+
+
+def test_an_ignored_embedding_stays_as_it_is():
+    rule = "{match: [wte, 'h.0.*'], method: low-rank, rank: 2, weighting: none}"
+    rules = recipe.loads(f"{{rules: [{rule}], ignore: w*}}")
+    found = recipe.resolve(rules, GPT2, tables=TABLES)
+    assert {x.name.split(".")[0] for x in found} == {"h"}
+
+
+def test_an_unknown_method_is_told_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"did you mean low-rank\? .*kronecker"):
+        recipe.loads("rules: [{match: '*', method: lowrank, rank: 1}]")
+
+
 @given(blocks=st.integers(1, 40))
 def test_thirds_make_a_whole(blocks):
     names = {f"h.{i}.fc": (4, 4) for i in range(blocks)}

@@ -13,6 +13,7 @@ import kronjax
 from kronjax import nn
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.models import gpt2
+from kronjax.nn import layers
 
 SHAPES = [((2, 3), (4, 5)), ((8, 1), (1, 15)), ((1, 15), (8, 1)), ((4, 5), (2, 3))]
 
@@ -276,3 +277,59 @@ def test_scales_multiply_the_terms_and_are_parameters():
     assert [x[...].shape for x in gradient["scales"].values()] == [(2,), (2,)]
     with pytest.raises(ValueError, match="one \\[r\\] for each of the 2"):
         nn.KroneckerLinear(terms, scales=scales[:1])
+
+
+def test_a_layer_class_is_registered_in_one_place(monkeypatch):
+    monkeypatch.setattr(layers, "KINDS", dict(layers.KINDS))
+
+    @nn.register
+    class Diagonal(nn.LinearLayer):
+        """A square layer with a diagonal kernel."""
+
+        kind = "diagonal"
+
+        def __init__(self, values):
+            self.in_features = self.out_features = len(values)
+            self.values, self.bias = nnx.Param(values), None
+
+        @classmethod
+        def outline(cls, description):
+            size, _ = description["shape"]
+            return nnx.eval_shape(cls, jax.ShapeDtypeStruct((size,), jnp.float32))
+
+        def parts(self):
+            return {"values": self.values}
+
+        def materialize(self):
+            return jnp.diag(self.values[...])
+
+        def __call__(self, x):
+            return x * self.values[...]
+
+    layer = Diagonal(jnp.arange(1.0, 4))
+    cost = nn.cost(layer)
+    assert (cost.parameters, cost.flops, cost.bytes) == (3, 6, 24)
+    described = nn.describe(layer)
+    assert described == {"kind": "diagonal", "shape": [3, 3], "bias": False}
+    assert nn.describe(nn.from_description(described)) == described
+    np.testing.assert_array_equal(nn.dense(layer).kernel[...], np.diag([1.0, 2, 3]))
+    with pytest.raises(ValueError, match="diagonal cannot be pruned"):
+        layer.scores(None)
+    model = nnx.Sequential(nnx.Linear(3, 3, rngs=nnx.Rngs(0)))
+    nn.replace(model, "layers.0", layer)
+    assert nn.linear_layers(model) == {"layers.0": layer}
+
+    class Other(nn.LinearLayer):
+        kind = "diagonal"
+
+    with pytest.raises(ValueError, match="belongs to"):
+        nn.register(Other)
+
+
+def test_an_adapter_shares_the_variables_of_a_layer_of_flax():
+    layer = nn.linear(jnp.ones((2, 3)), jnp.zeros(3))
+    adapter = nn.as_layer(layer)
+    adapter.parts()["kernel"][...] = jnp.full((2, 3), 5.0)
+    assert layer.kernel[...].tolist() == [[5.0] * 3] * 2
+    assert nn.is_dense(layer) and not nn.is_dense(adapter.with_masks())
+    assert nn.as_layer(adapter) is adapter
