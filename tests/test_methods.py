@@ -1,4 +1,4 @@
-"""Compression methods: what they count against what their layers hold."""
+"""Compression methods: their counts against the sizes of their layers."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +38,7 @@ def factors_of(method, rule, shape=SHAPE):
 
 
 @pytest.mark.parametrize("facts", RULES)
-def test_layers_and_outlines_hold_what_the_method_counts(facts):
+def test_layers_and_outlines_have_the_size_that_the_method_counts(facts):
     rule = Rule.model_validate({"match": "*", **facts})
     method = methods.find(rule.method)
     dense = nn.linear(jnp.zeros(SHAPE), jnp.ones(15))
@@ -55,7 +55,7 @@ def test_layers_and_outlines_hold_what_the_method_counts(facts):
 
 
 @pytest.mark.parametrize("facts", RULES)
-def test_the_configurations_of_a_rule_make_the_same_rule(facts):
+def test_fields_of_configurations_give_the_same_configurations(facts):
     rule = Rule.model_validate({"match": "*", **facts})
     method = methods.find(rule.method)
     held = method.configurations(rule, SHAPE)
@@ -64,7 +64,7 @@ def test_the_configurations_of_a_rule_make_the_same_rule(facts):
 
 
 @pytest.mark.parametrize("facts", RULES)
-def test_tables_become_sums_where_the_method_takes_them(facts):
+def test_tables_become_kronecker_embeddings(facts):
     rule = Rule.model_validate({"match": "*", **facts})
     method = methods.find(rule.method)
     if rule.scalars or not method.takes_tables:
@@ -76,7 +76,7 @@ def test_tables_become_sums_where_the_method_takes_them(facts):
     assert nn.describe(method.outline(rule, table)) == nn.describe(layer)
 
 
-def test_a_name_belongs_to_one_method(monkeypatch):
+def test_a_name_cannot_be_registered_twice(monkeypatch):
     monkeypatch.setattr(methods, "_METHODS", dict(methods._METHODS))
 
     class Other(methods.Method):

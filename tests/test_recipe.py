@@ -1,4 +1,4 @@
-"""Rules over names: what they match, what they refuse, what they count."""
+"""Rules over names: matching, refusals and counts."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +34,7 @@ def matched(pattern, names=GPT2):
     rules = recipe.Recipe(
         rules=(recipe.Rule(match=pattern, method="low-rank", rank=1),)
     )
-    return [one.name for one in recipe.resolve(rules, names)]
+    return [x.name for x in recipe.resolve(rules, names)]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_patterns_match_names(pattern, blocks, kinds):
     assert len(names) == len(list(blocks)) * kinds
 
 
-def test_targets_are_another_word_for_match():
+def test_targets_is_a_synonym_of_match():
     rule = "method: low-rank, rank: 1"
     targets = recipe.loads(f"rules: [{{targets: 'h.*.mlp.*', {rule}}}]")
     assert targets == recipe.loads(f"rules: [{{match: 'h.*.mlp.*', {rule}}}]")
@@ -67,7 +67,7 @@ def test_targets_are_another_word_for_match():
         recipe.loads(f"rules: [{{targets: '*', match: '*', {rule}}}]")
 
 
-def test_ignored_layers_are_left_to_later_rules_or_stay_as_they_are():
+def test_ignored_layers_go_to_later_rules_or_stay_dense():
     rules = recipe.loads(
         """
         ignore: [lm_head, "h.0.*"]
@@ -89,27 +89,27 @@ def test_ignored_layers_are_left_to_later_rules_or_stay_as_they_are():
         recipe.resolve(everything, GPT2)
 
 
-def test_an_ignored_embedding_stays_as_it_is():
+def test_an_ignored_embedding_stays_dense():
     rule = "{match: [wte, 'h.0.*'], method: low-rank, rank: 2, weighting: none}"
     rules = recipe.loads(f"{{rules: [{rule}], ignore: w*}}")
     found = recipe.resolve(rules, GPT2, tables=TABLES)
     assert {x.name.split(".")[0] for x in found} == {"h"}
 
 
-def test_an_unknown_method_is_told_with_the_nearest_one():
+def test_an_unknown_method_is_refused_with_the_nearest_name():
     with pytest.raises(ValueError, match=r"did you mean low-rank\? .*kronecker"):
         recipe.loads("rules: [{match: '*', method: lowrank, rank: 1}]")
 
 
 @given(blocks=st.integers(1, 40))
-def test_thirds_make_a_whole(blocks):
+def test_early_middle_and_late_partition_the_blocks(blocks):
     names = {f"h.{i}.fc": (4, 4) for i in range(blocks)}
     parts = []
     for word in ("early", "middle", "late"):
         try:
             parts += matched(f"h.{{{word}}}.fc", names)
         except ValueError:
-            assert blocks < 3  # some third of so few is empty
+            assert blocks < 3  # a third can be empty
     assert parts == list(names)
 
 
@@ -118,7 +118,7 @@ def test_any_name_can_be_matched():
     assert recipe.matching("a?b", ["a\nb", "ab"]) == ["a\nb"]
 
 
-def test_a_dot_in_a_pattern_is_a_dot():
+def test_a_dot_in_a_pattern_matches_only_a_dot():
     with pytest.raises(ValueError, match="matches no layer"):
         matched("h.0.mlpxc_fc")
     assert matched("h.0.mlp.c_fc", {"h.0.mlp.c_fc": (4, 4), "h.0xmlp.c_fc": (4, 4)})
@@ -135,7 +135,7 @@ def test_the_first_rule_that_matches_decides():
             terms: [{a_shape: [24, 32], rank: 3}, {a_shape: [768, 1], rank: 2}]
         """
     )
-    found = {one.name: one for one in recipe.resolve(rules, GPT2)}
+    found = {x.name: x for x in recipe.resolve(rules, GPT2)}
     assert len(found) == 40 and "h.0.mlp.c_fc" not in found
     assert found["h.2.mlp.c_fc"].configurations == (Configuration((768, 1), 307),)
     assert found["h.2.mlp.c_fc"].num_parameters <= 768 * 3072 / 2
@@ -160,7 +160,7 @@ def test_the_first_rule_that_matches_decides():
         ("rules: [{match: '*', method: low-rank, rank: 1, norm: l1}]", "norm"),
     ],
 )
-def test_what_is_no_recipe_is_told(text, words):
+def test_malformed_recipes_are_refused(text, words):
     with pytest.raises(ValueError, match=words):
         recipe.loads(text)
 
@@ -181,7 +181,7 @@ def test_what_is_no_recipe_is_told(text, words):
         ("{rules: [{match: '*', method: keep}], model_type: opt}", "for opt"),
     ],
 )
-def test_what_does_not_fit_a_model_is_told(text, words):
+def test_recipes_that_do_not_fit_a_model_are_refused(text, words):
     with pytest.raises(ValueError, match=words):
         recipe.resolve(recipe.loads(text), GPT2, model_type="gpt2")
 
@@ -196,38 +196,36 @@ def test_what_does_not_fit_a_model_is_told(text, words):
         ("kronypt-92m", DENSE - 24 * (768 * 3072 - 4 * (1024 * 256 + 10))),
     ],
 )
-def test_recipes_of_the_literature_count_as_published(name, total):
+def test_recipes_of_the_literature_have_the_published_sizes(name, total):
     found = recipe.resolve(recipe.load(name), GPT2, model_type="gpt2")
     assert len(found) == 24
-    saved = sum(one.shape[0] * one.shape[1] - one.num_parameters for one in found)
+    saved = sum(x.shape[0] * x.shape[1] - x.num_parameters for x in found)
     assert DENSE - saved == total
 
 
-def test_half_of_every_second_block_leaves_as_much_as_published():
+def test_recipes_for_every_second_block_have_the_published_sizes():
     """Without a head KnGPT2 and TQCompressedGPT2 are 83M and 81M."""
     for name, total in (("kngpt2", 83.9e6), ("tqcompressedgpt2", 81.3e6)):
         table, *found = recipe.resolve(recipe.load(name), GPT2, tables=TABLES)
-        saved = sum(
-            one.shape[0] * one.shape[1] - one.num_parameters for one in [table, *found]
-        )
+        saved = sum(x.shape[0] * x.shape[1] - x.num_parameters for x in [table, *found])
         assert table.name == "wte"
-        assert {one.name.split(".")[1] for one in found} == set("13579") | {"11"}
+        assert {x.name.split(".")[1] for x in found} == set("13579") | {"11"}
         assert DENSE - saved == pytest.approx(total, rel=2e-3)
 
 
-def test_an_embedding_is_meant_by_its_name_alone():
+def test_an_embedding_is_matched_by_its_exact_name_only():
     every = recipe.loads("rules: [{match: '*', method: low-rank, rank: 2}]")
     found = recipe.resolve(every, GPT2, tables=TABLES)
-    assert {one.name for one in found} == set(GPT2)
+    assert {x.name for x in found} == set(GPT2)
     both = recipe.loads(
         "rules: [{match: [wte, 'h.0.mlp.*'], method: low-rank, rank: 2, "
         "weighting: none}]"
     )
     found = recipe.resolve(both, GPT2, tables=TABLES)
-    assert [one.name for one in found] == ["wte", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
+    assert [x.name for x in found] == ["wte", "h.0.mlp.c_fc", "h.0.mlp.c_proj"]
     rules = "rules: [{match: '*', method: keep}, {match: wte, method: keep}]"
-    told = recipe.matches(recipe.loads(rules), ["h.0.fc"], ["wte"])
-    assert told == {"h.0.fc": [0], "wte": [1]}
+    matched = recipe.matches(recipe.loads(rules), ["h.0.fc"], ["wte"])
+    assert matched == {"h.0.fc": [0], "wte": [1]}
     weighted = recipe.loads("rules: [{match: wte, method: low-rank, rank: 2}]")
     with pytest.raises(ValueError, match="no inputs to weight by"):
         recipe.resolve(weighted, GPT2, tables=TABLES)
@@ -237,16 +235,16 @@ def test_an_embedding_is_meant_by_its_name_alone():
         recipe.resolve(weighted, GPT2)
 
 
-def test_three_of_four_terms_leave_three_quarters():
+def test_three_of_four_terms_store_three_quarters():
     found = recipe.resolve(recipe.load("procrustesgpt-opt-125m"), OPT, model_type="opt")
-    assert {one.name for one in found} == {x for x in OPT if "v_proj" not in x}
-    for one in found:
-        whole = one.shape[0] * one.shape[1]
-        assert one.num_parameters == whole * 3 // 4 + 3 * 4
+    assert {x.name for x in found} == {x for x in OPT if "v_proj" not in x}
+    for x in found:
+        whole = x.shape[0] * x.shape[1]
+        assert x.num_parameters == whole * 3 // 4 + 3 * 4
 
 
 @pytest.mark.parametrize("name", sorted(recipe.builtin()))
-def test_every_recipe_that_comes_along_reads_and_writes(name):
+def test_every_builtin_recipe_can_be_read_and_written(name):
     read = recipe.load(name)
     assert read.name == name and read.source
     assert recipe.loads(recipe.dumps(read)) == read
@@ -254,7 +252,7 @@ def test_every_recipe_that_comes_along_reads_and_writes(name):
     assert recipe.resolve(read, shapes, tables=TABLES)
 
 
-def test_a_misspelt_name_is_told(tmp_path):
+def test_a_misspelt_recipe_is_refused_with_the_nearest_name(tmp_path):
     with pytest.raises(OSError, match="did you mean kronypt-81m"):
         recipe.load("kronypt81m")
     (tmp_path / "a.yaml").write_text("rules: [{match: '*', method: keep}]")

@@ -175,7 +175,7 @@ def export(
         raise ValueError(f"{out} already holds a model; --force replaces it")
     loaded = hugging_face.load(model, dtype=dtype)
     layers = nn.linear_layers(loaded)
-    special = sum(nn.describe(x)["kind"] != "dense" for x in layers.values())
+    special = sum(not nn.is_dense(x) for x in layers.values())
     hugging_face.export(loaded, out)
     print(f"{out}: {len(layers)} linear layers, {special} of them multiplied out.")
     return 0

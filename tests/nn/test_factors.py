@@ -1,4 +1,4 @@
-"""Masked factors and factors of low rank against the matrices they stand for."""
+"""Masked factors and factors of low rank against dense matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from kronjax.nn import factors
 
 
 def layer(dtype=jnp.float64):
-    """A sum of two configurations, one masked on its left and thin on its right."""
+    """A sum of two configurations; the first has a mask in `a` and low rank in `b`."""
     rng = np.random.default_rng(0)
     shapes = ((2, 2, 3), (2, 4, 5)), ((1, 8, 1), (1, 1, 15))
     draws = [[jnp.asarray(rng.normal(size=x), dtype) for x in pair] for pair in shapes]
@@ -25,10 +25,10 @@ def layer(dtype=jnp.float64):
     made.b[0] = nn.LowRankFactor(jnp.asarray(left, dtype), jnp.asarray(right, dtype))
     a, b = np.asarray(draws[0][0]) * mask, left @ right
     kernel = sum(np.kron(a[k], b[k]) for k in range(2))
-    return made, kernel + np.kron(*(np.asarray(one[0]) for one in draws[1])), mask
+    return made, kernel + np.kron(*(np.asarray(x[0]) for x in draws[1])), mask
 
 
-def test_a_layer_multiplies_by_what_its_parts_stand_for():
+def test_a_layer_multiplies_by_its_dense_equivalent():
     made, kernel, mask = layer()
     x = np.random.default_rng(1).normal(size=(3, 8))
     np.testing.assert_allclose(made.materialize(), kernel, atol=1e-12)
@@ -39,7 +39,7 @@ def test_a_layer_multiplies_by_what_its_parts_stand_for():
     assert cost.parameters == cost.held - 12 + kept
 
 
-def test_no_gradient_reaches_what_is_masked():
+def test_masked_entries_get_no_gradient():
     made, _, mask = layer(jnp.float32)
     graph, parameters, rest = nnx.split(made, nnx.Param, ...)
     x = jnp.ones((2, 8), jnp.float32)
@@ -51,7 +51,7 @@ def test_no_gradient_reaches_what_is_masked():
     assert np.all(np.asarray(found["b", 0, "left"][...]) != 0)
 
 
-def test_another_mask_compiles_nothing():
+def test_changing_a_mask_compiles_nothing():
     made, _, _ = layer(jnp.float32)
     traced = []
 
@@ -70,7 +70,7 @@ def test_another_mask_compiles_nothing():
     assert not np.allclose(before, after)
 
 
-def test_a_description_says_how_parts_are_held():
+def test_descriptions_record_how_factors_are_stored():
     made, _, _ = layer(jnp.float32)
     described = nn.describe(made)
     assert described["terms"][0]["held"] == {"a": "masked", "b": {"rank": 2}}
@@ -84,7 +84,7 @@ def test_a_description_says_how_parts_are_held():
 
 
 @pytest.mark.parametrize("how", ["half", {"rank": 9}, {"rank": True}, {"q": 1}, 3])
-def test_what_describes_no_factor_is_refused(how):
+def test_invalid_descriptions_of_factors_are_refused(how):
     made, _, _ = layer(jnp.float32)
     described = nn.describe(made)
     described["terms"][0]["held"] = {"a": how}
@@ -95,7 +95,7 @@ def test_what_describes_no_factor_is_refused(how):
         nn.from_description(described)
 
 
-def test_shapes_that_do_not_belong_together_are_refused():
+def test_mismatched_shapes_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         nn.MaskedFactor(jnp.ones((2, 3)), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="low rank"):

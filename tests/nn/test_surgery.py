@@ -1,4 +1,4 @@
-"""Layers against the matrices they stand for."""
+"""Layers against dense matrices, and surgery on models."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_a_kronecker_layer_multiplies_by_its_matrix(chosen, rank, seed, with_bia
     terms = terms_of(chosen, rank, seed)
     layer = nn.KroneckerLinear(terms, bias)
     x = rng.normal(size=(2, 3, 8))
-    matrix = sum(kronecker_sum_reference(one.a, one.b) for one in terms)
+    matrix = sum(kronecker_sum_reference(x.a, x.b) for x in terms)
     expected = x @ matrix + (0 if bias is None else np.asarray(bias))
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, atol=1e-12)
     np.testing.assert_allclose(layer.materialize(), matrix, atol=1e-12)
@@ -55,19 +55,19 @@ def test_a_kronecker_layer_multiplies_by_its_matrix(chosen, rank, seed, with_bia
 def test_a_kronecker_embedding_has_the_rows_of_its_matrix(chosen, rank, seed):
     terms = terms_of(chosen, rank, seed)
     table = nn.KroneckerEmbedding(terms)
-    matrix = sum(kronecker_sum_reference(one.a, one.b) for one in terms)
+    matrix = sum(kronecker_sum_reference(x.a, x.b) for x in terms)
     tokens = jnp.arange(8).reshape(2, 2, 2)
     np.testing.assert_allclose(table(tokens), matrix.reshape(2, 2, 2, 15), atol=1e-12)
     np.testing.assert_allclose(table.materialize(), matrix, atol=1e-12)
     x = np.random.default_rng(seed).normal(size=(2, 3, 15))
     np.testing.assert_allclose(table.attend(jnp.asarray(x)), x @ matrix.T, atol=1e-12)
     cost = nn.cost(table)
-    turned = [jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), one) for one in terms]
+    turned = [KroneckerTerms(x.a.swapaxes(1, 2), x.b.swapaxes(1, 2)) for x in terms]
     layer = nn.cost(nn.KroneckerLinear(turned))
     assert (cost.parameters, cost.flops) == (layer.parameters, layer.flops)
 
 
-def test_a_table_takes_the_place_of_a_table_alone():
+def test_a_table_can_replace_a_table_only():
     model = abstract_gpt2()
     described = {"kind": "kronecker-embedding"}
     described["terms"] = [{"a": [1, 300, 4], "b": [1, 1, 2]}]
@@ -82,7 +82,7 @@ def test_a_table_takes_the_place_of_a_table_alone():
     assert nn.describe(table) == described
 
 
-def test_an_approximation_becomes_a_layer_and_comes_back():
+def test_a_layer_holds_the_terms_of_an_approximation():
     matrix = np.random.default_rng(0).normal(size=(12, 12))
     approx = kronjax.approximate(
         matrix, kronjax.Configuration((3, 4), 2), norm="frobenius", progress=False
@@ -109,7 +109,7 @@ def test_a_layer_trains_under_jit_and_grad():
     assert all(float(jnp.abs(leaf.get_value()).max()) > 0 for _, leaf in flat)
 
 
-def test_a_mask_keeps_what_it_keeps_and_gets_no_gradient():
+def test_a_masked_layer_uses_and_trains_kept_entries_only():
     rng = np.random.default_rng(0)
     kernel, mask = rng.normal(size=(8, 15)), rng.random((8, 15)) < 0.4
     layer = nn.MaskedLinear(jnp.asarray(kernel), jnp.asarray(mask), jnp.ones(15))
@@ -158,7 +158,7 @@ def test_a_mask_keeps_what_it_keeps_and_gets_no_gradient():
         ),
     ],
 )
-def test_mistakes_are_told(make, words):
+def test_invalid_layers_are_refused(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
@@ -218,7 +218,7 @@ def test_a_replacement_must_fit():
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([(7, 9), (9, 6)]))
-def test_interpolative_layers_are_low_rank_with_fewer_numbers(seed, rank, shape):
+def test_interpolative_layers_have_low_rank_and_fewer_parameters(seed, rank, shape):
     rng = np.random.default_rng(seed)
     left = rng.standard_normal((shape[0], rank))
     right = rng.standard_normal((rank, shape[1])) * rng.choice([1e-3, 1.0, 1e3])
@@ -234,11 +234,11 @@ def test_interpolative_layers_are_low_rank_with_fewer_numbers(seed, rank, shape)
     found = nn.cost(layer)
     assert found.parameters == numbers + shape[1]
     assert found.flops == 2 * numbers + shape[1]
-    # Every picked column is there as it was.
+    # The picked columns are stored unchanged, so the combinations stay small.
     assert np.abs(layer.rest[...]).max(initial=0) < 1e3
 
 
-def test_interpolative_layers_of_lower_rank_than_they_could_have():
+def test_interpolative_layers_of_rank_deficient_kernels():
     left, right = jnp.ones((4, 3)), jnp.ones((3, 5))
     layer = nn.InterpolativeLinear.of(left, right)
     np.testing.assert_allclose(layer.materialize(), 3 * np.ones((4, 5)), atol=1e-12)
@@ -263,8 +263,8 @@ def test_scales_multiply_the_terms_and_are_parameters():
     scales = [jnp.array([2.0, -1.0]), jnp.array([0.5, 3.0])]
     layer = nn.KroneckerLinear(terms, scales=scales)
     scaled = [
-        KroneckerTerms(one.a * scale[:, None, None], one.b)
-        for one, scale in zip(terms, scales, strict=True)
+        KroneckerTerms(x.a * scale[:, None, None], x.b)
+        for x, scale in zip(terms, scales, strict=True)
     ]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8)))
     plain = nn.KroneckerLinear(scaled)
@@ -280,7 +280,9 @@ def test_scales_multiply_the_terms_and_are_parameters():
 
 
 def test_a_layer_class_is_registered_in_one_place(monkeypatch):
-    monkeypatch.setattr(layers, "KINDS", dict(layers.KINDS))
+    # The kind is removed again after the test.
+    monkeypatch.setitem(layers.KINDS, "diagonal", nn.LinearLayer)
+    del layers.KINDS["diagonal"]
 
     @nn.register
     class Diagonal(nn.LinearLayer):

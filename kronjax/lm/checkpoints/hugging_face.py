@@ -164,7 +164,7 @@ def save(model: LanguageModel, folder: str | Path) -> None:
     special = {
         name: nn.describe(layer)
         for name, layer in {**nn.linear_layers(model), **nn.tables(model)}.items()
-        if not isinstance(layer, nnx.Linear | nnx.Embed)
+        if not nn.is_dense(layer)
     }
     if special:
         config = {

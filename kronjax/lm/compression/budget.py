@@ -1,10 +1,10 @@
-"""Budgets for whole models, and how the layers share them.
+"""Budgets for whole models, and their division among the layers.
 
-A budget is a fraction of the linear layers (`0.8`), or what the whole model may have:
+A budget is a fraction of the linear layers (`0.8`), or a limit for the whole model:
 parameters (`81M`), bytes (`160MB`, `150MiB`) or floating-point operations for a token
-(`170MFLOP`). Every layer offers some sizes at some damage; `share` takes the offers
-with the least damage in all that the budget allows: greedy on the lower convex hulls,
-which is optimal but for the last layer.
+(`170MFLOP`). Every layer has several sizes with a damage each; `share` chooses the
+sizes with the least total damage that the budget allows: greedily on the lower convex
+hulls, which is optimal but for the last layer.
 
 >>> Budget.parse("81M")
 Budget(measure='parameters', amount=81000000.0)
@@ -28,12 +28,12 @@ _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a model may have.
+    """A limit for the size of a model.
 
     Attributes:
         measure: `fraction` of the parameters of the linear layers, or `parameters`,
             `bytes` or `flops` of the whole model.
-        amount: How much of it.
+        amount: The limit, in that measure.
     """
 
     measure: Measure
@@ -44,16 +44,16 @@ class Budget:
         """Read a budget.
 
         Raises:
-            ValueError: If it is none; says how to write one.
+            ValueError: If the text is not a budget; says how to write it.
         """
-        found = re.fullmatch(
+        match = re.fullmatch(
             r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text)
         )
         try:
-            amount = float(found[1]) if found else math.nan
+            amount = float(match[1]) if match else math.nan
         except ValueError:
             amount = math.nan
-        unit = found[2].upper() if found else "?"
+        unit = match[2].upper() if match else "?"
         if amount > 0 and unit == "" and amount <= 1:
             return cls("fraction", amount)
         if amount > 0 and unit in _SCALES and amount * _SCALES[unit] > 1:
@@ -70,7 +70,7 @@ class Budget:
         )
 
     def __str__(self) -> str:
-        """Return it as one reads it."""
+        """Return the budget in words."""
         if self.measure == "fraction":
             return f"{self.amount:g} of the linear layers"
         words = {"parameters": "parameters", "bytes": "bytes", "flops": "FLOP a token"}
@@ -78,21 +78,21 @@ class Budget:
 
 
 Offer = tuple[float, float]
-"""What a size of a layer costs, and its damage."""
+"""The cost of a size of a layer, and its damage."""
 
 
 def share(offers: Sequence[Sequence[Offer]], budget: float) -> list[int]:
-    """Choose one offer of every layer.
+    """Choose an offer for every layer.
 
     Args:
         offers: For each layer its offers, in any order.
-        budget: What all chosen ones may cost together.
+        budget: The largest total cost.
 
     Returns:
-        The index of the offer of every layer.
+        The index of the chosen offer of every layer.
 
     Raises:
-        ValueError: If the cheapest ones cost more; says how much.
+        ValueError: If the cheapest offers cost more; says how much.
     """
     hulls = [_hull(of_layer) for of_layer in offers]
     spent = sum(offers[i][hull[0]][0] for i, hull in enumerate(hulls))
@@ -123,7 +123,7 @@ def share(offers: Sequence[Sequence[Offer]], budget: float) -> list[int]:
 
 
 def _hull(offers: Sequence[Offer]) -> list[int]:
-    """Return the offers on the lower convex hull, by rising cost."""
+    """Return the indices of offers on the lower convex hull, in order of cost."""
     hull: list[int] = []
     for i in sorted(range(len(offers)), key=lambda i: offers[i]):
         cost, damage = offers[i]

@@ -1,12 +1,12 @@
-"""Orders of channels that neighbouring layers share cost nothing.
+"""Folding: removal of gathers by one order of the channels between two layers.
 
-The hidden units of an MLP may be put into any order, and the channels of a value head
-too, if the layer before and the layer after agree. `fold` gives the layers before the
-order in which the Kronecker sum of one of them wants its outputs, and lets the layer
-after take its inputs in the same order. A dense layer after is permuted once; of a
-factored one the gather becomes another, or vanishes if it wanted just this order.
+The hidden units of an MLP can be in any order, and so can the channels of a value head,
+if the layer before and the layer after agree. `fold` gives the layers before the order
+of the outputs of the Kronecker sum of one of them, and permutes the inputs of the layer
+after in the same way. A dense layer is permuted once; in a factored layer the gather is
+replaced by another, or vanishes if it had exactly this order.
 
-References: the ports, whose `HIDDEN` names what is elementwise between two layers.
+`HIDDEN` of the ports names the layers between which all operations are elementwise.
 
 >>> layer = nn.linear(np.eye(2), None)
 >>> reorder_outputs(layer, np.array([1, 0])).kernel[...].tolist()
@@ -22,13 +22,13 @@ from kronjax.lm.models.base import LanguageModel
 
 
 def fold(model: LanguageModel) -> int:
-    """Remove gathers by ordering what is between layers, wherever that leaves fewer.
+    """Remove gathers by reordering channels between layers, wherever fewer are left.
 
     Args:
-        model: Changed in place; computes the same function.
+        model: Changed in place; it still computes the same function.
 
     Returns:
-        The number of gathers that were removed.
+        The number of removed gathers.
     """
     layers = nn.linear_layers(model)
     removed = 0
@@ -70,17 +70,17 @@ def reorder_inputs(layer: nn.Layer, order: np.ndarray) -> Any:
 
 
 def _fold(model, sources, target):
-    """Let the first permuted source say the order of the hidden units."""
+    """Fold the hidden units of an MLP, in the order of the first permuted source."""
     layers = nn.linear_layers(model)
     orders = (_column_order(layers[name]) for name in sources)
-    order = next((one for one in orders if one is not None), None)
+    order = next((x for x in orders if x is not None), None)
     if order is None:
         return 0
     return _reorder(model, sources, target, order, order)
 
 
 def _fold_values(model, source, target):
-    """Fold an order of values that stays within heads, each of which may serve many."""
+    """Fold an order of values within heads, each of which may serve several queries."""
     layers = nn.linear_layers(model)
     order = _column_order(layers[source])
     groups, d = model.config.cache_shape
@@ -94,7 +94,7 @@ def _fold_values(model, source, target):
 
 
 def _reorder(model, sources, target, order, wide):
-    """Reorder what is between layers if that leaves fewer gathers; return how many."""
+    """Reorder channels between layers if that removes gathers; return how many."""
     layers = nn.linear_layers(model)
     new = {name: reorder_outputs(layers[name], order) for name in sources}
     new[target] = reorder_inputs(layers[target], wide)

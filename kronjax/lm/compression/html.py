@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing beside it: tables, and plots inside.
+"""Reports as one self-contained HTML page with tables and plots.
 
 >>> _percent(0.8125)
 '81.2 %'
@@ -49,8 +49,8 @@ def page(record: dict[str, Any]) -> str:
         _table(("", "dense", "compressed", ""), _comparison(record)),
         *_figures(record),
         "<h2>Layers</h2>",
-        "<p class=quiet>Errors are relative. Weighted: of what calibration saw, "
-        "beside that of low rank with as many parameters. "
+        "<p class=quiet>Errors are relative. Weighted: by the moments of calibration, "
+        "beside the error of low rank with as many parameters. "
         "‖(W − K)x‖ ≤ ε‖x‖ holds for every x, with ε in the last column but one.</p>",
         _table(_HEADS, _layers(record), left=(0, 1, 9)),
     ]
@@ -65,7 +65,7 @@ def page(record: dict[str, Any]) -> str:
         ]
     if record.get("recipe"):
         parts.append(
-            "<h2>Recipe</h2><details><summary>What was done, in rules</summary>"
+            "<h2>Recipe</h2><details><summary>All rules</summary>"
             f"<pre>{html.escape(record['recipe'])}</pre></details>"
         )
     parts.append(
@@ -81,9 +81,9 @@ def page(record: dict[str, Any]) -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """Say what came of it, in a few sentences."""
+    """Return the results in a few sentences."""
     before, after = record["before"], record["after"]
-    changed = sum("relative" in one for one in record["layers"])
+    changed = sum("relative" in layer for layer in record["layers"])
     share = _percent(after["linear_parameters"], before["linear_parameters"])
     words = (
         f"{after['parameters'] / 1e6:,.1f} of {before['parameters'] / 1e6:,.1f} M "
@@ -92,9 +92,9 @@ def summary(record: dict[str, Any]) -> str:
     )
     if record["budget"]:
         words += f" Planned for {record['budget']}, weighted by {record['weighting']}."
-    found = record["perplexity"]
-    if found:
-        dense, ours = (found[k]["perplexity"] for k in ("dense", "compressed"))
+    scores = record["perplexity"]
+    if scores:
+        dense, ours = (scores[k]["perplexity"] for k in ("dense", "compressed"))
         words += f" Perplexity {_number(dense)} became {_number(ours)}, "
         words += f"{_number(record['measured_nats'], '+.3f')} nats per token"
         if record["predicted_nats"] is not None:
@@ -106,12 +106,12 @@ def summary(record: dict[str, Any]) -> str:
     if calibration.get("is_foreign"):
         words += (
             f" WARNING: the model reads the calibration text with a perplexity of "
-            f"{_number(calibration['perplexity'])}, nearly as if by chance: it may be "
-            "in a language or an encoding that the model does not know."
+            f"{_number(calibration['perplexity'])}, hardly better than chance: it may "
+            "be in a language or an encoding that the model does not know."
         )
-    blocks = [one for one in record.get("blocks") or () if one]
+    blocks = [block for block in record.get("blocks") or () if block]
     if blocks:
-        kept = sum(one["kept"] for one in blocks)
+        kept = sum(block["kept"] for block in blocks)
         words += f" Refinement kept {kept} of {len(blocks)} blocks."
     return words
 
@@ -126,9 +126,9 @@ def _comparison(record) -> Iterable[Sequence[str]]:
     ):
         cells = (f"{x[key] / scale:,.2f} {unit}" for x in (before, after))
         yield name, *cells, _percent(after[key], before[key])
-    found = record["perplexity"]
-    if found:
-        dense, ours = found["dense"], found["compressed"]
+    scores = record["perplexity"]
+    if scores:
+        dense, ours = scores["dense"], scores["compressed"]
         yield (
             f"perplexity ({dense['protocol']})",
             _number(dense["perplexity"]),
@@ -160,7 +160,7 @@ _HEADS = (
     "Frobenius",
     "spectral",
     "ε",
-    "why",
+    "reason",
 )
 
 
@@ -176,21 +176,21 @@ _SPECTRA = (
 
 
 def _layers(record) -> Iterable[Sequence[str]]:
-    for one in record["layers"]:
+    for layer in record["layers"]:
         numbers = ("relative", "low_rank", "relative_frobenius", "relative_spectral")
         yield (
-            one["name"],
-            one["kind"],
-            "×".join(map(str, one["shape"])),
-            _percent(one["fraction"]),
-            *(_short(one.get(key)) for key in numbers),
-            _short(one.get("spectral")),
-            one.get("reason", ""),
+            layer["name"],
+            layer["kind"],
+            "×".join(map(str, layer["shape"])),
+            _percent(layer["fraction"]),
+            *(_short(layer.get(key)) for key in numbers),
+            _short(layer.get("spectral")),
+            layer.get("reason", ""),
         )
 
 
 def _figures(record) -> list[str]:
-    """Return the plots as images inside of the page."""
+    """Return the plots as images inside the page."""
     from matplotlib.figure import Figure
 
     figures = []
@@ -199,7 +199,7 @@ def _figures(record) -> list[str]:
     axes = figure.subplots()
     axes.bar(range(len(layers)), [x["fraction"] for x in layers], width=0.9)
     axes.set(ylim=(0, 1.05), ylabel="parameters kept", xlabel="layer, in model order")
-    figures.append(("What every layer keeps", figure))
+    figures.append(("Parameters kept in every layer", figure))
     pairs = [
         (x["predicted"], x["damage"])
         for x in layers
@@ -259,7 +259,7 @@ def _versions(record) -> str:
 
 
 def _number(value: float | None, form: str = ",.2f") -> str:
-    """Write a number; what is none came from a model that diverged."""
+    """Return a number as text; None and infinities come from models that diverged."""
     return (
         "not finite" if value is None or not np.isfinite(value) else f"{value:{form}}"
     )

@@ -1,7 +1,7 @@
-"""Sizes of mixtures: low rank beside Kronecker terms of one near-square shape.
+"""Sizes of mixtures: low rank beside Kronecker terms of a near-square shape.
 
-A mixture is a pair of ranks `(columns times rows, near-square terms)`; which shapes
-those have follows from that of the kernel.
+A mixture is a pair of ranks `(columns times rows, near-square terms)`; the shape of the
+kernel decides the shapes of the terms.
 
 >>> near_square((12, 12))
 (3, 4)
@@ -15,10 +15,10 @@ from kronjax.kronecker import Configuration, divisors
 
 
 def near_square(shape: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the shape of left factors of which a term has the fewest parameters.
+    """Return the shape of left factors with the fewest parameters in a term.
 
-    Of several the one whose factors are most alike in rows and in columns. None where
-    all there is is low rank: sizes that are prime.
+    Ties are broken in favour of factors that are most alike in rows and in columns. The
+    result is None where only low rank is possible: sizes that are prime.
     """
     m, n = shape
     if m > n:
@@ -42,10 +42,10 @@ def mix(shape: tuple[int, int], fraction: float, share: float) -> tuple[int, int
     Args:
         shape: `(n_in, n_out)`.
         fraction: Parameters over those of the dense kernel.
-        share: Of the parameters, what goes to low rank.
+        share: Fraction of the parameters that low rank gets.
 
     Returns:
-        Low rank, and number of near-square terms.
+        The rank of the low-rank part, and the number of near-square terms.
     """
     m, n = shape
     low, *square = _largest(shape, 1.0)
@@ -54,8 +54,8 @@ def mix(shape: tuple[int, int], fraction: float, share: float) -> tuple[int, int
     left = budget - first * (m + n)
     if not square:
         return first, 0
-    one = Configuration(square[0].a_shape, 1).num_parameters(shape)
-    return first, max(0, min(int(left / one), square[0].rank))
+    size = Configuration(square[0].a_shape, 1).num_parameters(shape)
+    return first, max(0, min(int(left / size), square[0].rank))
 
 
 def configurations(
@@ -67,13 +67,16 @@ def configurations(
 
 
 def _largest(shape, fraction):
-    """Return low rank and near-square terms, if there are such, each at a size."""
+    """Return configurations of low rank and, if possible, of near-square terms.
+
+    Each has the largest rank within a fraction of the dense kernel.
+    """
     m, n = shape
     budget = fraction * m * n
     found = []
     for a_shape in ((m, 1), near_square(shape)):
         if a_shape is not None:
-            one = Configuration(a_shape, 1)
-            most = max(int(budget / one.num_parameters(shape)), 1)
-            found.append(Configuration(a_shape, min(most, one.max_rank(shape))))
+            term = Configuration(a_shape, 1)
+            most = max(int(budget / term.num_parameters(shape)), 1)
+            found.append(Configuration(a_shape, min(most, term.max_rank(shape))))
     return tuple(found)

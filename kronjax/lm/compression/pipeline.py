@@ -655,7 +655,9 @@ def _moments(model, calibration, needed, tokens, work, progress):
             measure_moments(model, read, gradients=gradients, progress=progress)
         )
 
-    return unpack(*work.get_or_compute("moments", measured, fingerprint(model), read, needed))
+    return unpack(
+        *work.get_or_compute("moments", measured, fingerprint(model), read, needed)
+    )
 
 
 def _as_fitted(rules: Recipe, done: Sequence[Layer]) -> Recipe:

@@ -1,9 +1,9 @@
-"""What there is to say about a compressed model, as values that JSON holds.
+"""Records of compressed models: all results, as values for JSON.
 
-Beside what compression knows: the errors of every layer in three norms, in float64;
-perplexities before and after, by a named protocol; how well the plan predicted them;
-size on disk; how fast both models are. Reports are made of these records, and of
-nothing else: `kronjax report` needs no model.
+A record adds to the results of compression: the errors of every layer in three norms,
+in float64; perplexities before and after, by a named protocol; the prediction of the
+plan; sizes; the speed of both models. Reports are made from these records alone:
+`kronjax report` needs no model.
 
 >>> NAME
 'report.json'
@@ -37,7 +37,7 @@ FORMAT = 1
 _TINY = 1e-300
 
 EXPONENTS = (2, 4, 6, 10, 18, 34, 66, 130, 258)
-"""Of the Schatten norms in which errors are shown."""
+"""Exponents of the Schatten norms in which errors are shown."""
 
 
 def of(
@@ -53,12 +53,12 @@ def of(
     """Return the record of a compression.
 
     Args:
-        result: What came of it.
-        model: What was compressed.
-        source: Where it came from.
-        text: To measure perplexities on, or None for none.
-        protocol: Of the perplexities.
-        timed: Whether to measure speeds, which takes some seconds.
+        result: The result of the compression.
+        model: The dense model that was compressed.
+        source: The place that the model was loaded from.
+        text: The text to measure perplexities on, or None for none.
+        protocol: Name of the protocol of perplexities.
+        timed: Whether to measure speeds, which takes a few seconds.
         progress: Whether to draw bars.
     """
     moments, plan = result.moments, result.plan
@@ -81,29 +81,29 @@ def of(
         "before": _size(result.before),
         "after": _size(result.after),
         "layers": _layers(result, model),
-        "probes": [] if plan is None else [list(one) for one in plan.ratios],
+        "probes": [] if plan is None else [list(probe) for probe in plan.ratios],
         "predicted_nats": _predicted(result),
         "analysis": spectra.compare(model, result.model).plain(),
         "blocks": result.blocks
-        and [one and dataclasses.asdict(one) for one in result.blocks],
+        and [block and dataclasses.asdict(block) for block in result.blocks],
         "perplexity": None,
         "latency": None,
         "seconds": dict(result.seconds),
     }
     if text is not None:
         pair = [
-            perplexity.perplexity(precise(one), text, protocol, progress=progress)
-            for one in (model, result.model)
+            perplexity.perplexity(precise(x), text, protocol, progress=progress)
+            for x in (model, result.model)
         ]
         dense, ours = map(perplexity.summary, pair)
         record["perplexity"] = {"dense": dense, "compressed": ours}
         record["measured_nats"] = pair[1].nll - pair[0].nll
     if timed:
         context = min(128, model.config.context // 2)
-        found = latency.measure_latency(
+        times = latency.measure_latency(
             result.model, context=context, new_tokens=8, repeats=3, progress=progress
         )
-        record["latency"] = latency.summary(found)
+        record["latency"] = latency.summary(times)
     return record
 
 
@@ -120,7 +120,7 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: If it is damaged or of a later version.
-        OSError: If there is none; says what writes one.
+        OSError: If there is none; names the command that writes it.
     """
     path = folder / NAME
     if not path.is_file():
@@ -140,10 +140,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _size(counted: Sizes) -> dict[str, Any]:
-    linear = [one for one in counted.layers if one.name != "lm_head"]
+    linear = [layer for layer in counted.layers if layer.name != "lm_head"]
     return {
         "parameters": counted.parameters,
-        "linear_parameters": sum(one.parameters for one in linear),
+        "linear_parameters": sum(layer.parameters for layer in linear),
         "bytes": counted.bytes,
         "flops": counted.flops,
     }
@@ -156,12 +156,12 @@ def _predicted(result):
 
 
 def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
-    """Return what each layer is, the dense ones included."""
+    """Return the facts about each layer, dense layers included."""
     after: dict[str, Any] = _all_layers(result.model)
-    done = {one.name: one for one in result.layers}
-    choices = {one.name: one for one in result.plan.choices} if result.plan else {}
+    done = {x.name: x for x in result.layers}
+    choices = {x.name: x for x in result.plan.choices} if result.plan else {}
     counted = result.after
-    sizes = {one.name: one for one in (*counted.tables, *counted.layers)}
+    sizes = {x.name: x for x in (*counted.tables, *counted.layers)}
     tables = nn.tables(model)
     rows = []
     for name, layer in _all_layers(model).items():
@@ -177,7 +177,6 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
             "flops": size.flops,
         }
         if name in done:
-            one = done[name]
             kernel = np.asarray(nn.materialize(layer), np.float64)
             left = kernel - np.asarray(nn.materialize(after[name]), np.float64)
             error, whole = (np.linalg.svd(x, compute_uv=False) for x in (left, kernel))
@@ -187,7 +186,7 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
             row |= {
                 **{
                     k: v
-                    for k, v in dataclasses.asdict(one).items()
+                    for k, v in dataclasses.asdict(done[name]).items()
                     if k not in ("name", "configurations", "rule", "parameters")
                 },
                 "spectral": float(error[0]),
@@ -206,6 +205,6 @@ def _all_layers(model) -> dict[str, Any]:
 
 
 def _norm(values: np.ndarray, p: float) -> float:
-    """Return the Schatten norm of singular values, at any scale."""
+    """Return the Schatten p-norm of singular values, without overflow."""
     top = max(float(values[0]), _TINY)
     return top * float(np.sum((values / top) ** p)) ** (1 / p)

@@ -1,12 +1,12 @@
-"""Block refinement: factors adjusted so that blocks do what the dense ones did.
+"""Block refinement: training of factors to reproduce the outputs of dense blocks.
 
     min over the factors of a block   mean over tokens of ‖y' − y‖² / ‖y‖²
 
 with `y` the output of the dense block on its own input, and `y'` that of the compressed
-block on the output of the compressed blocks before it: errors that came before are made
-good where that is possible. No labels are used, and one block is trained at a time, so
-that memory holds a few arrays of states and the optimiser of one block. Each block
-keeps its new factors only if windows that it was not trained on agree.
+block on the output of the compressed blocks before it: earlier errors are compensated
+where that is possible. No labels are used, and one block is trained at a time, so that
+memory holds a few arrays of states and the optimiser of one block. Each block keeps its
+new factors only if they reduce the error on windows that it was not trained on.
 
 References: Hubara et al. (2021) and Li et al. (2021), for the reconstruction of blocks.
 """
@@ -29,17 +29,17 @@ from kronjax.lm.models import attention
 from kronjax.lm.models.base import LanguageModel, fingerprint
 
 RATE = 1e-3
-"""The largest rate of Adam; it rises over a tenth of the steps and falls to zero."""
+"""Peak learning rate of Adam; it rises over a tenth of the steps and falls to zero."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """What became of one block.
+    """The refinement of one block.
 
     Attributes:
-        before: Relative squared error on held-out windows as the block was fitted.
+        before: Relative squared error on held-out windows before the steps.
         after: The same after the steps.
-        kept: Whether the new factors were.
+        kept: Whether the new factors were kept.
     """
 
     before: float
@@ -62,18 +62,18 @@ def refine(
     """Train the factors of every block to reproduce the dense block.
 
     Args:
-        model: Compressed; changed in place.
-        dense: What it was made from.
-        tokens: `[n]`, those of calibration; every eighth window is held out.
-        steps: For each block.
-        context: Tokens in a window.
-        batch: Windows in a step.
-        rate: The largest learning rate.
-        work: Keeps the blocks that are finished.
+        model: The compressed model, changed in place.
+        dense: The dense model that it was made from.
+        tokens: `[n]`, the calibration text; every eighth window is held out.
+        steps: Number of steps for each block.
+        context: Number of tokens in a window.
+        batch: Number of windows in a step.
+        rate: Peak learning rate.
+        work: Cache of finished blocks.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        For every block what became of it, or None where it has no factors.
+        A `Block` for every block, or None where it has no factors.
 
     Raises:
         ValueError: If there are fewer than 9 windows, or no steps.
@@ -91,7 +91,7 @@ def refine(
     embed, run, step, error = _programs(model, batch, context, steps, rate)
     theirs = _mapped(functools.partial(embed, *nnx.split(dense)), windows, batch)
     ours = theirs  # embeddings are not compressed
-    found: list[Block | None] = []
+    results: list[Block | None] = []
     with bar(len(model.blocks), "refining", unit="blocks", wanted=progress) as advance:
         for i, (block, whole) in enumerate(
             zip(model.blocks, dense.blocks, strict=True)
@@ -110,17 +110,17 @@ def refine(
                 arrays, facts = work.get_or_compute("block", train, key, i)
                 _put(block, arrays)
                 done = Block(**facts)
-            found.append(done)
+            results.append(done)
             graph, state = nnx.split(block)
             ours = _mapped(functools.partial(run, graph, state), ours, batch)
             advance(1)
-    return tuple(found)
+    return tuple(results)
 
 
 def check(
     model: LanguageModel, tokens: np.ndarray, steps: int, context: int = 512
 ) -> None:
-    """Refuse what `refine` could not work with.
+    """Check the arguments of `refine`.
 
     Raises:
         ValueError: If there are fewer than 9 windows, or no steps.
@@ -154,10 +154,10 @@ def _factors(block: nnx.Module) -> Callable[[Any, Any], bool]:
 
 
 def _train(block, ours, theirs, order, held_out, step, error):
-    """Return the trained factors of a block, if held-out windows agree, and facts."""
+    """Return the trained factors of a block, if they are better, and facts."""
     batch = order.shape[1]
     graph, stored, rest = nnx.split(block, _factors(block), ...)
-    # Steps are smaller than the spacing of short floats.
+    # Steps are smaller than the spacing of 16-bit floats.
     factors = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
     test = [held_out[k : k + batch] for k in range(0, len(held_out), batch)]
 
@@ -180,7 +180,7 @@ def _train(block, ours, theirs, order, held_out, step, error):
 
 
 def _put(block, arrays) -> None:
-    """Give a block the factors that `_train` named; leave it as it is without any."""
+    """Give a block the factors from `_train`; without any, leave it as it is."""
     if arrays:
         _, stored, _ = nnx.split(block, _factors(block), ...)
         leaves, structure = jax.tree.flatten(stored)
@@ -189,7 +189,7 @@ def _put(block, arrays) -> None:
 
 
 def _programs(model, batch, context, steps, rate):
-    """Return what embeds, runs a block, makes a step, and measures: compiled."""
+    """Return compiled functions: embedding, a block, a training step, the error."""
     warmup = max(steps // 10, 1)
     schedule = optax.warmup_cosine_decay_schedule(
         0, rate, warmup, max(steps, warmup + 1)
@@ -201,9 +201,9 @@ def _programs(model, batch, context, steps, rate):
         return model.apply_block(block, x, places)[0]
 
     def loss(factors, graph, rest, x, y):
-        found = apply(nnx.merge(graph, factors, rest), x)
-        found, y = found.astype(jnp.float32), y.astype(jnp.float32)
-        difference = jnp.sum((found - y) ** 2, axis=-1)
+        output = apply(nnx.merge(graph, factors, rest), x)
+        output, y = output.astype(jnp.float32), y.astype(jnp.float32)
+        difference = jnp.sum((output - y) ** 2, axis=-1)
         return jnp.mean(difference / jnp.maximum(jnp.sum(y**2, axis=-1), 1e-30))
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -229,7 +229,7 @@ def _programs(model, batch, context, steps, rate):
 
 
 def _mapped(function, arrays: jax.Array, batch: int) -> jax.Array:
-    """Apply a function to batches of one size along the first axis."""
+    """Apply a function to batches of equal size along the first axis."""
     count = len(arrays)
     places = [np.arange(k, k + batch) % count for k in range(0, count, batch)]
     return jnp.concatenate([function(arrays[place]) for place in places])[:count]

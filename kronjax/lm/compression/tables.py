@@ -1,4 +1,4 @@
-"""Tables of plans and of compressed models, a line for each layer or kind."""
+"""Tables of plans and of compressed models, with a line for each layer or kind."""
 
 import dataclasses
 import re
@@ -13,9 +13,9 @@ def plan(before: Sizes, after: Sizes, made: Any = None) -> Table:
     """Return a table with a line for each layer of a plan.
 
     Args:
-        before: Of the dense model.
-        after: Of the model as planned.
-        made: The `Plan`, if there is one, which knows the reasons.
+        before: Sizes of the dense model.
+        after: Sizes of the model as planned.
+        made: The `Plan` with the reasons, or None.
     """
     table = Table()
     for name in ("layer", "becomes"):
@@ -23,7 +23,7 @@ def plan(before: Sizes, after: Sizes, made: Any = None) -> Table:
     for name in ("of dense", "damage"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("why")
-    choices = {one.name: one for one in made.choices} if made else {}
+    choices = {x.name: x for x in made.choices} if made else {}
     for old, new in _pairs(before, after):
         choice = choices.get(old.name)
         share = f"{100 * new.parameters / old.parameters:.1f} %"
@@ -34,15 +34,15 @@ def plan(before: Sizes, after: Sizes, made: Any = None) -> Table:
 
 
 def _pairs(before: Sizes, after: Sizes) -> list[tuple[LayerSize, LayerSize]]:
-    """Return what each layer was and is; of the embeddings those that change."""
+    """Return sizes before and after, of all layers and of embeddings that change."""
     tables = zip(before.tables, after.tables, strict=True)
     changed = [pair for pair in tables if pair[0].kind != pair[1].kind]
     return [*changed, *zip(before.layers, after.layers, strict=True)]
 
 
 def totals(before: Sizes, after: Sizes) -> str:
-    """Say what a plan comes to, in one line."""
-    linear = [sum(one.parameters for one in x.layers) for x in (before, after)]
+    """Return the totals of a plan as a sentence."""
+    linear = [sum(x.parameters for x in model.layers) for model in (before, after)]
     return (
         f"{after.parameters:,} of {before.parameters:,} parameters, "
         f"{100 * linear[1] / linear[0]:.1f} % of those in linear layers; "
@@ -52,8 +52,8 @@ def totals(before: Sizes, after: Sizes) -> str:
 
 
 def planned(before: Sizes, after: Sizes, made: Any = None) -> dict[str, Any]:
-    """Return a plan as values that JSON holds."""
-    choices = {one.name: one for one in made.choices} if made else {}
+    """Return a plan as values for JSON."""
+    choices = {x.name: x for x in made.choices} if made else {}
     layers = []
     for old, new in _pairs(before, after):
         choice = choices.get(old.name)
@@ -74,14 +74,15 @@ def planned(before: Sizes, after: Sizes, made: Any = None) -> dict[str, Any]:
 
 
 def compressed(record: dict[str, Any]) -> Table:
-    """Return the record of a compression as a table, a line for each kind of layer."""
+    """Return the record of a compression as a table with a line for each kind."""
     table = Table()
     table.add_column("layers")
     for name in ("changed", "of dense", "weighted error", "low rank", "spectral"):
         table.add_column(name, justify="right", no_wrap=True)
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for one in record["layers"]:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", one["name"]), []).append(one)
+    for layer in record["layers"]:
+        kind = re.sub(r"\.\d+\.", ".*.", layer["name"])
+        kinds.setdefault(kind, []).append(layer)
     for kind, members in kinds.items():
         done = [x for x in members if x.get("relative") is not None]
         share = sum(x["fraction"] for x in members) / len(members)

@@ -145,7 +145,7 @@ def measure_latency(
         )
     other = nn.multiplied_out(model)
     kinds = nn.linear_layers(model).values()
-    factored = sum(not isinstance(layer, nnx.Linear) for layer in kinds)
+    factored = sum(not nn.is_dense(layer) for layer in kinds)
     groups = _groups(model)
     begun = time.perf_counter()
     runs = [_Run(model, **sizes)]
@@ -330,7 +330,7 @@ def _groups(model) -> list[tuple[nn.Layer, list[str]]]:
 
 def _layer_calls(layer: nn.Layer, batch: int, context: int):
     """Return the calls of a layer and its dense twin, for prefill and for decoding."""
-    twins = [layer] if isinstance(layer, nnx.Linear) else [layer, nn.dense(layer)]
+    twins = [layer] if nn.is_dense(layer) else [layer, nn.dense(layer)]
     dtype = jax.tree.leaves(nnx.state(layer, nnx.Param))[0].dtype
     return [
         [

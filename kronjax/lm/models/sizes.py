@@ -1,7 +1,7 @@
-"""What a model stores and spends, layer by layer.
+"""Parameters, bytes and operations of a model, layer by layer.
 
-FLOPs are multiplications and additions for one token; those of attention scores, which
-grow with the context, are left out. A tied embedding is counted once as parameters, and
+FLOPs are multiplications and additions for one token, without those of attention
+scores, which grow with the context. A tied embedding is counted once as parameters, and
 as the head among the FLOPs.
 
 >>> from kronjax.lm.models import gpt2
@@ -22,17 +22,17 @@ from kronjax.lm.models.base import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class LayerSize:
-    """One linear layer.
+    """The size of one linear layer.
 
     Attributes:
-        name: As `kronjax.nn.surgery.linear_layers` gives it.
+        name: Name from `kronjax.nn.surgery.linear_layers`.
         kind: `dense`, `masked`, the rank of an interpolative layer, or the
-            configurations of a Kronecker sum, and how their factors are held.
+            configurations of a Kronecker sum, and how their factors are stored.
         shape: `(n_in, n_out)`.
-        parameters: Numbers that count, bias included; of a mask the kept ones.
-        bytes: Bytes that hold them.
-        flops: For one token.
-        held: Numbers that are held, masked ones included.
+        parameters: Number of parameters, bias included; of a mask the kept ones.
+        bytes: Bytes that store them.
+        flops: Operations for one token.
+        held: Number of stored parameters, masked ones included.
     """
 
     name: str
@@ -46,17 +46,17 @@ class LayerSize:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """A whole model.
+    """The size of a whole model.
 
     Attributes:
-        layers: The linear layers, in the order of the model.
-        tables: The embeddings; their FLOPs are those of a head that is tied to them.
-        embeddings: Parameters of embeddings, a tied one once.
-        other: Parameters that are neither: those of norms.
-        parameters: All of them; of a mask the kept ones.
-        bytes: Bytes that hold them, masks included.
-        flops: For one token, those of the head included.
-        held: Numbers that are held, masked ones included.
+        layers: Sizes of the linear layers, in the order of the model.
+        tables: Sizes of the embeddings; their FLOPs are those of a tied head.
+        embeddings: Number of parameters of embeddings, a tied one counted once.
+        other: Number of all other parameters: those of norms.
+        parameters: Number of all parameters; of a mask the kept ones.
+        bytes: Bytes that store them, masks included.
+        flops: Operations for one token, those of the head included.
+        held: Number of stored parameters, masked ones included.
     """
 
     layers: tuple[LayerSize, ...]
@@ -70,22 +70,18 @@ class Sizes:
 
 
 def count(model: LanguageModel) -> Sizes:
-    """Count what a model stores and spends.
+    """Count the parameters, bytes and operations of a model.
 
     Args:
-        model: Any port; its arrays may be abstract, unless layers are masked.
-
-    Returns:
-        `Sizes`.
+        model: A model of any port; arrays may be abstract, unless layers are masked.
     """
-    found = nn.linear_layers(model)
-    layers, tables = map(_sizes, (found, nn.tables(model)))
-    embeddings = sum(one.parameters for one in tables)
+    layers, tables = map(_sizes, (nn.linear_layers(model), nn.tables(model)))
+    embeddings = sum(table.parameters for table in tables)
     other = _num_parameters(model) - sum(x.held for x in layers) - embeddings
     head = 0
     if model.config.tie_word_embeddings:
         size = model.config.vocab_size
-        head = max(one.flops for one in tables if one.shape[0] == size)
+        head = max(table.flops for table in tables if table.shape[0] == size)
     return Sizes(
         layers=layers,
         tables=tables,
@@ -109,7 +105,7 @@ def _sizes(named) -> tuple[LayerSize, ...]:
 
 
 def kind(layer: nn.Layer | nn.Table) -> str:
-    """Say in a few words what a layer is made of.
+    """Return the structure of a layer in a few words.
 
     >>> import jax.numpy as jnp
     >>> from kronjax.kronecker import KroneckerTerms

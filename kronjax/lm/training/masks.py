@@ -1,12 +1,12 @@
-"""Which entries are kept: the largest so many, or n of every m; and when.
+"""Masks of the largest entries, or of n in every m, and the schedule of sparsity.
 
     s_t = s_0 + (s − s_0) (1 − (1 − t / T)³)        sparsity after t of T steps
 
 The largest entries of any number of arrays are found without sorting: scores are not
-negative, so their bits as integers have the same order, and 31 counts find the last
-one that is kept, bit by bit. That works on arrays that are spread over devices, the
-number to keep is traced, and so one program serves a whole schedule. Ties go to the
-first, so that exactly as many are kept as were asked for.
+negative, so their bits as integers have the same order, and 31 counts find the smallest
+kept score, bit by bit. This works on arrays that are sharded over devices; the number
+of kept entries is traced, so that one program serves a whole schedule. Of equal scores
+the first are kept, so that exactly as many entries are kept as requested.
 
 References: Zhu and Gupta (2017), for the schedule; Mishra et al. (2021), for n of m.
 
@@ -27,14 +27,14 @@ def keep_largest(
     """Return masks of the `count` largest scores of all arrays together.
 
     Args:
-        scores: Of any shapes, not negative; compared in float32.
-        count: How many to keep.
+        scores: Arrays of any shapes, not negative; compared in float32.
+        count: Number of entries to keep.
 
     Returns:
-        For each array a bool array of its shape; `count` entries are True.
+        For each array a bool array of its shape; `count` entries in all are True.
 
     Raises:
-        ValueError: If there are more than 2³¹ − 1 scores, which are not counted.
+        ValueError: If there are more than 2³¹ − 1 scores, too many for an int32.
     """
     total = sum(x.size for x in scores)
     if total > np.iinfo(np.int32).max:
@@ -72,32 +72,32 @@ def keep_pattern(scores: jax.Array, kept: jax.Array | int, group: int) -> jax.Ar
 
     Args:
         scores: `[..., n_in, n_out]`; groups are along the inputs, which a product sums
-            over, as hardware wants them.
-        kept: Of each group.
-        group: Divides `n_in`.
+            over, as hardware requires.
+        kept: Number of kept entries of each group.
+        group: Size of a group; divides `n_in`.
 
     Returns:
         `[..., n_in, n_out]`, bool.
     """
     *batch, m, n = scores.shape
     groups = scores.reshape(*batch, m // group, group, n)
-    # Stable, so that of equal ones the first come first.
+    # A stable sort keeps the order of equal scores.
     order = jnp.argsort(-groups, axis=-2, stable=True)
     rank = jnp.argsort(order, axis=-2)
     return (rank < kept).reshape(scores.shape)
 
 
 def sparsity_at(step: int, begin: int, steps: int, final: float) -> float:
-    """Return the sparsity that a cubic schedule asks for.
+    """Return the sparsity at a step of a cubic schedule.
 
     >>> [round(sparsity_at(t, 0, 4, 0.5), 3) for t in range(6)]
     [0.0, 0.289, 0.438, 0.492, 0.5, 0.5]
 
     Args:
-        step: Now.
-        begin: From where on it rises from zero.
-        steps: In which it rises; 0 for at once.
-        final: Where it ends.
+        step: The number of the step.
+        begin: The step from which on sparsity rises from zero.
+        steps: Number of steps in which it rises; 0 for at once.
+        final: The sparsity at the end.
     """
     if step < begin:
         return 0.0

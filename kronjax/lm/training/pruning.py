@@ -1,13 +1,13 @@
-"""Pruning: gradually, with masks that are data, and then locked.
+"""Gradual pruning with masks that are data and stay fixed after the schedule.
 
-`begin` gives layers masks that keep all; `prune` prunes at once; `Gradual` is called
-between the steps of training and prunes along a cubic schedule, after which masks stay
-as they are and what is kept is trained on. Masks live in the model, so they are saved,
-loaded and exported with it, and changing them compiles nothing. What is masked is set
-to zero and stays masked.
+`begin` gives layers masks that keep all entries; `prune` prunes at once; `Gradual` is
+called between the steps of training and prunes along a cubic schedule, after which the
+masks stay fixed and the kept entries are trained further. Masks are part of the model,
+so they are saved, loaded and exported with it, and changing them compiles nothing. A
+masked entry is set to zero and stays masked.
 
-Of Kronecker and interpolative layers the factors are pruned. All entries are compared
-by `scores`: by magnitude, and with moments by what inputs make of it.
+In Kronecker and interpolative layers the factors are pruned. All entries are compared
+by `saliency`: by magnitude, and with moments by their effect on the outputs.
 
 References: Han et al. (2015); Zhu and Gupta (2017); Zafrir et al. (2021), for pruning
 with distillation before locking; Sun et al. (2024).
@@ -35,23 +35,23 @@ from kronjax.lm.training import masks, saliency
 Scope = Literal["layer", "global", "output"]
 
 UPDATES = 50
-"""Times that a gradual schedule changes masks, at most."""
+"""The largest number of changes of masks in a gradual schedule."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pruning:
-    """What is pruned, and when.
+    """The layers to prune, the sparsity and the schedule.
 
     Attributes:
-        sparsity: Part of the entries that goes, from 0 to below 1. With a pattern it
-            follows from it, and is left out.
-        scope: What competes: the entries of a `layer`, of all layers (`global`), or of
-            the weights of each `output`, as Wanda has it.
+        sparsity: Fraction of the entries to prune, from 0 to below 1. It is left out
+            with a pattern, which decides it.
+        scope: The entries that are compared with one another: those of a `layer`, of
+            all layers (`global`), or the weights of each `output`, as in Wanda.
         pattern: `(n, m)` keeps n of every m consecutive inputs of each output.
         match: Names of layers, as in recipes; the head is left out.
         begin: The step from which on sparsity rises.
-        steps: In which it rises; None for six tenths of the run.
-        every: Steps between changes of masks; None for as many as make `UPDATES`.
+        steps: Number of steps in which it rises; None for six tenths of the run.
+        every: Steps between changes of masks; None for `UPDATES` changes in all.
     """
 
     sparsity: float | None = None
@@ -63,7 +63,7 @@ class Pruning:
     every: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
+        """Validate the fields."""
         if self.pattern is not None:
             n, m = self.pattern
             if not 0 < n < m:
@@ -72,7 +72,7 @@ class Pruning:
                 )
             if self.sparsity is not None or self.scope != "layer":
                 raise ValueError(
-                    f"the pattern {n}:{m} says what is kept: leave out the sparsity "
+                    f"the pattern {n}:{m} decides what is kept: leave out the sparsity "
                     "and the scope"
                 )
         elif self.sparsity is None or not 0 <= self.sparsity < 1:
@@ -96,23 +96,23 @@ class Pruning:
         return self.sparsity
 
     def kept(self, entries: int, sparsity: float | None = None) -> int:
-        """Return how many of some entries are kept, at least one."""
+        """Return the number of entries to keep, at least one."""
         sparsity = self.final if sparsity is None else sparsity
         return max(round((1 - sparsity) * entries), 1)
 
 
 def begin(model: LanguageModel, pruning: Pruning) -> list[str]:
-    """Give the layers that will be pruned masks that keep all.
+    """Give the layers to prune masks that keep all entries.
 
     Args:
-        model: Changed in place. What has masks keeps them.
-        pruning: Says which layers.
+        model: Changed in place. Existing masks stay.
+        pruning: The layers and the pattern.
 
     Returns:
-        Their names.
+        The names of the layers.
 
     Raises:
-        ValueError: If there are none, or one cannot be pruned so; names it.
+        ValueError: If none matches, or a layer cannot be pruned so; names it.
     """
     layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
     names = recipes.matching(pruning.match, layers)
@@ -139,39 +139,39 @@ def prune(
 
     Args:
         model: Changed in place.
-        pruning: What goes.
-        moments: To weigh entries by what their inputs are.
-        sparsity: In the place of the final one.
+        pruning: The layers and the sparsity.
+        moments: Moments of the inputs, to weight entries by, or None.
+        sparsity: A sparsity in place of the final one.
 
     Raises:
-        ValueError: As `begin`, and if the moments are those of other layers.
+        ValueError: As for `begin`, and if the moments are those of other layers.
     """
     names = begin(model, pruning)
     layers = nn.linear_layers(model)
-    seen = None
+    inputs = None
     if moments is not None:
         if not set(names) <= set(moments.sources):
             raise ValueError("the moments are those of another model")
-        seen = {name: moments.input(name) for name in names}
+        inputs = {name: moments.input(name) for name in names}
     sparsity = pruning.final if sparsity is None else sparsity
-    found = _masks({name: layers[name] for name in names}, pruning, seen, sparsity)
-    for name, kept_of in found.items():
+    chosen = {name: layers[name] for name in names}
+    for name, new in _masks(chosen, pruning, inputs, sparsity).items():
         for place, part in nn.as_layer(layers[name]).parts().items():
-            value, kept = part.value[...], kept_of[place] & part.mask[...]
+            value, kept = part.value[...], new[place] & part.mask[...]
             _assign(part.value, jnp.where(kept, value, jnp.zeros((), value.dtype)))
             _assign(part.mask, kept)
 
 
 class Gradual:
-    """Prunes between the steps of training, and then lets masks be.
+    """A hook that prunes between the steps of training, along a schedule.
 
-    What it does depends on the number of the step alone and on the model, so that a run
-    that is resumed goes on as it would have.
+    Its effect depends on the number of the step and on the model only, so that a
+    resumed run continues as it would have without the interruption.
 
     Args:
-        pruning: What goes, and when.
-        steps: Of the run.
-        moments: As for `prune`.
+        pruning: The layers, the sparsity and the schedule.
+        steps: Number of steps of the run.
+        moments: Moments of the inputs, to weight entries by, or None.
 
     Raises:
         ValueError: If the schedule is longer than the run.
@@ -180,7 +180,7 @@ class Gradual:
     def __init__(
         self, pruning: Pruning, steps: int, moments: Moments | None = None
     ) -> None:
-        """Plan the changes of masks."""
+        """Plan the steps at which masks change."""
         rising = round(0.6 * (steps - pruning.begin))
         rising = max(rising, 0) if pruning.steps is None else pruning.steps
         if pruning.begin + rising > steps:
@@ -198,19 +198,19 @@ class Gradual:
         }
 
     def __repr__(self) -> str:
-        """Say all that decides what it does."""
-        seen = self.moments and self.moments.tokens_sha256
-        return f"Gradual({self.pruning}, steps={self.steps}, moments={seen})"
+        """Return all that decides its effect."""
+        text = self.moments and self.moments.tokens_sha256
+        return f"Gradual({self.pruning}, steps={self.steps}, moments={text})"
 
     def due(self, step: int) -> bool:
-        """Say whether masks change after so many steps."""
+        """Return whether masks change after a number of steps."""
         return self.schedule.get(step, 0) > 0
 
     def __call__(self, step: int, model: LanguageModel) -> None:
-        """Change the masks of a model, if it is time to.
+        """Change the masks of a model, if they are due.
 
         Args:
-            step: The number of steps that were made.
+            step: The number of finished steps.
             model: Changed in place; `begin` has given it masks.
         """
         if self.due(step):
@@ -218,24 +218,24 @@ class Gradual:
             prune(model, self.pruning, self.moments, sparsity=sparsity)
 
     def state(self) -> dict[str, Any]:
-        """Return nothing: masks are kept with the model."""
+        """Return an empty state: masks are stored with the model."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up nothing."""
+        """Restore nothing."""
 
 
 def sparsity(model: LanguageModel) -> float:
-    """Return which part of the numbers of linear layers is masked, the head left out.
+    """Return the fraction of masked parameters of linear layers, without the head.
 
-    Biases are counted, which are never masked.
+    Biases are counted; they are never masked.
     """
     costs = [nn.cost(v) for k, v in nn.linear_layers(model).items() if k != "lm_head"]
     return 1 - sum(x.parameters for x in costs) / max(sum(x.held for x in costs), 1)
 
 
 def _check(shapes: Mapping[Any, Any], pruning: Pruning) -> None:
-    """Refuse parts of a layer that a pattern or a scope does not fit."""
+    """Check that the parts of a layer fit the pattern and the scope."""
     if pruning.scope == "output" and "kernel" not in shapes:
         raise ValueError("its factors belong to all outputs: take another scope")
     if pruning.pattern is not None:
@@ -246,17 +246,17 @@ def _check(shapes: Mapping[Any, Any], pruning: Pruning) -> None:
 
 
 def _assign(variable: Any, value: jax.Array) -> None:
-    """Give a variable another value, where the old one was."""
+    """Give a variable another value, with the sharding of the old one."""
     variable[...] = jax.device_put(value, variable[...].sharding)
 
 
 def _masks(layers, pruning, moments, sparsity):
-    """Return the masks of all parts of some layers, by name and place."""
+    """Return the masks of all parts of layers, by the names of both."""
     graph, state = nnx.split(dict(layers))
     program = _program(graph, pruning.scope, pruning.pattern)
     if pruning.pattern is not None:
         n, m = pruning.pattern
-        # On the way there groups keep more, as many as the schedule lets them.
+        # During the schedule groups keep more, as many as its sparsity allows.
         return program(state, moments, max(n, -int(-m * (1 - sparsity) // 1)))
     entries = {
         name: sum(x.size for x in jax.tree.leaves(jax.eval_shape(saliency.of, layer)))
@@ -264,7 +264,7 @@ def _masks(layers, pruning, moments, sparsity):
     }
     if pruning.scope == "global":
         kept = pruning.kept(sum(entries.values()), sparsity)
-        # What is too large for an int32 is refused where it is counted.
+        # `keep_largest` refuses numbers that are too large for an int32.
         return program(state, moments, min(kept, np.iinfo(np.int32).max))
     if pruning.scope == "output":
         entries = {name: layers[name].in_features for name in layers}
@@ -274,20 +274,20 @@ def _masks(layers, pruning, moments, sparsity):
 
 @functools.lru_cache(maxsize=16)
 def _program(graph, scope, pattern):
-    """Return the compiled masks: of a state, moments, and how many are kept."""
+    """Return the compiled function of state, moments and counts that makes masks."""
 
     def run(state, moments, kept):
         layers = nnx.merge(graph, state)
-        found = {
+        scores = {
             name: saliency.of(layer, None if moments is None else moments[name])
             for name, layer in layers.items()
         }
         if pattern is not None:
             return jax.tree.map(
-                lambda x: masks.keep_pattern(x, kept, pattern[1]), found
+                lambda x: masks.keep_pattern(x, kept, pattern[1]), scores
             )
         if scope == "global":
-            return _largest(found, kept)
+            return _largest(scores, kept)
         if scope == "output":
 
             def each(column, count):
@@ -296,9 +296,9 @@ def _program(graph, scope, pattern):
             columns = jax.vmap(each, in_axes=(1, None), out_axes=1)
             return {
                 name: {place: columns(x, kept[name]) for place, x in parts.items()}
-                for name, parts in found.items()
+                for name, parts in scores.items()
             }
-        return {name: _largest(parts, kept[name]) for name, parts in found.items()}
+        return {name: _largest(parts, kept[name]) for name, parts in scores.items()}
 
     return jax.jit(run)
 

@@ -28,7 +28,7 @@ from kronjax.lm.compression.budget import Budget, share
         ("nan", None, None),
     ],
 )
-def test_budgets_are_read_or_refused(text, measure, amount):
+def test_budgets_are_parsed_or_refused(text, measure, amount):
     if measure is None:
         with pytest.raises(ValueError, match="write a fraction"):
             Budget.parse(text)
@@ -38,7 +38,7 @@ def test_budgets_are_read_or_refused(text, measure, amount):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 4), st.floats(0, 1))
-def test_sharing_keeps_the_budget_and_is_nearly_optimal(seed, layers, where):
+def test_sharing_respects_the_budget_and_is_nearly_optimal(seed, layers, where):
     rng = np.random.default_rng(seed)
     offers = []
     for _ in range(layers):
@@ -58,12 +58,12 @@ def test_sharing_keeps_the_budget_and_is_nearly_optimal(seed, layers, where):
         for combination in itertools.product(*offers)
         if sum(o[0] for o in combination) <= budget * (1 + 1e-12)
     )
-    # Off by no more than what one step of one layer is worth.
+    # The gap is at most the gain of a single step of a layer.
     step = max(a[1] - b[1] for of in offers for a, b in itertools.combinations(of, 2))
     assert best - 1e-12 <= damage <= best + step
 
 
-def test_all_of_the_budget_takes_the_best_and_too_little_is_refused():
+def test_a_large_budget_takes_the_best_and_a_small_one_is_refused():
     offers = [[(3, 0.5), (9, 0.0), (5, 0.4)], [(2, 1.0), (4, 0.9), (6, 0.0)]]
     assert share(offers, 15) == [1, 2]
     assert share(offers, 5) == [0, 0]
@@ -71,8 +71,8 @@ def test_all_of_the_budget_takes_the_best_and_too_little_is_refused():
         share(offers, 4.9)
 
 
-def test_offers_that_no_budget_would_take_are_left_out():
+def test_offers_above_the_convex_hull_are_never_chosen():
     # (4, 0.9) lies above the line between its neighbours.
     assert share([[(2, 1.0), (4, 0.9), (6, 0.0)]], 5) == [0]
-    # Two at one cost: the one with less damage.
+    # Of two offers at the same cost, the one with less damage.
     assert share([[(2, 1.0), (2, 0.5)]], 2) == [1]

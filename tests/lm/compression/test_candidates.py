@@ -11,7 +11,7 @@ def _probes(kernel):
     return candidates.probe(prepared, Cache(), 40)
 
 
-def test_probes_of_a_sum_of_kronecker_products_go_up_in_size_and_find_it():
+def test_probes_of_a_kronecker_sum_try_all_sizes_and_find_it():
     draws = np.random.default_rng(0)
     products = [
         np.kron(draws.standard_normal((6, 8)), draws.standard_normal((8, 8)))
@@ -24,7 +24,7 @@ def test_probes_of_a_sum_of_kronecker_products_go_up_in_size_and_find_it():
     assert min(ratio for *_, ratio in found) < 0.1
 
 
-def test_probes_of_falling_singular_values_stop_at_the_smallest_size():
+def test_probes_of_decaying_singular_values_stop_at_the_smallest_size():
     draws = np.random.default_rng(1)
     u, v = (np.linalg.qr(draws.standard_normal((n, 48)))[0] for n in SHAPE)
     ((_, share, size, ratio),) = _probes(u * 0.7 ** np.arange(48) @ v.T)
@@ -32,7 +32,7 @@ def test_probes_of_falling_singular_values_stop_at_the_smallest_size():
     assert ratio > 1
 
 
-def test_sums_are_offered_where_probes_promise_gain_and_about_their_size():
+def test_sums_are_candidates_near_the_sizes_of_promising_probes():
     class Layer:
         in_features, out_features = 48, 64
 

@@ -1,4 +1,4 @@
-"""Folding changes the order of channels, and nothing that a model computes."""
+"""Folding changes the order of channels, but not the function of a model."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +60,7 @@ def test_a_permuted_layer_multiplies_by_the_permuted_matrix():
     np.testing.assert_array_equal(layer.materialize(), kernel)
     x = rng.normal(size=(3, 6)).astype(np.float32)
     np.testing.assert_allclose(layer(jnp.asarray(x)), x @ kernel + 1, atol=1e-5)
-    # Orders are no parameters, and the order as it is none at all.
+    # Orders are not parameters, and the identity is not stored.
     assert nn.cost(layer).parameters == 48 + 1 + 8
     plain = nn.KroneckerLinear([terms], rows=np.arange(6), columns=np.arange(8))
     assert plain.inputs is None and plain.outputs is None
@@ -69,7 +69,7 @@ def test_a_permuted_layer_multiplies_by_the_permuted_matrix():
 
 
 @pytest.mark.parametrize("kind", ["kronecker", "dense", "masked", "masked factors"])
-def test_a_reordered_layer_reads_and_writes_in_the_new_order(kind):
+def test_a_reordered_layer_permutes_its_inputs_or_outputs(kind):
     rng = np.random.default_rng(1)
     kernel = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
     bias = jnp.asarray(rng.normal(size=6), jnp.float32)
@@ -101,7 +101,7 @@ def test_a_reordered_layer_reads_and_writes_in_the_new_order(kind):
         ("llama", ["layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"], 1),
     ],
 )
-def test_hidden_units_take_the_order_that_a_sum_wants(kind, names, removed):
+def test_hidden_units_take_the_order_of_a_permuted_sum(kind, names, removed):
     model, rng = make(kind), np.random.default_rng(2)
     for name in names:
         nn.replace(model, name, permuted(nn.linear_layers(model)[name], rng))
@@ -123,7 +123,7 @@ def gathers(model):
     return sum(order is not None for order in orders)
 
 
-def test_an_order_stays_where_its_neighbours_would_have_to_gather():
+def test_an_order_stays_if_its_neighbours_would_need_gathers():
     model, rng = make("llama"), np.random.default_rng(5)
     for name, columns in (("gate", True), ("up", False), ("down", False)):
         name = f"layers.0.mlp.{name}_proj"

@@ -38,13 +38,13 @@ def kernels(model):
     return {k: np.asarray(nn.dense(v).kernel[...]) for k, v in layers.items()}
 
 
-def test_factors_come_nearer_to_what_the_dense_block_does(dense, tokens):
+def test_refinement_reduces_the_error_of_a_block(dense, tokens):
     model = pipeline.compress(dense, RULES)
     before = kernels(model)
     found = refine.refine(
         model, dense, tokens, steps=60, context=16, rate=1e-2, progress=False
     )
-    assert found[0] is None  # nothing to train there
+    assert found[0] is None  # this block has no factors
     assert found[1].kept
     assert found[1].after < 0.9 * found[1].before
     after = kernels(model)
@@ -54,7 +54,7 @@ def test_factors_come_nearer_to_what_the_dense_block_does(dense, tokens):
     assert isinstance(nn.linear_layers(model)["layers.1.mlp.up_proj"].a[0], nnx.Param)
 
 
-def test_what_held_out_windows_do_not_agree_to_is_dropped(dense, tokens):
+def test_factors_that_are_worse_on_held_out_windows_are_dropped(dense, tokens):
     model = pipeline.compress(dense, RULES)
     before = kernels(model)
     found = refine.refine(

@@ -1,4 +1,4 @@
-"""Lower ranks against the closed forms, and what must not be undone."""
+"""Truncation against closed forms, and refusals."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +44,7 @@ def tail(matrix, rank):
 
 
 @pytest.mark.parametrize("method", ["low-rank", "interpolative"])
-def test_stages_of_low_rank_truncate_what_is_there(method):
+def test_stages_of_low_rank_truncate_the_current_kernel(method):
     model, match = make(), ["*.up_proj", "*.down_proj"]
     every = nn.linear_layers(model)
     layers = {k: every[k] for k in every if k.endswith(("up_proj", "down_proj"))}
@@ -65,7 +65,7 @@ def test_stages_of_low_rank_truncate_what_is_there(method):
     assert truncate.to_fraction(model, 0.5, match=match, method=method) == []
 
 
-def test_moments_weigh_what_is_cut():
+def test_moments_weight_the_truncation():
     model, rng = make(), np.random.default_rng(0)
     names = list(nn.linear_layers(model))
     half = {
@@ -83,7 +83,7 @@ def test_moments_weigh_what_is_cut():
 
 
 @pytest.mark.parametrize("scales", [False, True])
-def test_fewer_terms_are_the_nearest_ones_whatever_training_made_of_them(scales):
+def test_truncated_sums_are_nearest_even_after_training(scales):
     # Far from orthogonal, as after training: the second half repeats the first, nearly.
     a = jnp.concatenate([draw(3, 4, 8), draw(3, 4, 8) + 0.1 * draw(3, 4, 8, seed=1)])
     terms = KroneckerTerms(a, 8 * draw(6, 4, 4, seed=2))
@@ -119,7 +119,7 @@ def test_kronecker_layers_of_a_model_get_fewer_terms_in_proportion():
     assert nn.cost(made).parameters <= 256
 
 
-def test_factors_of_low_rank_are_the_nearest_and_smaller(tmp_path):
+def test_low_rank_factors_are_nearest_and_smaller(tmp_path):
     model = make()
     nn.replace(
         model, UP, nn.KroneckerLinear([KroneckerTerms(draw(2, 8, 16), draw(2, 2, 2))])
@@ -139,7 +139,7 @@ def test_factors_of_low_rank_are_the_nearest_and_smaller(tmp_path):
     np.testing.assert_array_equal(lm.load(tmp_path)(TOKENS), model(TOKENS))
 
 
-def test_what_would_be_undone_is_refused_by_name():
+def test_masks_are_never_undone():
     model = make()
     pruning.begin(model, Pruning(0.5, match="*.up_proj"))
     with pytest.raises(ValueError, match=f"{UP}: masks"):

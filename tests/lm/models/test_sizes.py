@@ -15,7 +15,7 @@ def abstract(config, model=gpt2.Model):
     return nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
 
 
-def test_gpt2_small_has_the_parameters_that_everybody_counts():
+def test_gpt2_small_has_the_published_number_of_parameters():
     found = sizes.count(abstract(gpt2.Config()))
     assert found.parameters == 124_439_808 and found.bytes == 4 * 124_439_808
     assert found.embeddings == 768 * (50257 + 1024) and found.other == 25 * 2 * 768
@@ -28,8 +28,8 @@ def test_gpt2_small_has_the_parameters_that_everybody_counts():
     assert found.flops == 2 * weights + biases
 
 
-def test_what_is_only_described_is_counted_too():
-    """The row (64, 32) of Krony-PT's table, without a weight in memory."""
+def test_abstract_layers_are_counted():
+    """The row (64, 32) of Krony-PT's table, without weights in memory."""
     model = abstract(gpt2.Config())
     for name in [name for name in nn.linear_layers(model) if ".mlp." in name]:
         a, b = ((64, 32), (48, 24)) if name.endswith("c_proj") else ((32, 64), (24, 48))
@@ -41,7 +41,7 @@ def test_what_is_only_described_is_counted_too():
     assert found.layers[-1].kind == "1 × 64x32 ⊗ 48x24"
 
 
-def test_a_head_of_its_own_is_a_layer():
+def test_an_untied_head_is_counted_as_a_layer():
     config = gpt2.Config(n_embd=8, n_head=2, n_layer=1, vocab_size=10)
     tied = sizes.count(abstract(config))
     own = sizes.count(
@@ -59,7 +59,7 @@ def test_a_head_of_its_own_is_a_layer():
     assert own.layers[-1].name == "lm_head"
 
 
-def test_llama_has_no_positions_to_count():
+def test_llama_has_no_position_embeddings():
     config = llama.Config(
         vocab_size=10,
         hidden_size=8,
@@ -76,7 +76,7 @@ def test_llama_has_no_positions_to_count():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layers_of_all_kinds(tiny, dtype):
+def test_layers_of_all_kinds_are_counted(tiny, dtype):
     graphdef, state = nnx.split(tiny)
     tiny = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), state))
     before = sizes.count(tiny)

@@ -1,4 +1,4 @@
-"""Pruning: what is kept, when, and that masks are data."""
+"""Pruning: masks, schedules, and masks as data."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ TOKENS = np.arange(12, dtype=np.int32).reshape(1, 12)
 
 
 class Two(nnx.Module):
-    """Two layers, for what is about layers alone."""
+    """Two layers without a language model."""
 
     def __init__(self):
         self.up = nnx.Linear(16, 32, use_bias=False, rngs=nnx.Rngs(0))
@@ -40,7 +40,7 @@ def make():
 
 
 def mixed():
-    """A model whose MLPs are a Kronecker sum with scales, low rank, and less."""
+    """A model with a Kronecker sum with scalars and an interpolative layer."""
     model, rng = make(), np.random.default_rng(0)
 
     def draw(*shape):
@@ -59,12 +59,12 @@ def mixed():
     st.lists(st.sampled_from([0.0, 1e-30, 0.5, 0.5, 1.0, 3.0, 1e30]), min_size=6),
     st.integers(1, 6),
 )
-def test_the_largest_of_all_arrays_are_kept_whatever_ties_there_are(values, count):
+def test_the_largest_of_all_arrays_are_kept_also_with_ties(values, count):
     draws = np.array((values * 2)[:12], np.float32)
     first, second = masks_of(draws[:4], draws[4:].reshape(2, 4), count)
     flat = np.concatenate([first, second.ravel()])
     assert flat.sum() == count
-    # Of equal ones the first: as a stable sort has it.
+    # Of equal scores the first, as in a stable sort.
     expected = np.argsort(-draws, kind="stable")[:count]
     assert set(np.flatnonzero(flat)) == set(expected)
 
@@ -78,7 +78,7 @@ def masks_of(a, b, count):
     return map(np.asarray, _both(jnp.asarray(a), jnp.asarray(b), count))
 
 
-def test_too_many_entries_are_not_counted_wrongly():
+def test_too_many_entries_are_refused():
     huge = jax.ShapeDtypeStruct((2**16, 2**15), jnp.float32)
     with pytest.raises(ValueError, match="prune by layers"):
         jax.eval_shape(lambda x: masks.keep_largest([x], 5), huge)
@@ -96,7 +96,7 @@ def test_a_pattern_keeps_the_largest_of_every_group():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_score_is_the_error_of_losing_an_entry(weighted):
+def test_a_score_is_the_error_of_zeroing_an_entry(weighted):
     rng, model = np.random.default_rng(1), mixed()
     for name in ("layers.0.mlp.up_proj", "layers.0.mlp.down_proj"):
         layer = nn.linear_layers(model)[name]
@@ -119,7 +119,7 @@ def test_a_score_is_the_error_of_losing_an_entry(weighted):
                 np.testing.assert_allclose(score[at], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_scores_follow_the_order_of_the_inputs():
+def test_scores_respect_the_order_of_the_inputs():
     rng = np.random.default_rng(0)
     order = rng.permutation(8)
     moment = np.diag(np.arange(1.0, 9)).astype(np.float32)
@@ -130,7 +130,7 @@ def test_scores_follow_the_order_of_the_inputs():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "output"])
-def test_exactly_so_many_entries_go(scope):
+def test_exactly_the_requested_entries_are_pruned(scope):
     model = Two()
     dense = {k: np.abs(v.kernel[...]) for k, v in nn.linear_layers(model).items()}
     prune(model, Pruning(0.75, scope))
@@ -154,7 +154,7 @@ def test_exactly_so_many_entries_go(scope):
         assert min(x.min() for x, _ in every) >= max(x.max() for _, x in every)
 
 
-def test_moments_decide_what_goes():
+def test_moments_weight_the_scores():
     model = Two()
     names = list(nn.linear_layers(model))
     draws = np.random.default_rng(0)
@@ -173,18 +173,18 @@ def test_moments_decide_what_goes():
         assert np.array_equal(layer.mask[...], expected)
 
 
-def test_factors_are_pruned_whatever_the_balance_between_them():
+def test_pruning_is_invariant_to_the_scaling_of_factors():
     first, second = mixed(), mixed()
     layer = nn.linear_layers(second)["layers.0.mlp.up_proj"]
     layer.a[0][...] *= 64.0
     layer.b[0][...] /= 64.0
     for model in (first, second):
         prune(model, Pruning(0.5, match="*.mlp.*"))
-    one, other = (
+    masked, scaled = (
         nn.linear_layers(x)["layers.0.mlp.up_proj"].a[0].mask[...]
         for x in (first, second)
     )
-    assert np.array_equal(one, other)
+    assert np.array_equal(masked, scaled)
     low = nn.linear_layers(first)["layers.0.mlp.down_proj"]
     assert nn.cost(low).parameters == round(nn.cost(low).held / 2)
     attention = nn.linear_layers(first)["layers.0.self_attn.q_proj"]
@@ -213,7 +213,7 @@ def test_masked_models_are_saved_loaded_exported_and_counted(tmp_path):
     assert np.mean(kernel == 0) == 0.5
 
 
-def test_a_schedule_only_takes_away_and_then_rests():
+def test_a_schedule_only_removes_entries_and_then_stops():
     model = Two()
     pruning = Pruning(0.6, steps=10, every=4, begin=2)
     begin(model, pruning)
@@ -230,7 +230,7 @@ def test_a_schedule_only_takes_away_and_then_rests():
         assert hook.due(step) == (step in (6, 10, 12))
         seen.append(round(1 - now.mean(), 2))
         before = now
-        # Training may move what is masked; it stays masked, whatever it becomes.
+        # Training may change masked values; they stay masked.
         for layer in layers.values():
             layer.kernel[...] += 5.0 * ~layer.mask[...]
     assert seen[:6] == [0] * 6 and seen[12:] == [0.6] * 9
@@ -255,12 +255,12 @@ def test_a_pattern_is_reached_step_by_step():
 
 
 @pytest.mark.parametrize("given", [1.0, -0.1, float("nan"), 2, None])
-def test_sparsities_that_mean_nothing_are_refused(given):
+def test_sparsities_out_of_range_are_refused(given):
     with pytest.raises(ValueError, match=r"at least 0 and below 1"):
         Pruning(given)
 
 
-def test_what_cannot_be_pruned_so_is_refused_by_name():
+def test_impossible_prunings_are_refused_with_the_layer():
     with pytest.raises(ValueError, match="write 2:4"):
         Pruning(pattern=(4, 2))
     with pytest.raises(ValueError, match="leave out the sparsity"):
@@ -284,7 +284,7 @@ def test_what_cannot_be_pruned_so_is_refused_by_name():
         begin(model, Pruning(0.5))
 
 
-def test_what_was_pruned_further_stays_so():
+def test_masked_entries_stay_masked_at_lower_sparsity():
     model = Two()
     prune(model, Pruning(0.75))
     before = sparsity(model)
@@ -292,7 +292,7 @@ def test_what_was_pruned_further_stays_so():
     assert sparsity(model) == before
 
 
-def test_nothing_to_prune_changes_nothing():
+def test_sparsity_zero_changes_nothing():
     model, expected = Two(), Two()
     prune(model, Pruning(0.0))
     x = jnp.ones((1, 16), jnp.float32)
