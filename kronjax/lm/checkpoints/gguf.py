@@ -32,7 +32,7 @@ ARCHITECTURES = ("llama",)
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
-    "output": "lm_head",
+    "output": llama.Model.HEAD,
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",

@@ -1,21 +1,16 @@
-"""Models from Hugging Face folders, and back into them.
+"""Reading and writing of language models as folders of Hugging Face.
 
 `load` takes a folder, the name of a model on the hub or a GGUF file. `save` writes a
-folder that `load` opens as exactly the same model: `config.json` says which layers are
-factored or masked, `model.safetensors` holds the numbers. `export` multiplies every
-such layer out and writes what any other program opens.
+folder from which `load` returns exactly the same model: `config.json` lists the layers
+that are factored or masked, `model.safetensors` holds the arrays. `export` multiplies
+every such layer out, so that any other program can open the folder.
 
-The path of a parameter, `h.0.mlp.c_fc.kernel`, is its name in the file but for the
-prefix of the port, the word `weight`, and the orientation. A folder with layers of
-kronjax says `"model_type": "kronjax"`, so that nobody takes it for a dense model.
-
->>> from kronjax.lm.models import gpt2
->>> tensor_name(gpt2, "h.0.mlp.c_fc.kernel")
-'transformer.h.0.mlp.c_fc.weight'
+A folder with compressed layers has `"model_type": "kronjax"` in its `config.json`, so
+that no other program takes it for a dense model. `kronjax.lm.checkpoints.tensor_names`
+describes the names and the orientation of the tensors.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,38 +34,45 @@ from kronjax.lm.checkpoints.folder import (
     replacing,
     settle,
 )
+from kronjax.lm.checkpoints.tensor_names import (
+    check_names,
+    is_transposed,
+    short_name,
+    tensor_name,
+    without_extras,
+)
 from kronjax.lm.models.base import LanguageModel, parameter_dtype
-from kronjax.lm.models.registry import PORTS, port_of
+from kronjax.lm.models.registry import PORTS, Port, port_of
 from kronjax.lm.text.tokenizer import Tokenizer, read_tokenizer
 
 MODEL_TYPE = "kronjax"
-"""The `model_type` of a folder whose layers only kronjax knows."""
+"""The `model_type` of a folder with layers that only kronjax can read."""
 
 FORMAT = 1
-"""Version of such folders; a reader refuses those of a later one."""
+"""Version of the format of such folders; other versions are refused."""
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-"""What parameters may be stored and computed in."""
+"""The dtypes in which parameters may be stored and computed, by name."""
 
 
 def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
     """Read a language model.
 
     Args:
-        source: A folder of Hugging Face or of `save`, a GGUF file of Llama type, or a
-            name on the hub, `owner/name`: only such a name reaches for the network.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default that of every
-            tensor in the file.
+        source: A folder written by Hugging Face or by `save`, a GGUF file of Llama
+            type, or a name on the hub, `owner/name`. Only such a name uses the network.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default every parameter
+            keeps the dtype of its tensor in the file.
 
     Returns:
-        The model, with its tokenizer and recipe if there are such.
+        The model, with its tokenizer and its recipe if the source has them.
 
     Raises:
         ValueError: If the architecture is unknown, tensors are missing, left over or
-            of the wrong shape, or a file is damaged; names them.
-        OSError: If there is nothing to read, or the hub cannot be reached.
+            of the wrong shape, or a file is damaged; the message names them.
+        OSError: If the source does not exist, or the hub cannot be reached.
     """
-    wanted = None if dtype is None else _dtype(dtype)
+    chosen = None if dtype is None else _dtype(dtype)
     path = sources.find(source)
     if path.is_dir():
         settle(path)
@@ -85,7 +87,7 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
         recipe_path = path / "recipe.yaml"
         recipe = _text(recipe_path) if recipe_path.is_file() else None
     try:
-        model = _assemble(values, tensors, wanted)
+        model = _assemble(values, tensors, chosen)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     model.tokenizer, model.recipe = tokenizer, recipe
@@ -96,12 +98,12 @@ def outline(source: str | Path) -> LanguageModel:
     """Return a dense model with abstract arrays, from its `config.json` alone.
 
     Args:
-        source: A folder, whose weights are not read, the file itself, or what `load`
-            takes.
+        source: A folder, whose weights are not read, a `config.json`, or any other
+            source that `load` accepts.
 
     Raises:
         ValueError: If the architecture is unknown, or layers are compressed already.
-        OSError: If there is nothing to read.
+        OSError: If the source does not exist.
     """
     path = storage.expanded(source)
     if path.is_file() and path.suffix == ".json":
@@ -112,53 +114,50 @@ def outline(source: str | Path) -> LanguageModel:
         graph, state = nnx.split(load(source))
         return nnx.merge(graph, jax.eval_shape(lambda: state))
     if values.get("model_type") == MODEL_TYPE:
-        raise ValueError(f"{path} is compressed already; outline the dense model")
+        raise ValueError(f"{path} is compressed already; give the dense model")
     port = port_of(values)
     config = port.Config.from_hugging_face(values)
     return nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
 
 
 def opened(folder: Path) -> tuple[LanguageModel, dict[str, np.ndarray]]:
-    """Return a model with abstract arrays, and its numbers, not read yet.
+    """Return a model with abstract arrays, and its parameters mapped into memory.
 
     Args:
-        folder: As for `load`.
+        folder: A folder that `load` accepts.
 
     Returns:
-        The outline, and arrays by the paths of parameters, `h.0.mlp.c_fc.kernel`,
-        mapped into memory, in the orientation of the model.
+        The model, and its arrays by path, such as `h.0.mlp.c_fc.kernel`, in the
+        orientation of the model. They are not read yet.
 
     Raises:
         ValueError: As `load` does.
-        OSError: If there is nothing to read.
+        OSError: If the folder is incomplete.
     """
     settle(folder)
-    values, tensors = (
-        read_json(_config_of(folder)),
-        open_tensors(folder),
-    )
+    values, tensors = read_json(_config_of(folder)), open_tensors(folder)
     try:
         port, graph, flat, stored = _described(values, tensors)
         arrays = {
-            _dotted(path): _oriented(port, name, stored[name], variable)
-            for path, name, variable in flat
+            _dotted(path): _oriented(port, _dotted(path), stored, variable)
+            for path, variable in flat
         }
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    variables = [(path, variable) for path, _, variable in flat]
-    return nnx.merge(graph, nnx.from_flat_state(variables)), arrays
+    return nnx.merge(graph, nnx.from_flat_state(flat)), arrays
 
 
 def save(model: LanguageModel, folder: str | Path) -> None:
     """Write a model so that `load` returns exactly the same one.
 
     Args:
-        model: With layers of any kind; without factored or masked ones the folder is
-            an ordinary one of Hugging Face.
-        folder: Replaced as a whole or not at all; what is not of a checkpoint stays.
+        model: A model with layers of any kind. If none is factored or masked, the
+            result is an ordinary folder of Hugging Face.
+        folder: The folder to write. Its checkpoint is replaced completely or not at
+            all; other files stay.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the folder cannot be written.
     """
     config = _hugging_face_config(model)
     special = {
@@ -180,15 +179,16 @@ def export(model: LanguageModel, folder: str | Path) -> None:
     """Write a model with every layer multiplied out, for any program to open.
 
     Args:
-        model: Left as it is.
-        folder: Replaced as a whole or not at all; what is not of a checkpoint stays.
+        model: The model, which is not changed.
+        folder: The folder to write. Its checkpoint is replaced completely or not at
+            all; other files stay.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the folder cannot be written.
     """
     dense = nn.multiplied_out(model)
     dense.recipe = None
-    # One dtype, as any other program takes them to have.
+    # Other programs expect all parameters to have the same dtype.
     dense = cast(dense, str(parameter_dtype(dense)))
     _write(dense, _hugging_face_config(dense), _tensors(dense), folder)
 
@@ -197,149 +197,106 @@ def cast(model: LanguageModel, dtype: str) -> LanguageModel:
     """Return a model with its parameters in one dtype.
 
     Args:
-        model: Left as it is.
+        model: The model, which is not changed.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
-        ValueError: If the dtype is another one.
+        ValueError: If the dtype is a different one.
     """
-    wanted = _dtype(dtype)
+    chosen = _dtype(dtype)
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(wanted), parameters), rest)
-
-
-def tensor_name(port: Any, path: str) -> str:
-    """Return the name in a file of the parameter at `path` of a model.
-
-    Args:
-        port: Its module, such as `kronjax.lm.models.gpt2`.
-        path: Such as `h.0.mlp.c_fc.kernel`.
-    """
-    prefix = "" if path.startswith("lm_head.") else port.PREFIXES[0]
-    return prefix + _short(path)
+    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(chosen), parameters), rest)
 
 
 def _assemble(
     values: Mapping[str, Any], tensors: Mapping[str, Any], dtype: Any
 ) -> LanguageModel:
-    """Return the model that `config.json` describes, filled with the tensors."""
+    """Return the model that `config.json` describes, with the values of the tensors."""
     port, graph, flat, stored = _described(values, tensors)
     filled = [
-        (path, variable.replace(_fit(port, name, stored[name], variable, dtype)))
-        for path, name, variable in flat
+        (path, variable.replace(_fit(port, _dotted(path), stored, variable, dtype)))
+        for path, variable in flat
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
-    """Return the port of a model, its graph and variables, and the tensors of these."""
+    """Return the port of a model, its graph and variables, and its stored tensors."""
     layers: Mapping[str, Any] = {}
     if values.get("model_type") == MODEL_TYPE:
         if values.get("format") != FORMAT:
             raise ValueError(
-                f"written in format {values.get('format')}, and this kronjax reads "
-                f"format {FORMAT}: update kronjax"
+                f"the folder has format {values.get('format')}, but this version of "
+                f"kronjax reads format {FORMAT}; update kronjax"
             )
         values, layers = _mapping(values, "base"), _mapping(values, "layers")
     port = port_of(values)
     config = port.Config.from_hugging_face(values)
-    if config.num_layers > len(tensors):  # before anything of that length is built
+    if config.num_layers > len(tensors):  # a false size must not exhaust the memory
         raise ValueError(
-            f"config.json says {config.num_layers} blocks, there are {len(tensors)} "
-            "tensors"
+            f"config.json says {config.num_layers} blocks, but there are only "
+            f"{len(tensors)} tensors"
         )
     model = nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
     for name, description in layers.items():
         nn.replace(model, name, nn.from_description(description))
     graph, state = nnx.split(model)
-    stored = _without_extras(port, config, canonical(tensors, port.PREFIXES))
-    flat = [
-        (path, _short(_dotted(path)), variable)
-        for path, variable in nnx.to_flat_state(state)
-    ]
-    _check_names({name for _, name, _ in flat}, set(stored))
+    stored = without_extras(port, config, canonical(tensors, port.PREFIXES))
+    flat = list(nnx.to_flat_state(state))
+    check_names({short_name(_dotted(path)) for path, _ in flat}, set(stored))
     return port, graph, flat, stored
 
 
 def _mapping(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(values.get(name), dict):
-        raise ValueError(f"config.json: {name} is no mapping")
+        raise ValueError(f"config.json: {name} is not a mapping")
     return values[name]
 
 
-def _without_extras(
-    port: Any, config: Any, stored: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Leave out what is no parameter, and a head that repeats the embedding."""
-    kept = {k: v for k, v in stored.items() if not re.fullmatch(port.BUFFERS, k)}
-    if config.tie_word_embeddings and "lm_head.weight" in kept:
-        head = kept.pop("lm_head.weight")
-        embedding = kept.get(port.EMBEDDING, head)
-        if not np.array_equal(head, embedding):
-            raise ValueError(
-                "config.json says that the head is the embedding, yet lm_head.weight "
-                "differs from it; set tie_word_embeddings to false"
-            )
-    return kept
-
-
-def _check_names(wanted: set[str], there: set[str]) -> None:
-    missing, extra = sorted(wanted - there), sorted(there - wanted)
-    parts = [
-        f"{len(names)} {word} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-        for names, word in ((missing, "missing"), (extra, "left over"))
-        if names
-    ]
-    if parts:
-        raise ValueError(f"tensors do not fit config.json: {' and '.join(parts)}")
-
-
 def _fit(
-    port: Any, name: str, array: np.ndarray, variable: Any, dtype: Any
+    port: Port, path: str, stored: Mapping[str, Any], variable: Any, dtype: Any
 ) -> jax.Array:
     """Return a stored tensor in the orientation and the dtype of its variable."""
-    array = _oriented(port, name, array, variable)
+    array, name = _oriented(port, path, stored, variable), short_name(path)
     if isinstance(variable, nn.Mask):
         return jnp.asarray(np.asarray(array, bool))
     if isinstance(variable, nn.Order):
         order = np.asarray(array)
         if not np.array_equal(np.sort(order), np.arange(order.size)):
-            raise ValueError(f"tensor {name} is no permutation")
+            raise ValueError(f"tensor {name} is not a permutation")
         return jnp.asarray(order, jnp.int32)
-    if array.dtype not in [np.dtype(one) for one in DTYPES.values()]:
+    if array.dtype not in [np.dtype(known) for known in DTYPES.values()]:
         if array.dtype != np.float64:
-            raise ValueError(f"tensor {name} has dtype {array.dtype}, no parameter's")
+            raise ValueError(
+                f"tensor {name} has dtype {array.dtype}; parameters are floats"
+            )
         dtype = dtype or jnp.float32
     return jnp.asarray(np.ascontiguousarray(array, dtype=dtype))
 
 
-def _oriented(port: Any, name: str, array: np.ndarray, variable: Any) -> np.ndarray:
-    """Return a stored tensor in the orientation of its variable, not copied."""
-    shape = variable.get_value().shape
-    turned = _is_turned(port, name, len(shape))
-    expected = shape[::-1] if turned else shape
+def _oriented(
+    port: Port, path: str, stored: Mapping[str, Any], variable: Any
+) -> np.ndarray:
+    """Return a stored tensor in the orientation of its variable, without a copy."""
+    name = short_name(path)
+    array, shape = stored[name], variable.get_value().shape
+    transposed = is_transposed(port, path, len(shape))
+    expected = shape[::-1] if transposed else shape
     if array.shape != expected:
         raise ValueError(
             f"tensor {name} has shape {array.shape}, config.json asks for {expected}"
         )
-    return array.T if turned else array
-
-
-def _is_turned(port: Any, name: str, ndim: int) -> bool:
-    """Say whether the file holds the transpose: of matrices, but not of embeddings."""
-    if ndim != 2 or not name.endswith((".weight", ".mask")):
-        return False
-    return name == "lm_head.weight" or (port.OUT_IN and "embed" not in name)
+    return array.T if transposed else array
 
 
 def _tensors(model: LanguageModel) -> dict[str, np.ndarray]:
-    """Return what a file holds of a model, by name."""
+    """Return the tensors of a model by their names in a file."""
     port = PORTS[model.config.model_type]
     tensors = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         array = np.asarray(variable.get_value())
         dotted = _dotted(path)
-        if _is_turned(port, _short(dotted), array.ndim):
+        if is_transposed(port, dotted, array.ndim):
             array = array.T
         tensors[tensor_name(port, dotted)] = np.ascontiguousarray(array)
     return tensors
@@ -349,7 +306,7 @@ def _hugging_face_config(model: LanguageModel) -> dict[str, Any]:
     config = model.config.to_hugging_face()
     port = PORTS[model.config.model_type]
     dtype = str(parameter_dtype(model))
-    config.pop("torch_dtype", None)  # the older word
+    config.pop("torch_dtype", None)  # the older name
     return {"architectures": [port.ARCHITECTURE], **config, "dtype": dtype}
 
 
@@ -362,7 +319,7 @@ def _write(
     folder = storage.expanded(folder)
     tokenizer: Tokenizer | None = model.tokenizer
     with replacing(folder) as new:
-        # The word "pt" is what transformers asks for, whoever wrote the file.
+        # transformers opens no file whose metadata lacks the format "pt".
         path = new / WEIGHTS
         try:
             safetensors.numpy.save_file(tensors, path, {"format": "pt"})
@@ -370,7 +327,7 @@ def _write(
             raise OSError(str(error)) from error
         text = json.dumps(config, indent=2, allow_nan=False)
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
-        shutil.copymode(new / "config.json", path)  # the library makes it private
+        shutil.copymode(new / "config.json", path)  # safetensors makes it private
         for name, content in (tokenizer.files if tokenizer else {}).items():
             (new / name).write_bytes(content)
         if model.recipe is not None:
@@ -379,7 +336,7 @@ def _write(
 
 def _dtype(name: str) -> Any:
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}; write one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -387,22 +344,15 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8") from error
+        raise ValueError(f"{path} is not text in UTF-8") from error
 
 
 def _config_of(folder: Path) -> Path:
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: it is no model")
+        raise FileNotFoundError(f"{folder} holds no model: it has no config.json")
     return path
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, path))
-
-
-def _short(path: str) -> str:
-    """Return the name of the parameter at `path` without the prefix of the port."""
-    *place, leaf = path.split(".")
-    leaf = "weight" if leaf in ("kernel", "scale", "embedding") else leaf
-    return ".".join([*place, leaf])

@@ -37,7 +37,7 @@ from kronjax import nn
 from kronjax.io import atomic, matrices
 from kronjax.io.progress import bar
 from kronjax.lm.models import attention, likelihood
-from kronjax.lm.models.base import LanguageModel, check_vocabulary
+from kronjax.lm.models.base import LanguageModel, check_vocabulary, inner_layers
 
 SHRINKAGE = 0.1
 """By default. SmolLM2-135M, calibrated on 32,768 tokens of books and planned at 0.8 of
@@ -249,7 +249,7 @@ def record(model: nnx.Module, see: Callable[[str, Any, Any], Any]) -> None:
         see: Is given the name of a layer, its input and its output, and returns what
             goes on in the place of the output.
     """
-    for name, layer in _layers(model).items():
+    for name, layer in inner_layers(model).items():
         nn.put(model, name, _Recorder(layer, functools.partial(see, name)))
 
 
@@ -271,13 +271,7 @@ def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
         return merged(jnp.asarray(tokens[:, :-1]))
 
     jax.eval_shape(run, state)
-    return {name: sources[name] for name in _layers(model)}
-
-
-def _layers(model):
-    """Return the layers but for the head, which is applied to parts of the tokens."""
-    layers = nn.linear_layers(model)
-    return {name: layer for name, layer in layers.items() if name != "lm_head"}
+    return {name: sources[name] for name in inner_layers(model)}
 
 
 def _parts(model, sources, gradients, limit):

@@ -31,7 +31,7 @@ from kronjax.lm.compression.budget import Budget, share
 from kronjax.lm.compression.candidates import Candidate, Probe
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models import sizes
-from kronjax.lm.models.base import LanguageModel, parameter_dtype
+from kronjax.lm.models.base import LanguageModel, inner_layers, parameter_dtype
 from kronjax.recipe import Assignment, Recipe, Rule, Weighting
 from kronjax.runs import joint
 from kronjax.runs.closed_form import LowRank
@@ -196,7 +196,7 @@ def compressible(model: LanguageModel) -> dict[str, Any]:
     Raises:
         ValueError: If a layer is compressed already.
     """
-    layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+    layers = inner_layers(model)
     every = {**layers, **nn.tables(model)}
     done = [k for k, v in every.items() if not nn.is_dense(v)]
     if done:

@@ -78,8 +78,8 @@ def of(
             "perplexity": moments.nll and math.exp(min(moments.nll, 700)),
             "is_foreign": is_foreign(model, moments),
         },
-        "before": _size(result.before),
-        "after": _size(result.after),
+        "before": _size(result.before, result.model.HEAD),
+        "after": _size(result.after, result.model.HEAD),
         "layers": _layers(result, model),
         "probes": [] if plan is None else [list(probe) for probe in plan.ratios],
         "predicted_nats": _predicted(result),
@@ -139,8 +139,8 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def _size(counted: Sizes) -> dict[str, Any]:
-    linear = [layer for layer in counted.layers if layer.name != "lm_head"]
+def _size(counted: Sizes, head: str) -> dict[str, Any]:
+    linear = [layer for layer in counted.layers if layer.name != head]
     return {
         "parameters": counted.parameters,
         "linear_parameters": sum(layer.parameters for layer in linear),

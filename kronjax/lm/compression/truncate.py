@@ -26,7 +26,7 @@ from kronjax import methods, nn
 from kronjax import recipe as recipes
 from kronjax.kronecker import to_arrays
 from kronjax.lm.compression.moments import Moments
-from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.base import LanguageModel, inner_layers
 from kronjax.recipe import Rule
 from kronjax.runs.closed_form import LowRank
 from kronjax.runs.joint import Target
@@ -78,7 +78,7 @@ def to_fraction(
     Raises:
         ValueError: If none matches, or a layer cannot be truncated; names it.
     """
-    layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+    layers = inner_layers(model)
     rule = Rule(match="*", method=method, fraction=fraction)
     changed = []
     for name in recipes.matching(match, layers):

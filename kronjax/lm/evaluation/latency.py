@@ -152,7 +152,7 @@ def measure_latency(
     runs += [_Run(other, **sizes)] if factored else []
     # A prompt needs the logits of its last token alone.
     layers = [
-        _layer_calls(layer, batch, 1 if names == ["lm_head"] else context)
+        _layer_calls(layer, batch, 1 if names == [model.HEAD] else context)
         for layer, names in groups
     ]
     compile_seconds = time.perf_counter() - begun

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from kronjax import nn
-from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.base import LanguageModel, inner_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,8 +180,7 @@ def _kernels(model: LanguageModel) -> dict[str, np.ndarray]:
     """Return the kernels of all linear layers but the head, multiplied out."""
     return {
         name: np.asarray(nn.dense(layer).kernel[...], np.float64)
-        for name, layer in nn.linear_layers(model).items()
-        if name != "lm_head"
+        for name, layer in inner_layers(model).items()
     }
 
 

@@ -1,9 +1,15 @@
-"""What the ports share: reading `config.json`, activations, and the calls of a model.
+"""Base classes of the language models: configuration, forward pass, cached decoding.
 
-A port is a module with a `Config`, whose fields bear the names of Hugging Face's
-`config.json`, and a `Model`, whose attributes bear the names of its tensors. So the
-path of a layer, `h.0.mlp.c_fc`, is the name under which users know it, and the key map
-of a port is a prefix and the orientation of its matrices.
+Each architecture is a port: a module with a `Config`, whose fields have the names of
+Hugging Face's `config.json`, and a `Model`, whose attributes have the names of its
+tensors. So the path of a layer, `h.0.mlp.c_fc`, is the name that users know, and a
+port maps names by a prefix alone; `kronjax.lm.models.registry.Port` lists what it
+declares.
+
+Orientation: the kernel `K` of a linear layer is `[n_in, n_out]`, and the layer computes
+`y = x @ K + bias`. This holds for every model and every layer in kronjax. Files of
+Hugging Face store some kernels transposed, `[n_out, n_in]`; each port says which
+(`TRANSPOSED`), and only `kronjax.lm.checkpoints` converts.
 
 >>> activation("silu")(0.0).item()
 0.0
@@ -12,6 +18,7 @@ of a port is a prefix and the orientation of its matrices.
 import dataclasses
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -22,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from kronjax import nn
 from kronjax.io.cache import digest
 from kronjax.lm.models import attention
 from kronjax.lm.models.attention import Cache, Places
@@ -40,7 +48,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     """Return the activation function that `config.json` calls `name`.
 
     Raises:
-        ValueError: If it is unknown; lists those that are not.
+        ValueError: If the name is unknown; the message lists the known ones.
     """
     if name not in _ACTIVATIONS:
         raise ValueError(
@@ -52,11 +60,13 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class BaseConfig:
-    """Settings of a model under the names that `config.json` gives them.
+    """Settings of a model, under their names in `config.json`.
 
     Attributes:
-        origin: The whole of the `config.json` that was read, as JSON text, so that
-            what no port uses (generation settings, say) is written back.
+        origin: The complete `config.json` that was read, as JSON text, so that
+            settings that no port uses (for generation, say) are written back.
+        vocab_size: Number of tokens in the vocabulary.
+        tie_word_embeddings: Whether the head is the transposed embedding.
     """
 
     origin: str = dataclasses.field(default="{}", repr=False, compare=False)
@@ -65,17 +75,18 @@ class BaseConfig:
     """Value of `model_type` in `config.json`."""
 
     LAYERS: typing.ClassVar[str] = "num_hidden_layers"
-    """The field with the number of blocks."""
+    """Name of the field with the number of blocks."""
 
     CONTEXT: typing.ClassVar[str] = "max_position_embeddings"
-    """The field with the largest number of positions."""
+    """Name of the field with the largest number of positions."""
 
-    # What every port answers, whatever its own names are.
+    # Every port has these two fields; the others have names of their own.
     vocab_size: int = 0
+    tie_word_embeddings: bool = True
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
-        """Take the fields of this port out of the values of a `config.json`.
+        """Return the configuration in the values of a `config.json`.
 
         Raises:
             ValueError: If a value has the wrong type, or a size is not positive.
@@ -88,7 +99,7 @@ class BaseConfig:
         return cls(**known, origin=json.dumps(dict(values)))
 
     def to_hugging_face(self) -> dict[str, Any]:
-        """Return the values for a `config.json`: what was read, and the fields."""
+        """Return the values for a `config.json`: the ones read, and the fields."""
         fields = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -108,7 +119,7 @@ class BaseConfig:
 
     @property
     def cache_shape(self) -> tuple[int, int]:
-        """`(g, d)`: the key-value heads, and the width of a head."""
+        """`(g, d)`: the number of key-value heads and the width of a head."""
         raise NotImplementedError
 
 
@@ -117,19 +128,43 @@ class LanguageModel(nnx.Module):
 
     Attributes:
         config: The settings of the port.
-        tokenizer: That of its folder, or None.
-        recipe: Text of the recipe that made the model what it is, or None.
+        tokenizer: The tokenizer from the model's folder, or None.
+        recipe: Text of the recipe by which the model was compressed, or None.
     """
 
+    EMBEDDING: typing.ClassVar[str]
+    """Name of the table of token embeddings."""
+
+    HEAD: typing.ClassVar[str] = "lm_head"
+    """Name of the linear layer that computes logits, where the head is not tied."""
+
     HIDDEN: typing.ClassVar[tuple[tuple[tuple[str, ...], str], ...]] = ()
-    """In a block: layers whose outputs meet elementwise, and the one after them."""
+    """Pairs of names in a block: layers whose outputs are combined elementwise, and
+    the layer that reads the result."""
 
     VALUES: typing.ClassVar[tuple[str, str] | None] = None
-    """In a block: the layer that makes values, and the one that reads their means."""
+    """Two names in a block: the layer that computes the attention values, and the layer
+    that reads their weighted means."""
 
-    config: Any
+    config: BaseConfig
     tokenizer: Tokenizer | None = None
     recipe: str | None = None
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs):
+        """Create a model of random parameters."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Return a line with the architecture and the sizes, without the arrays."""
+        arrays = jax.tree.leaves(nnx.state(self, nnx.Param))
+        count = sum(math.prod(x.shape) for x in arrays)
+        layers = [*nn.linear_layers(self).values(), *nn.tables(self).values()]
+        compressed = sum(not isinstance(x, nnx.Linear | nnx.Embed) for x in layers)
+        return (
+            f"<{self.config.model_type} model: {self.config.num_layers} blocks, "
+            f"{count:,} parameters, {parameter_dtype(self)}, "
+            f"{compressed} compressed layers>"
+        )
 
     @property
     def blocks(self) -> nnx.List:
@@ -143,17 +178,17 @@ class LanguageModel(nnx.Module):
     def apply_block(
         self, block: Any, x: jax.Array, places: Places, past: Any = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Return the states after a block `[b, t, width]`, and keys and values."""
+        """Return the states after a block, `[b, t, width]`, and its keys and values."""
         return block(x, places, past)
 
     def finish(self, x: jax.Array) -> jax.Array:
-        """Return the states before the head from those after all blocks."""
+        """Return the states before the head, given those after the last block."""
         raise NotImplementedError
 
     def hidden(
         self, tokens: jax.Array, places: Places, cache: Cache | None = None
     ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array]]]:
-        """Return the states before the head `[b, t, ·]`, and keys and values."""
+        """Return the states before the head, `[b, t, ·]`, and all keys and values."""
         x = self.embed(tokens, places)
         layers = []
         for i, block in enumerate(self.blocks):
@@ -163,7 +198,9 @@ class LanguageModel(nnx.Module):
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """Return logits: `[..., width]` to `[..., vocab_size]`."""
-        raise NotImplementedError
+        if self.config.tie_word_embeddings:
+            return getattr(self, self.EMBEDDING).attend(hidden)
+        return getattr(self, self.HEAD)(hidden)
 
     def __call__(
         self,
@@ -172,25 +209,25 @@ class LanguageModel(nnx.Module):
         mask: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the logits of the token after each one.
+        """Return, for every token, the logits of the next one.
 
         Args:
-            tokens: `[b, t]`, integers below `vocab_size`.
-            mask: `[b, t]`, bool, False for padding, on either side.
+            tokens: Tokens, `[b, t]`, integers below `vocab_size`.
+            mask: `[b, t]`, bool, False for padding, which may be on either side.
             positions: `[b, t]`, below `config.context`; by default counted from the
                 first token that is not padding.
 
         Returns:
-            `[b, t, vocab_size]`, in the dtype of the parameters. Those of padding mean
-            nothing.
+            Logits `[b, t, vocab_size]`, in the dtype of the parameters. Those at
+            padding are undefined.
 
         Raises:
             ValueError: If there are more tokens than the model has positions.
         """
         if positions is None and mask is None and tokens.shape[1] > self.config.context:
             raise ValueError(
-                f"{tokens.shape[1]} tokens, and the model has {self.config.context} "
-                "positions; take fewer"
+                f"got {tokens.shape[1]} tokens, but the model has "
+                f"{self.config.context} positions; take fewer tokens"
             )
         places = attention.locate(tokens.shape, mask=mask, positions=positions)
         return self.head(self.hidden(tokens, places)[0])
@@ -201,9 +238,10 @@ class LanguageModel(nnx.Module):
         """Append tokens to a cache and return the logits after the last of them.
 
         Args:
-            tokens: `[b, t]`. The cache must have `t` slots left, which is not checked.
-            cache: Of `empty_cache`, or of the step before.
-            mask: `[b, t]`, bool, False for padding; pad on the left.
+            tokens: Tokens, `[b, t]`. The cache must have `t` free slots, which is not
+                checked.
+            cache: The result of `empty_cache` or of the previous step.
+            mask: `[b, t]`, bool, False for padding, which must be on the left.
 
         Returns:
             Logits `[b, vocab_size]`, and the cache with these tokens.
@@ -217,12 +255,12 @@ class LanguageModel(nnx.Module):
     def prefill(
         self, tokens: jax.Array, slots: int, *, mask: jax.Array | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Begin with some tokens: `step` on an empty cache, and faster.
+        """Return what `step` returns for an empty cache, faster.
 
         Args:
-            tokens: `[b, t]`.
-            slots: Of the cache, at least `t`.
-            mask: `[b, t]`, bool, False for padding; pad on the left.
+            tokens: Tokens, `[b, t]`.
+            slots: Number of slots of the cache, at least `t`.
+            mask: `[b, t]`, bool, False for padding, which must be on the left.
 
         Returns:
             Logits `[b, vocab_size]` after the last token, and the cache.
@@ -242,17 +280,23 @@ class LanguageModel(nnx.Module):
         )
 
 
+def inner_layers(module: nnx.Module) -> dict[str, nn.Layer]:
+    """Return the linear layers of a model, or of a block, by name, without the head."""
+    head = getattr(module, "HEAD", None)
+    return {k: v for k, v in nn.linear_layers(module).items() if k != head}
+
+
 def parameter_dtype(model: nnx.Module) -> np.dtype:
-    """Return the dtype of the parameters: of several, the most precise."""
+    """Return the dtype of the parameters: the most precise one if there are several."""
     dtypes = {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))}
     return max(dtypes, key=lambda dtype: (jnp.finfo(dtype).bits, str(dtype)))
 
 
 def tokenizer_of(model: LanguageModel, given: Tokenizer | None = None) -> Tokenizer:
-    """Return the tokenizer that is given, or else that of the model.
+    """Return `given`, or the model's own tokenizer if it is None.
 
     Raises:
-        ValueError: If there is none; says what to do.
+        ValueError: If the model has no tokenizer either; the message names the remedy.
     """
     tokenizer = model.tokenizer if given is None else given
     if tokenizer is None:
@@ -266,15 +310,15 @@ def tokenizer_of(model: LanguageModel, given: Tokenizer | None = None) -> Tokeni
 def check_vocabulary(
     model: LanguageModel, tokens: np.ndarray, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Refuse tokens that the model does not know.
+    """Check that all tokens are in the vocabulary of a model.
 
     Args:
-        model: Any port.
-        tokens: `[n]`, not empty.
-        tokenizer: What they come from, if it is known.
+        model: Any language model.
+        tokens: Tokens, `[n]`, at least one.
+        tokenizer: The tokenizer that produced them, if known.
 
     Raises:
-        ValueError: If there are any; names the sizes.
+        ValueError: If a token is out of range; the message gives the sizes.
     """
     size = model.config.vocab_size
     low, high = int(tokens.min()), int(tokens.max())
@@ -293,10 +337,10 @@ def check_vocabulary(
 
 
 def embedding(size: int, features: int, *, rngs: nnx.Rngs) -> nnx.Embed:
-    """Return a table of `size` rows that computes in the dtype of its numbers.
+    """Return a table of `size` rows that computes in the dtype of its entries.
 
-    Left to itself `nnx.Embed` computes in the dtype that it was made with, which would
-    turn a model that was loaded as bfloat16 into a float32 one.
+    By default, `nnx.Embed` computes in the dtype with which it was created, which would
+    turn a model loaded as bfloat16 into a float32 one.
     """
     table = nnx.Embed(size, features, rngs=rngs)
     table.dtype = None  # type: ignore[assignment]
@@ -309,16 +353,18 @@ def split_heads(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _checked(cls, name, value):
-    """Return `value` if it is what the field `name` holds."""
-    kind = typing.get_type_hints(cls)[name]
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    """Return `value` if it has the type of the field `name`."""
+    hint = typing.get_type_hints(cls)[name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, tuple(kinds)) or (
         isinstance(value, bool) != (bool in kinds)
     ):
-        wanted = " or ".join(one.__name__ for one in kinds if one is not type(None))
-        raise ValueError(f"config.json: {name} is {value!r}, which is no {wanted}")
+        wanted = " or ".join(x.__name__ for x in kinds if x is not type(None))
+        raise ValueError(
+            f"config.json: {name} is {value!r}; it must be of type {wanted}"
+        )
     number = int in kinds or float in kinds
     if number and not isinstance(value, bool) and not 0 < value < float("inf"):
         raise ValueError(f"config.json: {name} is {value}; it must be positive")
@@ -326,6 +372,6 @@ def _checked(cls, name, value):
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """Return a digest of everything that a model computes with."""
+    """Return a digest of the configuration and of all arrays of a model."""
     leaves = jax.tree.leaves(nnx.state(model))
     return digest(model.config, *map(np.asarray, leaves))

@@ -33,14 +33,12 @@ from kronjax.lm.models.base import (
 ARCHITECTURE = "GPT2LMHeadModel"
 """The class of transformers that opens an export."""
 
-EMBEDDING = "wte.weight"
-"""Name of the tensor that a tied head repeats."""
-
 PREFIXES = ("transformer.",)
 """What stands before the names of tensors; the first is what is written."""
 
-OUT_IN = False
-"""Whether the checkpoints store matrices as `[out, in]`."""
+TRANSPOSED = r"lm_head"
+"""Linear layers whose kernels are stored `[n_out, n_in]`: only the head, for the others
+are `Conv1D` in transformers, which stores `[n_in, n_out]`."""
 
 BUFFERS = r"h\.\d+\.attn\.(bias|masked_bias)"
 """Names of tensors in old checkpoints that are no parameters: causal masks."""
@@ -141,7 +139,10 @@ class Block(nnx.Module):
 class Model(LanguageModel):
     """GPT-2 with its tied or separate head."""
 
+    EMBEDDING = "wte"
     HIDDEN = ((("mlp.c_fc",), "mlp.c_proj"),)
+
+    config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
@@ -167,12 +168,6 @@ class Model(LanguageModel):
     def finish(self, x: jax.Array) -> jax.Array:
         """Return the states before the head `[b, t, width]`."""
         return self.ln_f(x)
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Return logits: `[..., width]` to `[..., vocab_size]`."""
-        if self.config.tie_word_embeddings:
-            return self.wte.attend(hidden)
-        return self.lm_head(hidden)
 
 
 def _layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:

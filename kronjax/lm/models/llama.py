@@ -37,14 +37,11 @@ from kronjax.lm.models.base import (
 ARCHITECTURE = "LlamaForCausalLM"
 """The class of transformers that opens an export."""
 
-EMBEDDING = "embed_tokens.weight"
-"""Name of the tensor that a tied head repeats."""
-
 PREFIXES = ("model.",)
 """What stands before the names of tensors; the first is what is written."""
 
-OUT_IN = True
-"""Whether the checkpoints store matrices as `[out, in]`."""
+TRANSPOSED = r".*"
+"""Linear layers whose kernels are stored `[n_out, n_in]`: all of them."""
 
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 """Names of tensors in old checkpoints that are no parameters: frequencies."""
@@ -255,8 +252,11 @@ class Block(nnx.Module):
 class Model(LanguageModel):
     """Llama with its tied or separate head."""
 
+    EMBEDDING = "embed_tokens"
     HIDDEN = ((("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),)
     VALUES = ("self_attn.v_proj", "self_attn.o_proj")
+
+    config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
@@ -288,12 +288,6 @@ class Model(LanguageModel):
     def finish(self, x: jax.Array) -> jax.Array:
         """Return the states before the head `[b, t, width]`."""
         return self.norm(x)
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Return logits: `[..., width]` to `[..., vocab_size]`."""
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
 
 
 def _rms_norm(config: Config, rngs: nnx.Rngs) -> nnx.RMSNorm:

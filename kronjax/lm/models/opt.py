@@ -34,14 +34,11 @@ from kronjax.lm.models.base import (
 ARCHITECTURE = "OPTForCausalLM"
 """The class of transformers that opens an export."""
 
-EMBEDDING = "embed_tokens.weight"
-"""Name of the tensor that a tied head repeats."""
-
 PREFIXES = ("model.decoder.", "decoder.")
 """What stands before the names of tensors; the first is what is written."""
 
-OUT_IN = True
-"""Whether the checkpoints store matrices as `[out, in]`."""
+TRANSPOSED = r".*"
+"""Linear layers whose kernels are stored `[n_out, n_in]`: all of them."""
 
 BUFFERS = r"(?!)"
 """Names of tensors in old checkpoints that are no parameters: none."""
@@ -146,8 +143,11 @@ class Block(nnx.Module):
 class Model(LanguageModel):
     """OPT with its tied or separate head."""
 
+    EMBEDDING = "embed_tokens"
     HIDDEN = ((("fc1",), "fc2"),)
     VALUES = ("self_attn.v_proj", "self_attn.out_proj")
+
+    config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         """Draw the weights."""
@@ -189,12 +189,6 @@ class Model(LanguageModel):
     @property
     def _is_narrow(self) -> bool:
         return self.config.embedding_size != self.config.hidden_size
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        """Return logits: `[..., width]` to `[..., vocab_size]`."""
-        if self.config.tie_word_embeddings:
-            return self.embed_tokens.attend(hidden)
-        return self.lm_head(hidden)
 
 
 def _linear(config: Config, n_in: int, n_out: int, rngs: nnx.Rngs) -> nnx.Linear:

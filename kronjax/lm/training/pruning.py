@@ -29,7 +29,7 @@ from flax import nnx
 from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.lm.compression.moments import Moments
-from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.base import LanguageModel, inner_layers
 from kronjax.lm.training import masks, saliency
 
 Scope = Literal["layer", "global", "output"]
@@ -114,7 +114,7 @@ def begin(model: LanguageModel, pruning: Pruning) -> list[str]:
     Raises:
         ValueError: If none matches, or a layer cannot be pruned so; names it.
     """
-    layers = {k: v for k, v in nn.linear_layers(model).items() if k != "lm_head"}
+    layers = inner_layers(model)
     names = recipes.matching(pruning.match, layers)
     for name in names:
         try:
@@ -230,7 +230,7 @@ def sparsity(model: LanguageModel) -> float:
 
     Biases are counted; they are never masked.
     """
-    costs = [nn.cost(v) for k, v in nn.linear_layers(model).items() if k != "lm_head"]
+    costs = [nn.cost(layer) for layer in inner_layers(model).values()]
     return 1 - sum(x.parameters for x in costs) / max(sum(x.held for x in costs), 1)
 
 

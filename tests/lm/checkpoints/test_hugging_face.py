@@ -1,5 +1,6 @@
-"""Folders in and out: what is saved comes back, what is wrong is refused by name."""
+"""Round trips through folders of Hugging Face, and errors for damaged folders."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,60 +12,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx, serialization
+from ports import VARIANTS, make
 
 from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.checkpoints import hugging_face, sources
 from kronjax.lm.checkpoints.folder import INDEX, MSGPACK, SAVED, STAGING
-from kronjax.lm.models import gpt2, llama, opt
 
-CONFIGS = {
-    "gpt2": (gpt2, {"n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 16}),
-    "gpt2-untied": (
-        gpt2,
-        {
-            "n_embd": 12,
-            "n_layer": 1,
-            "n_head": 2,
-            "n_positions": 16,
-            "tie_word_embeddings": False,
-        },
-    ),
-    "opt": (
-        opt,
-        {
-            "hidden_size": 12,
-            "num_hidden_layers": 2,
-            "ffn_dim": 20,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 16,
-            "word_embed_proj_dim": 6,
-        },
-    ),
-    "llama": (
-        llama,
-        {
-            "hidden_size": 12,
-            "intermediate_size": 20,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "rope_type": "llama3",
-            "rope_factor": 2.0,
-        },
-    ),
-}
 TOKENS = np.arange(1, 11, dtype=np.int32).reshape(2, 5)
 
 
-def make(case, seed=0):
-    port, values = CONFIGS[case]
-    config = port.Config(vocab_size=300, **values)
-    return port.Model(config, rngs=nnx.Rngs(seed))
-
-
 def factor(model, kinds="kmh"):
-    """Give the first layers other kinds: Kronecker, masked, a sum of two kinds."""
+    """Replace the first layers and the token table of a model.
+
+    The layers become of the kinds k (a Kronecker sum), m (masked) and h (a sum of two
+    configurations).
+    """
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -79,13 +42,13 @@ def factor(model, kinds="kmh"):
         square = KroneckerTerms(draw(2, m // 2, n // 2), draw(2, 2, 2))
         kernel = draw(m, n)
         low = KroneckerTerms(draw(3, m, 1), draw(3, 1, n))
-        made = {
+        new = {
             "k": lambda terms=square, b=bias: nn.KroneckerLinear([terms], b),
             "h": lambda terms=(square, low), b=bias: nn.KroneckerLinear(terms, b),
             "m": lambda k=kernel, b=bias: nn.MaskedLinear(k, k > 0.2, b),
         }[kind]()
-        nn.replace(model, name, made)
-    # The table of tokens, too: two rows of B for each one of A, and low rank.
+        nn.replace(model, name, new)
+    # Configurations of the table: two rows of B for each row of A, and low rank.
     name, table = next(iter(nn.tables(model).items()))
     m, n = nn.shape_of(table)
     terms = [
@@ -100,9 +63,11 @@ def logits(model):
     return np.asarray(model(TOKENS))
 
 
-@pytest.mark.parametrize("case", sorted(CONFIGS))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_saved_comes_back_bit_by_bit(case, dtype, tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, "float32") for case in sorted(VARIANTS)), ("gpt2", "bfloat16")],
+)
+def test_a_saved_model_loads_bit_by_bit(case, dtype, tmp_path, tokenizer):
     lm.save(make(case), tmp_path / "dense")
     model = factor(lm.load(tmp_path / "dense", dtype=dtype))
     model.tokenizer, model.recipe = tokenizer, "layers: all\n"
@@ -120,7 +85,7 @@ def test_what_is_saved_comes_back_bit_by_bit(case, dtype, tmp_path, tokenizer):
     assert back.config == model.config
 
 
-@pytest.mark.parametrize("case", sorted(CONFIGS))
+@pytest.mark.parametrize("case", sorted(VARIANTS))
 def test_an_export_is_dense_and_computes_the_same(case, tmp_path):
     model = factor(make(case))
     expected = logits(model)
@@ -132,7 +97,7 @@ def test_an_export_is_dense_and_computes_the_same(case, tmp_path):
     np.testing.assert_allclose(logits(back), expected, atol=1e-5 * scale)
     values = json.loads((tmp_path / "out/config.json").read_text())
     assert values["model_type"] == case.partition("-")[0]
-    # The model itself is as it was.
+    # The model itself is unchanged.
     np.testing.assert_array_equal(logits(model), expected)
 
 
@@ -154,12 +119,12 @@ def test_an_exact_representation_leaves_the_logits_unchanged():
     np.testing.assert_allclose(logits(model), expected, atol=1e-5)
 
 
-def test_shards_and_old_names_are_read(tmp_path):
+def test_shards_and_names_without_prefix_are_read(tmp_path):
     model = make("gpt2")
     lm.save(model, tmp_path)
     tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
     tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    tensors["h.0.attn.bias"] = np.ones((1, 1, 16, 16), np.float32)  # a causal mask
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 32, 32), np.float32)  # a causal mask
     tensors["lm_head.weight"] = tensors["wte.weight"]
     (tmp_path / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -178,7 +143,7 @@ def test_shards_and_old_names_are_read(tmp_path):
         lm.load(tmp_path)
 
 
-def test_a_head_that_differs_from_its_embedding_is_told(tmp_path):
+def test_a_tied_head_that_differs_from_its_embedding_raises_an_error(tmp_path):
     lm.save(make("gpt2"), tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = safetensors.numpy.load_file(path)
@@ -189,7 +154,7 @@ def test_a_head_that_differs_from_its_embedding_is_told(tmp_path):
 
 
 def test_opt_is_read_from_flax_msgpack(tmp_path):
-    """As Flax stored it: kernels [in, out], and its own words for weights."""
+    """Flax stored kernels `[n_in, n_out]`, under its own names for weights."""
     model = make("opt")
     lm.save(model, tmp_path)
     nested = {}
@@ -239,7 +204,7 @@ def only_a_pickle(folder):
 HARM = {
     "unknown architecture": (
         lambda x: edit_config(x, model_type="mamba"),
-        "'mamba' is not supported; those of model_type gpt2, opt, llama",
+        "model_type 'mamba' is not supported; supported are gpt2, opt, llama",
     ),
     "missing tensor": (
         lambda x: edit_tensors(x, lambda t: t.pop("transformer.h.1.ln_1.bias")),
@@ -253,19 +218,19 @@ HARM = {
         lambda x: edit_tensors(
             x, lambda t: t.update({"transformer.ln_f.bias": np.zeros(5)})
         ),
-        r"ln_f\.bias has shape \(5,\), config\.json asks for \(12,\)",
+        r"ln_f\.bias has shape \(5,\), config\.json asks for \(24,\)",
     ),
     "sizes that lie": (
-        lambda x: edit_config(x, n_embd=24),
-        r"shape \(36,\), .* for \(72,\)",
+        lambda x: edit_config(x, n_embd=48),
+        r"shape \(72,\), .* for \(144,\)",
     ),
     "a size without end": (
         lambda x: edit_config(x, n_layer=10**9),
         "1000000000 blocks",
     ),
     "a size that is no number": (
-        lambda x: edit_config(x, n_embd="12"),
-        "n_embd is '12'",
+        lambda x: edit_config(x, n_embd="24"),
+        "n_embd is '24'",
     ),
     "a size below one": (lambda x: edit_config(x, n_head=0), "n_head is 0"),
     "heads that do not divide": (
@@ -275,7 +240,7 @@ HARM = {
     "an activation": (lambda x: edit_config(x, activation_function="x"), "'x'; known"),
     "integers": (
         lambda x: edit_tensors(
-            x, lambda t: t.update({"transformer.ln_f.bias": np.zeros(12, int)})
+            x, lambda t: t.update({"transformer.ln_f.bias": np.zeros(24, int)})
         ),
         "int64",
     ),
@@ -289,7 +254,7 @@ HARM = {
     ),
     "a recipe in bytes": (
         lambda x: (x / "recipe.yaml").write_bytes(b"\xff"),
-        "recipe.yaml is no text",
+        "recipe.yaml is not text",
     ),
     "no JSON": (lambda x: (x / "config.json").write_text("{"), "not JSON"),
     "no mapping": (lambda x: (x / "config.json").write_text("[]"), "not a mapping"),
@@ -303,7 +268,7 @@ HARM = {
 
 
 @pytest.mark.parametrize("harm", sorted(HARM))
-def test_what_is_wrong_with_a_folder_is_told(harm, tmp_path):
+def test_a_damaged_folder_raises_an_error_that_names_the_damage(harm, tmp_path):
     folder = tmp_path / "model"
     lm.save(make("gpt2"), folder)
     damage, words = HARM[harm]
@@ -312,12 +277,12 @@ def test_what_is_wrong_with_a_folder_is_told(harm, tmp_path):
         lm.load(folder)
 
 
-def test_layers_that_do_not_fit_their_tensors_are_told(tmp_path):
+def test_layers_that_do_not_fit_their_tensors_raise_an_error(tmp_path):
     lm.save(factor(make("gpt2")), tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["layers"]["h.0.attn.c_attn"]["terms"][0]["b"] = [2, 4, 2]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"c_attn maps 12 to 36.* 24 to 36"):
+    with pytest.raises(ValueError, match=r"c_attn maps 24 to 72.* 48 to 72"):
         lm.load(tmp_path)
 
 
@@ -346,7 +311,7 @@ def test_a_pickle_on_the_hub_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./no/such", "/no/such/folder"])
-def test_a_path_never_reaches_for_the_network(name, monkeypatch):
+def test_a_path_never_uses_the_network(name, monkeypatch):
     monkeypatch.setattr(sources, "_fetch", lambda name: pytest.fail(name))
     with pytest.raises(FileNotFoundError, match="owner/name"):
         lm.load(name)
@@ -369,8 +334,8 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", range(8))
-def test_whenever_a_save_is_killed_there_is_a_whole_model(step, tmp_path, tokenizer):
-    """Let every call that changes a folder be the last one, as if the power went."""
+def test_a_killed_save_leaves_a_complete_model(step, tmp_path, tokenizer):
+    """Each call that changes a folder is once the last one, as in a power failure."""
     folder = tmp_path / "model"
     first, second = make("gpt2", seed=0), factor(make("gpt2", seed=1))
     first.tokenizer, second.recipe = tokenizer, "new\n"
@@ -406,11 +371,11 @@ def killed_at(step, calls, function):
     return call
 
 
-def test_what_killed_saves_left_behind_is_removed_later(tmp_path):
+def test_staging_folders_of_killed_saves_are_removed_later(tmp_path):
     left = tmp_path / f"{STAGING}x"
     left.mkdir()
     lm.save(make("gpt2"), tmp_path)
-    assert left.exists()  # it may be at work
+    assert left.exists()  # its save may still be running
     os.utime(left, (0, 0))
     lm.save(make("gpt2"), tmp_path)
     assert not left.exists()
@@ -441,7 +406,7 @@ def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer, monke
     np.testing.assert_array_equal(logits(lm.load(".")), logits(first))
 
 
-def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+def test_a_full_disk_raises_an_os_error(tmp_path, monkeypatch):
     def fail(*args):
         raise safetensors.SafetensorError("I/O error")
 
@@ -450,20 +415,20 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
         lm.save(make("gpt2"), tmp_path / "out")
 
 
-def test_a_home_folder_is_found_alike_by_save_and_load(tmp_path, monkeypatch):
+def test_save_and_load_expand_a_home_folder_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     lm.save(make("gpt2"), "~/model")
     assert (tmp_path / "model/config.json").exists()
-    assert lm.load("~/model").config.n_embd == 12
+    assert lm.load("~/model").config.n_embd == 24
     with pytest.raises(OSError, match="no such user"):
         lm.load("~nobody-of-this-name/model")
 
 
 def test_mixed_dtypes_are_exported_in_the_most_precise(tmp_path):
-    """A factored layer in float32, as `approximate` returns it, in a bfloat16 model."""
+    """A float32 layer, as `approximate` returns it, in a bfloat16 model."""
     model = hugging_face.cast(make("gpt2"), "bfloat16")
     layer = nn.linear_layers(model)["h.0.mlp.c_fc"]
-    a, b = jnp.ones((1, 6, 24)), jnp.full((1, 2, 2), 0.1)
+    a, b = jnp.ones((1, 12, 48)), jnp.full((1, 2, 2), 0.1)
     bias = layer.bias[...]
     nn.replace(model, "h.0.mlp.c_fc", nn.KroneckerLinear([KroneckerTerms(a, b)], bias))
     assert model.empty_cache(1, 4).layers[0][0].dtype == jnp.float32
@@ -477,7 +442,7 @@ def test_mixed_dtypes_are_exported_in_the_most_precise(tmp_path):
     )
 
 
-def test_a_file_is_no_folder_to_save_in(tmp_path):
+def test_saving_over_a_file_raises_an_error(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match="it is a file"):
         lm.save(make("gpt2"), tmp_path / "file")
@@ -485,7 +450,10 @@ def test_a_file_is_no_folder_to_save_in(tmp_path):
 
 
 def test_settings_that_no_port_uses_are_written_back(tmp_path):
-    lm.save(make("llama"), tmp_path)
+    model = make("llama")
+    scaling = {"rope_type": "llama3", "rope_factor": 2.0}
+    model.config = dataclasses.replace(model.config, origin="{}", **scaling)
+    lm.save(model, tmp_path)
     edit_config(tmp_path, bos_token_id=7, torch_dtype="float16")
     lm.export(lm.load(tmp_path), tmp_path / "out")
     values = json.loads((tmp_path / "out/config.json").read_text())

@@ -1,48 +1,23 @@
-"""Laws that every port keeps; that they compute the right thing, see test_parity."""
+"""Properties that every port has; test_parity compares them with transformers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ports
 import pytest
 from flax import nnx
-from helpers import as_users_run_it
 
-from kronjax.lm.models import gpt2, llama, opt
-from kronjax.lm.models.base import activation
+from kronjax import nn
+from kronjax.lm.checkpoints import tensor_names
+from kronjax.lm.models import gpt2, llama, opt, registry
+from kronjax.lm.models.base import activation, inner_layers
 
-MODELS = {
-    "gpt2": (gpt2, {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
-    "opt": (
-        opt,
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "ffn_dim": 24,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 32,
-            "do_layer_norm_before": False,
-            "word_embed_proj_dim": 8,
-        },
-    ),
-    "llama": (
-        llama,
-        {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-    ),
-}
 TOKENS = np.random.default_rng(0).integers(0, 50, (2, 9)).astype(np.int32)
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(scope="module", params=sorted(ports.VARIANTS))
 def model(request):
-    port, values = MODELS[request.param]
-    with as_users_run_it():
-        return port.Model(port.Config(vocab_size=50, **values), rngs=nnx.Rngs(0))
+    return ports.make(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +27,7 @@ def call(model):
     return lambda x, mask: np.asarray(jitted(state, x, mask))
 
 
-def test_no_logit_sees_a_later_token(call):
+def test_logits_do_not_depend_on_later_tokens(call):
     mask = np.ones(TOKENS.shape, bool)
     changed = TOKENS.copy()
     changed[:, 5] = (changed[:, 5] + 1) % 50
@@ -72,7 +47,7 @@ def test_padding_on_either_side_changes_nothing(call):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-def test_steps_through_a_cache_are_one_call(model, call):
+def test_steps_with_a_cache_equal_one_call(model, call):
     mask = np.ones(TOKENS.shape, bool)
     mask[0, :2] = False
     expected = call(TOKENS, mask)
@@ -89,7 +64,53 @@ def test_steps_through_a_cache_are_one_call(model, call):
         np.testing.assert_allclose(logits, expected[:, i], atol=2e-5)
 
 
-def test_a_config_survives_its_json(model):
+def test_every_port_has_a_variant_for_the_tests():
+    kinds = {values["model_type"] for values in ports.VARIANTS.values()}
+    assert kinds == set(registry.PORTS)
+    for name, port in registry.PORTS.items():
+        assert port.Config.model_type == name
+        assert issubclass(port.Model, registry.LanguageModel)
+
+
+def test_an_unknown_architecture_raises_an_error_that_lists_the_known_ones():
+    for values in ({"model_type": "mamba"}, {"model_type": ["gpt2"]}, {}):
+        with pytest.raises(ValueError, match="not supported; .* gpt2, opt, llama"):
+            registry.port_of(values)
+
+
+def test_a_port_names_its_embedding_and_its_head(model):
+    config = model.config
+    assert nn.shape_of(nn.tables(model)[model.EMBEDDING])[0] == config.vocab_size
+    others = nn.linear_layers(model).keys() - inner_layers(model).keys()
+    assert others == (set() if config.tie_word_embeddings else {model.HEAD})
+
+
+def test_a_port_says_which_kernels_are_stored_transposed(model):
+    port = registry.PORTS[model.config.model_type]
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        ndim = len(variable.get_value().shape)
+        # Conv1D, of GPT-2 alone, stores [n_in, n_out]; nothing transposes a table.
+        linear = name.endswith(".kernel") and (
+            port is not gpt2 or name == "lm_head.kernel"
+        )
+        assert tensor_names.is_transposed(port, name, ndim) == linear
+
+
+def test_a_model_prints_in_one_line_without_its_arrays(model):
+    name = next(iter(nn.linear_layers(model)))
+    kernel = nn.linear_layers(model)[name].kernel[...]
+    other = nnx.merge(*nnx.split(model))
+    nn.replace(other, name, nn.MaskedLinear(kernel, kernel > 0))
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    kind = model.config.model_type
+    assert repr(model) == (
+        f"<{kind} model: 2 blocks, {count:,} parameters, float32, 0 compressed layers>"
+    )
+    assert "1 compressed layers" in repr(other)
+
+
+def test_a_config_survives_a_round_trip_through_json(model):
     values = model.config.to_hugging_face()
     assert type(model.config).from_hugging_face(values) == model.config
     extra = type(model.config).from_hugging_face({**values, "summary_type": "x"})
@@ -102,7 +123,7 @@ def test_a_config_survives_its_json(model):
         (gpt2, {"n_embd": 10, "n_head": 3}, "multiple of n_head"),
         (gpt2, {"n_layer": True}, "n_layer is True"),
         (gpt2, {"n_layer": 2.5}, "n_layer is 2.5"),
-        (gpt2, {"layer_norm_epsilon": "x"}, "no float"),
+        (gpt2, {"layer_norm_epsilon": "x"}, "must be of type float"),
         (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scalings of attention"),
         (opt, {"hidden_size": 10, "num_attention_heads": 3}, "multiple"),
         (opt, {"activation_function": "swish2"}, "'swish2'; known are gelu"),
@@ -121,29 +142,29 @@ def test_a_config_survives_its_json(model):
         (gpt2, {"layer_norm_epsilon": float("nan")}, "epsilon is nan"),
     ],
 )
-def test_settings_that_cannot_be_computed_are_told(kind, values, words):
+def test_settings_that_no_port_can_compute_raise_an_error(kind, values, words):
     with pytest.raises(ValueError, match=words):
         kind.Config.from_hugging_face(values)
 
 
-def test_both_spellings_of_rotary_settings_are_read():
+def test_the_old_and_the_new_form_of_rotary_settings_are_read():
     old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}
     new = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}
-    made = [llama.Config.from_hugging_face(values) for values in (old, new)]
-    assert made[0] == made[1]
-    assert made[0].rope_factor == 2 and made[0].rope_theta == 5e5
+    first, second = (llama.Config.from_hugging_face(values) for values in (old, new))
+    assert first == second
+    assert first.rope_factor == 2 and first.rope_theta == 5e5
     plain = llama.Config(rope_theta=5e5)
-    np.testing.assert_allclose(2 * made[0].frequencies(), plain.frequencies())
+    np.testing.assert_allclose(2 * first.frequencies(), plain.frequencies())
 
 
-def test_llama3_leaves_fast_pairs_and_slows_down_slow_ones():
+def test_llama3_scales_only_low_frequencies():
     scaled = llama.Config(rope_type="llama3", rope_factor=8.0, rope_theta=5e5)
     ratio = scaled.frequencies() / llama.Config(rope_theta=5e5).frequencies()
     assert ratio[0] == 1 and ratio[-1] == pytest.approx(1 / 8)
     assert (np.diff(ratio) <= 1e-6).all() and ((ratio > 0.13) & (ratio < 0.99)).any()
 
 
-def test_more_tokens_than_positions_are_told(model):
+def test_more_tokens_than_positions_raise_an_error(model):
     context = model.config.context
     with pytest.raises(ValueError, match=f"the model has {context} positions"):
         jax.eval_shape(model, jax.ShapeDtypeStruct((1, context + 1), jnp.int32))
@@ -151,7 +172,7 @@ def test_more_tokens_than_positions_are_told(model):
         model.step(TOKENS[:, :5], model.empty_cache(2, 4))
 
 
-def test_a_prefill_is_a_step_on_an_empty_cache(model):
+def test_a_prefill_equals_a_step_on_an_empty_cache(model):
     mask = np.ones((2, 5), bool)
     mask[0, :2] = False
     ours, cache = model.prefill(TOKENS[:, :5], 8, mask=jnp.asarray(mask))
@@ -163,9 +184,9 @@ def test_a_prefill_is_a_step_on_an_empty_cache(model):
     np.testing.assert_array_equal(valid, other.valid)
     assert int(cache.length) == int(other.length) == 5
     held = jax.tree.leaves(cache.layers), jax.tree.leaves(other.layers)
-    for one, two in zip(*held, strict=True):  # what padding holds means nothing
+    for first, second in zip(*held, strict=True):  # at padding, entries are undefined
         np.testing.assert_allclose(
-            np.asarray(one)[valid], np.asarray(two)[valid], atol=2e-5
+            np.asarray(first)[valid], np.asarray(second)[valid], atol=2e-5
         )
 
 
