@@ -1,8 +1,25 @@
-"""Language models in JAX: read from Hugging Face folders, and written to them.
+"""Language models in JAX: reading, compressing, training, evaluating and writing them.
 
-`load` reads a model, `save` writes it with whatever layers it has, `export` multiplies
-them out; `compress` makes a smaller one, `train` trains it; `perplexity` and `lambada`
-evaluate by named protocols. Names are loaded when they are first used.
+Reading and writing:
+    load: Read a model from a folder of Hugging Face, a GGUF file or the hub.
+    save: Write a model with its compressed layers.
+    export: Write a model with all layers multiplied out, for other programs.
+    read_text: Read a text from a file or a data set.
+
+Compressing and training:
+    compress: Replace layers of a model by smaller ones, by a recipe or to a budget.
+    measure_moments: Collect second moments of the layers' inputs and gradients.
+    train: Train a model, from a teacher if one is given.
+    Settings: The settings of a training run.
+    Optimizer: The settings of its optimizer.
+
+Evaluating:
+    perplexity: Compute the perplexity of a model on a text by a named protocol.
+    lambada: Measure how well a model predicts the last words of texts.
+    measure_latency: Time a model against itself with dense layers.
+    generate: Continue a prompt, or several.
+
+Each name is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING
