@@ -1,22 +1,23 @@
 """Continuation in p: from the Frobenius problem to the spectral one.
 
-`f_p(K) = ½ ‖T − K‖_p²` is solved for p = 4, 6, 10, 18, … in turn, each from the
-solution of the one before and with its curvature pairs; at p = 4098 the norm is within
-a few parts in ten thousand of the spectral norm. The solution behaves like `K_∞ + c/p`:
+`f_p(K) = ½ ‖T − K‖_p²` is minimised for p = 4, 6, 10, 18, … in turn, each stage from
+the solution and with the curvature pairs of the previous one; at p = 4098 the norm is
+within a few parts in ten thousand of the spectral norm. The solution behaves like
+`K_∞ + c/p`:
 
-- the line through the last two stages, in 1/p, predicts the next one: it is the first
-  trial there, and is shortened, like any, where it went too far;
-- when p doubles, what the error fell by is about what it will fall by in all stages to
-  come: a matrix ends where that is well within the tolerance;
-- the last two stages are extrapolated to 1/p = 0 in the end, and the result is kept if
+- the line through the last two stages, in 1/p, predicts the solution of the next stage:
+  the prediction is the first trial, which is shortened, like any trial, if too long;
+- when p doubles, the decrease of the error is about the total decrease in all further
+  stages: the solve of a matrix ends when that is well within the tolerance;
+- at the end, the last two stages are extrapolated to 1/p = 0, and the result is kept if
   its spectral error is smaller.
 
-The fixed schedule knows the last of the three only. Larger steps in p were tried on
-random matrices, without predictions: with four, eight or sixteen times p per stage
-continuations took 5 to 45 % more products than by doubling. p is traced: all stages
+The fixed schedule uses only the last of the three. Larger steps in p were tried on
+random matrices, without predictions: with four, eight or sixteen times p per stage,
+continuations took 5 to 45 % more products than by doubling. p is traced, so all stages
 share one compilation.
 
-`solve` is pure: no state, no host; it goes through `jit`, `vmap`, `scan`, `shard_map`.
+`solve` is a pure function that composes with `jit`, `vmap`, `scan` and `shard_map`.
 """
 
 import dataclasses
@@ -52,36 +53,37 @@ def solve(
     """Minimise `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for one matrix; pure.
 
     The Frobenius solution and `starts - 1` perturbations of it race through the first
-    few stages, sharing what one of them may spend alone (but for at least four
-    evaluations each); the best goes on. Under `jax.shard_map` pass `check_vma=False`:
-    the loops begin from constants, which that check calls unvarying.
+    few stages and share the budget of a single start (with at least four evaluations
+    each); the best start goes through the remaining stages. Under `jax.shard_map` pass
+    `check_vma=False`: the loops begin from constants, which that check treats as
+    unvarying.
 
     Args:
         matrix: `T`, `[m, n]`, float32 or float64.
-        configuration: What to look for; of several, the sum of all.
-        norm: "spectral" (or inf), "frobenius" (or 2), "schatten:P" (or P).
+        configuration: The configuration, or several whose sum to look for.
+        norm: "spectral" (or inf), "frobenius" (or 2), "schatten:P" (or P), or a `Norm`.
         left_weight: `L`, `[m, m]`, symmetric positive semidefinite, of the dtype of
-            the matrix; the identity by default. Singular weights are made regular by
+            the matrix; the identity by default. Singular weights are regularised by
             `weighted.RIDGE`; negative eigenvalues count as zero.
         right_weight: `R`, `[n, n]`, likewise.
-        starts: At least 1; 1 is the Frobenius solution alone, which can be a critical
-            point for every p.
-        budget: Products of the size of `EᵀE` per stage; by default that of
+        starts: Number of starts, at least 1; 1 is the Frobenius solution alone, which
+            can be a critical point for every p.
+        budget: Largest number of products of the size of `EᵀE` per stage; by default
             `problem.default_budget`.
-        tolerance: Relative; traced. The continuation ends when it expects that larger
-            p lower the error by less than half of it, which leaves the other half to
-            what is not expected: see `certificate`. A stage ends when the model
-            predicts a smaller decrease than a two-hundredth of it.
-        schedule: "adaptive", or the same p for every matrix and no prediction: "fixed",
-            seven of them up to 4098, or rising exponents of your own. Only for the
-            spectral norm do the larger ones matter.
-        seed: Of the perturbations; an integer, traced.
+        tolerance: Relative tolerance of the error, may be traced. The continuation ends
+            when larger p are expected to lower the error by less than half of it, which
+            leaves the other half for the unexpected: see `proof.certificate`. A stage
+            ends when the model predicts a decrease below a two-hundredth of it.
+        schedule: "adaptive", or the same p for every matrix without predictions:
+            "fixed", seven values up to 4098, or a list of rising exponents. Larger
+            exponents than that of the norm are not used.
+        seed: Seed of the perturbations, an integer, may be traced.
 
     Returns:
         `Solution`. A matrix with NaN or infinite entries, or whose Frobenius norm
-        overflows, has status `NONFINITE`, zero terms and NaN errors; the others of its
-        batch are not touched. Ranks above the maximum are capped: the solution is then
-        exact.
+        overflows, has status `NONFINITE`, zero terms and NaN errors; other matrices of
+        the batch are unaffected. Ranks above the maximum are capped: the solution is
+        then exact.
 
     Raises:
         ValueError: If `matrix` is not one matrix or a configuration does not fit.
@@ -119,10 +121,10 @@ def solve(
 def start(
     problem: Problem, matrix, left_weight=None, right_weight=None
 ) -> tuple[Setting, Path, Trace]:
-    """Return the setting, the path at p = 2, and the line of the trace.
+    """Return the setting, the path at p = 2, and its line of the trace.
 
-    The path begins with Van Loan's solution, one configuration after the other; if
-    there are weights, with their nearest Kronecker-factored ones in their stead.
+    The path begins with Van Loan's solution, one configuration after the other. Weights
+    are replaced by their nearest Kronecker products for that.
     """
     setting, inverses = prepare(problem, matrix, left_weight, right_weight)
     points = least_squares.begin(problem, setting, inverses)
@@ -157,24 +159,24 @@ def start(
 def advance(
     problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance, seed
 ):
-    """Return the path after one stage, and the line of the trace for it.
+    """Return the path after one stage, and the line of the trace for that stage.
 
-    A path that is done stays as it is; its line says that nothing was spent.
+    A path that is done does not change; its line has zero steps and products.
     """
 
-    def walk():
-        return _walk(problem, setting, path, stage, tolerance, seed)
+    def run():
+        return _run_stage(problem, setting, path, stage, tolerance, seed)
 
     if problem.is_adaptive:
         new = jax.lax.cond(
-            any_lane(~path.done), lambda: select(path.done, path, walk()), lambda: path
+            any_lane(~path.done), lambda: select(path.done, path, run()), lambda: path
         )
         idle = path.done
     else:
-        new, idle = walk(), jnp.array(False)
-    told = trace_line(setting, new, stage)
-    steps, gemms = (jnp.where(idle, 0, x) for x in (told.steps, told.gemms))
-    return new, dataclasses.replace(told, steps=steps, gemms=gemms)
+        new, idle = run(), jnp.array(False)
+    line = trace_line(setting, new, stage)
+    steps, gemms = (jnp.where(idle, 0, x) for x in (line.steps, line.gemms))
+    return new, dataclasses.replace(line, steps=steps, gemms=gemms)
 
 
 def trace_line(setting: Setting, path: Path, stage: Stage) -> Trace:
@@ -188,7 +190,7 @@ def trace_line(setting: Setting, path: Path, stage: Stage) -> Trace:
     )
 
 
-def _walk(problem, setting, path, stage, tolerance, seed):
+def _run_stage(problem, setting, path, stage, tolerance, seed):
     path = enter(problem, setting, path, stage, seed)
     state = descend(problem, setting, path.state, stage, tolerance)
     path = dataclasses.replace(path, state=state)
@@ -198,22 +200,22 @@ def _walk(problem, setting, path, stage, tolerance, seed):
 def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, seed) -> Path:
     """Return the path at the beginning of a stage, before the first step."""
     state = _origin(problem, path, stage, seed)
-    continues = stage.origin == Origin.BEFORE
-    last_p = jnp.where(stage.origin == Origin.START, jnp.full_like(path.p, 2), path.p)
+    continues = stage.origin == Origin.PREVIOUS
+    from_start = stage.origin == Origin.START
+    last_p = jnp.where(from_start, jnp.full_like(path.p, 2), path.p)
     p = schatten.exponent(stage.squarings).astype(path.p.dtype)
     previous, hint = state.points, None
     if problem.is_adaptive:
         known = continues & (path.previous_p > 2)
-        weight = _weight(path.previous_p, path.p, p)
-        weight = jnp.where(known, weight, 0)
-        hint = _ahead(problem, path.previous, previous, weight)
+        ratio = jnp.where(known, _ratio(path.previous_p, path.p, p), 0)
+        hint = _extrapolation(problem, path.previous, previous, ratio)
     state = descent.restart(
         objective.of(problem, setting, stage),
         state,
         geometry=objective.geometry(problem),
         hint=hint,
     )
-    # A lane that is done must not keep the others of its batch waiting.
+    # A lane that is done must not prolong the loop of its batch.
     status = jnp.where(path.done, int(Status.CONVERGED), state.status)
     return dataclasses.replace(
         path,
@@ -232,14 +234,15 @@ def descend(
     state: State,
     stage: Stage,
     tolerance,
-    trials=None,
+    evaluations=None,
 ) -> State:
-    """Return the state after so many trial points of a stage, or at its end.
+    """Return the state at the end of a stage, or after a number of evaluations.
 
-    It is there when the status is no longer `Status.RUNNING`.
+    The stage has ended when the status is no longer `Status.RUNNING`.
     """
     products = problem.norm.num_products(stage.squarings)
-    rounding = 10 * float(jnp.finfo(setting.target.dtype).eps)  # its norm is one
+    # The rounding of the target, whose Frobenius norm is one.
+    rounding = 10 * float(jnp.finfo(setting.target.dtype).eps)
     limits = descent.Limits(
         tolerance=tolerance / 200,
         max_evaluations=jnp.maximum(stage.budget // products, 4),
@@ -250,14 +253,14 @@ def descend(
         state,
         limits,
         objective.geometry(problem),
-        trials,
+        evaluations,
     )
 
 
 def leave(
     problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance
 ) -> Path:
-    """Return the path after a stage: compared with what was best, and whether done."""
+    """Return the path after a stage, with `champion`, `best` and `done` updated."""
     state = path.state
     spectral_error = objective.spectral_error(problem, setting, state.points, 3)
     fell = path.error - spectral_error
@@ -280,8 +283,8 @@ def leave(
 
 
 def _origin(problem, path, stage, seed):
-    """Return the state where a stage begins."""
-    if path.champion is None:  # no race: the only start is where the path began
+    """Return the state from which a stage begins."""
+    if path.champion is None:  # without a race the only start is that of the path
         return path.state
     key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
     size = jnp.minimum(stage.begins, 1).astype(path.error.dtype)
@@ -296,45 +299,48 @@ def _origin(problem, path, stage, seed):
 
 
 def finish(problem: Problem, setting: Setting, path: Path, trace: Trace) -> Solution:
-    """Return the solution: for the spectral norm, the best stage or the limit."""
+    """Return the solution; for the spectral norm, that of the best stage or the limit.
+
+    The limit is the extrapolation of the last two stages to 1/p = 0.
+    """
     points, last = path.state.points, path.error
     if problem.norm.is_spectral:
-        # A champion may have been at the last p before: then there is no line.
-        weight = _weight(path.previous_p, path.p, jnp.inf)
-        weight = jnp.where(path.p > path.previous_p, weight, 0)
-        ahead = _ahead(problem, path.previous, points, weight)
+        # If the champion was at the last p already, there is no line to extrapolate.
+        ratio = _ratio(path.previous_p, path.p, jnp.inf)
+        ratio = jnp.where(path.p > path.previous_p, ratio, 0)
+        ahead = _extrapolation(problem, path.previous, points, ratio)
         limit = in_turn(objective.geometry(problem).retract, points, ahead)
-        reached = objective.spectral_error(problem, setting, limit)
-        points = select(reached < path.best_error, limit, path.best)
-        last = jnp.where(jnp.isfinite(reached), reached, 0)
+        limit_error = objective.spectral_error(problem, setting, limit)
+        points = select(limit_error < path.best_error, limit, path.best)
+        last = jnp.where(jnp.isfinite(limit_error), limit_error, 0)
     joined = points
     if problem.is_factored:
         joined = in_turn(lambda pair: factored.join(pair, last), points)
         last = joined[-1].core
     terms = to_terms(problem, setting, joined, last)
     frobenius = to_terms(problem, setting, path.frobenius, terms[-1].a)
-    # At the end of the line: who does not ask for it does not wait for it.
-    calm = dataclasses.replace(setting, target=after(setting.target, frobenius[-1].a))
-    error = objective.spectral_error(problem, calm, points)
-    lost = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
+    # The last in the order of decompositions: XLA drops it where it is not used.
+    later = dataclasses.replace(setting, target=after(setting.target, frobenius[-1].a))
+    error = objective.spectral_error(problem, later, points)
+    valid = jnp.where(setting.finite, 1, jnp.nan).astype(error.dtype)
     status = jnp.where(setting.finite, path.state.status, Status.NONFINITE)
     if not problem.squarings:
         status = jnp.where(setting.finite, Status.CONVERGED, Status.NONFINITE)
     return Solution(
         terms=terms,
-        spectral_error=error * setting.unit * lost,
+        spectral_error=error * setting.unit * valid,
         frobenius=frobenius,
         trace=dataclasses.replace(
             trace,
-            value=trace.value * lost,
-            spectral_error=trace.spectral_error * lost,
+            value=trace.value * valid,
+            spectral_error=trace.spectral_error * valid,
         ),
         status=status,
     )
 
 
 def _perturb(points, key, size):
-    """Move by a random tangent vector of `size` times the norm of the point."""
+    """Move points by random tangent vectors of `size` times their norms."""
     keys = iter(jax.random.split(key, len(points)))
 
     def move(point):
@@ -350,12 +356,12 @@ def _perturb(points, key, size):
     return in_turn(move, points)
 
 
-def _weight(first, second, p):
-    """Return how far beyond `second` p lies, in 1/p, over the way from `first`."""
+def _ratio(first, second, p):
+    """Return the step from `second` to `p` over that from `first`, in 1/p."""
     return (1 / second - 1 / p) / (1 / first - 1 / second)
 
 
-def _ahead(problem, previous, points, weight):
-    """Return the way from `previous` to `points`, times `weight`, as tangents there."""
-    ways = map(objective.geometry(problem).way, previous, points)
-    return jax.tree.map(lambda x: weight * x, tuple(ways))
+def _extrapolation(problem, previous, points, ratio):
+    """Return `ratio` times the displacement from `previous`, tangent at `points`."""
+    displacements = map(objective.geometry(problem).displacement, previous, points)
+    return jax.tree.map(lambda x: ratio * x, tuple(displacements))

@@ -2,11 +2,12 @@
 
 `minimize` takes a tuple of points, one for each configuration, and a function of the
 tuple. Tangents are tuples likewise, and every operation of the geometry (a module:
-`manifold`, or the flat `factored`) is mapped over the tuple. One iteration of the loop
-is one trial point, that is one value and gradient: a trial that decreases enough
-(Armijo) becomes the next iterate, otherwise the step is shortened by interpolation.
-Under `vmap` therefore no matrix waits for another one's line search. Curvature pairs
-are coordinates, see `pairs`; only the direction that they give is made tangent.
+`manifold`, or the flat `factored`) is mapped over the tuple. Each iteration of the loop
+evaluates one trial point, that is one value and gradient: a trial with sufficient
+decrease (Armijo) becomes the next iterate, otherwise the step is shortened by
+interpolation. Under `vmap`, line searches of different matrices are therefore
+independent. Curvature pairs are stored as coordinates, see `lbfgs`; only the direction
+that they give is projected onto the tangent space.
 
 References: Nocedal and Wright (2006), chapter 7; Huang, Gallivan and Absil (2015).
 """
@@ -27,11 +28,11 @@ from kronjax.solver import manifold
 from kronjax.solver.lbfgs import MEMORY, Memory
 
 ARMIJO = 1e-4
-"""Fraction of the predicted decrease that a step must deliver."""
+"""Fraction of the predicted decrease that a step must achieve."""
 
 
 class Status(enum.IntEnum):
-    """How a minimisation stands; the larger, the worse."""
+    """The status of a minimisation; larger values are worse."""
 
     CONVERGED = 0
     RUNNING = 1
@@ -43,18 +44,19 @@ class Status(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """An iterate, the trial about to be made, and the curvature seen so far.
+    """An iterate, the next trial, and the curvature known so far.
 
     Attributes:
         points: The iterate.
-        value: Objective there.
-        gradient: Riemannian gradient there.
-        direction: Descent direction, tangent there.
+        value: Objective at the iterate.
+        gradient: Riemannian gradient at the iterate.
+        direction: Descent direction, tangent at the iterate.
         slope: `<gradient, direction>`, negative.
         step: Length of the next trial along `direction`.
-        pairs: Those of the curvature.
-        steps: Accepted steps.
-        evaluations: Values and gradients spent, rejected trials included.
+        pairs: The curvature pairs.
+        steps: Number of accepted steps.
+        evaluations: Number of values and gradients computed, including those of
+            rejected trials.
         status: `Status`.
     """
 
@@ -73,11 +75,11 @@ class State:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """When to stop; all traced.
+    """Stopping criteria; all may be traced.
 
     Attributes:
-        tolerance: Predicted relative decrease of the value that is not worth a step.
-        max_evaluations: Values and gradients to spend in all.
+        tolerance: Predicted relative decrease of the value below which to stop.
+        max_evaluations: Largest number of values and gradients in all.
         floor: Value that counts as zero.
     """
 
@@ -87,16 +89,16 @@ class Limits:
 
 
 Objective = Callable[[Any], tuple[jax.Array, Any]]
-"""From points to the value, and the gradient: a tuple of tangents."""
+"""A function from points to the value and the gradient, a tuple of tangents."""
 
 
 def init(points: tuple, geometry: ModuleType = manifold, memory: int = MEMORY) -> State:
-    """Return a state at `points` with no curvature yet; to be passed to `restart`.
+    """Return a state at `points` without curvature, to be passed to `restart`.
 
     Args:
-        points: Where to begin.
-        geometry: As for `restart`.
-        memory: Curvature pairs that are kept.
+        points: The initial points.
+        geometry: Module with the geometry of the points.
+        memory: Number of curvature pairs that are kept.
     """
     zero = jnp.zeros((), jax.tree.leaves(points)[0].dtype)
     flat = tuple(map(geometry.zero, points))
@@ -121,16 +123,17 @@ def restart(
     geometry: ModuleType = manifold,
     hint: tuple | None = None,
 ) -> State:
-    """Return the state at the same points for another objective, curvature kept.
+    """Return the state at the same points for another objective, keeping curvature.
 
     Args:
-        objective: `Objective`.
-        state: From `init`, or the last state for an objective so close to the new one
-            that its curvature is of use.
+        objective: The new `Objective`.
+        state: A state from `init`, or the last state for an objective so close to the
+            new one that its curvature is useful.
         step: Length of the first trial along the quasi-Newton direction.
-        geometry: Where the points live.
-        hint: Tangents: the first trial is the step along all of them if the objective
-            falls that way; like any trial it is shortened where it went too far.
+        geometry: Module with the geometry of the points.
+        hint: Tangents. The first trial is the step along all of them if the objective
+            decreases in that direction; like any trial it is shortened if it is too
+            long.
     """
     value, gradient = objective(state.points)
     flat, back = ravel_pytree(gradient)
@@ -161,10 +164,10 @@ def step(
 ) -> State:
     """Make one trial: advance to it or shorten the step.
 
-    A finished state stays, but for what the slot of its next pair holds.
+    A finished state does not change, except in the slot of its next pair.
     """
     running = _is_running(state, limits)
-    # A lane that is done tries its own point: its last trial may have been unsafe.
+    # A finished lane tries its own point: its last trial may have been unsafe.
     length = jnp.where(running, state.step, 0)
     trial = jax.tree.map(lambda x: length * x, state.direction)
     points = in_turn(geometry.retract, state.points, trial)
@@ -179,10 +182,10 @@ def step(
     )
     direction = _map(geometry.transport, points, back(direction))
     advanced = _advance(state, points, value, gradient, direction, limits, geometry)
-    # The pairs know by themselves: they are large, and not to be copied here.
+    # `pairs` is right in both cases, and too large to be copied by the selection.
     advanced, shortened = (
-        dataclasses.replace(one, pairs=None)
-        for one in (advanced, _shorten(state, value, running))
+        dataclasses.replace(outcome, pairs=None)
+        for outcome in (advanced, _shorten(state, value, running))
     )
     state = pick(accepted, advanced, shortened)
     return dataclasses.replace(state, pairs=pairs)
@@ -193,25 +196,25 @@ def minimize(
     state: State,
     limits: Limits,
     geometry: ModuleType = manifold,
-    trials: int | jax.Array | None = None,
+    evaluations: int | jax.Array | None = None,
 ) -> State:
     """Iterate `step` until converged, stuck or out of evaluations.
 
     Args:
-        objective: As for `restart`.
-        state: Where to begin; its pairs are used.
-        limits: When to stop.
-        geometry: As for `restart`.
-        trials: Pause after so many trial points; traced.
+        objective: The `Objective`.
+        state: The initial state, with its curvature pairs.
+        limits: Stopping criteria.
+        geometry: Module with the geometry of the points.
+        evaluations: Number of evaluations after which to pause; may be traced.
 
     Returns:
-        The last state, `RUNNING` where it paused. Under `vmap` a lane that is done
-        stays as it is until all are.
+        The last state, `RUNNING` where it paused. Under `vmap` a finished lane does not
+        change until all lanes are finished.
     """
     nearer = limits
-    if trials is not None:
+    if evaluations is not None:
         spent = state.evaluations
-        most = spent + jnp.asarray(trials, spent.dtype)
+        most = spent + jnp.asarray(evaluations, spent.dtype)
         most = jnp.minimum(limits.max_evaluations, most)
         nearer = dataclasses.replace(limits, max_evaluations=most)
     state = jax.lax.while_loop(

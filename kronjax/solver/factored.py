@@ -1,16 +1,16 @@
 """Sums of Kronecker products as plain pairs of factors: a flat space for `descent`.
 
-The sums are those of `manifold`, `R(K) = aᵀ b`, without orthonormal bases. Moving is
-addition, and nothing has to be made orthonormal or tangent: on the manifold that costs
-seven times `r² (d1 + d2)` multiplications in every step, which is little beside a
-gradient for large p, but not at p = 2 or high rank: see `Problem.is_factored`. That
-`(X a, X⁻ᵀ b)` is the same sum a quasi-Newton method hardly notices: gradients have no
-part along those directions.
+The sums are those of `manifold`, `R(K) = aᵀ b`, without orthonormal bases. A retraction
+is an addition, and nothing has to be made orthonormal or tangent: on the manifold that
+costs seven times `r² (d1 + d2)` multiplications in every step, which is little beside a
+gradient for large p, but not at p = 2 or high rank: see `Problem.is_factored`. The pair
+`(X a, X⁻ᵀ b)` stands for the same sum, which hardly affects a quasi-Newton method:
+gradients have no component along those directions.
 
 >>> import jax.numpy as jnp
 >>> from kronjax.solver import manifold
 >>> pair = split(manifold.nearest(jnp.diag(jnp.array([4.0, 1.0])), 2))
->>> jnp.round(jnp.abs(pair.a), 3).tolist()
+>>> jnp.round(jnp.abs(pair.a)).tolist()
 [[2.0, 0.0], [0.0, 1.0]]
 """
 
@@ -29,8 +29,8 @@ class Pair:
     """A point, or a tangent vector, which is a difference of points.
 
     Attributes:
-        a: `[r, d1]`, the vectorised left factors.
-        b: `[r, d2]`, the vectorised right factors.
+        a: Vectorised left factors, `[r, d1]`.
+        b: Vectorised right factors, `[r, d2]`.
     """
 
     a: jax.Array
@@ -38,10 +38,10 @@ class Pair:
 
 
 def split(point: Point) -> Pair:
-    """Share the core of a point, nearly diagonal and positive, between both factors.
+    """Return the factors of a point whose core is nearly diagonal and positive.
 
-    Where it vanishes the left factor is zero and the right one is not, so that the term
-    can grow again.
+    The core is shared between both factors. Where it vanishes the left factor is zero
+    and the right factor is not, so that the term can grow again.
     """
     s = jnp.diagonal(point.core)
     right = jnp.sqrt(jnp.where(s[0] > 0, jnp.maximum(s, 1e-4 * s[0]), 1))
@@ -52,13 +52,14 @@ def join(pair: Pair, last: jax.Array | None = None) -> Point:
     """Return the point of the manifold that stands for the same sum.
 
     Args:
-        pair: Factors.
-        last: What has to be there before anything is decomposed: see `lanes`.
+        pair: The factors.
+        last: Array that must be computed before any decomposition starts: see
+            `batching`.
     """
     left = pair.a if last is None else after(pair.a, last)
     a = jnp.linalg.qr(left.T)[0].T
     b = jnp.linalg.qr(after(pair.b, a).T)[0].T
-    # Not by the R of those QR, which is there before Q is: see `lanes`.
+    # Not by the R of those QR, which is computed before Q: see `batching`.
     return Point(a, _mm(_mm(a, pair.a.T), _mm(pair.b, b.T)), b)
 
 
@@ -72,8 +73,8 @@ def project(point: Pair, ambient: jax.Array) -> Pair:
     return Pair(_mm(point.b, ambient.T), _mm(point.a, ambient))
 
 
-def way(begin: Pair, end: Pair) -> Pair:
-    """Return the vector from one point to another."""
+def displacement(begin: Pair, end: Pair) -> Pair:
+    """Return the vector from `begin` to `end`."""
     return jax.tree.map(jnp.subtract, end, begin)
 
 
@@ -83,12 +84,12 @@ def zero(point: Pair) -> Pair:
 
 
 def retract(point: Pair, tangent: Pair) -> Pair:
-    """Add a vector."""
+    """Return the sum of a point and a vector."""
     return jax.tree.map(jnp.add, point, tangent)
 
 
 def transport(point: Pair, tangent: Pair) -> Pair:
-    """Return the vector as it is: the space is flat."""
+    """Return the vector unchanged, since the space is flat."""
     del point
     return tangent
 

@@ -1,27 +1,27 @@
 """Curvature pairs of L-BFGS: plain linear algebra on coordinates.
 
 A pair is a displacement s and the difference y of the gradients at its ends; the last
-`h` of them are kept. The inverse Hessian
+`h` pairs are kept. The inverse Hessian
 
     H = γ I + [S, γ Y] [[R⁻ᵀ (D + γ YᵀY) R⁻¹, −R⁻ᵀ], [−R⁻¹, 0]] [S, γ Y]ᵀ
 
 with `SᵀY = L + R`, R upper triangular with diagonal D, is applied in this compact form.
 All inner products of pairs are kept beside them, so that a step reads the pairs twice:
-once for their products with what is new, and once to add them up. And there is one
-slot more than pairs: what is new is written there without a look at what it replaces,
-and counts once it is accepted. A loop that read there first would copy all pairs.
+once for their products with the new vectors, and once to add them up. There is one slot
+more than pairs: a new pair is written there without reading the pair that it replaces,
+and counts once it is accepted. A loop that read the slot first would copy all pairs.
 
-Tangent vectors are their coordinates here, whatever point they belong to: on a manifold
-pairs keep the coordinates of the point where they were made. Carried along by
-projection, as they used to be, they took as many products on random matrices and on
-those of GPT-2, and most of the time of a step at high rank.
+Tangent vectors are represented by their coordinates, whatever point they belong to: on
+a manifold, pairs keep the coordinates of the point where they were made. Transporting
+them by projection took as many products on random matrices and on those of GPT-2, and
+most of the time of a step at high rank.
 
 References: Byrd, Nocedal and Schnabel (1994); Huang, Gallivan and Absil (2015), for
 vector transport that leaves coordinates alone.
 
 >>> import jax.numpy as jnp
->>> one = add(empty(jnp.zeros(2), 3), jnp.array([1.0, 0]), jnp.array([4.0, 0]), True)
->>> direction(one, jnp.array([8.0, 8.0])).tolist()
+>>> pairs = add(empty(jnp.zeros(2), 3), jnp.array([1.0, 0]), jnp.array([4.0, 0]), True)
+>>> direction(pairs, jnp.array([8.0, 8.0])).tolist()
 [-2.0, -2.0]
 """
 
@@ -31,21 +31,22 @@ import jax
 import jax.numpy as jnp
 
 MEMORY = 10
-"""Pairs kept, if nobody says otherwise."""
+"""Default number of pairs that are kept."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What is remembered of past steps.
+    """The curvature pairs of past steps.
 
     Attributes:
-        vectors: `[2(h+1), d]`: displacements, then their differences of gradients; each
+        vectors: Displacements, then their differences of gradients, `[2(h+1), d]`; each
             pair has a slot.
-        products: `[2(h+1), 2(h+1)]`, their inner products.
-        curvature: `[h+1]`, `<s, y>`; zero marks a slot that is empty or useless. What
-            the slot of the next one holds does not count.
-        count: Pairs accepted so far; `count % (h+1)` is the slot of the next one.
+        products: Inner products of all vectors, `[2(h+1), 2(h+1)]`.
+        curvature: `<s, y>` of each slot, `[h+1]`; zero marks a slot that is empty or
+            useless. The content of the slot of the next pair is ignored.
+        count: Number of pairs accepted so far; `count % (h+1)` is the slot of the next
+            pair.
     """
 
     vectors: jax.Array
@@ -55,11 +56,11 @@ class Memory:
 
 
 def empty(vector: jax.Array, memory: int = MEMORY) -> Memory:
-    """Return what is known at the beginning: no pairs.
+    """Return a memory without pairs.
 
     Args:
-        vector: `[d]`, any one, for its shape and dtype.
-        memory: `h`.
+        vector: Any vector `[d]`, for its shape and dtype.
+        memory: Number of pairs `h` that are kept.
     """
     slots = memory + 1
     return Memory(
@@ -73,19 +74,20 @@ def empty(vector: jax.Array, memory: int = MEMORY) -> Memory:
 def add(
     pairs: Memory, s: jax.Array, y: jax.Array, accepted: bool | jax.Array
 ) -> Memory:
-    """Return the pairs with one more, or those that count as they were.
+    """Return the pairs with a new pair if it is accepted, otherwise as they were.
 
     Args:
-        pairs: What is known.
-        s: `[d]`, a displacement.
-        y: `[d]`, how the gradient changed.
-        accepted: Whether the step was made; if not, zeros take the slot of the next.
+        pairs: The pairs so far.
+        s: Displacement, `[d]`.
+        y: Change of the gradient, `[d]`.
+        accepted: Whether the step was made; if not, zeros are written into the slot of
+            the next pair.
     """
     return _added(pairs, s, y, accepted)[0]
 
 
 def direction(pairs: Memory, gradient: jax.Array) -> jax.Array:
-    """Return `-H g`, `[d]`; where nothing is known, `-g`."""
+    """Return `-H g`, `[d]`, which is `-g` without pairs."""
     return _direction(pairs, gradient, _mm(pairs.vectors, gradient))
 
 
@@ -96,23 +98,23 @@ def advance(
     gradient: jax.Array,
     accepted: bool | jax.Array,
 ) -> tuple[Memory, jax.Array]:
-    """Return both `add` and the `direction` after it, reading the pairs once less."""
+    """Return `add(…)` and the `direction` after it, with one reading of pairs less."""
     pairs, against = _added(pairs, s, y, accepted, gradient)
     return pairs, _direction(pairs, gradient, against)
 
 
 def _added(pairs, s, y, accepted, *others):
-    """Return the pairs with one more, and the products of all with a vector."""
+    """Return the pairs with a new pair, and the products of all with another vector."""
     slots = len(pairs.curvature)
     slot = pairs.count % slots
     places = slot, slots + slot
-    # What is not accepted may be infinite, and is to be added up zero times.
+    # A rejected pair may be infinite: zeros keep it out of later sums.
     rows = [jnp.where(accepted, row, 0) for row in (s, y)]
     vectors = pairs.vectors
     for at, row in zip(places, rows, strict=True):
         vectors = vectors.at[at].set(row)
     new = _mm(vectors, jnp.stack([*rows, *others]).T)
-    # By masks: a scatter is slow where lanes have slots of their own.
+    # By masks: a scatter is slow where lanes have different slots.
     products, numbers = pairs.products, jnp.arange(2 * slots)
     for column, at in zip(new.T, places, strict=False):
         products = jnp.where(numbers[:, None] == at, column[None], products)
@@ -130,7 +132,7 @@ def _added(pairs, s, y, accepted, *others):
 def _direction(pairs, gradient, against):
     slots = len(pairs.curvature)
     h = slots - 1
-    # The oldest first; all but the slot of the next one.
+    # The oldest first; all but the slot of the next pair.
     order = (pairs.count + 1 + jnp.arange(h)) % slots
     both = jnp.concatenate([order, slots + order])
     curvature = pairs.curvature[order]

@@ -1,11 +1,11 @@
-"""p = 2: where every solve begins, and fits of many sizes by one program.
+"""Least squares, p = 2: the start of every solve, and fits of many sizes.
 
     ½ ‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖_F²
 
 `begin` takes Van Loan's solution of one configuration after the other, which solves the
-problem if there is one configuration and no weight. Otherwise `objective` is what
-`descent` minimises over pairs of factors (`factored`). `fit` does both with the ranks
-traced: one compilation serves all sizes of a mixture, as plans for a budget need them.
+problem if there is one configuration and no weight. Otherwise `descent` minimises
+`objective` over pairs of factors (`factored`). `fit` does both with traced ranks: one
+compilation serves all sizes of a mixture, as plans for a budget need them.
 
 >>> import jax
 >>> from kronjax.kronecker import Configuration
@@ -13,8 +13,8 @@ traced: one compilation serves all sizes of a mixture, as plans for a budget nee
 >>> matrix = jax.random.normal(jax.random.key(0), (6, 6))
 >>> problem = Problem.of((6, 6), [Configuration((6, 1), 3), Configuration((2, 3), 2)])
 >>> setting, inverses = prepare(problem, matrix)
->>> found = fit(problem, setting, inverses, jnp.array([1, 2]))
->>> [int(jnp.sum(jnp.any(one.a != 0, axis=(1, 2)))) for one in found.terms]
+>>> result = fit(problem, setting, inverses, jnp.array([1, 2]))
+>>> [int(jnp.sum(jnp.any(terms.a != 0, axis=(1, 2)))) for terms in result.terms]
 [1, 2]
 """
 
@@ -35,13 +35,13 @@ from kronjax.solver.whitened import Setting, factors, to_terms
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What `fit` returns.
+    """The result of `fit`.
 
     Attributes:
-        terms: For each configuration `a: [r, m1, n1]` and `b: [r, m2, n2]`, of falling
-            norm; those beyond its rank are zero.
-        relative: Weighted Frobenius error over that of the matrix.
-        start: The same where the descent began.
+        terms: Factors `a: [r, m1, n1]` and `b: [r, m2, n2]` for each configuration, of
+            falling norm; terms beyond its rank are zero.
+        relative: Weighted Frobenius norm of the error over that of the matrix.
+        start: The value of `relative` at the start of the descent.
         status: `Status`.
     """
 
@@ -62,14 +62,13 @@ def fit(
     """Minimise the weighted Frobenius error for traced ranks; pure.
 
     Args:
-        problem: Its ranks are the largest that may be asked for.
-        setting: Of `whitened.prepare`, as are the `inverses`.
-        inverses: Of the frames.
+        problem: The problem, with the largest ranks that may be requested.
+        setting: The setting from `whitened.prepare`.
+        inverses: The inverses of the frames, from `whitened.prepare`.
         ranks: `[configurations]`, integers up to those of the problem; 0 leaves a
             configuration out.
-        evaluations: Values and gradients to spend.
-        tolerance: Predicted relative decrease of the squared error that is not worth a
-            step.
+        evaluations: Largest number of values and gradients.
+        tolerance: Predicted relative decrease of the squared error below which to stop.
 
     Returns:
         `Fit`, never worse than its start.
@@ -84,12 +83,12 @@ def fit(
     limits = descent.Limits(tolerance, evaluations)
     started = state.value
     state = descent.minimize(function, state, limits, factored)
-    found = in_turn(factored.join, state.points)
-    terms = to_terms(problem, setting, found, state.value)
+    points = in_turn(factored.join, state.points)
+    every = to_terms(problem, setting, points, state.value)
     return Fit(
         terms=tuple(
-            jax.tree.map(lambda x, keep=keep: x * keep[..., None], one)
-            for one, keep in zip(terms, _kept(problem, setting, ranks), strict=True)
+            jax.tree.map(lambda x, keep=keep: x * keep[..., None], terms)
+            for terms, keep in zip(every, _kept(problem, setting, ranks), strict=True)
         ),
         relative=jnp.sqrt(2 * state.value),
         start=jnp.sqrt(2 * started),
@@ -106,11 +105,12 @@ def begin(
     """Return Van Loan's solution, one configuration after the other.
 
     Args:
-        problem: What is looked for.
-        setting: Of `whitened.prepare`, as are the `inverses`. The weights are replaced
-            by their nearest Kronecker-factored ones.
-        inverses: Of the frames.
-        ranks: `[configurations]`, if only that many terms of each are to count.
+        problem: The problem.
+        setting: The setting from `whitened.prepare`. The weights are replaced by their
+            nearest Kronecker products.
+        inverses: The inverses of the frames, from `whitened.prepare`.
+        ranks: Number of terms to use for each configuration, `[configurations]`; all by
+            default.
 
     Returns:
         The points, with all terms of the problem.
@@ -119,7 +119,7 @@ def begin(
     keeps = [jnp.ones((1, 1), plain.dtype)] * len(inverses)
     if ranks is not None:
         keeps = _kept(problem, setting, ranks)
-    # Decompositions in turn: those of the frames come first.
+    # Decompositions are made in turn, those of the frames first.
     last = sum(map(jnp.sum, jax.tree.leaves(inverses)), jnp.zeros_like(plain[0, 0]))
     for configuration, frame, backs, keep in zip(
         problem.configurations, setting.frames, inverses, keeps, strict=True
@@ -144,7 +144,7 @@ def objective(problem: Problem, setting: Setting) -> descent.Objective:
             frame.to_terms(factors(problem, c, pair.a, pair.b)).to_matrix()
             for c, frame, pair in parts
         )
-        # Not by tr(E R Eᵀ), whose rounding is that of the largest eigenvalue of R.
+        # Not by tr(E R Eᵀ), whose rounding grows with the largest eigenvalue of R.
         return weighted.whiten(sum(rest, first), *setting.roots) - setting.target
 
     def value_and_gradient(pairs):
@@ -157,6 +157,6 @@ def objective(problem: Problem, setting: Setting) -> descent.Objective:
 def _kept(problem, setting, ranks):
     """Return for each configuration `[r, 1]` ones up to its rank, then zeros."""
     return [
-        (jnp.arange(one.rank)[:, None] < rank).astype(setting.plain.dtype)
-        for one, rank in zip(problem.configurations, ranks, strict=True)
+        (jnp.arange(configuration.rank)[:, None] < rank).astype(setting.plain.dtype)
+        for configuration, rank in zip(problem.configurations, ranks, strict=True)
     ]

@@ -8,15 +8,15 @@ decomposition. A tangent vector at that point is
     R(ξ) = U M Vᵀ + U_p Vᵀ + U V_pᵀ,    UᵀU_p = 0,  VᵀV_p = 0
 
 and is stored as `(U_p, M, V_p)`. Ambient matrices are stored rearranged, `[d1, d2]`
-with `d1 = m1 n1` and `d2 = m2 n2`. Points and tangents keep the factors as the rows of
+with `d1 = m1 n1` and `d2 = m2 n2`. Points and tangents store the factors as the rows of
 `a: [r, d1]` and `b: [r, d2]`. The metric is the Frobenius inner product of the ambient
-space; a vector that is transported keeps its coordinates.
+space; vector transport keeps coordinates.
 
 References: Vandereycken (2013); Absil and Malick (2012), for the retractions.
 
 >>> import jax.numpy as jnp
 >>> point = nearest(jnp.diag(jnp.array([3.0, 2.0, 1.0])), 2)
->>> jnp.round(jnp.abs(point.core), 3).tolist()
+>>> jnp.round(jnp.abs(point.core)).tolist()
 [[3.0, 0.0], [0.0, 2.0]]
 """
 
@@ -32,12 +32,12 @@ from kronjax.linalg.batching import any_lane, select
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """`R(K) = aᵀ core b`.
+    """A point of the manifold, `R(K) = aᵀ core b`.
 
     Attributes:
-        a: `[r, d1]`, orthonormal rows, the vectorised left factors.
-        core: `[r, r]`.
-        b: `[r, d2]`, orthonormal rows, the vectorised right factors.
+        a: Vectorised left factors, `[r, d1]`, with orthonormal rows.
+        core: Core `S`, `[r, r]`.
+        b: Vectorised right factors, `[r, d2]`, with orthonormal rows.
     """
 
     a: jax.Array
@@ -48,12 +48,12 @@ class Point:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tangent:
-    """`R(ξ) = aᵀ core b` of the point's `a`, `b` plus `Tangent.aᵀ b + aᵀ Tangent.b`.
+    """A tangent vector `ξ` at a point with factors `U = aᵀ`, `V = bᵀ`.
 
     Attributes:
-        a: `[r, d1]`, rows orthogonal to those of the point's `a`.
-        core: `[r, r]`.
-        b: `[r, d2]`, rows orthogonal to those of the point's `b`.
+        a: `U_pᵀ`, `[r, d1]`, with rows orthogonal to those of the point's `a`.
+        core: `M`, `[r, r]`.
+        b: `V_pᵀ`, `[r, d2]`, with rows orthogonal to those of the point's `b`.
     """
 
     a: jax.Array
@@ -81,11 +81,11 @@ def project(point: Point, ambient: jax.Array) -> Tangent:
     """Project an ambient matrix orthogonally onto the tangent space at `point`.
 
     Args:
-        point: Where.
-        ambient: `[d1, d2]`.
+        point: The point of the tangent space.
+        ambient: A rearranged matrix, `[d1, d2]`.
 
     Returns:
-        The closest tangent vector. Costs two products `[d1, d2] × [d2, r]`.
+        The closest tangent vector. The cost is two products `[d1, d2] × [d2, r]`.
     """
     az = _mm(point.a, ambient)
     bz = _mm(point.b, ambient.T)
@@ -93,21 +93,21 @@ def project(point: Point, ambient: jax.Array) -> Tangent:
     return Tangent(bz - _mm(core.T, point.a), core, az - _mm(core, point.b))
 
 
-def way(begin: Point, end: Point) -> Tangent:
-    """Return the way from one point to another, as far as it is tangent at its end."""
+def displacement(begin: Point, end: Point) -> Tangent:
+    """Return `end − begin`, projected onto the tangent space at `end`."""
     return project(end, to_ambient(end) - to_ambient(begin))
 
 
 def transport(point: Point, tangent: Tangent) -> Tangent:
-    """Return the tangent vector at a point with the coordinates of one nearby.
+    """Transport a tangent vector from a nearby point to `point`, keeping coordinates.
 
-    The core stays as it is; of the rest what is no longer orthogonal to the factors is
-    taken out. Retractions turn the factors smoothly, so that to first order nothing
-    else happens to a vector that is carried along.
+    The core does not change; parts of the other blocks that are no longer orthogonal to
+    the factors are removed. Retractions turn the factors smoothly, so that to first
+    order a transported vector does not change otherwise.
 
     Args:
-        point: Where the vector is wanted.
-        tangent: At a point nearby.
+        point: The point of the new tangent space.
+        tangent: A tangent vector at a nearby point.
     """
     return Tangent(
         tangent.a - _mm(_mm(tangent.a, point.a.T), point.a),
@@ -124,17 +124,17 @@ def inner(x: Tangent, y: Tangent) -> jax.Array:
 def retract(point: Point, tangent: Tangent) -> Point:
     """Retract orthographically, or by metric projection where that is unsafe.
 
-    `(U C + U_p) C⁻¹ (C Vᵀ + V_pᵀ)` with `C = S + M`: of second order, its difference to
-    `R(K + ξ)` is normal to the tangent space, and it costs small solves and products
-    only. A `C` that is nearly singular, as at a point of lower rank, would be inverted:
-    such steps go through `retract_metric`.
+    The orthographic retraction is `(U C + U_p) C⁻¹ (C Vᵀ + V_pᵀ)` with `C = S + M`. It
+    is of second order, its difference to `R(K + ξ)` is normal to the tangent space, and
+    it costs only small solves and products. If `C` is nearly singular, as at a point of
+    lower rank, `retract_metric` is used instead.
     """
     core = point.core + tangent.core
     inverse = jnp.linalg.inv(core)
     x, y = _mm(inverse.T, tangent.a), _mm(inverse, tangent.b)
     # The Gram matrices of the moved rows have condition number at most 1 + moved.
     moved = jnp.maximum(jnp.sum(x * x), jnp.sum(y * y))
-    # A lane that does not move must not send its whole batch the slow way.
+    # A lane that does not move must not send the whole batch the slow way.
     moves = inner(tangent, tangent) > 0
     # Inverting a core like diag(1, 0) would throw the point far away.
     unsafe = ~(moved < 100) & moves
@@ -159,7 +159,7 @@ def retract_metric(point: Point, tangent: Tangent) -> Point:
         [_mm(point.core + tangent.core, point.b) + tangent.b, point.b]
     )
     q = jnp.linalg.qr(left.T)[0]
-    # Not by the R of that QR, which is there before Q is: see `lanes`.
+    # Not by the R of that QR, which is computed before Q: see `batching`.
     core = _mm(_mm(q.T, left.T), right)
     turned, core, vt = spectral.leading(core, r)
     return Point(_mm(q, turned).T, core, vt)
@@ -168,15 +168,15 @@ def retract_metric(point: Point, tangent: Tangent) -> Point:
 def nearest(ambient: jax.Array, rank: int) -> Point:
     """Return the point of rank `rank` nearest to `ambient` in the Frobenius norm.
 
-    Van Loan's solution, by `spectral.leading`: no full decomposition of a large matrix
-    for a small rank.
+    This is Van Loan's solution, by `spectral.leading`: a small rank needs no full
+    decomposition of a large matrix.
 
     Args:
-        ambient: `[d1, d2]`.
+        ambient: A rearranged matrix, `[d1, d2]`.
         rank: At most `min(d1, d2)`.
 
     Returns:
-        The point, its core diagonal up to rounding, and descending.
+        The point, with a core that is diagonal up to rounding, and descending.
     """
     q, core, vt = spectral.leading(ambient, rank)
     return Point(q.T, core, vt)
@@ -185,8 +185,8 @@ def nearest(ambient: jax.Array, rank: int) -> Point:
 def _orthonormalise(core, a, b):
     """Return the point `aᵀ core b` for rows that are independent, not orthonormal.
 
-    Both sides share one decomposition: two small ones that do not wait for each other,
-    batched, can block each other for ever in the two threads of a two-core machine.
+    Both sides share one decomposition: two small batched decompositions that run at the
+    same time can block each other for ever in the two threads of a two-core machine.
     """
     gram = jnp.stack([_mm(a, a.T), _mm(b, b.T)])
     lower = jnp.linalg.cholesky(gram)

@@ -1,11 +1,11 @@
-"""What a stage minimises, and over what.
+"""The function that a stage minimises, and its unknowns.
 
     f(x) = ½ ‖L^{1/2} (T − Σ_k K_k(x_k)) R^{1/2}‖_p²
 
 The unknowns `x_k`, one for each configuration, are points of the manifold, or pairs of
 factors (`factored`) where the manifold would cost too much beside a gradient: see
-`Problem.is_factored`. Where p = 2 is all there is the objective is that of
-`leastsquares`.
+`Problem.is_factored`. If p = 2 is the only stage, the objective is that of
+`least_squares`.
 
 >>> from kronjax.kronecker import Configuration
 >>> geometry(Problem.of((4, 6), Configuration((2, 3), 1))).__name__
@@ -26,7 +26,7 @@ from kronjax.solver.whitened import Setting
 
 
 def geometry(problem: Problem) -> ModuleType:
-    """Return the module that knows how the unknowns move."""
+    """Return the module with the geometry of the unknowns."""
     return factored if problem.is_factored else manifold
 
 
@@ -39,17 +39,17 @@ def begin(problem: Problem, points: tuple) -> State:
 
 def of(problem: Problem, setting: Setting, stage: Stage) -> Objective:
     """Return the objective of a stage."""
-    if problem.is_flat:
+    if problem.is_least_squares:
         return least_squares.objective(problem, setting)
 
     def objective(points):
-        rest = error(problem, setting, points)
-        value, gradient = problem.norm.value_and_gradient(rest, stage.squarings)
+        residual = error(problem, setting, points)
+        value, gradient = problem.norm.value_and_gradient(residual, stage.squarings)
         return value, tuple(
             geometry(problem).project(
-                point, rearrange(-frame.adjoint(gradient), one.a_shape)
+                point, rearrange(-frame.adjoint(gradient), configuration.a_shape)
             )
-            for point, one, frame in zip(
+            for point, configuration, frame in zip(
                 points, problem.configurations, setting.frames, strict=True
             )
         )
@@ -58,12 +58,12 @@ def of(problem: Problem, setting: Setting, stage: Stage) -> Objective:
 
 
 def error(problem: Problem, setting: Setting, points: tuple) -> jax.Array:
-    """Return the target less what the unknowns stand for in the weighted problem."""
+    """Return the weighted residual `L^{1/2} (T − Σ_k K_k(x_k)) R^{1/2}`, `[m, n]`."""
     total = jnp.zeros((), setting.target.dtype)
-    for one, frame, point in zip(
+    for configuration, frame, point in zip(
         problem.configurations, setting.frames, points, strict=True
     ):
-        shapes = one.a_shape, one.b_shape(problem.shape)
+        shapes = configuration.a_shape, configuration.b_shape(problem.shape)
         ambient = geometry(problem).to_ambient(point)
         total = total + frame.forward(unrearrange(ambient, *shapes))
     return setting.target - total
@@ -72,5 +72,5 @@ def error(problem: Problem, setting: Setting, points: tuple) -> jax.Array:
 def spectral_error(
     problem: Problem, setting: Setting, points: tuple, restarts: int = 12
 ) -> jax.Array:
-    """Return the norm of `error`, as `spectral.estimate_norm` finds it."""
+    """Return the spectral norm of `error`, estimated by `spectral.estimate_norm`."""
     return spectral.estimate_norm(error(problem, setting, points), restarts=restarts)

@@ -1,9 +1,9 @@
-"""What is static about a solve: configurations, norm, stages and budgets.
+"""The static part of a solve: configurations, norm, stages and budgets.
 
-A problem is hashable and holds no arrays. Its schedule is the list of all stages: the
-race, in which every start goes through the first few, and then the rest, for which the
-best of them goes on. One stage after the other keeps the race as small in memory, and
-in compiled code, as a single start.
+A problem is hashable and holds no arrays. Its schedule is the list of all stages: first
+the race, in which every start passes through the first few stages, then the remaining
+stages for the best start. Because stages run one after the other, the race needs no
+more memory, and no more compiled code, than a single start.
 
 >>> from kronjax.kronecker import Configuration
 >>> problem = Problem.of((36, 36), Configuration((6, 6), 3), "schatten:6", starts=2)
@@ -13,7 +13,6 @@ in compiled code, as a single start.
 
 import dataclasses
 import enum
-import math
 from collections.abc import Sequence
 
 import jax
@@ -22,16 +21,15 @@ from kronjax.kronecker import Configuration
 from kronjax.norm import Norm
 
 SLICES = 8
-"""At most so many parts has the only stage of a problem that `is_flat`."""
-
+"""Largest number of parts of the only stage of a problem that `is_least_squares`."""
 
 _FROBENIUS = Norm(2)
 
 
 class Origin(enum.IntEnum):
-    """Where a stage takes its points from."""
+    """The points from which a stage begins."""
 
-    BEFORE = 0
+    PREVIOUS = 0
     START = 1
     CHAMPION = 2
 
@@ -39,15 +37,15 @@ class Origin(enum.IntEnum):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One entry of a schedule; arrays `[stages]` when stacked.
+    """An entry of a schedule; when stages are stacked, fields are arrays `[stages]`.
 
     Attributes:
-        squarings: `j`, which sets p.
-        budget: Products of the size of `EᵀE` that may be spent.
-        origin: `Origin`: where the stage takes its points from.
-        begins: Number of the start that begins here, or -1.
-        ends: Whether a start ends here, to be compared with the champion.
-        final: Whether the solution may be good enough here already.
+        squarings: Number of squarings `j`, which determines p.
+        budget: Largest number of products of the size of `EᵀE`.
+        origin: `Origin`: the points from which the stage begins.
+        begins: Number of the start that begins with this stage, or -1.
+        ends: Whether a start ends with this stage and is compared with the champion.
+        final: Whether the solve may end with this stage.
     """
 
     squarings: int | jax.Array
@@ -60,16 +58,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """All that is static about one problem; hashable, with ranks capped.
+    """The static part of a solve; hashable, with capped ranks.
 
     Attributes:
-        shape: `(m, n)` of the matrix.
-        configurations: What to look for.
+        shape: Shape `(m, n)` of the matrix.
+        configurations: The configurations of the sum.
         norm: The norm of the error.
-        squarings: The stages, ascending; empty where the start is the solution.
+        squarings: Squarings of the stages, ascending; empty if the start is the
+            solution.
         is_adaptive: Whether stages are predicted, and the last ones left out.
-        starts: Starts in the race.
-        budget: Products of the size of `EᵀE` per stage.
+        starts: Number of starts in the race.
+        budget: Largest number of products of the size of `EᵀE` per stage.
     """
 
     shape: tuple[int, int]
@@ -91,9 +90,9 @@ class Problem:
         weighted: tuple[bool, ...] = (False, False),
         schedule: str | Sequence[float] = "adaptive",
     ) -> "Problem":
-        """Check the arguments of `solve` and fill in what they leave open.
+        """Check the arguments of `solve` and fill in the defaults.
 
-        `weighted` says whether rows and columns have weights.
+        `weighted` tells whether rows and columns have weights.
         """
         if len(shape) != 2 or 0 in shape:
             raise ValueError(
@@ -104,11 +103,11 @@ class Problem:
             configuration = (configuration,)
         if not configuration:
             raise ValueError("solve needs at least one Configuration; got none.")
-        for one in configuration:
-            if not isinstance(one, Configuration):
+        for entry in configuration:
+            if not isinstance(entry, Configuration):
                 raise ValueError(
                     "solve takes a Configuration((m1, n1), rank=r), or several; got "
-                    f"{one!r}."
+                    f"{entry!r}."
                 )
         _refuse_duplicates(configuration, shape)
         for name, number in (("starts", starts), ("budget", budget)):
@@ -117,13 +116,9 @@ class Problem:
         size = shape[0], shape[1]
         norm = Norm.parse(norm)
         adaptive = norm.is_adaptive(schedule)
-        stages = norm.stages(
-            schedule,
-            starts_at_frobenius=_FROBENIUS.has_closed_form(
-                size, configuration, weighted
-            ),
-        )
-        # At p = 2 evaluations are cheap, and half-converged weighted fits are poor.
+        solved = _FROBENIUS.has_closed_form(size, configuration, weighted)
+        stages = norm.stages(schedule, starts_at_frobenius=solved)
+        # At p = 2 products are cheap, and half-converged weighted fits are poor.
         default = default_budget(size, adaptive) * (6 if stages == (-1,) else 1)
         return cls(
             shape=size,
@@ -144,32 +139,32 @@ class Problem:
         return self.norm.is_spectral
 
     @property
-    def is_flat(self) -> bool:
-        """Whether p = 2 is all there is, and has no closed form."""
+    def is_least_squares(self) -> bool:
+        """Whether p = 2 is the only stage."""
         return self.squarings == (-1,)
 
     @property
     def is_factored(self) -> bool:
-        """Whether the unknowns are factors, not points of the manifold: see `factored`.
+        """Whether the unknowns are factors instead of points of the manifold.
 
-        At p = 2 a gradient is hardly more than one product with a weight. For larger p
-        it has at least two of the size of `EᵀE`, and orthonormal bases have to cost
-        most of another one: where they are cheaper they are worth their price, for
-        factors take more products: 4 % more of 72 matrices of OPT-125M's shapes at half
-        their parameters, solved to 3e-2, and 20 % more of four random 48×48 of rank 12,
-        solved to 2e-4.
+        See `factored`. At p = 2 a gradient costs hardly more than a product with a
+        weight. For larger p it costs at least two products of the size of `EᵀE`, and
+        factors are used if orthonormal bases cost most of another one. Cheaper bases
+        are worth their price, because factors take more products: 4 % more on 72
+        matrices of OPT-125M's shapes at half their parameters, solved to 3e-2, and 20 %
+        more on four random 48×48 of rank 12, solved to 2e-4.
         """
         m, n = max(self.shape), min(self.shape)
-        size = sum(
-            one.rank**2 * (math.prod(one.a_shape) + math.prod(one.b_shape(self.shape)))
-            for one in self.configurations
-        )
+        size = sum(c.rank * c.num_parameters(self.shape) for c in self.configurations)
         is_costly = 4 * 7 * size >= 3 * m * n**2
-        return self.is_flat or (bool(self.squarings) and is_costly)
+        return self.is_least_squares or (bool(self.squarings) and is_costly)
 
     @property
     def num_race_stages(self) -> int:
-        """Stages in which every start takes part: not the last, unless it is alone."""
+        """Number of stages of every start: all but the last one, if there are others.
+
+        At most three, or four with the adaptive schedule; zero for a single start.
+        """
         stages = len(self.squarings)
         race = 4 if self.is_adaptive else 3
         return min(race, max(stages - 1, 1), stages) if self.starts > 1 else 0
@@ -177,12 +172,12 @@ class Problem:
     def schedule(self) -> list[Stage]:
         """Return all stages in order: every start's part of the race, then the rest.
 
-        The winner always has a stage of its own: one that is alone is run again.
+        The winner always has a stage of its own: a single stage is run again.
         """
         race = self.squarings[: self.num_race_stages]
         rest = self.squarings[len(race) :] or self.squarings[-1:]
-        # One long stage in slices, that its progress may be seen.
-        slices = min(SLICES, -(-self.budget // 100)) if self.is_flat else 1
+        # A single long stage is cut into slices that show its progress.
+        slices = min(SLICES, -(-self.budget // 100)) if self.is_least_squares else 1
         share = self.budget // self.starts
         stages = []
         for start in range(self.starts if race else 0):
@@ -192,7 +187,7 @@ class Problem:
                     Stage(
                         squarings=j,
                         budget=share,
-                        origin=Origin.START if begins else Origin.BEFORE,
+                        origin=Origin.START if begins else Origin.PREVIOUS,
                         begins=start if begins else -1,
                         ends=j == race[-1],
                         final=False,
@@ -205,7 +200,7 @@ class Problem:
                 Stage(
                     squarings=j,
                     budget=-(-self.budget // slices),
-                    origin=first if begins else Origin.BEFORE,
+                    origin=first if begins else Origin.PREVIOUS,
                     begins=0 if begins and not race else -1,
                     ends=False,
                     final=self.is_adaptive,
@@ -216,18 +211,19 @@ class Problem:
 
 def _refuse_duplicates(configurations, shape):
     m, n = shape
-    # A column times a row is a row times a column, and so with a matrix and a number.
-    # For one column all four are the same: the later entries of the mapping win.
+    # A column times a row is a row times a column; likewise a matrix times a number.
+    # In a matrix with one column all four are the same: later entries take precedence.
     same = {(m, n): (1, 1), (1, 1): (1, 1)} | dict.fromkeys([(1, n), (m, 1)], (m, 1))
     seen = {}
-    for one in configurations:
-        key = same.get(one.a_shape, one.a_shape)
+    for configuration in configurations:
+        a_shape, rank = configuration.a_shape, configuration.rank
+        key = same.get(a_shape, a_shape)
         if key in seen:
             raise ValueError(
-                f"{one} and {seen[key]} express the same sums: write one "
-                f"Configuration({one.a_shape}, rank={one.rank + seen[key].rank})."
+                f"{configuration} and {seen[key]} express the same sums: write one "
+                f"Configuration({a_shape}, rank={rank + seen[key].rank})."
             )
-        seen[key] = one
+        seen[key] = configuration
 
 
 def parse_norm(norm: float | str) -> float:
@@ -238,6 +234,6 @@ def parse_norm(norm: float | str) -> float:
 def default_budget(shape: tuple[int, int], adaptive: bool = False) -> int:
     """Return the products per stage: 1,000 where they are cheap, falling to 165.
 
-    The adaptive schedule has more of them, and falls to 100.
+    The adaptive schedule has more stages; its budget falls to 100.
     """
     return max(100 if adaptive else 165, min(1000, 100_000 // min(shape)))

@@ -1,7 +1,7 @@
-"""Where a continuation stands, what it tells on the way, and what it returns.
+"""The state of a continuation, its trace and its result.
 
-A path is the carry of the loop over stages, one line of the trace is what every stage
-leaves behind. `gather` makes the trace of the winner from the lines of all starts.
+A path is the carry of the loop over stages; every stage adds one line to the trace.
+`gather` assembles the trace of the winner from the lines of all starts.
 """
 
 import dataclasses
@@ -19,17 +19,18 @@ from kronjax.solver.problem import Problem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What happened, one entry for each stage `[stages]`; the first is the start.
+    """The history of a solve, one entry per stage `[stages]`; the first is the start.
 
     Stages after an adaptive continuation has ended repeat its last entry, at no cost.
 
     Attributes:
         p: Exponent of the Schatten norm.
         value: `‖T − K‖_p` at the end of the stage.
-        spectral_error: Lower bound of `‖T − K‖_2` there, from a few iterations.
-        steps: Accepted steps.
-        gemms: Products of the size of `EᵀE` in values and gradients, those of rejected
-            trials included.
+        spectral_error: Lower bound of `‖T − K‖_2` at the end of the stage, from a few
+            iterations.
+        steps: Number of accepted steps.
+        gemms: Number of products of the size of `EᵀE` in values and gradients,
+            including those of rejected trials.
     """
 
     p: jax.Array
@@ -42,13 +43,13 @@ class Trace:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """What `solve` returns.
+    """The result of `solve`.
 
     Attributes:
-        terms: One `KroneckerTerms` for each configuration, of falling norm.
+        terms: One `KroneckerTerms` for each configuration, with terms of falling norm.
         spectral_error: Lower bound of `‖T − K‖_2` by `spectral.estimate_norm`.
-        frobenius: The terms at p = 2, where the continuation began: Van Loan's, one
-            configuration after the other.
+        frobenius: The terms at p = 2, where the continuation began: Van Loan's
+            solution, one configuration after the other.
         trace: `Trace`.
         status: `Status` of the last stage.
     """
@@ -63,23 +64,24 @@ class Solution:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """Where a continuation stands.
+    """The state of a continuation.
 
     Attributes:
-        state: Of the descent at the present p.
-        p: Its exponent.
-        error: Spectral error there, relative to `‖T‖_F`.
-        done: Whether that is good enough: further stages change nothing.
-        previous: The points at the p before, as those of the state.
-        previous_p: That p.
+        state: State of the descent at the current p.
+        p: The current exponent.
+        error: Spectral error at the current points, relative to `‖T‖_F`.
+        done: Whether the solution is good enough; further stages do not change it.
+        previous: The points at the end of the previous stage, in the geometry of
+            `state`.
+        previous_p: The exponent of the previous stage.
         champion: State of the best start so far, at the end of its part of the race;
             None if there is no race.
-        running: Number of the start that runs.
-        winner: Number of the champion's start.
+        running: Number of the current start.
+        winner: Number of the start of the champion.
         frobenius: The points of the manifold at p = 2.
-        best: The points, as those of the state, of the smallest spectral error at the
-            end of a stage.
-        best_error: That error, relative to `‖T‖_F`.
+        best: The points, in the geometry of `state`, with the smallest spectral error
+            at the end of a stage.
+        best_error: Spectral error of `best`, relative to `‖T‖_F`.
     """
 
     state: descent.State
@@ -104,8 +106,8 @@ def gather(
     Args:
         problem: The problem that was solved.
         winner: Number of the start that won the race.
-        first: The line of `start`; scalars of jax or NumPy.
-        lines: The lines of all stages that were run, stacked.
+        first: The line that `start` returns; scalars of jax or NumPy.
+        lines: The lines that `advance` returns, stacked.
     """
     concatenate = jnp.concatenate
     if not isinstance(first.p, jax.Array):
@@ -120,7 +122,6 @@ def gather(
     if not count:
         return jax.tree.map(lambda *x: concatenate(x), first, rest)
     race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)
-    won = dataclasses.replace(
-        jax.tree.map(lambda x: x[winner], race), gemms=race.gemms.sum(0)
-    )
+    won = jax.tree.map(lambda x: x[winner], race)
+    won = dataclasses.replace(won, gemms=race.gemms.sum(0))
     return jax.tree.map(lambda *x: concatenate(x), first, won, rest)

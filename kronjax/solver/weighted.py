@@ -1,26 +1,26 @@
-"""Weighted errors: `‖L^{1/2} (W − K) R^{1/2}‖_p`, in coordinates that make them plain.
+"""Coordinates in which weighted errors `‖L^{1/2} (W − K) R^{1/2}‖_p` are nearly plain.
 
 With `L = G Gᵀ` and `R = F Fᵀ` the error is that of `Gᵀ W F`, approximated by `Gᵀ K F`.
-That sum is low rank in disguise only where `L` and `R` are Kronecker products. For each
-configuration they are therefore replaced by likely Kronecker products (those of
+That sum is a rearranged low-rank matrix only if `L` and `R` are Kronecker products. For
+each configuration they are therefore replaced by likely Kronecker products (those of
 matrix-normal data, which leave `P` and `Q` below without a scale in any factor),
 `L ≈ L1 ⊗ L2` and `R ≈ R1 ⊗ R2`, and its terms are sought as
 
     K = (L1 ⊗ L2)^{-1/2} K' (R1 ⊗ R2)^{-1/2},    R(K') on the manifold of fixed rank,
 
-which keeps their factors factors. What `K'` stands for in the weighted problem, its
-`Frame` says: `P K' Q` with `P = Gᵀ (L1 ⊗ L2)^{-1/2}` and `Q = (R1 ⊗ R2)^{-1/2} F`,
-close to orthogonal matrices if the replacement was good. It is exact, `P = Q = 1`, for
-a configuration that is low rank: then the closed form of the whitened matrix solves
-p = 2. Otherwise it is where every weighted solve starts, and the metric in which it
-goes on: what is left of the condition of the weights is that of `P` and `Q`.
+which is again a sum of Kronecker products. In the weighted problem `K'` stands for
+`P K' Q` (see `Frame`), where `P = Gᵀ (L1 ⊗ L2)^{-1/2}` and `Q = (R1 ⊗ R2)^{-1/2} F` are
+close to orthogonal matrices if the replacement is good. It is exact, `P = Q = 1`, for a
+configuration that is low rank: then the closed form of the whitened matrix solves
+p = 2. Otherwise the replaced problem is the start of every weighted solve, and its
+metric remains in use: the condition of the weights is reduced to that of `P` and `Q`.
 
 References: Van Loan and Pitsianis (1993); Dutilleul (1999), for the alternating fit of
 a Kronecker product; Srebro and Jaakkola (2003), for weights without a closed form.
 
 >>> import jax.numpy as jnp
 >>> root = Root.of(jnp.diag(jnp.array([1.0, 3.0])))
->>> jnp.round(2 * root.factor @ root.factor.T, 3).tolist()
+>>> jnp.round(2 * root.factor @ root.factor.T).tolist()
 [[1.0, 0.0], [0.0, 3.0]]
 """
 
@@ -33,10 +33,10 @@ from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.linalg.batching import after
 
 RIDGE = 1e-6
-"""Added to the eigenvalues of a weight, as a part of their mean."""
+"""Fraction of the mean eigenvalue of a weight that is added to all its eigenvalues."""
 
 SWEEPS = 5
-"""Rounds of the fit of a Kronecker product to a weight; it settles in so many."""
+"""Rounds of the fit of a Kronecker product to a weight, enough for it to settle."""
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +46,8 @@ class Root:
 
     Attributes:
         factor: `F`, `[n, n]`.
-        inverse: `F⁻¹`.
-        gram: `F Fᵀ`.
+        inverse: `F⁻¹`, `[n, n]`.
+        gram: `F Fᵀ`, `[n, n]`.
         scale: Square root of the mean.
     """
 
@@ -76,13 +76,13 @@ class Root:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """The coordinates of the columns of one configuration (of the rows: transposed).
+    """The coordinates of the columns of a configuration (transposed for the rows).
 
     Attributes:
-        first: `[n1, n1]`, multiplies `A'` from the right and gives `A`.
-        second: `[n2, n2]`, likewise from `B'` to `B`.
-        whole: `[n1 n2, n1 n2]`, from `K'` to the weighted problem, or None for the
-            identity.
+        first: Matrix `[n1, n1]` that gives `A` when it multiplies `A'` from the right.
+        second: Matrix `[n2, n2]` that likewise gives `B` from `B'`.
+        whole: Matrix `[n1 n2, n1 n2]` from `K'` to the weighted problem, or None for
+            the identity.
     """
 
     first: jax.Array
@@ -93,7 +93,7 @@ class Side:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inverses:
-    """The inverses of `first` and `second` of a `Side`, needed for the start only."""
+    """The inverses of `first` and `second` of a `Side`, needed only for the start."""
 
     first: jax.Array
     second: jax.Array
@@ -102,11 +102,11 @@ class Inverses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """The coordinates of one configuration; a side without a weight is None.
+    """The coordinates of a configuration; a side without a weight is None.
 
     Attributes:
-        left: Of the rows.
-        right: Of the columns.
+        left: Coordinates of the rows.
+        right: Coordinates of the columns.
     """
 
     left: Side | None = None
@@ -145,17 +145,17 @@ def frames(
     left: Root | None,
     right: Root | None,
 ) -> tuple[tuple[Frame, ...], tuple]:
-    """Return the coordinates of every configuration, and what leads back.
+    """Return the coordinates of every configuration, and their inverses.
 
     Args:
-        shape: `(m, n)`.
-        configurations: What is looked for.
-        left: Of the weight of the rows `[m, m]`, or None.
-        right: Of the weight of the columns `[n, n]`, or None.
+        shape: Shape `(m, n)` of the matrix.
+        configurations: The configurations of the sum.
+        left: Root of the weight of the rows `[m, m]`, or None.
+        right: Root of the weight of the columns `[n, n]`, or None.
 
     Returns:
-        A `Frame` for each configuration, and for each of them a pair of `Inverses`,
-        of the rows and of the columns, or None.
+        A `Frame` for each configuration, and a pair of `Inverses` for each, of the rows
+        and of the columns, with None for a side without a weight.
     """
     results, inverses = [], []
     last = None
@@ -188,7 +188,7 @@ def whiten(
 def to_start(
     matrix: jax.Array, left: Inverses | None, right: Inverses | None
 ) -> jax.Array:
-    """Return `(L1 ⊗ L2)^{1/2} W (R1 ⊗ R2)^{1/2}`, `[m, n]`, to be solved at p = 2."""
+    """Return `(L1 ⊗ L2)^{1/2} W (R1 ⊗ R2)^{1/2}`, `[m, n]`, the target of the start."""
     if left is not None:
         matrix = _multiply(matrix.T, left.first, left.second).T
     if right is not None:
@@ -197,27 +197,27 @@ def to_start(
 
 
 def _side(root: Root, n1: int, n2: int, last):
-    one = jnp.ones((1, 1), root.factor.dtype)
+    unit = jnp.ones((1, 1), root.factor.dtype)
     if n1 == 1:
-        return Side(one, root.inverse, None), Inverses(one, root.factor)
+        return Side(unit, root.inverse, None), Inverses(unit, root.factor)
     if n2 == 1:
-        return Side(root.inverse, one, None), Inverses(root.factor, one)
+        return Side(root.inverse, unit, None), Inverses(root.factor, unit)
     blocks = root.gram.reshape(n1, n2, n1, n2)
 
     def sweep(_, pair):
-        # The likeliest pair for matrix-normal rows: each given the other one.
+        # Each factor in turn is the likeliest for matrix-normal rows given the other.
         second = _mm(pair[1].inverse.T, pair[1].inverse)
         first = Root.of(_contract("iajb,ab->ij", blocks, second))
         second = _mm(first.inverse.T, first.inverse)
         return first, Root.of(_contract("iajb,ij->ab", blocks, second))
 
-    # One decomposition after the other, and all after that of the weight.
+    # Decompositions are made in turn, all after that of the weight.
     identity = jnp.eye(n2, dtype=blocks.dtype)
     identity = after(identity, root.factor if last is None else last)
-    unit = Root(identity, identity, identity, identity[0, 0])
+    second = Root(identity, identity, identity, identity[0, 0])
     eye = jnp.eye(n1, dtype=blocks.dtype)
     first = Root(eye, eye, eye, identity[0, 0])
-    first, second = jax.lax.fori_loop(0, SWEEPS, sweep, (first, unit))
+    first, second = jax.lax.fori_loop(0, SWEEPS, sweep, (first, second))
     whole = _multiply(root.factor.T, first.inverse.T, second.inverse.T).T
     return (
         Side(first.inverse, second.inverse, whole),

@@ -1,8 +1,8 @@
-"""A matrix and its weights, as the descent sees them.
+"""The whitened and normalised problem in which the descent works.
 
-The target is `L^{1/2} T R^{1/2}` of Frobenius norm one; points live in the coordinates
-of their configurations (`weighted.Frame`), and errors are compared at the scale of the
-target. Nothing here iterates.
+The target is `L^{1/2} T R^{1/2}` of Frobenius norm one; points are represented in the
+coordinates of their configurations (`weighted.Frame`), and errors are compared at the
+scale of the target. Nothing in this module iterates.
 
 >>> import jax.numpy as jnp
 >>> from kronjax.kronecker import Configuration
@@ -28,16 +28,16 @@ from kronjax.solver.weighted import Frame, Root
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A matrix and its weights, as the descent sees them.
+    """A whitened and normalised matrix with the data that leads back.
 
     Attributes:
         target: `L^{1/2} T R^{1/2}`, `[m, n]`, of Frobenius norm one.
-        plain: `T` at the same scale.
-        roots: Of `L` and `R`, or None.
-        frames: For each configuration, the coordinates of its terms.
-        scale: What the terms found have to be multiplied by.
-        unit: What weighted errors have to be multiplied by.
-        finite: Whether all that was given is.
+        plain: `T` at the same scale, `[m, n]`.
+        roots: Roots of `L` and `R`, or None without a weight.
+        frames: Coordinates of the terms of each configuration.
+        scale: Factor from sums in this scale to sums in the scale of `T`.
+        unit: Factor from errors in this scale to weighted errors.
+        finite: Whether the matrix and its weights are finite.
     """
 
     target: jax.Array
@@ -50,15 +50,15 @@ class Setting:
 
 
 def check_weights(matrix, left, right):
-    """Return the weights as arrays, or say what is wrong with their shapes.
+    """Check shapes and dtypes of the weights and return them as arrays.
 
     Args:
-        matrix: `[m, n]`.
-        left: `[m, m]`, or None.
-        right: `[n, n]`, or None.
+        matrix: The matrix, `[m, n]`.
+        left: Weight of the rows, `[m, m]`, or None.
+        right: Weight of the columns, `[n, n]`, or None.
 
     Returns:
-        Both, as a list.
+        A list of both.
 
     Raises:
         ValueError: If a weight has another shape, or another dtype than the matrix.
@@ -83,10 +83,10 @@ def prepare(problem: Problem, matrix, left_weight=None, right_weight=None):
     """Normalise a matrix, and decompose its weights.
 
     Args:
-        problem: What is looked for.
-        matrix: `[m, n]`.
-        left_weight: `[m, m]`, or None.
-        right_weight: `[n, n]`, or None.
+        problem: The problem.
+        matrix: The matrix, `[m, n]`.
+        left_weight: Weight of the rows, `[m, m]`, or None.
+        right_weight: Weight of the columns, `[n, n]`, or None.
 
     Returns:
         The setting, and for each configuration the inverses of its frame (see
@@ -94,7 +94,7 @@ def prepare(problem: Problem, matrix, left_weight=None, right_weight=None):
     """
     plain, scale, finite = _normalise(matrix)
     left, right = None, None
-    # What concerns the weights alone stays so: a batch may share them.
+    # Roots do not depend on the matrix, because a batch may share its weights.
     if right_weight is not None:
         right = Root.of(_cleared(right_weight))
     if left_weight is not None:
@@ -129,9 +129,9 @@ def _cleared(weight):
 
 
 def _normalise(matrix):
-    """Return `T` of Frobenius norm one, that norm, and whether all of it is finite."""
+    """Return `T` scaled to Frobenius norm one, its norm, and whether that is finite."""
     largest = jnp.max(jnp.abs(matrix))
-    # The reciprocal of 1e38 has no float32 digits: come closer to one, exactly, first.
+    # The reciprocal of 1e38 has no float32 digits: scale by a power of two first.
     shift = jnp.where(largest > 1, 2.0**-8, 2.0**8).astype(matrix.dtype)
     ratios = matrix * shift / jnp.where(largest > 0, largest * shift, 1)
     norm = jnp.linalg.norm(ratios)
@@ -143,7 +143,7 @@ def _normalise(matrix):
 
 
 def factors(problem, configuration, a, b):
-    """Return rows `[r, d1]` and `[r, d2]` as factors."""
+    """Return rows `[r, d1]` and `[r, d2]` as the factors of `KroneckerTerms`."""
     b_shape = configuration.b_shape(problem.shape)
     return KroneckerTerms(
         a.reshape(-1, *configuration.a_shape), b.reshape(-1, *b_shape)
@@ -151,13 +151,14 @@ def factors(problem, configuration, a, b):
 
 
 def to_terms(problem, setting, points, last):
-    """Return the factors of the Kronecker product SVD, sharing its values equally.
+    """Return the factors of the Kronecker product SVD, which share its values equally.
 
     Args:
-        problem: What is looked for.
-        setting: Knows the coordinates and the scale.
-        points: Of the manifold, one for each configuration.
-        last: What has to be there before anything is decomposed: see `lanes`.
+        problem: The problem.
+        setting: The setting, with the coordinates and the scale.
+        points: Points of the manifold, one for each configuration.
+        last: Array that must be computed before any decomposition starts: see
+            `batching`.
     """
     cores = tuple(after(point.core, last) for point in points)
     decomposed = in_turn(spectral.triplets, cores)

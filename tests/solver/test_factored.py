@@ -87,7 +87,7 @@ def test_projecting_is_the_gradient_and_a_way_leads_to_its_end():
     found = factored.project(pair, ambient)
     for x, y in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-12)
-    moved = factored.retract(pair, factored.way(pair, other))
+    moved = factored.retract(pair, factored.displacement(pair, other))
     np.testing.assert_allclose(product(moved), product(other), atol=1e-12)
 
 
