@@ -24,13 +24,14 @@ from kronjax.io.progress import bar
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.linalg.dense import multiply_out
 from kronjax.linalg.residuals import ResidualNorms, measure
+from kronjax.norm import Norm
 from kronjax.proof import newton
 from kronjax.proof.certificate import Certificate, certificate_of
 from kronjax.runs import pool_programs, workers
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.pool import Finished, Matrix
 from kronjax.runs.pool_programs import Kind
-from kronjax.solver.problem import Problem, parse_norm
+from kronjax.solver.problem import Problem
 from kronjax.solver.solution import Trace
 
 ATTEMPTS = 3
@@ -108,7 +109,7 @@ def approximate(
     matrix,
     configuration: Configuration | Sequence[Configuration],
     *,
-    norm: float | str = "spectral",
+    norm: float | str | Norm = "spectral",
     left_weight=None,
     right_weight=None,
     dtype: str | None = None,
@@ -166,12 +167,13 @@ def approximate(
     """
     notes: list[str] = []
     target = validation.matrix(matrix, dtype, notes)
-    if certify and parse_norm(norm) != math.inf:
-        raise ValueError(f'certify is for norm="spectral"; got norm={norm!r}.')
-    if finish and (parse_norm(norm) != math.inf or target.dtype != np.float64):
+    norm = Norm.parse(norm)
+    if certify and not norm.is_spectral:
+        raise ValueError(f'certify is for norm="spectral"; got norm="{norm}".')
+    if finish and (not norm.is_spectral or target.dtype != np.float64):
         raise ValueError(
             'finish is for norm="spectral" in float64; got '
-            f'norm={norm!r} in {target.dtype}. Pass dtype="float64", or finish=False.'
+            f'norm="{norm}" in {target.dtype}. Pass dtype="float64", or finish=False.'
         )
     *batch, m, n = target.shape
     weights = (

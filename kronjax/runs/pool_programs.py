@@ -84,7 +84,7 @@ def _turn(kind, held, tolerance, order, seeds, stage, following, ends):
 
     def lane(setting, path, seed):
         path = continuation.leave(problem, setting, path, stage, tolerance)
-        line = continuation.trace_line(setting, path, stage)
+        line = continuation.trace_line(problem, setting, path, stage)
         done = path.done | ends
         # What is done keeps its state, which tells how it ended.
         new = continuation.enter(problem, setting, path, following, seed)
@@ -161,7 +161,7 @@ def proof_exponent(problem: Problem, last: jax.Array) -> jax.Array:
     At high rank half of it: gaps are then 2.3 instead of 2.6 % at half the parameters
     of 768×768, but would be 9.8 instead of 7.1 % with 8 terms.
     """
-    return last / 2 if problem.is_spectral and problem.is_factored else last
+    return last / 2 if problem.norm.is_spectral and problem.is_factored else last
 
 
 def rows(slots: int, devices: int) -> int:

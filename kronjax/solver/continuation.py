@@ -174,19 +174,19 @@ def advance(
         idle = path.done
     else:
         new, idle = run(), jnp.array(False)
-    line = trace_line(setting, new, stage)
+    line = trace_line(problem, setting, new, stage)
     steps, gemms = (jnp.where(idle, 0, x) for x in (line.steps, line.gemms))
     return new, dataclasses.replace(line, steps=steps, gemms=gemms)
 
 
-def trace_line(setting: Setting, path: Path, stage: Stage) -> Trace:
+def trace_line(problem: Problem, setting: Setting, path: Path, stage: Stage) -> Trace:
     """Return the line of the trace for a path at the end of a stage."""
     return Trace(
         p=path.p,
         value=jnp.sqrt(2 * path.state.value) * setting.unit,
         spectral_error=path.error * setting.unit,
         steps=path.state.steps,
-        gemms=path.state.evaluations * schatten.num_products(stage.squarings),
+        gemms=path.state.evaluations * problem.norm.num_products(stage.squarings),
     )
 
 

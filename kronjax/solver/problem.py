@@ -134,11 +134,6 @@ class Problem:
         )
 
     @property
-    def is_spectral(self) -> bool:
-        """Whether the norm is the spectral one."""
-        return self.norm.is_spectral
-
-    @property
     def is_least_squares(self) -> bool:
         """Whether p = 2 is the only stage."""
         return self.squarings == (-1,)
@@ -224,11 +219,6 @@ def _refuse_duplicates(configurations, shape):
                 f"Configuration({a_shape}, rank={rank + seen[key].rank})."
             )
         seen[key] = configuration
-
-
-def parse_norm(norm: float | str) -> float:
-    """Return the exponent of a norm."""
-    return Norm.parse(norm).p
 
 
 def default_budget(shape: tuple[int, int], adaptive: bool = False) -> int:
