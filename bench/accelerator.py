@@ -120,7 +120,7 @@ def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
         "memory": pool.memory,
         "gap": max(gaps),
         "median_gap": float(np.median(gaps)),
-        "products": sum(one.gemms for one in found),
+        "products": sum(one.products for one in found),
         "errors": [one.spectral_error for one in found],
     }
 

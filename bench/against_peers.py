@@ -194,13 +194,13 @@ def _row(key, solved, reference):
         "seconds": solved.seconds,
         "runs": solved.runs,
         "compile_seconds": solved.compile_seconds,
-        "mean_gemms": float(np.mean(found.gemms)),
+        "mean_gemms": float(np.mean(found.products)),
         "mean_error": float(np.mean(found.error.spectral)),
         "relative_error": relative(found.error.spectral, reference),
         "errors": found.error.spectral,
         "trace": {
             "p": found.trace.p[0],
-            "mean_gemms": np.cumsum(found.trace.gemms, axis=1).mean(0),
+            "mean_gemms": np.cumsum(found.trace.products, axis=1).mean(0),
             "relative_error": (found.trace.spectral_error / reference[:, None]).mean(0),
         },
     }

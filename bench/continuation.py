@@ -62,7 +62,7 @@ def compared(labels, matrices, configuration):
         )
         gaps = np.ravel(short.certificate.local_gap)
         for i, (label, gap) in enumerate(zip(labels, gaps, strict=True)):
-            spent = [int(np.ravel(one.gemms)[i]) for one in (full, short)]
+            spent = [int(np.ravel(one.products)[i]) for one in (full, short)]
             error, ours = (
                 float(np.ravel(one.error.spectral)[i]) for one in (full, short)
             )
@@ -72,7 +72,7 @@ def compared(labels, matrices, configuration):
                     "rank": configuration.rank,
                     "tolerance": tolerance,
                     "gemms_doubling": spent[0],
-                    "gemms": spent[1],
+                    "products": spent[1],
                     "ratio": spent[1] / spent[0],
                     "excess": ours / error - 1,
                     "gap": float(gap),
@@ -215,7 +215,7 @@ def main():
     targets = targets_of(rows, "random")
     if large:
         targets += targets_of(large, "GPT-2")
-        for key, limit in (("gemms", 2500), ("gap", 1e-2)):
+        for key, limit in (("products", 2500), ("gap", 1e-2)):
             largest = max(r[key] for r in large if r["tolerance"] == TOLERANCE)
             targets.append(script.Target(f"GPT-2: largest {key}", largest, limit))
     else:

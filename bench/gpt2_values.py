@@ -88,12 +88,12 @@ def solve_cases(experiment, cases):
                 "num_parameters": found.num_parameters,
                 "error": float(found.error.spectral[i]),
                 "target": case.limit,
-                "gemms": int(found.gemms[i]),
+                "products": int(found.products[i]),
                 "svd_error": svd.spectral_error,
                 "van_loan_error": van_loan.spectral_error,
                 "trace": {
                     "p": found.trace.p[i],
-                    "gemms": np.cumsum(found.trace.gemms[i]),
+                    "products": np.cumsum(found.trace.products[i]),
                     "spectral_error": found.trace.spectral_error[i],
                 },
             }
@@ -109,11 +109,11 @@ def measure_rate(experiment):
     rows, solved = solve_cases(experiment, experiment.batch)
     script.say("rate of plain products again")
     after = timing.gemm_rate(size, np.float32, count)
-    gemms = sum(row["gemms"] for row in rows)
-    rate = gemms * 2 * size**3 / solved.seconds
+    products = sum(row["products"] for row in rows)
+    rate = products * 2 * size**3 / solved.seconds
     return rows, {
         "batch": count,
-        "gemms": gemms,
+        "products": products,
         "seconds": solved.seconds,
         "runs": solved.runs,
         "compile_seconds": solved.compile_seconds,
@@ -132,8 +132,8 @@ def targets_of(rows, rate, real):
         for name, row in named
         if row["target"] is not None
     ]
-    gemms = [
-        script.Target(f"{name}: GEMMs", row["gemms"], MAX_GEMMS)
+    products = [
+        script.Target(f"{name}: GEMMs", row["products"], MAX_GEMMS)
         for name, row in named
         if real
     ]
@@ -143,7 +143,7 @@ def targets_of(rows, rate, real):
         MIN_RATE,
         at_least=True,
     )
-    return [*errors, *gemms, *[fraction] * real]
+    return [*errors, *products, *[fraction] * real]
 
 
 def draw(rows):
@@ -153,7 +153,7 @@ def draw(rows):
         path = row["trace"]
         # The start costs no products of this size; its error is that of Van Loan.
         each.plot(
-            path["gemms"][1:],
+            path["products"][1:],
             path["spectral_error"][1:],
             color=script.COLORS["kronjax"],
             marker="o",
@@ -203,7 +203,7 @@ def main():
                 row["svd_error"],
                 row["van_loan_error"],
                 row["error"],
-                row["gemms"],
+                row["products"],
             )
             for row in rows
         ],

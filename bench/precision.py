@@ -175,7 +175,7 @@ def prove(experiment):
                     "gaps": proven.local_gap,
                     "median_gap": float(np.median(proven.local_gap)),
                     "within": int(np.sum(proven.local_gap <= TOLERANCE)),
-                    "products": int(found.trace.gemms.sum()),
+                    "products": int(found.trace.products.sum()),
                 }
             )
     for row in rows:  # the first is float32

@@ -150,7 +150,7 @@ def measure_batches(experiment):
                     "seconds_per_matrix": solved.seconds / size,
                     "runs": solved.runs,
                     "compile_seconds": solved.compile_seconds,
-                    "mean_gemms": float(np.mean(solved.approximation.gemms)),
+                    "mean_gemms": float(np.mean(solved.approximation.products)),
                 }
             )
     unit = rows[0]["seconds_per_matrix"]

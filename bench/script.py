@@ -164,7 +164,7 @@ def solve_alone(matrices, configuration, tolerance):
             {
                 "steps": int(one.steps.sum()),
                 "p": np.unique(one.p).tolist(),
-                "gemms": int(one.gemms.sum()),
+                "products": int(one.products.sum()),
             }
             for one in traces
         ],

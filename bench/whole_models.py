@@ -190,7 +190,7 @@ def flops_of(record):
     m, n = max(record["shape"]), min(record["shape"])
     rank = sum(one["rank"] for one in record["configurations"])
     evaluations = record["steps"] + len(record["p"]) - 1
-    large = 2 * n**3 * record["gemms"] + 4 * n**2 * (m - n) * evaluations
+    large = 2 * n**3 * record["products"] + 4 * n**2 * (m - n) * evaluations
     plain = 2 * n**2 * m * evaluations
     part = halved(n) / n**2 if jax.default_backend() == "cpu" else 1
     left_out = (large - plain) * (1 - part)
@@ -307,7 +307,7 @@ def measure(experiment, real, tolerance, folder):
     like = next(one for one in records if one["name"] == names[0])
     own = np.sum([flops_of({**like, **one})[:2] for one in loop.efforts])
     # All squares one by one would take as much longer as they take more products.
-    squares = {x["name"]: x["gemms"] for x in records if x["name"].startswith("square")}
+    squares = {x["name"]: x["products"] for x in records if x["name"].startswith("square")}
     longer = sum(squares.values()) / sum(squares[name] for name in names)
     alone = sum(loop.runs) * longer
     proofs = float(np.mean(loop.proofs)) * len(squares)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from kronjax import validation
+from kronjax import display, validation
 from kronjax.io.progress import bar
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.linalg.dense import multiply_out
@@ -82,6 +82,14 @@ class Approximation:
     certificate: Certificate | None = None
     finishes: tuple[newton.Finish, ...] | None = None
 
+    def __repr__(self) -> str:
+        """Return the sizes, errors and status in at most ten lines."""
+        return "\n".join(display.summary_lines(self))
+
+    def _repr_html_(self) -> str:
+        """Return the same as a table for notebooks."""
+        return display.summary_html(self)
+
     @property
     def shape(self) -> tuple[int, int]:
         """Shape `(m, n)` of the matrices."""
@@ -93,12 +101,12 @@ class Approximation:
         return sum(terms.num_parameters for terms in self.terms)
 
     @property
-    def gemms(self) -> np.ndarray:
+    def products(self) -> np.ndarray:
         """Products of the size of `EᵀE` spent on every matrix, all starts included.
 
         Those of attempts that `certify` has replaced are not.
         """
-        return np.sum(self.trace.gemms, axis=-1)
+        return np.sum(self.trace.products, axis=-1)
 
     def matrix(self) -> np.ndarray:
         """Multiply the sum out: `[..., m, n]`, in the dtype of the factors."""
@@ -368,7 +376,7 @@ def _lengthened(solution, length):
     for field in dataclasses.fields(Trace):
         x = getattr(solution.trace, field.name)
         tail = np.repeat(x[:, -1:], missing, axis=1)
-        if field.name in ("steps", "gemms"):
+        if field.name in ("steps", "products"):
             tail = np.zeros_like(tail)
         fields[field.name] = np.concatenate([x, tail], axis=1)
     return dataclasses.replace(solution, trace=Trace(**fields))

@@ -117,7 +117,7 @@ def statuses(approximation: Any) -> Any:
 def effort(approximation: Any) -> str:
     """Return one line with the status, the products and the seconds of a solve."""
     many = np.size(approximation.status) > 1
-    products = f"{np.mean(approximation.gemms):,.0f} products" + " per matrix" * many
+    products = f"{np.mean(approximation.products):,.0f} products" + " per matrix" * many
     return (
         f"{counts(statuses(approximation))}; {products}; {approximation.seconds:.2f} "
         f"s, and {approximation.compile_seconds:.2f} s to compile"
@@ -164,8 +164,8 @@ def _summary(approximation: Any) -> tuple[str, list[tuple[str, str]]]:
     if weighted:
         rows.append(("without weights", _both(approximation.error)))
     rows.append(("status", effort(approximation)))
-    if approximation.proven is not None:
-        rows.append(("local gap", gap(approximation.proven.local_gap)))
+    if approximation.certificate is not None:
+        rows.append(("local gap", gap(approximation.certificate.local_gap)))
     if approximation.notes:
         rows.append(("notes", "; ".join(approximation.notes)))
     title = f"Approximation of {which} in {terms[0].a.dtype}"

@@ -143,7 +143,7 @@ def summary(approximation: "Approximation", baseline: Baseline) -> dict[str, Any
             "svd_spectral_error": baseline.spectral,
             "svd_frobenius_error": baseline.frobenius,
             "status": display.statuses(approximation),
-            "products": approximation.gemms,
+            "products": approximation.products,
             "seconds": approximation.seconds,
             "compile_seconds": approximation.compile_seconds,
             "notes": approximation.notes,

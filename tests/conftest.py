@@ -32,8 +32,7 @@ import hypothesis
 import jax
 import pytest
 
-from kronjax.lm.compression import fit
-from kronjax.solver import host
+from kronjax.runs import joint, pool_programs
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -82,5 +81,5 @@ def _forget_programs():
     """
     yield
     jax.clear_caches()
-    for cached in (host.compiled, fit._fitter, fit._preparer):
+    for cached in (pool_programs.compiled, joint._fitter, joint._preparer):
         cached.cache_clear()

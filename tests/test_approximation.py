@@ -37,7 +37,7 @@ def test_reports_what_it_returns():
     assert approx.error.frobenius > approx.van_loan.frobenius
     assert approx.num_parameters == 2 * 24
     assert approx.shape == (12, 12)
-    assert approx.gemms == approx.trace.gemms.sum() > 0
+    assert approx.products == approx.trace.products.sum() > 0
     assert approx.status == Status.CONVERGED
     assert approx.notes == ()
     assert approx.seconds > 0
@@ -59,8 +59,8 @@ def test_batches_keep_their_axes():
     assert approx.terms[0].a.shape == (2, 3, 2, 3, 4)
     assert approx.matrix().shape == (2, 3, 12, 12)
     assert approx.error.spectral.shape == approx.status.shape == (2, 3)
-    assert approx.gemms.shape == (2, 3)
-    assert approx.trace.p.shape == approx.trace.gemms.shape
+    assert approx.products.shape == (2, 3)
+    assert approx.trace.p.shape == approx.trace.products.shape
     assert approx.trace.p.shape[:2] == (2, 3)
     rest = matrices[1, 2] - approx.matrix()[1, 2]
     assert approx.error.spectral[1, 2] == pytest.approx(np.linalg.norm(rest, 2))
@@ -195,7 +195,7 @@ def test_scales(scale):
 def test_van_loan_is_the_answer_for_the_frobenius_norm():
     approx = approximate(draw(10), SMALL, norm="frobenius")
     assert approx.error.frobenius == approx.van_loan.frobenius
-    assert approx.gemms == 0
+    assert approx.products == 0
 
 
 class Terminal(io.StringIO):
@@ -256,7 +256,7 @@ def test_the_tolerance_is_a_gap_that_can_be_proven():
             np.float64(matrices), SMALL, tolerance=tolerance, certify=True
         )
         assert (found.certificate.local_gap <= tolerance).all()
-        assert (found.trace.gemms[..., 1:].max(axis=0) > 0).all()
+        assert (found.trace.products[..., 1:].max(axis=0) > 0).all()
     with pytest.raises(ValueError, match="certify is for"):
         approximate(matrices, SMALL, norm="frobenius", certify=True)
     for schedule in ("doubling", [6, 4], [4, 5], []):

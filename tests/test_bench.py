@@ -72,7 +72,7 @@ def test_halves_of_symmetric_products_are_counted(monkeypatch):
     assert whole_models.halved(383) == 383**2
     # 768 is halved twice: of sixteen blocks six are left out.
     assert whole_models.halved(768) == 10 * 192**2
-    one = {"shape": [3072, 768], "configurations": [{"rank": 4}], "gemms": 8}
+    one = {"shape": [3072, 768], "configurations": [{"rank": 4}], "products": 8}
     one |= {"steps": 1, "p": [2, 4], "tolerance": 3e-2}
     large, thin, proof, left_out = whole_models.flops_of(one)
     # Two evaluations by two tall products each, one of them symmetric, and four small
@@ -169,7 +169,7 @@ def check_compression(results):
 def check_continuation(results):
     assert len(results["random"]) == 3 * 6
     for row in results["random"]:
-        assert 0 < row["gemms"] < row["gemms_doubling"]
+        assert 0 < row["products"] < row["gemms_doubling"]
         assert row["excess"] > -1 and -1e-12 < row["gap"] < 1
 
 
@@ -196,7 +196,7 @@ def check_forward(results):
 def check_gpt2_values(results):
     for row in results["cases"]:
         assert row["error"] < min(row["svd_error"], row["van_loan_error"])
-        assert row["gemms"] == row["trace"]["gemms"][-1]
+        assert row["products"] == row["trace"]["products"][-1]
     assert 0 < results["rate"]["fraction"] < 1.5
 
 

@@ -112,4 +112,4 @@ def test_summary_is_plain_and_knows_no_nan():
     assert found["spectral_error"] == [1.0, None]
     assert found["van_loan_spectral_error"] == [1.0, None]
     assert found["status"] == ["converged", "nonfinite"]
-    assert found["trace"]["gemms"] == [[20, 20], [20, 20]]
+    assert found["trace"]["products"] == [[20, 20], [20, 20]]

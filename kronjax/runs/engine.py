@@ -434,7 +434,7 @@ def _way(task: MatrixTask) -> Callable[[Group, Run], None]:
         return _fit_by_method
     if task.is_low_rank:
         return _truncate
-    return _fit_jointly if _whole(task, SolveSettings()).is_flat else _solve
+    return _fit_jointly if _whole(task, SolveSettings()).is_least_squares else _solve
 
 
 def _whole(task: MatrixTask, settings: SolveSettings) -> Problem:

@@ -101,7 +101,7 @@ class Finished:
     @property
     def products(self) -> int:
         """Products of the size of `EᵀE`, those of all starts included."""
-        return int(self.trace.gemms.sum())
+        return int(self.trace.products.sum())
 
     @property
     def local_gap(self) -> float:

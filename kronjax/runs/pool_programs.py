@@ -105,7 +105,7 @@ def _finish(kind, held, tolerance, order, matrices, last):
 
     def lane(setting, path, matrix, squarings):
         zero = jnp.zeros((), matrix[0].dtype)
-        empty = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, gemms=zero)
+        empty = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, products=zero)
         solution = continuation.finish(problem, setting, path, empty)
         bounds = frobenius = None
         if kind.proves:

@@ -137,7 +137,7 @@ def start(
         value=jnp.linalg.norm(error) * setting.unit,
         spectral_error=spectral_error * setting.unit,
         steps=zero,
-        gemms=zero,
+        products=zero,
     )
     path = Path(
         state=state,
@@ -175,8 +175,8 @@ def advance(
     else:
         new, idle = run(), jnp.array(False)
     line = trace_line(problem, setting, new, stage)
-    steps, gemms = (jnp.where(idle, 0, x) for x in (line.steps, line.gemms))
-    return new, dataclasses.replace(line, steps=steps, gemms=gemms)
+    steps, products = (jnp.where(idle, 0, x) for x in (line.steps, line.products))
+    return new, dataclasses.replace(line, steps=steps, products=products)
 
 
 def trace_line(problem: Problem, setting: Setting, path: Path, stage: Stage) -> Trace:
@@ -186,7 +186,7 @@ def trace_line(problem: Problem, setting: Setting, path: Path, stage: Stage) -> 
         value=jnp.sqrt(2 * path.state.value) * setting.unit,
         spectral_error=path.error * setting.unit,
         steps=path.state.steps,
-        gemms=path.state.evaluations * problem.norm.num_products(stage.squarings),
+        products=path.state.evaluations * problem.norm.num_products(stage.squarings),
     )
 
 

@@ -29,7 +29,7 @@ class Trace:
         spectral_error: Lower bound of `‖T − K‖_2` at the end of the stage, from a few
             iterations.
         steps: Number of accepted steps.
-        gemms: Number of products of the size of `EᵀE` in values and gradients,
+        products: Number of products of the size of `EᵀE` in values and gradients,
             including those of rejected trials.
     """
 
@@ -37,7 +37,7 @@ class Trace:
     value: jax.Array
     spectral_error: jax.Array
     steps: jax.Array
-    gemms: jax.Array
+    products: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -123,5 +123,5 @@ def gather(
         return jax.tree.map(lambda *x: concatenate(x), first, rest)
     race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)
     won = jax.tree.map(lambda x: x[winner], race)
-    won = dataclasses.replace(won, gemms=race.gemms.sum(0))
+    won = dataclasses.replace(won, products=race.products.sum(0))
     return jax.tree.map(lambda *x: concatenate(x), first, won, rest)

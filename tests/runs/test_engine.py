@@ -106,7 +106,7 @@ def test_every_matrix_has_the_factors_that_its_record_speaks_of(whole, matrices)
             assert norm == pytest.approx(s[2], rel=1e-5)
             assert 0 <= told["bounds"]["gap"] < 1e-4
         else:
-            assert told["gemms"] > 0 and told["p"][-1] == 4
+            assert told["products"] > 0 and told["p"][-1] == 4
             assert told["errors"]["van_loan_spectral"] > 0
 
 

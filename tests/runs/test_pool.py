@@ -107,7 +107,7 @@ def test_every_matrix_is_solved_as_by_itself(pool):
         assert norm <= one.spectral_error <= norm * (1 + 1e-4)
         assert 0 <= one.local_bound <= norm
         assert one.van_loan >= norm
-        assert one.gemms > one.steps > 0 and one.p[0] == 2 < one.p[-1]
+        assert one.products > one.steps > 0 and one.p[0] == 2 < one.p[-1]
 
 
 def test_coarse_answers_of_high_rank_by_one_lane():
@@ -161,7 +161,7 @@ def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
     for run in runs[1:]:
         for key, one in run.items():
             same = runs[0][key]
-            assert one.p == same.p and one.gemms == same.gemms
+            assert one.p == same.p and one.products == same.products
             assert one.spectral_error == same.spectral_error
             np.testing.assert_array_equal(one.terms[0].a, same.terms[0].a)
             np.testing.assert_array_equal(one.terms[0].b, same.terms[0].b)
@@ -178,7 +178,7 @@ def test_how_the_work_is_cut_changes_nothing(problem, pool, monkeypatch):
         calls.append(len(told))
     assert calls[1] < calls[0]
     for key, one in runs[0].items():
-        assert one.gemms == runs[1][key].gemms
+        assert one.products == runs[1][key].products
         np.testing.assert_array_equal(one.terms[0].a, runs[1][key].terms[0].a)
 
 
@@ -220,7 +220,7 @@ def test_a_closed_form_needs_no_stage():
     found = {one.key: one for one in pool.solve(given(draw(3)))}
     for i, matrix in enumerate(draw(3)):
         alone = approximate(matrix, ONE, norm="frobenius")
-        assert found[i].gemms == 0 and found[i].p == (2,)
+        assert found[i].products == 0 and found[i].p == (2,)
         assert found[i].spectral_error == pytest.approx(alone.error.spectral, rel=1e-4)
         # What is left is orthogonal to the tangent space, and proves this as it is.
         (terms,) = alone.terms
@@ -234,7 +234,7 @@ def test_products_are_told_as_they_are_spent(pool):
     told = []
     found = list(pool.solve(given(draw(5)), told.append))
     # Beginning a stage takes one evaluation, which is not in a slice.
-    assert 0 < sum(told) < sum(one.gemms for one in found)
+    assert 0 < sum(told) < sum(one.products for one in found)
 
 
 def test_the_memory_has_room_for_all_slots(pool):

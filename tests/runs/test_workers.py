@@ -56,7 +56,7 @@ def test_a_crew_finds_what_one_pool_does(pools):
     assert sorted(runs[3]) == list(range(20))
     for key, one in runs[1].items():
         other = runs[3][key]
-        assert (one.spectral_error, one.gemms) == (other.spectral_error, other.gemms)
+        assert (one.spectral_error, one.products) == (other.spectral_error, other.products)
         np.testing.assert_array_equal(one.terms[0].a, other.terms[0].a)
 
 

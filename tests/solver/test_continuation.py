@@ -142,7 +142,7 @@ def test_a_sum_of_the_rank_asked_for_is_found_exactly():
     assert errors(matrices, solution).max() < 1e-12
     assert (solution.status == Status.CONVERGED).all()
     # Only the perturbed starts have to find their way.
-    assert solution.trace.gemms[:, 4:].sum(1).max() <= 7 + 9 + 11 + 13
+    assert solution.trace.products[:, 4:].sum(1).max() <= 7 + 9 + 11 + 13
 
 
 def test_columns_times_rows_give_eckart_young_mirsky():
@@ -234,8 +234,8 @@ def test_the_trace_tells_what_happened():
     # A stage with s steps spends at least s + 1 evaluations.
     products = np.array([2, 2, 3, 5, 7, 9, 11, 13])
     least = (np.asarray(trace.steps) + 1) * products
-    assert (trace.gemms[:, 1:] >= least[:, 1:]).all()
-    assert (trace.gemms[:, 0] == 0).all()
+    assert (trace.products[:, 1:] >= least[:, 1:]).all()
+    assert (trace.products[:, 0] == 0).all()
 
 
 def test_each_matrix_ends_where_it_is_good_enough():
@@ -249,11 +249,11 @@ def test_each_matrix_ends_where_it_is_good_enough():
     ends = np.asarray(loose.trace.p[:, -1])
     assert (ends < np.asarray(tight.trace.p[:, -1]))[:6].all()
     assert ends[6] < ends[:6].min()  # exact from the start
-    spent = np.asarray(loose.trace.gemms.sum(1) / tight.trace.gemms.sum(1))
+    spent = np.asarray(loose.trace.products.sum(1) / tight.trace.products.sum(1))
     assert spent[:6].max() < 0.7
     # What follows the end costs nothing and repeats it.
     idle = np.asarray(loose.trace.p[:, 1:] == loose.trace.p[:, :-1])
-    assert (np.asarray(loose.trace.gemms)[:, 1:][idle] == 0).all()
+    assert (np.asarray(loose.trace.products)[:, 1:][idle] == 0).all()
     assert (errors(matrices, loose) <= errors(matrices, tight) * 1.01).all()
     # Alone it ends at the same place as in the batch.
     alone = jax.jit(lambda x: solve(x, SMALL, tolerance=4e-3))(jnp.asarray(matrices[1]))
@@ -323,8 +323,8 @@ def test_the_seed_reaches_the_perturbed_starts():
     run = jax.jit(lambda x, seed: solve(x, SMALL, seed=seed))
     matrix = jnp.asarray(draw(14)[0])
     one, same, other = (run(matrix, seed).trace for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one.gemms, same.gemms)
-    assert (one.gemms != other.gemms).any()
+    np.testing.assert_array_equal(one.products, same.products)
+    assert (one.products != other.products).any()
 
 
 def test_vmap_scan_and_shard_map_agree():
