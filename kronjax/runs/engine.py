@@ -284,6 +284,7 @@ def _solve(group: Group, work: Run) -> None:
         effort = {
             "solver": found.status.name.lower(),
             "p": [int(p) for p in found.trace.p],
+            "start_spectral_error": float(found.trace.spectral_error[0]),
             "steps": found.steps,
             "products": found.products,
             "seconds": time.perf_counter() - begun,

@@ -105,7 +105,7 @@ def _finish(kind, held, tolerance, order, matrices, last):
 
     def lane(setting, path, matrix, squarings):
         zero = jnp.zeros((), matrix[0].dtype)
-        empty = Trace(p=zero, value=zero, spectral_error=zero, steps=zero, products=zero)
+        empty = Trace(zero, zero, zero, zero, zero)
         solution = continuation.finish(problem, setting, path, empty)
         bounds = frobenius = None
         if kind.proves:

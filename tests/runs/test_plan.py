@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kronjax import recipe
+from kronjax.runs import factorize
 from kronjax.runs.plan import RunPlan, SolveSettings, differences, make
 
 RULES = """
@@ -30,7 +31,8 @@ def tensors(count=12):
 
 def planned(some=None, rules=RULES, **settings):
     some = tensors() if some is None else some
-    return make(recipe.loads(rules), some, settings=SolveSettings(**settings))
+    plan, _ = factorize.planned(some, recipe.loads(rules), SolveSettings(**settings))
+    return plan
 
 
 @given(st.integers(0, 2**16))
@@ -46,7 +48,7 @@ def test_tasks_come_with_numbers_as_numbers_and_know_what_they_need():
     assert [one.index for one in plan.tasks] == list(range(24))
     assert [one.name for one in plan.tasks[:2]] == ["h.0.v", "h.0.w"]
     assert plan.tasks[-1].name == "h.11.w"
-    assert [one.is_closed for one in plan.tasks[:2]] == [True, False]
+    assert [one.is_low_rank for one in plan.tasks[:2]] == [True, False]
     assert plan.parameters == 24 * 24 + 6 + 24
     assert plan.saved == 12 * (24 - 2 * (6 + 4)) + 12 * (24 - 2 * 10)
     assert {one.precision for one in plan.tasks} == {"float64"}
@@ -78,7 +80,7 @@ def without_one():
         (changed_numbers, "h.3.w holds other numbers"),
         (without_one, "h.3.w and 1 more: gone"),
         (lambda: planned(tensors(13)), "h.12.v and 1 more: new"),
-        (lambda: planned(tolerance=0.1), "tolerance was 0.0002, now 0.1"),
+        (lambda: planned(tolerance=0.1), "tolerance was 0.01, now 0.1"),
         (lambda: planned(seed=1), "seed was 0, now 1"),
         (
             lambda: planned(rules=RULES.replace("3], rank: 2", "3], rank: 1")),
@@ -109,8 +111,9 @@ def test_how_a_pattern_is_written_changes_nothing():
         (planned().to_json()[:-40], "damaged"),
         (planned().to_json().replace(b'"rank": 2', b'"rank": 1', 1), "hash"),
         (b"[]", "damaged"),
-        (b'{"format": 1}', "damaged"),
-        (json.dumps({"format": 2}).encode(), "update kronjax"),
+        (b'{"format": 2}', "damaged"),
+        (json.dumps({"format": 1}).encode(), "earlier version.*start anew"),
+        (json.dumps({"format": 3}).encode(), "update kronjax"),
         (b"[" * 100_000, "damaged"),
     ],
 )
@@ -141,7 +144,7 @@ def test_rules_that_need_a_text_or_training_are_refused():
         ("weighting: none", "weighting: input"),
         ("rank: 2, w", "rank: 2, start: pruning, w"),
     ):
-        with pytest.raises(ValueError, match="needs a model that runs on a text"):
+        with pytest.raises(ValueError, match="needs a language model that runs on a"):
             planned(rules=RULES.replace(old, new))
 
 
@@ -155,3 +158,32 @@ def test_all_rules_that_match_a_name_are_told():
 def test_a_tolerance_is_positive(tolerance):
     with pytest.raises(ValueError, match="must be positive"):
         SolveSettings(tolerance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_starts": 0}, "num_starts is 0"),
+        ({"max_products": 0}, "max_products is 0"),
+    ],
+)
+def test_counts_of_settings_are_positive(settings, says):
+    with pytest.raises(ValueError, match=says):
+        SolveSettings(**settings)
+
+
+def test_weights_are_part_of_the_plan():
+    matrices = {"w": np.eye(4, 6)}
+    rule = "{match: w, method: low-rank, rank: 1}"
+    assigned = recipe.resolve(recipe.loads(f"rules: [{rule}]"), {"w": (4, 6)})
+    plain = make(assigned, matrices)
+    weighted = make(assigned, matrices, weights={"w": (np.eye(4), None)})
+    assert [x.tasks[0].weighted for x in (plain, weighted)] == [
+        (False, False),
+        (True, False),
+    ]
+    # "auto" is the Frobenius norm under weights.
+    assert [x.tasks[0].norm for x in (plain, weighted)] == ["spectral", "frobenius"]
+    other = make(assigned, matrices, weights={"w": (2 * np.eye(4), None)})
+    assert len({plain.hash, weighted.hash, other.hash}) == 3
+    assert RunPlan.of_json(weighted.to_json(), "plan.json") == weighted

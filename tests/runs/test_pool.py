@@ -9,10 +9,12 @@ import pytest
 
 from kronjax import Configuration, Status, approximate
 from kronjax.linalg.dense import multiply_out
+from kronjax.linalg.residuals import measure
 from kronjax.proof import bounds
 from kronjax.runs import cpu_threads
 from kronjax.runs import pool as pools
-from kronjax.runs.pool import Pool
+from kronjax.runs.pool import Matrix, Pool
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 
 SHAPE, ONE, LANES = (12, 18), Configuration((3, 6), 2), 3
@@ -26,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kronjax import Configuration
 from kronjax.runs import pool_programs
 from kronjax.runs.pool import Pool
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 
 dtype = np.dtype(np.float32)
@@ -36,7 +39,8 @@ low, high = (
 )
 found = {}
 for count in (1, 8):
-    pool = Pool(low, dtype, lanes=3, slots=6, devices=jax.devices()[:count])
+    kind = Kind(low, dtype)
+    pool = Pool(kind, lanes=3, slots=6, devices=jax.devices()[:count])
     given = ((i, x, 0) for i, x in enumerate(matrices))
     found[count] = {
         one.key: [one.spectral_error, one.local_bound, *map(float, one.terms[0].a.flat)]
@@ -51,7 +55,7 @@ programs = {
     f"{name} of {rank} rank": program
     for rank, problem in (("low", low), ("high", high))
     for name, program in pool_programs.compiled(
-        problem, dtype, pool.mesh, pool.lanes, pool.slots
+        Kind(problem, dtype), pool.mesh, pool.lanes, pool.slots
     ).items()
 }
 programs["sum"] = (
@@ -78,7 +82,11 @@ def draw(count, shape=SHAPE):
 
 def given(matrices, order=None):
     order = range(len(matrices)) if order is None else order
-    return ((i, matrices[i], i) for i in order)
+    return (Matrix(i, matrices[i], i) for i in order)
+
+
+def make_pool(problem, **options):
+    return Pool(Kind(problem, np.dtype(np.float32)), **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +96,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def pool(problem):
-    return Pool(problem, np.dtype(np.float32), lanes=LANES, slots=7)
+    return make_pool(problem, lanes=LANES, slots=7)
 
 
 def test_every_matrix_is_solved_as_by_itself(pool):
@@ -106,16 +114,17 @@ def test_every_matrix_is_solved_as_by_itself(pool):
         norm = np.linalg.norm(error, 2)
         assert norm <= one.spectral_error <= norm * (1 + 1e-4)
         assert 0 <= one.local_bound <= norm
-        assert one.van_loan >= norm
-        assert one.products > one.steps > 0 and one.p[0] == 2 < one.p[-1]
+        trace = one.trace
+        assert trace.spectral_error[0] >= norm * (1 - 1e-4)  # of Van Loan's sum
+        assert one.products > one.steps > 0 and trace.p[0] == 2 < trace.p[-1]
+        assert one.frobenius is None
 
 
 def test_coarse_answers_of_high_rank_by_one_lane():
     problem = Problem.of(SHAPE, Configuration((3, 6), 6), starts=1)
     assert problem.is_factored
     one_slot, two_slots = (
-        Pool(problem, np.dtype(np.float32), lanes=1, slots=slots, tolerance=0.03)
-        for slots in (1, 2)
+        make_pool(problem, lanes=1, slots=slots, tolerance=0.03) for slots in (1, 2)
     )
     matrices = draw(3)
     found = list(one_slot.solve(given(matrices)))
@@ -123,7 +132,7 @@ def test_coarse_answers_of_high_rank_by_one_lane():
     others = {one.key: one for one in two_slots.solve(given(matrices))}
     for one in found:  # what stays where it is comes to the same, but for rounding
         other = others[one.key]
-        assert one.p == other.p
+        np.testing.assert_array_equal(one.trace.p, other.trace.p)
         assert one.spectral_error == pytest.approx(other.spectral_error, rel=1e-4)
         assert one.local_bound == pytest.approx(other.local_bound, rel=1e-3)
         for name in ("a", "b"):
@@ -135,7 +144,7 @@ def test_coarse_answers_of_high_rank_by_one_lane():
     for one in found:
         half, last = (
             prove(matrices[one.key], one.terms, np.float32(p), np.int32(6)).local_bound
-            for p in (one.p[-1] / 2, one.p[-1])
+            for p in (one.trace.p[-1] / 2, one.trace.p[-1])
         )
         assert float(half) == pytest.approx(one.local_bound, rel=1e-5)
         assert abs(float(last) - one.local_bound) > 1e-4 * one.local_bound
@@ -143,13 +152,13 @@ def test_coarse_answers_of_high_rank_by_one_lane():
         a, b = (np.float64(x) for x in (one.terms[0].a, one.terms[0].b))
         norm = np.linalg.norm(np.float64(matrices[one.key]) - multiply_out(a, b), 2)
         assert norm <= one.spectral_error <= norm * (1 + 1e-4)
-        assert norm < 0.9 * one.van_loan and 0 < one.local_gap < 0.1
-        assert one.status == Status.CONVERGED and one.p[-1] < 4098
+        assert norm < 0.9 * one.trace.spectral_error[0] and 0 < one.local_gap < 0.1
+        assert one.status == Status.CONVERGED and one.trace.p[-1] < 4098
 
 
 def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
     matrices = draw(11)
-    other = Pool(problem, np.dtype(np.float32), lanes=LANES, slots=LANES)
+    other = make_pool(problem, lanes=LANES, slots=LANES)
     runs = [
         {one.key: one for one in which.solve(given(matrices, order))}
         for which, order in (
@@ -161,7 +170,8 @@ def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
     for run in runs[1:]:
         for key, one in run.items():
             same = runs[0][key]
-            assert one.p == same.p and one.products == same.products
+            np.testing.assert_array_equal(one.trace.p, same.trace.p)
+            assert one.products == same.products
             assert one.spectral_error == same.spectral_error
             np.testing.assert_array_equal(one.terms[0].a, same.terms[0].a)
             np.testing.assert_array_equal(one.terms[0].b, same.terms[0].b)
@@ -170,11 +180,15 @@ def test_what_comes_of_a_matrix_depends_on_nobody_else(problem, pool):
 def test_how_the_work_is_cut_changes_nothing(problem, pool, monkeypatch):
     matrices = draw(5)
     monkeypatch.setattr(pools, "SLICE", 1000)
-    other = Pool(problem, np.dtype(np.float32), lanes=LANES, slots=7)
+    other = make_pool(problem, lanes=LANES, slots=7)
     calls, runs = [], []
     for which in (pool, other):
         told = []
-        runs.append({one.key: one for one in which.solve(given(matrices), told.append)})
+
+        def tick(products, turned, told=told):
+            told.append(products)
+
+        runs.append({one.key: one for one in which.solve(given(matrices), tick)})
         calls.append(len(told))
     assert calls[1] < calls[0]
     for key, one in runs[0].items():
@@ -195,7 +209,7 @@ def test_a_matrix_with_nan_does_no_harm(pool):
 
 def test_nothing_comes_of_nothing_and_zero_of_zero(pool):
     assert list(pool.solve(iter(()))) == []
-    (found,) = pool.solve(iter([("zero", np.zeros(SHAPE, np.float32), 0)]))
+    (found,) = pool.solve(iter([Matrix("zero", np.zeros(SHAPE, np.float32))]))
     assert found.spectral_error == found.local_gap == 0
     assert found.status == Status.CONVERGED
 
@@ -214,13 +228,30 @@ def test_matrices_are_read_only_when_there_is_room(pool):
     assert len(list(found)) == 14
 
 
+def test_weighted_matrices_are_proven_in_the_weighted_norm(problem):
+    matrices, rng = draw(4), np.random.default_rng(1)
+    weights = [
+        (np.cov(rng.standard_normal((n, 3 * n)))).astype(np.float32) for n in SHAPE
+    ]
+    kind = Kind(problem, np.dtype(np.float32), (True, True), traces=True)
+    weighted = Pool(kind, lanes=2, slots=4)
+    several = (Matrix(i, x, i, *weights) for i, x in enumerate(matrices))
+    for one in weighted.solve(several):
+        error = measure(matrices[one.key], one.terms, *weights).spectral
+        assert error * (1 - 1e-3) <= one.spectral_error <= error * (1 + 1e-2)
+        assert 0 < one.local_bound <= error
+        start = measure(matrices[one.key], one.frobenius, *weights).spectral
+        assert error < start
+        assert one.trace.spectral_error[0] == pytest.approx(start, rel=1e-2)
+
+
 def test_a_closed_form_needs_no_stage():
     problem = Problem.of(SHAPE, ONE, "frobenius", starts=1)
-    pool = Pool(problem, np.dtype(np.float32), lanes=2, slots=2)
+    pool = make_pool(problem, lanes=2, slots=2)
     found = {one.key: one for one in pool.solve(given(draw(3)))}
     for i, matrix in enumerate(draw(3)):
         alone = approximate(matrix, ONE, norm="frobenius")
-        assert found[i].products == 0 and found[i].p == (2,)
+        assert found[i].products == 0 and found[i].trace.p.tolist() == [2]
         assert found[i].spectral_error == pytest.approx(alone.error.spectral, rel=1e-4)
         # What is left is orthogonal to the tangent space, and proves this as it is.
         (terms,) = alone.terms
@@ -232,9 +263,13 @@ def test_a_closed_form_needs_no_stage():
 
 def test_products_are_told_as_they_are_spent(pool):
     told = []
-    found = list(pool.solve(given(draw(5)), told.append))
+    found = list(pool.solve(given(draw(5)), lambda *spent: told.append(spent)))
+    products, turned = np.sum(told, axis=0)
     # Beginning a stage takes one evaluation, which is not in a slice.
-    assert 0 < sum(told) < sum(one.products for one in found)
+    assert 0 < products < sum(one.products for one in found)
+    # Both starts take part in the race; later stages are run by the better one.
+    stages = len(pool.kind.problem.schedule())
+    assert 5 < turned <= 5 * stages
 
 
 def test_the_memory_has_room_for_all_slots(pool):
@@ -245,7 +280,7 @@ def test_simulated_devices_without_threads_are_refused(problem, monkeypatch):
     monkeypatch.setenv(cpu_threads.VARIABLE, "2")
     (one,) = jax.devices()
     with pytest.raises(ValueError, match="set PJRT_NPROC=4 before"):
-        Pool(problem, np.dtype(np.float32), lanes=1, slots=1, devices=[one, one])
+        make_pool(problem, lanes=1, slots=1, devices=[one, one])
 
 
 @pytest.fixture(scope="module")

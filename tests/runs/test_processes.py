@@ -111,7 +111,7 @@ def test_processes_that_do_not_meet_say_how_to(monkeypatch):
 
 
 def line(folder, process, port):
-    given = ["compress", "bag.safetensors", "--recipe", "bag.yaml", "--out", "out"]
+    given = ["factorize", "bag.safetensors", "--recipe", "bag.yaml", "--out", "out"]
     given += ["--distributed", "--coordinator", f"127.0.0.1:{port}"]
     given += ["--processes", "2", "--process", str(process)]
     command = [sys.executable, "-m", "kronjax", *given]

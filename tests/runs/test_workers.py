@@ -11,14 +11,17 @@ import pytest
 
 from kronjax import Configuration
 from kronjax.runs import cpu_threads, workers
-from kronjax.runs.pool import Pool
+from kronjax.runs.pool import Matrix, Pool
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 
 
 @pytest.fixture(scope="module")
 def pools():
     problem = Problem.of((12, 18), Configuration((3, 6), 2), starts=2)
-    return [Pool(problem, np.dtype(np.float32), lanes=3, slots=7) for _ in range(3)]
+    return [
+        Pool(Kind(problem, np.dtype(np.float32)), lanes=3, slots=7) for _ in range(3)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -38,25 +41,30 @@ def given(matrices, read=None):
     for i, one in enumerate(matrices):
         if read is not None:
             read.append(i)
-        yield i, one, i
+        yield Matrix(i, one, i)
 
 
 def test_a_crew_finds_what_one_pool_does(pools):
-    ticks: dict[int, list[int]] = {1: [], 3: []}
+    ticks: dict[int, list[tuple[int, int]]] = {1: [], 3: []}
     runs = {
         count: {
             one.key: one
             for one in workers.solve(
-                pools[:count], given(draw(20)), ticks[count].append
+                pools[:count],
+                given(draw(20)),
+                lambda *spent, told=told: told.append(spent),
             )
         }
-        for count in ticks
+        for count, told in ticks.items()
     }
-    assert sum(ticks[1]) == sum(ticks[3])
+    assert np.sum(ticks[1], axis=0).tolist() == np.sum(ticks[3], axis=0).tolist()
     assert sorted(runs[3]) == list(range(20))
     for key, one in runs[1].items():
         other = runs[3][key]
-        assert (one.spectral_error, one.products) == (other.spectral_error, other.products)
+        assert (one.spectral_error, one.products) == (
+            other.spectral_error,
+            other.products,
+        )
         np.testing.assert_array_equal(one.terms[0].a, other.terms[0].a)
 
 
@@ -79,7 +87,9 @@ def test_a_mistake_ends_all(pools, by):
 
     with pytest.raises(OSError, match="the disk is full"):
         list(
-            workers.solve(pools, matrices(), broken if by == "tick" else lambda _: None)
+            workers.solve(
+                pools, matrices(), broken if by == "tick" else lambda *_: None
+            )
         )
     assert len(read) < 90
     # They can be used again.
@@ -96,7 +106,9 @@ def test_who_has_seen_enough_may_leave(pools):
 
 def test_what_has_no_stages_stops_as_well():
     problem = Problem.of((12, 18), Configuration((3, 6), 2), "frobenius", starts=1)
-    pools = [Pool(problem, np.dtype(np.float32), lanes=1, slots=1) for _ in range(2)]
+    pools = [
+        Pool(Kind(problem, np.dtype(np.float32)), lanes=1, slots=1) for _ in range(2)
+    ]
     read = []
     for _ in workers.solve(pools, given(draw(90), read)):
         break
@@ -109,7 +121,8 @@ def test_threads_compute_in_the_precision_of_who_calls():
     try:
         with jax.enable_x64(True):
             pools = [
-                Pool(problem, np.dtype(np.float64), lanes=1, slots=1) for _ in range(2)
+                Pool(Kind(problem, np.dtype(np.float64)), lanes=1, slots=1)
+                for _ in range(2)
             ]
             matrices = draw(4).astype(np.float64)
             found = list(workers.solve(pools, given(matrices)))
@@ -117,6 +130,15 @@ def test_threads_compute_in_the_precision_of_who_calls():
         jax.config.update("jax_enable_x64", True)
     assert len(found) == 4
     assert all(one.terms[0].a.dtype == np.float64 for one in found)
+
+
+def test_several_pools_solve_small_matrices_and_one_large_ones(monkeypatch):
+    monkeypatch.setattr(workers, "size", lambda devices: 2)
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", starts=1)
+    kind = Kind(problem, np.dtype(np.float32))
+    for lanes, count in ((3, 2), (1, 1)):
+        pools, chosen = workers.pools_of(kind, 90, lanes, jax.devices()[:1], 1e-2)
+        assert (len(pools), chosen) == (count, lanes)
 
 
 def test_one_pool_where_there_are_no_threads_or_many_devices(monkeypatch):
