@@ -83,7 +83,7 @@ def test_the_summary_of_an_approximation_has_at_most_ten_lines(errors):
         terms=plain.terms * 12,
         weighted=norms,
         weighted_relative=norms,
-        proven=certificate(errors, "strict local minimum"),
+        certificate=certificate(errors, "strict local minimum"),
         notes=("a long note about the input " * 4, "another"),
     )
     for each in (plain, full):
@@ -108,7 +108,7 @@ def test_the_summary_says_what_was_solved_and_how_well():
         assert part in text
     assert "gap" not in text and "notes" not in text
     batch = approximation([1.0, 2.0, 6.0], [3.0, 3.0, 3.0], status=np.array([0, 2, 0]))
-    batch = dataclasses.replace(batch, proven=certificate([1.0, 2.0, 6.0]))
+    batch = dataclasses.replace(batch, certificate=certificate([1.0, 2.0, 6.0]))
     text = "\n".join(display.summary_lines(batch))
     for part in (
         "3 matrices of 6x6",

@@ -35,6 +35,7 @@ from kronjax import __version__, methods
 from kronjax.io.cache import Cache
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
+from kronjax.proof.certificate import certificate_of
 from kronjax.runs import closed_form, joint, plan, store, workers
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.joint import Prepared, Target
@@ -119,7 +120,9 @@ class Group:
         assert self.problem is not None
         left, right = self.tasks[0].weighted
         weighted = (right, left) if self.tasks[0].is_wide else (left, right)
-        return Kind(self.problem, self.dtype, weighted)
+        # Weighted bounds are proven in float64 and with more care: rounding of float32
+        # grows with the cube of the size there, and `multipliers.balance` may fail.
+        return Kind(self.problem, self.dtype, weighted, proves=not (left or right))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,9 +293,13 @@ def _solve(group: Group, work: Run) -> None:
             "seconds": time.perf_counter() - begun,
             **_asked(task, work),
         }
+        bound = found.local_bound
         if found.status == Status.NONFINITE:
             terms = ()
-        work.keep(task, target, terms, effort, found.local_bound)
+        elif bound is None:
+            proof = certificate_of(target.matrix, terms, target.left, target.right)
+            bound = float(proof.local_bound)
+        work.keep(task, target, terms, effort, bound)
 
 
 def _fit_jointly(group: Group, work: Run) -> None:
