@@ -22,8 +22,8 @@ from kronjax.demo import corpus
 from kronjax.lm.models import gpt2
 from kronjax.lm.models.base import tokenizer_of
 from kronjax.lm.training import trainer
-from kronjax.lm.training.optimizer import Optimizer, schedule
-from kronjax.lm.training.settings import Settings
+from kronjax.lm.training.optimizer import schedule
+from kronjax.lm.training.settings import Optimizer, Settings
 
 MAX_OVERHEAD = 0.05
 """Of the time of a step by hand, at most."""

@@ -20,10 +20,8 @@ from kronjax.lm.evaluation import perplexity
 from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.text import documents as texts
 from kronjax.lm.training import staged, trainer
-from kronjax.lm.training.objectives import Weights
-from kronjax.lm.training.optimizer import Optimizer
-from kronjax.lm.training.pruning import Gradual, Pruning, begin, prune
-from kronjax.lm.training.settings import Settings
+from kronjax.lm.training.pruning import Gradual, begin, prune
+from kronjax.lm.training.settings import Optimizer, Pruning, Settings, Weights
 from kronjax.recipe import Recipe, Rule, Term
 
 HALF = 0.5

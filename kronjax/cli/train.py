@@ -1,16 +1,40 @@
-"""The command that trains models: train.
+"""The command `train`.
 
-What it needs is imported inside, so that `kronjax --help` loads no jax.
+Modules that load jax are imported inside, so that `kronjax --help` loads no jax.
 """
 
 import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from kronjax.cli.language import Dtype, Model
-from kronjax.cli.options import Flag, Json, Seed, option
+from kronjax.cli.options import Flag, Json, fields_of, option
+from kronjax.lm.training.settings import Course, Optimizer, Pruning, Settings, Weights
+
+SETTINGS = fields_of(Settings, without=("optimizer", "weights", "evaluate_blocks"))
+OPTIMIZER = fields_of(Optimizer, without=("final", "b1", "b2"))
+WEIGHTS = fields_of(
+    Weights,
+    names={
+        "next_token": "next-token-weight",
+        "logits": "logits-weight",
+        "hidden": "hidden-weight",
+        "attention": "attention-weight",
+        "layers": "layer-map",
+    },
+    metavars={"temperature": "T", "layers": "I:J,..."},
+    kinds={"layers": str | None},
+)
+PRUNING = fields_of(
+    Pruning,
+    without=("match", "begin", "every"),
+    names={"steps": "prune-steps"},
+    metavars={"sparsity": "S", "pattern": "N:M"},
+    kinds={"pattern": str | None},
+)
+COURSE = fields_of(Course, without=("pruning", "method"), metavars={"low_rank_to": "F"})
 
 
 def train(
@@ -19,46 +43,14 @@ def train(
     data: Annotated[str, option("FILE")],
     teacher: Annotated[str | None, option("MODEL")] = None,
     out: Annotated[Path | None, option("FOLDER")] = None,
-    steps: Annotated[int | None, option("N")] = None,
-    batch: Annotated[int, option("N")] = 8,
-    accumulate: Annotated[int, option("N")] = 1,
-    length: Annotated[int | None, option("N")] = None,
-    rate: Annotated[float, option("X")] = 3e-4,
-    warmup: Annotated[int | None, option("N")] = None,
-    decay: Annotated[float, option("X")] = 0.1,
-    clip: Annotated[float, option("X")] = 1.0,
-    next_token_weight: Annotated[float, option("X")] = 1.0,
-    logits_weight: Annotated[float, option("X")] = 1.0,
-    hidden_weight: Annotated[float, option("X")] = 0.0,
-    attention_weight: Annotated[float, option("X")] = 0.0,
-    temperature: Annotated[float, option("T")] = 1.0,
-    layer_map: Annotated[str | None, option("I:J,...")] = None,
-    sparsity: Annotated[float | None, option("S")] = None,
-    pattern: Annotated[str | None, option("N:M")] = None,
-    scope: Annotated[
-        Literal["layer", "global", "output"], option("layer|global|output")
-    ] = "layer",
-    prune_steps: Annotated[int | None, option("N")] = None,
-    low_rank_to: Annotated[float | None, option("F")] = None,
-    stages: Annotated[int, option("N")] = 4,
-    match: Annotated[tuple[str, ...], option("NAME ...")] = ("*",),
     calibrate: Annotated[str | None, option("FILE")] = None,
-    freeze: Annotated[tuple[str, ...], option("NAME ...")] = (),
-    precision: Annotated[
-        Literal["float32", "bfloat16"], option("float32|bfloat16")
-    ] = "float32",
-    remat: Flag = False,
-    shard: Annotated[Literal["none", "data", "full"], option("none|data|full")] = (
-        "none"
-    ),
-    held_out: Annotated[float, option("X")] = 0.05,
     evaluate: Annotated[str | None, option("FILE")] = None,
-    evaluate_every: Annotated[int | None, option("N")] = None,
-    patience: Annotated[int | None, option("N")] = None,
-    checkpoint_every: Annotated[int, option("N")] = 500,
-    keep: Annotated[int, option("N")] = 2,
     column: Annotated[str, option("NAME")] = "text",
-    seed: Seed = 0,
+    settings: Annotated[Any, SETTINGS],
+    optimizer: Annotated[Any, OPTIMIZER],
+    weights: Annotated[Any, WEIGHTS],
+    pruning: Annotated[Any, PRUNING],
+    course: Annotated[Any, COURSE],
     dtype: Dtype | None = None,
     distributed: Flag = False,
     coordinator: Annotated[str | None, option("HOST:PORT")] = None,
@@ -67,61 +59,33 @@ def train(
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
-    """Train a model, of whatever layers it is made, or have it follow a teacher.
+    """Train a model with any kinds of layers, with or without a teacher.
 
-    The same line goes on where an interrupted one stopped. Losses, a figure and a table
-    are written beside the weights.
+    Run the same command again to resume an interrupted training. Losses, a figure and a
+    table are written beside the weights.
 
     Args:
         model: A folder, a .gguf file, or owner/name on the hub.
         data: A .txt, .jsonl or .parquet file, or dataset:OWNER/NAME:SPLIT.
-        teacher: A model to follow, of the same tokens: the dense one for example.
-        out: The folder to write; MODEL-trained by default.
-        steps: Number of updates; by default one pass over the data.
-        batch: Windows in each.
-        accumulate: Parts in which a batch is taken, to save memory.
-        length: Tokens of a window; by default the context of the model, at most 1024.
-        rate: The largest learning rate; a cosine leads to a tenth of it.
-        warmup: Steps in which it rises; by default a tenth of all, at most 200.
-        decay: Of the weights in matrices and factors.
-        clip: The largest norm of the gradient; 0 does not clip.
-        next_token_weight: Weight of the next-token loss.
-        logits_weight: Weight of the divergence from what the teacher predicts.
-        hidden_weight: Weight of the distance of hidden states from the teacher's.
-        attention_weight: Weight of the divergence from the teacher's attention.
-        temperature: Softens predictions before they are compared.
-        layer_map: Which block of the model follows which of the teacher, such as
-            0:1,1:3; spread evenly by default.
-        sparsity: Prune so much of the linear layers gradually, then train on what is
-            left: 0.5 is half.
-        pattern: Prune to N of every M consecutive inputs instead, such as 2:4.
-        scope: What competes to be kept: the entries of a layer, of all layers, or of
-            the weights of each output.
-        prune_steps: In which sparsity rises; by default six tenths of all.
-        low_rank_to: Lower ranks in stages until so much of the parameters is left.
-        stages: How many, with as many steps each.
-        match: Names of layers that become smaller, as in recipes; all by default.
-        calibrate: A text to weigh entries and errors by.
-        freeze: Names of what is not trained, such as wte or h.*.attn.*.
-        precision: Of products; parameters are float32 while they are trained.
-        remat: Compute blocks twice, to save memory.
-        shard: Deal batches out to all devices, with parameters copied (data) or cut
-            in parts (full).
-        held_out: Part of the data, at its end, that is evaluated on.
-        evaluate: Another text to evaluate on instead.
-        evaluate_every: Steps between two evaluations; by default a tenth of all.
-        patience: Stop after so many evaluations without a lower loss.
-        checkpoint_every: Steps between two checkpoints.
-        keep: How many checkpoints to keep.
+        teacher: A model with the same tokenizer to match, for example the dense one.
+        out: The output folder; MODEL-trained by default.
+        calibrate: A text whose moments weight the entries to prune and the errors of
+            low rank.
+        evaluate: Another text to evaluate on instead of a part of the data.
         column: The field with the text, where rows have several.
-        seed: Seed of the order of the data.
-        dtype: Precision of what is written; by default that of the model.
-        distributed: Train with the same line on other hosts, which see the same FOLDER:
-            on Cloud TPU, under Slurm and Open MPI 4 they find each other.
-        coordinator: Where process 0 is, elsewhere.
-        processes: How many there are.
-        process: Number of this one, from 0.
-        force: Replace the model that is in FOLDER, and forget an interrupted training.
+        settings: Options of the training.
+        optimizer: Options of the optimiser.
+        weights: Options of the loss.
+        pruning: Options of pruning.
+        course: Options of low rank.
+        dtype: Precision of the written weights; by default that of the model.
+        distributed: Train together with other hosts, which run the same command and see
+            the same FOLDER: on Cloud TPU, under Slurm and Open MPI 4 they find each
+            other.
+        coordinator: Address of process 0, on other systems.
+        processes: Number of processes.
+        process: Number of this process, from 0.
+        force: Replace the model in FOLDER and discard an interrupted training.
         as_json: Print the record as one JSON object.
     """
     import jax
@@ -129,48 +93,24 @@ def train(
     from kronjax.io import storage
     from kronjax.lm.checkpoints import hugging_face
     from kronjax.lm.models.base import parameter_dtype
-    from kronjax.lm.training import shrinking as courses
+    from kronjax.lm.training import shrinking
     from kronjax.lm.training import trainer as training
-    from kronjax.lm.training.objectives import Weights
-    from kronjax.lm.training.optimizer import Optimizer
-    from kronjax.lm.training.settings import Settings
     from kronjax.runs.processes import meet
 
-    weights: dict[str, Any] = {
-        "next_token": next_token_weight,
-        "logits": logits_weight,
-        "hidden": hidden_weight,
-        "attention": attention_weight,
-        "temperature": temperature,
-        "layers": _pairs(layer_map),
-    }
-    settings = Settings(
-        steps=steps,
-        batch=batch,
-        accumulate=accumulate,
-        length=length,
-        optimizer=Optimizer(rate=rate, warmup=warmup, decay=decay, clip=clip or None),
-        weights=Weights(**weights),
-        precision=precision,
-        remat=remat,
-        freeze=freeze,
-        shard=shard,
-        held_out=held_out,
-        evaluate_every=evaluate_every,
-        patience=patience,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        seed=seed,
+    chosen = Settings(
+        **vars(settings),
+        optimizer=Optimizer(**vars(optimizer)),
+        weights=Weights(**{**vars(weights), "layers": _pairs(weights.layers)}),
     )
-    plan = _course(sparsity, pattern, scope, prune_steps, low_rank_to, stages, match)
+    plan = _course(pruning, course)
     if calibrate is not None and not plan.changes:
         raise ValueError(
-            "--calibrate weighs what --sparsity, --pattern or --low-rank-to take away; "
+            "--calibrate weights what --sparsity, --pattern or --low-rank-to remove; "
             "give one of them"
         )
     folder = storage.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE
-    if distributed and shard == "none":
+    if distributed and chosen.shard == "none":
         raise ValueError("--distributed needs --shard data or full")
     group = meet(distributed, coordinator, processes, process)
     if force and group.process == 0:
@@ -191,16 +131,16 @@ def train(
     def moments():
         if calibrate is None:
             return None
-        return _moments(student, calibrate, gradients=low_rank_to is not None)
+        return _moments(student, calibrate, gradients=plan.low_rank_to is not None)
 
     student, master = group.together(models)
     tokens, tests = group.in_turn(texts)
     measured = group.together(moments)
     try:
-        result = courses.run(
+        result = shrinking.run(
             student,
             tokens,
-            settings,
+            chosen,
             plan,
             moments=measured,
             teacher=master,
@@ -208,14 +148,17 @@ def train(
             folder=folder,
         )
     except training.Stopped as error:
-        print(f"kronjax: {error}; the same line goes on", file=sys.stderr)
+        print(
+            f"kronjax: {error}; run the same command again to resume", file=sys.stderr
+        )
         return 128 + error.signal
     except Exception as error:
         group.leave(2)
         if group.processes > 1 and isinstance(error, jax.errors.JaxRuntimeError):
             reason = " ".join(str(error).split())[:200]
             raise OSError(
-                f"other processes are out of reach ({reason}): the same line goes on"
+                f"other processes are out of reach ({reason}): run the same command "
+                "again to resume"
             ) from error
         raise
 
@@ -236,7 +179,7 @@ def train(
 
 
 def default_folder(model: str) -> Path:
-    """Return the folder that a training of a model is written to, unless named.
+    """Return the default output folder for a model.
 
     >>> default_folder("openai-community/gpt2").name, default_folder("a.gguf").name
     ('gpt2-trained', 'a-trained')
@@ -249,7 +192,7 @@ def default_folder(model: str) -> Path:
 
 
 def _models(model: str, teacher: str | None) -> tuple[Any, Any]:
-    """Return a model and its teacher, or None, of the same tokens."""
+    """Return a model and its teacher or None, after comparing their tokenizers."""
     from kronjax.lm.checkpoints import hugging_face
     from kronjax.lm.models.base import tokenizer_of
     from kronjax.lm.text import blocks
@@ -263,7 +206,7 @@ def _models(model: str, teacher: str | None) -> tuple[Any, Any]:
 
 
 def _texts(model: Any, names, folder: Path, column: str) -> list[Any]:
-    """Return the tokens of texts, and None for None."""
+    """Return the tokens of each text; None for None."""
     from kronjax.lm.models.base import tokenizer_of
     from kronjax.lm.text import blocks
 
@@ -274,28 +217,20 @@ def _texts(model: Any, names, folder: Path, column: str) -> list[Any]:
     ]
 
 
-def _course(sparsity, pattern, scope, prune_steps, low_rank_to, stages, match) -> Any:
-    """Return what happens to the layers on the way."""
-    from kronjax.lm.training.pruning import Pruning
-    from kronjax.lm.training.shrinking import Course
-
-    pruning = None
-    if sparsity is not None or pattern is not None:
-        pruning = Pruning(
-            sparsity,
-            scope,
-            pattern=None if pattern is None else _pattern(pattern),
-            match=match,
-            steps=prune_steps,
-        )
-    elif scope != "layer" or prune_steps is not None:
+def _course(pruning: Any, course: Any) -> Course:
+    """Return the changes of the layers that the options ask for."""
+    wanted = None
+    if pruning.sparsity is not None or pruning.pattern is not None:
+        pattern = pruning.pattern and _pattern(pruning.pattern)
+        wanted = Pruning(**{**vars(pruning), "pattern": pattern, "match": course.match})
+    elif pruning.scope != Pruning.scope or pruning.steps is not None:
         raise ValueError("--scope and --prune-steps are of pruning: give --sparsity S")
-    if low_rank_to is None and pruning is None and match != ("*",):
+    if course.low_rank_to is None and wanted is None and course.match != Course.match:
         raise ValueError(
-            "--match says which layers become smaller: give --sparsity, --pattern or "
-            "--low-rank-to, too"
+            "--match selects the layers that become smaller: give --sparsity, "
+            "--pattern or --low-rank-to, too"
         )
-    return Course(pruning, low_rank_to, stages, match)
+    return Course(wanted, **vars(course))
 
 
 def _pattern(text: str) -> tuple[int, int]:
@@ -312,18 +247,18 @@ def _pattern(text: str) -> tuple[int, int]:
 
 
 def _moments(model: Any, name: str, *, gradients: bool) -> Any:
-    """Return what layers see of a text, and what the loss asks of them."""
+    """Return the moments of the inputs of layers, and of gradients, on a text."""
     from kronjax.lm.compression import pipeline
     from kronjax.lm.compression.moments import measure_moments
     from kronjax.lm.models.reading import tokens_of
     from kronjax.lm.text import documents as texts
 
-    read = tokens_of(model, texts.read_text(name))[: pipeline.TOKENS + 1]
-    return measure_moments(pipeline.precise(model), read, gradients=gradients)
+    tokens = tokens_of(model, texts.read_text(name))[: pipeline.TOKENS + 1]
+    return measure_moments(pipeline.precise(model), tokens, gradients=gradients)
 
 
 def _pairs(text: str | None) -> tuple[tuple[int, int], ...] | None:
-    """Return the pairs of blocks that a map names."""
+    """Return the pairs of blocks of a `--layer-map`."""
     if text is None:
         return None
     try:

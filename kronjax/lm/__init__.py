@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from kronjax.lm.evaluation.perplexity import lambada, perplexity
     from kronjax.lm.models.generation import generate
     from kronjax.lm.text.documents import read_text
-    from kronjax.lm.training.optimizer import Optimizer
-    from kronjax.lm.training.settings import Settings
+    from kronjax.lm.training.settings import Optimizer, Settings
     from kronjax.lm.training.trainer import train
 
 __all__ = [
@@ -64,8 +63,7 @@ __getattr__, __dir__ = attach(
         "kronjax.lm.evaluation.perplexity": ["lambada", "perplexity"],
         "kronjax.lm.models.generation": ["generate"],
         "kronjax.lm.text.documents": ["read_text"],
-        "kronjax.lm.training.optimizer": ["Optimizer"],
-        "kronjax.lm.training.settings": ["Settings"],
+        "kronjax.lm.training.settings": ["Optimizer", "Settings"],
         "kronjax.lm.training.trainer": ["train"],
     },
 )

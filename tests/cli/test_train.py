@@ -178,7 +178,7 @@ def test_sigterm_keeps_the_state(folder, monkeypatch, capsys):
     monkeypatch.setattr(loop.Loop, "_test", stop)
     more = ["--steps", "4", "--evaluate-every", "2"]
     assert main(command(folder, *more)) == 128 + signal.SIGTERM
-    assert "SIGTERM after step 2; the same line goes on" in capsys.readouterr().err
+    assert "SIGTERM after step 2; run the same command again" in capsys.readouterr().err
     assert (folder / "small-trained" / ".training" / "2").is_dir()
     assert main(command(folder, *more, "--steps", "5")) == 2
     assert "steps was 4 and is 5" in capsys.readouterr().err

@@ -24,9 +24,6 @@ import numpy as np
 from kronjax.lm.text import documents as texts
 from kronjax.lm.text.tokenizer import Tokenizer
 
-HELD_OUT = 0.05
-"""Of the tokens, what is held out at the end of a text."""
-
 _LIMIT = 2**20
 """Characters that are tokenised at a time, and then to the end of a paragraph."""
 
@@ -88,7 +85,7 @@ def check_tokenizers(student: Tokenizer, teacher: Tokenizer | None) -> None:
 
 
 def split(
-    tokens: np.ndarray, length: int, *, fraction: float = HELD_OUT
+    tokens: np.ndarray, length: int, *, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens of training, and whole blocks that are held out at the end.
 

@@ -29,8 +29,9 @@ from kronjax.lm.text.blocks import Blocks
 from kronjax.lm.training import nonfinite
 from kronjax.lm.training import parameters as named
 from kronjax.lm.training.history import HELD_OUT, History
+from kronjax.lm.training.hooks import Hook
 from kronjax.lm.training.parameters import Arrays
-from kronjax.lm.training.settings import Hook, Settings
+from kronjax.lm.training.settings import Settings
 from kronjax.lm.training.snapshots import Snapshots
 from kronjax.lm.training.step import (
     Carry,

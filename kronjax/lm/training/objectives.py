@@ -16,7 +16,6 @@ KroneckerBERT (Tahaei et al., 2021) and KnGPT2 (Edalati et al., 2021).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -25,46 +24,10 @@ from flax import nnx
 
 from kronjax.lm.models import attention
 from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.training.settings import Weights
 
 _LOGITS = 2**26
 """Logits at one time, where memory is to be saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """How much each term counts; those but the first need a teacher.
-
-    Attributes:
-        next_token: Cross entropy with the text.
-        logits: Divergence from what the teacher predicts.
-        hidden: Relative squared error of hidden states.
-        attention: Divergence from the attention of the teacher.
-        temperature: By which logits are divided before they are compared.
-        layers: Pairs of a block of the student and one of the teacher, counted from
-            0; None spreads the blocks of the student evenly.
-    """
-
-    next_token: float = 1.0
-    logits: float = 1.0
-    hidden: float = 0.0
-    attention: float = 0.0
-    temperature: float = 1.0
-    layers: tuple[tuple[int, int], ...] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse weights that mean nothing."""
-        terms = (self.next_token, self.logits, self.hidden, self.attention)
-        if not all(math.isfinite(x) and x >= 0 for x in terms) or not any(terms):
-            raise ValueError(
-                f"weights of losses are {terms}; they must be at least 0, one above"
-            )
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature {self.temperature}; it must be positive")
-
-    @property
-    def looks_inside(self) -> bool:
-        """Whether anything but logits is compared."""
-        return self.hidden > 0 or self.attention > 0
 
 
 @jax.tree_util.register_dataclass

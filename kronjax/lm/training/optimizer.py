@@ -10,48 +10,11 @@ References: Loshchilov and Hutter (2017, 2019).
 [0.5, 1.0, 1.0, 0.1]
 """
 
-import dataclasses
-import math
-
 import jax
 import optax
 
 from kronjax.lm.training.parameters import Arrays
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """How parameters are moved.
-
-    Attributes:
-        rate: The largest learning rate.
-        warmup: Steps in which it rises from near zero; None for a tenth of all, at
-            most 200.
-        final: What part of it the cosine ends at.
-        decay: Of weights, times the rate, in every step.
-        clip: The largest norm of the gradient; None does not clip.
-        b1: Of the first moment.
-        b2: Of the second.
-    """
-
-    rate: float = 3e-4
-    warmup: int | None = None
-    final: float = 0.1
-    decay: float = 0.1
-    clip: float | None = 1.0
-    b1: float = 0.9
-    b2: float = 0.98
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        for name in ("rate", "final", "decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; it must be at least 0")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; it must be positive, or None")
-        if self.warmup is not None and self.warmup < 0:
-            raise ValueError(f"warmup is {self.warmup}; it must be at least 0")
+from kronjax.lm.training.settings import Optimizer
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -87,7 +50,7 @@ def transformation(settings: Optimizer, steps: int) -> optax.GradientTransformat
         weight_decay=settings.decay,
         mask=decays,
     )
-    if settings.clip is None:
+    if not settings.clip:
         return adamw
     return optax.chain(optax.clip_by_global_norm(settings.clip), adamw)
 

@@ -16,10 +16,9 @@ with distillation before locking; Sun et al. (2024).
 50
 """
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,74 +30,10 @@ from kronjax import recipe as recipes
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models.base import LanguageModel, inner_layers
 from kronjax.lm.training import masks, saliency
-
-Scope = Literal["layer", "global", "output"]
+from kronjax.lm.training.settings import Pruning
 
 UPDATES = 50
 """The largest number of changes of masks in a gradual schedule."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pruning:
-    """The layers to prune, the sparsity and the schedule.
-
-    Attributes:
-        sparsity: Fraction of the entries to prune, from 0 to below 1. It is left out
-            with a pattern, which decides it.
-        scope: The entries that are compared with one another: those of a `layer`, of
-            all layers (`global`), or the weights of each `output`, as in Wanda.
-        pattern: `(n, m)` keeps n of every m consecutive inputs of each output.
-        match: Names of layers, as in recipes; the head is left out.
-        begin: The step from which on sparsity rises.
-        steps: Number of steps in which it rises; None for six tenths of the run.
-        every: Steps between changes of masks; None for `UPDATES` changes in all.
-    """
-
-    sparsity: float | None = None
-    scope: Scope = "layer"
-    pattern: tuple[int, int] | None = None
-    match: str | Sequence[str] = "*"
-    begin: int = 0
-    steps: int | None = None
-    every: int | None = None
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        if self.pattern is not None:
-            n, m = self.pattern
-            if not 0 < n < m:
-                raise ValueError(
-                    f"pattern {n}:{m} keeps {n} of every {m}; write 2:4, for example"
-                )
-            if self.sparsity is not None or self.scope != "layer":
-                raise ValueError(
-                    f"the pattern {n}:{m} decides what is kept: leave out the sparsity "
-                    "and the scope"
-                )
-        elif self.sparsity is None or not 0 <= self.sparsity < 1:
-            raise ValueError(
-                f"sparsity is {self.sparsity}; it must be at least 0 and below 1, and "
-                "0.5 prunes half"
-            )
-        if self.scope not in ("layer", "global", "output"):
-            raise ValueError(f"scope {self.scope!r}; write layer, global or output")
-        for name, least in (("begin", 0), ("steps", 0), ("every", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
-
-    @property
-    def final(self) -> float:
-        """The sparsity at the end."""
-        if self.pattern is not None:
-            return 1 - self.pattern[0] / self.pattern[1]
-        assert self.sparsity is not None
-        return self.sparsity
-
-    def kept(self, entries: int, sparsity: float | None = None) -> int:
-        """Return the number of entries to keep, at least one."""
-        sparsity = self.final if sparsity is None else sparsity
-        return max(round((1 - sparsity) * entries), 1)
 
 
 def begin(model: LanguageModel, pruning: Pruning) -> list[str]:

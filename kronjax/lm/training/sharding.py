@@ -15,17 +15,17 @@ References: Rajbhandari et al. (2020); Xu et al. (2021) for the compiler.
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kronjax.lm.training.settings import Shard
+
 AXIS = "data"
 """The axis of the devices."""
-
-Shard = Literal["none", "data", "full"]
 
 
 @dataclasses.dataclass(frozen=True)

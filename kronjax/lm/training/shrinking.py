@@ -2,12 +2,8 @@
 
 `run` is `trainer.train` for all three, and adds to the record what became of the
 layers: how many numbers are kept, spectral norms and stable ranks before and after.
-
->>> Course().changes
-False
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +11,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from kronjax.lm.compression import truncate
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.evaluation import spectra
 from kronjax.lm.models import sizes
 from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.training import history, pruning, staged, trainer
 from kronjax.lm.training.history import History
-from kronjax.lm.training.pruning import Gradual, Pruning
-from kronjax.lm.training.settings import Settings
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """What happens to a model while it is trained.
-
-    Attributes:
-        pruning: What is pruned, or None.
-        low_rank_to: Part of the parameters of dense kernels that progressive low rank
-            leaves, or None.
-        stages: In which ranks fall.
-        match: Names of the layers whose ranks fall.
-        method: What those become in the end.
-    """
-
-    pruning: Pruning | None = None
-    low_rank_to: float | None = None
-    stages: int = 4
-    match: str | tuple[str, ...] = "*"
-    method: truncate.Method = "low-rank"
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.low_rank_to is None:
-            return
-        truncate.fractions(self.low_rank_to, self.stages)
-        if self.pruning is not None:
-            raise ValueError(
-                "ranks fall, or entries are pruned, in one training: prune in another, "
-                "of what the first one made"
-            )
-
-    @property
-    def changes(self) -> bool:
-        """Whether layers change at all."""
-        return self.pruning is not None or self.low_rank_to is not None
+from kronjax.lm.training.pruning import Gradual
+from kronjax.lm.training.settings import Course, Settings
 
 
 def run(

@@ -7,14 +7,14 @@ A batch may be taken in several parts whose gradients are averaged. A step whose
 gradient is no number changes nothing, nor does any after it: what was there before the
 first of them stays, and can be looked into.
 
->>> Precision.__args__
-('float32', 'bfloat16')
+>>> COMPILER
+{'xla_backend_optimization_level': 1}
 """
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,9 @@ from kronjax.io import matrices
 from kronjax.lm.models import likelihood
 from kronjax.lm.training import objectives
 from kronjax.lm.training import parameters as named
-from kronjax.lm.training.objectives import Weights
 from kronjax.lm.training.parameters import Arrays, Form
+from kronjax.lm.training.settings import Precision, Weights
 from kronjax.lm.training.sharding import Placement
-
-Precision = Literal["float32", "bfloat16"]
-"""Of products: float32 in full, on accelerators too, or bfloat16."""
 
 COMPILER = {"xla_backend_optimization_level": 1}
 """Options on a CPU: compiles a quarter faster, and what is compiled is as fast."""

@@ -27,25 +27,14 @@ from kronjax.lm.text.blocks import Blocks
 from kronjax.lm.training import history, objectives, optimizer
 from kronjax.lm.training import parameters as named
 from kronjax.lm.training.history import History
+from kronjax.lm.training.hooks import Hook
 from kronjax.lm.training.loop import STATE, Loop, Stopped
-from kronjax.lm.training.objectives import Weights
-from kronjax.lm.training.optimizer import Optimizer
-from kronjax.lm.training.settings import LENGTH, Hook, Settings
+from kronjax.lm.training.settings import LENGTH, Settings
 from kronjax.lm.training.sharding import Placement
 from kronjax.lm.training.step import Task
 from kronjax.runs.processes import Hosts
 
-__all__ = [
-    "STATE",
-    "Hook",
-    "Optimizer",
-    "Result",
-    "Settings",
-    "Stopped",
-    "Weights",
-    "steps_of",
-    "train",
-]
+__all__ = ["STATE", "Result", "Stopped", "steps_of", "train"]
 
 
 @dataclasses.dataclass(frozen=True)

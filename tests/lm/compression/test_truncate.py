@@ -11,7 +11,7 @@ from kronjax.lm.compression import truncate
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models import llama, sizes
 from kronjax.lm.training import pruning
-from kronjax.lm.training.pruning import Pruning
+from kronjax.lm.training.settings import Pruning
 
 CONFIG = llama.Config(
     hidden_size=16,

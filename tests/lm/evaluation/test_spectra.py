@@ -15,7 +15,7 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.evaluation import spectra
 from kronjax.lm.models import llama
 from kronjax.lm.training import pruning
-from kronjax.lm.training.pruning import Pruning
+from kronjax.lm.training.settings import Pruning
 
 CONFIG = llama.Config(
     hidden_size=16,

@@ -56,7 +56,7 @@ def test_held_out_blocks_are_apart_from_those_of_training():
     assert windows[0, 0] == held_out[0] and windows[-1, -1] == held_out[-1]
     assert blocks.split(tokens, 10, fraction=0.0)[1].size == 0
     with pytest.raises(ValueError, match="has 30 tokens.* needs 32"):
-        blocks.split(tokens[:30], 15)
+        blocks.split(tokens[:30], 15, fraction=0.05)
     with pytest.raises(ValueError, match="must be in"):
         blocks.split(tokens, 10, fraction=1.0)
 

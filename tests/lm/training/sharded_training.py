@@ -14,8 +14,7 @@ from kronjax import nn
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.models import gpt2
 from kronjax.lm.training import step, trainer
-from kronjax.lm.training.optimizer import Optimizer
-from kronjax.lm.training.settings import Settings
+from kronjax.lm.training.settings import Optimizer, Settings
 
 STEPS, LEFT = 12, 6
 

@@ -10,7 +10,7 @@ from helpers import as_users_run_it, losses_reference
 
 from kronjax.lm.models import attention, gpt2, llama
 from kronjax.lm.training import objectives
-from kronjax.lm.training.objectives import Weights
+from kronjax.lm.training.settings import Weights
 
 CONFIG = gpt2.Config(vocab_size=40, n_positions=12, n_embd=8, n_layer=2, n_head=2)
 WINDOWS = np.random.default_rng(0).integers(0, 40, (3, 9)).astype(np.int32)

@@ -13,7 +13,8 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models import llama, sizes
 from kronjax.lm.training import masks, saliency
-from kronjax.lm.training.pruning import Gradual, Pruning, begin, prune, sparsity
+from kronjax.lm.training.pruning import Gradual, begin, prune, sparsity
+from kronjax.lm.training.settings import Pruning
 
 CONFIG = llama.Config(
     hidden_size=16,

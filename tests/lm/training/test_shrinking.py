@@ -11,9 +11,7 @@ from kronjax import lm, nn
 from kronjax.cli.main import main
 from kronjax.lm.models import gpt2
 from kronjax.lm.training import history, pruning, shrinking
-from kronjax.lm.training.pruning import Pruning
-from kronjax.lm.training.settings import Settings
-from kronjax.lm.training.shrinking import Course
+from kronjax.lm.training.settings import Course, Pruning, Settings
 
 SETTINGS = Settings(steps=6, batch=2, length=8)
 
@@ -60,7 +58,7 @@ def test_pruning_goes_on_after_a_crash_as_if_there_had_been_none(
 
 
 def test_stages_are_one_training_in_the_end(dense, tokens, tmp_path):
-    asked = Course(low_rank_to=0.5, stages=2, match="h.*.mlp.c_fc")
+    asked = Course(low_rank_to=0.5, stages=2, match=("h.*.mlp.c_fc",))
     found = shrinking.run(
         dense, tokens, SETTINGS, asked, folder=tmp_path, progress=False
     )
@@ -127,7 +125,7 @@ def test_the_command_prunes_and_writes_masks(folder, capsys):
         (["--sparsity", "0.5", "--prune-steps", "9"], "give more steps"),
         (["--sparsity", "0.5", "--match", "fc"], "matches no layer"),
         (["--scope", "global"], "give --sparsity"),
-        (["--match", "h.*"], "--match says"),
+        (["--match", "h.*"], "--match selects"),
         (["--calibrate", "text.txt"], "give one of them"),
     ],
 )

@@ -18,8 +18,7 @@ from kronjax import nn
 from kronjax.io import matrices
 from kronjax.lm.models import gpt2, likelihood, sizes
 from kronjax.lm.training import history, loop, step, trainer
-from kronjax.lm.training.optimizer import Optimizer
-from kronjax.lm.training.settings import Settings
+from kronjax.lm.training.settings import Optimizer, Settings
 
 CONFIG = gpt2.Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
 TOKENS = np.tile(np.arange(48, dtype=np.int32), 12)
