@@ -1,6 +1,6 @@
-"""The command that begins models: new.
+"""The command `new`.
 
-What it needs is imported inside, so that `kronjax --help` loads no jax.
+Modules that load jax are imported inside, so that `kronjax --help` loads no jax.
 """
 
 import itertools
@@ -28,22 +28,22 @@ def new(
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
-    """Begin a GPT-2 with weights drawn at random and a tokenizer made of a text.
+    """Create a GPT-2 with random weights and a tokenizer trained on a text.
 
-    `kronjax train FOLDER` trains it.
+    `kronjax train FOLDER` trains the model.
 
     Args:
-        folder: To write.
+        folder: The output folder.
         data: The text, as for train.
-        tokenizer: A model to take the tokenizer of instead.
-        vocabulary: Tokens at most of a tokenizer made here; 8192 by default.
+        tokenizer: A model whose tokenizer is used instead.
+        vocabulary: Largest number of tokens of a new tokenizer; 8192 by default.
         layers: Number of blocks.
-        width: Of the residual stream.
-        heads: Of attention in each block.
-        context: Tokens that the model sees at once.
+        width: Width of the residual stream.
+        heads: Number of attention heads in each block.
+        context: Largest number of tokens of an input.
         column: The field with the text, where rows have several.
-        seed: Of the weights.
-        force: Replace the model that is in FOLDER.
+        seed: Seed of the weights.
+        force: Replace the model in FOLDER.
         as_json: Print one JSON object.
     """
     from kronjax.io import storage
@@ -54,17 +54,15 @@ def new(
 
     if (data is None) == (tokenizer is None):
         raise ValueError(
-            "give --data FILE to make a tokenizer of, or --tokenizer MODEL"
+            "give --data FILE to train a tokenizer on, or --tokenizer MODEL"
         )
     if tokenizer is not None and vocabulary is not None:
-        raise ValueError(
-            "--tokenizer brings its own vocabulary; leave out --vocabulary"
-        )
+        raise ValueError("--tokenizer has its own vocabulary; leave out --vocabulary")
     for name, value in (("layers", layers), ("heads", heads), ("context", context)):
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
     if width < 1 or width % heads:
-        raise ValueError(f"--width {width} is no multiple of --heads {heads}")
+        raise ValueError(f"--width {width} is not a multiple of --heads {heads}")
     folder = storage.expanded(folder)
     if (folder / "config.json").exists() and not force:
         raise ValueError(f"{folder} already holds a model; --force replaces it")
@@ -75,31 +73,34 @@ def new(
         n_head=heads,
     )
     if tokenizer is not None:
-        spoken = _tokenizer_of(tokenizer)
+        chosen = _tokenizer_of(tokenizer)
     else:
         pieces = itertools.chain.from_iterable(texts.stream(data or "", column=column))
         most = 8192 if vocabulary is None else vocabulary
-        spoken = tokenizers.train(pieces, most, context=context)
-    model = initialize.begin(config, spoken, seed)
+        chosen = tokenizers.train(pieces, most, context=context)
+    model = initialize.begin(config, chosen, seed)
     hugging_face.save(model, folder)
     count, tokens = sizes.count(model).parameters, model.config.vocab_size
     if as_json:
         print(json.dumps({"parameters": count, "vocabulary": tokens}))
     else:
         print(
-            f"{folder} holds a GPT-2 of {count:,} parameters, drawn at random, and a "
+            f"{folder} contains a GPT-2 with {count:,} random parameters and a "
             f"tokenizer of {tokens:,} tokens."
         )
     return 0
 
 
 def _tokenizer_of(name: str) -> Any:
-    """Return the tokenizer of a model by its folder, file or name."""
+    """Return the tokenizer of a model, given by folder, file or name."""
     from kronjax.lm.checkpoints import hugging_face, sources
     from kronjax.lm.text.tokenizer import read_tokenizer
 
     path = sources.find(name)
-    found = read_tokenizer(path) if path.is_dir() else hugging_face.load(path).tokenizer
-    if found is None:
+    if path.is_dir():
+        tokenizer = read_tokenizer(path)
+    else:
+        tokenizer = hugging_face.load(path).tokenizer
+    if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer")
-    return found
+    return tokenizer

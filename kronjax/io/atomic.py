@@ -1,7 +1,7 @@
-r"""Files written as a whole or not at all, and text that is safe to print; without jax.
+r"""Atomic writes of files, and text that is safe to print; without jax.
 
-Every write goes to a temporary name in the same folder and is renamed when complete, so
-that an interruption leaves what was there.
+Every write goes to a temporary file in the same folder, which is renamed when it is
+complete, so that an interruption leaves the old file.
 
 >>> readable(Path("demo.png"))
 'demo.png'
@@ -14,16 +14,16 @@ from pathlib import Path
 
 
 def check_output(path: Path, suffix: str, source: Path | None = None) -> None:
-    """Find out now whether `path` can be written later.
+    """Check in advance that `path` can be written.
 
     Args:
-        path: The file to come.
-        suffix: What its name must end in.
-        source: The input, which must not be overwritten.
+        path: The output file.
+        suffix: Required suffix of its name.
+        source: The input file, which must not be overwritten.
 
     Raises:
         ValueError: If the suffix is wrong or `path` is the input.
-        OSError: If the folder is missing or nothing can be written there.
+        OSError: If the folder is missing or not writable.
     """
     path = Path(path)
     if path.is_dir():
@@ -41,33 +41,33 @@ def check_output(path: Path, suffix: str, source: Path | None = None) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Find out now whether files can be written into a folder later.
+    """Check in advance that files can be written into a folder.
 
     Raises:
-        OSError: If not.
+        OSError: If the folder is not writable.
     """
     _try(path / "trial", path)
 
 
-def _try(path, what):
-    # Access bits say little on network and read-only file systems; a trial does.
+def _try(path, output):
+    # Access bits are unreliable on network and read-only file systems.
     probe = _temporary_name(path)
     try:
         probe.touch(exist_ok=False)
     except OSError as error:
-        raise type(error)(f"cannot write {what}: {error.strerror}") from error
+        raise type(error)(f"cannot write {output}: {error.strerror}") from error
     probe.unlink()
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write a file as a whole or not at all.
+    """Write a file completely or not at all.
 
     Args:
-        path: The file, replaced if it is there.
-        content: All of it.
+        path: The file, replaced if it exists.
+        content: The content.
 
     Raises:
-        OSError: If it cannot be written; names the file.
+        OSError: If the file cannot be written; the message names it.
     """
     path = Path(path)
     temporary = _temporary_name(path)
@@ -77,7 +77,7 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a full disk does not say by itself which file is meant
+    except OSError as error:  # the error of a full disk names no file
         temporary.unlink(missing_ok=True)
         raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
     except BaseException:
@@ -86,16 +86,16 @@ def write(path: Path, content: bytes) -> None:
 
 
 def readable(path: Path) -> str:
-    """Return the name of a file as text that any output takes.
+    """Return the name of a file as text that can be encoded.
 
-    Names are bytes to the system; Python turns those that are no UTF-8 into lone
+    Names are bytes for the system; Python decodes bytes that are not UTF-8 to lone
     surrogates, which neither a terminal nor the metadata of safetensors can encode.
     """
     return os.fsencode(path).decode(errors="replace")
 
 
 def printable(name: str) -> str:
-    """Return a name with everything that a terminal would obey spelt out."""
+    """Return a name with control characters escaped."""
     return "".join(
         x if x.isprintable() else x.encode("unicode_escape").decode() for x in name
     )

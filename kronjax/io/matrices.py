@@ -1,9 +1,9 @@
-"""Matrices from files and factors into files, without jax.
+"""Reading of matrices and writing of factors, without jax.
 
-`read` takes one matrix (or one stack of matrices) out of a `.npy`, `.npz` or
-`.safetensors` file. Of `.npy` and `.safetensors` only the selected rows and columns
-leave the disk. Nothing is ever unpickled. A file that `write_terms` made is read back
-as the matrix that its factors stand for.
+`read` reads one matrix (or one stack of matrices) from a `.npy`, `.npz` or
+`.safetensors` file. From `.npy` and `.safetensors` files only the selected rows and
+columns are read. Nothing is ever unpickled. A file of `write_terms` is read as the
+matrix that its factors multiply out to.
 
 >>> select("-2:", 8)
 slice(6, 8, None)
@@ -32,7 +32,7 @@ FORMAT = "kronjax"
 """Value of the metadata entry `format` in the files of `write_terms`."""
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
-"""What `read` understands."""
+"""Suffixes of the files that `read` accepts."""
 
 # Not the loader of safetensors, whose support of bfloat16 depends on its version.
 SAFETENSORS_DTYPES = {
@@ -54,14 +54,14 @@ SAFETENSORS_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A matrix and where it comes from.
+    """A matrix and its origin.
 
     Attributes:
-        matrix: `[..., m, n]`, the selected part, transposed if so wished.
-        name: Name of the tensor, or None where the file has one nameless array.
-        a_shape: `(m1, n1)` of the factors that the matrix was multiplied out from.
-        rank: Number of their terms; both None for an ordinary matrix.
-        rest: `((m1, n1), rank)` of the other configurations of a heterogeneous sum.
+        matrix: `[..., m, n]`, the selected part, transposed if requested.
+        name: Name of the tensor, or None for an array without a name.
+        a_shape: `(m1, n1)` of the factors that were multiplied out.
+        rank: Number of terms; both are None for an ordinary matrix.
+        rest: `((m1, n1), rank)` of the further configurations of a heterogeneous sum.
     """
 
     matrix: np.ndarray
@@ -83,16 +83,16 @@ def read(
 
     Args:
         path: A `.npy`, `.npz` or `.safetensors` file.
-        tensor: Which array of the file; needed where several could be meant.
-        rows: `"a:b"`, the rows to take, as in Python; all by default.
-        columns: `"a:b"` likewise.
-        transpose: Whether to transpose what was taken.
+        tensor: Name of the array, needed if the file has several matrices.
+        rows: `"a:b"`, the rows to select, as in Python; all by default.
+        columns: `"a:b"`, the columns to select.
+        transpose: Whether to transpose the selected part.
 
     Returns:
         The matrix in the dtype of the file, and its name.
 
     Raises:
-        ValueError: If the file or the tensor is not what it should be; says which.
+        ValueError: If the file or the tensor is unsuitable; the message says why.
         OSError: If the file cannot be read.
     """
     path = Path(path)
@@ -113,9 +113,9 @@ def read(
     array = array[..., row_slice, column_slice]
     if transpose:
         array = array.swapaxes(-1, -2)
-    if rows or columns or transpose:  # no longer what the factors stood for
+    if rows or columns or transpose:  # no longer the product of the factors
         source = dataclasses.replace(source, a_shape=None, rank=None, rest=())
-    # A copy: the file may change or vanish while the solver works.
+    # A copy, because the file may change or vanish while the solver works.
     native = array.dtype.newbyteorder("=")
     return dataclasses.replace(source, matrix=np.array(array, native, order="C"))
 
@@ -124,14 +124,14 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     """Map every tensor of a `.safetensors` file into memory, without reading it.
 
     Args:
-        path: The file, which must stay as it is while the arrays are in use.
+        path: The file, which must not change while the arrays are in use.
 
     Returns:
         Read-only arrays by name, in the dtype of the file.
 
     Raises:
-        ValueError: If the file is truncated, is no safetensors file, or has a tensor of
-            a dtype that numpy lacks.
+        ValueError: If the file is truncated, not a safetensors file, or has a tensor of
+            a dtype that NumPy lacks.
         OSError: If the file cannot be read.
     """
     names, _ = _safetensors_names(path)
@@ -140,10 +140,10 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def select(text: str | None, size: int, axis: str = "rows") -> slice:
-    """Return the slice that `"a:b"` means on an axis of `size` entries.
+    """Return the slice `"a:b"` of an axis of `size` entries.
 
     Raises:
-        ValueError: If `text` is no slice, is empty or reaches beyond the axis.
+        ValueError: If `text` is not a slice, selects nothing or exceeds the axis.
     """
     if text is None:
         return slice(0, size)
@@ -172,11 +172,11 @@ def write_terms(
     """Write the factors of a Kronecker sum as safetensors, with metadata.
 
     Args:
-        path: The file, replaced as a whole or not at all.
-        a: `[..., r, m1, n1]`.
-        b: `[..., r, m2, n2]`.
+        path: The file, replaced completely or not at all.
+        a: `[..., r, m1, n1]`, the left factors.
+        b: `[..., r, m2, n2]`, the right factors.
         metadata: Strings about the factors.
-        rest: The factors of further configurations, written as `a1`, `b1`, `a2`, …
+        rest: Factors of further configurations, written as `a1`, `b1`, `a2`, …
     """
     atomic.write(path, terms_bytes([(a, b), *rest], metadata))
 
@@ -184,11 +184,11 @@ def write_terms(
 def terms_bytes(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]], metadata: Mapping[str, str]
 ) -> bytes:
-    """Return what `write_terms` writes.
+    """Return the content of the file of `write_terms`.
 
     Args:
         pairs: The factors `a` and `b` of every configuration.
-        metadata: Strings about them.
+        metadata: Strings about the factors.
     """
     tensors = {
         f"{name}{number or ''}": np.ascontiguousarray(x)
@@ -210,15 +210,15 @@ def _open_npy(path: Path, tensor: str | None) -> Source:
 
 
 def _open_npz(path: Path, tensor: str | None) -> Source:
-    # numpy leaves a file open that it opened itself and then could not read.
+    # np.load leaves a file open that it opened itself and could not read.
     with _numpy_errors(path), open(path, "rb") as file:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("no zip archive")
+            raise ValueError("not a zip archive")
         names = archive.files
         wanted = names if tensor is None else {tensor} & set(names)
         arrays = {name: archive[name] for name in wanted}
-    # A zip archive may hold more than arrays, say a README.txt; those come as bytes.
+    # A zip archive may contain other files, say a README.txt, which come as bytes.
     other = [name for name, array in arrays.items() if isinstance(array, bytes)]
     if tensor in other:
         raise ValueError(f"{path}: {tensor} is a file in the archive, but no array")
@@ -230,30 +230,30 @@ def _open_npz(path: Path, tensor: str | None) -> Source:
 
 @contextlib.contextmanager
 def _numpy_errors(path: Path) -> Iterator[None]:
-    """Say in our words what numpy, who would offer to unpickle, says in its own.
+    """Replace the messages of NumPy, some of which advise to unpickle.
 
-    Any exception of a damaged file is meant. A header is parsed as Python and taken at
-    its word, so that one cut off gives a TokenError, a shape (10**30, 2) an
-    OverflowError and a shape (True, True) a TypeError.
+    Any exception of a damaged file is caught. NumPy parses a header as Python and does
+    not validate it, so that a truncated header raises a TokenError, a shape (10**30, 2)
+    an OverflowError and a shape (True, True) a TypeError.
     """
     try:
-        # A shape of 2**62 by 2**62 is refused, but not before numpy warned of it.
+        # NumPy refuses a shape of 2**62 by 2**62, but warns before.
         with warnings.catch_warnings(action="ignore"):
             yield
-    except RuntimeError as error:  # encrypted, or compressed in a way unknown here
+    except RuntimeError as error:  # encrypted, or of an unsupported compression
         raise ValueError(f"{path} cannot be read: {error}") from error
     except MemoryError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # from the system; those of bz2 about its data have no number
+            raise  # from the system; errors of bz2 about its data have no errno
         reason = str(error)
         if "Object arrays" in reason or "Python objects" in reason:
             raise ValueError(
                 f"{path} holds Python objects, which are refused: they are never "
                 "unpickled; store plain numbers"
             ) from error
-        if "pickle" in reason:  # numpy's guess for whatever it does not know
+        if "pickle" in reason:  # the guess of NumPy for any unknown format
             reason = "pickles are never unpickled"
         raise ValueError(
             f"{path}: the file is truncated or not an {path.suffix[1:]} file ({reason})"
@@ -261,7 +261,7 @@ def _numpy_errors(path: Path) -> Iterator[None]:
 
 
 def _safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the names and the metadata of a file that the library finds sound."""
+    """Return the names and the metadata of a file, after validation."""
     try:
         with safetensors.safe_open(path, framework="np") as file:
             return list(file.keys()), file.metadata() or {}
@@ -282,7 +282,7 @@ def _open_safetensors(path: Path, tensor: str | None) -> Source:
 
 
 def _multiply_out(path: Path, names: Sequence[str]) -> Source:
-    """Return the matrix that a file of `write_terms` stands for."""
+    """Return the matrix of a file of `write_terms`."""
     if {"a", "b"} - set(names):
         raise ValueError(f"{path} says that it is a kronjax file but has no a and b")
     header, offset = _safetensors_header(path)
@@ -296,15 +296,15 @@ def _multiply_out(path: Path, names: Sequence[str]) -> Source:
     if len(shapes) > 1:
         raise ValueError(f"{path}: the sums have different shapes: {sorted(shapes)}")
     [shape] = shapes
-    # Factors of 100000 by 1 and 1 by 100000 are small, and their product is 80 GB; of
-    # which there are three in float64 at a time.
+    # Factors of 100000 by 1 and 1 by 100000 are small, but their product has 80 GB, and
+    # there are three copies in float64 at a time.
     needed, memory = 3 * 8 * math.prod(shape), physical_memory()
     if needed > memory:
         raise ValueError(
             f"{path} multiplies out to a matrix of shape {shape}: that takes "
             f"{needed / 1e9:,.0f} GB of memory, of {memory / 1e9:,.0f} GB in all"
         )
-    # In float64, so that the rounding is one.
+    # In float64, so that the matrix is rounded only once.
     matrix = sum(
         dense.multiply_out(*(np.asarray(x, np.float64) for x in pair)) for pair in pairs
     )
@@ -323,7 +323,7 @@ def _multiplied_shape(path, a, b):
 
 
 def physical_memory() -> int:
-    """Return the bytes of memory of this machine, or 64 GiB where it does not say."""
+    """Return the bytes of physical memory, or 64 GiB if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
@@ -331,7 +331,7 @@ def physical_memory() -> int:
 
 
 def _safetensors_header(path: Path) -> tuple[dict, int]:
-    """Return the entries of the header and where the data begin, for a valid file."""
+    """Return the entries of the header and the offset of the data, for a valid file."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return json.loads(file.read(length)), 8 + length
@@ -346,17 +346,17 @@ def _map_tensor(path: Path, header: dict, offset: int, name: str) -> np.ndarray:
             f"needed: {', '.join(SAFETENSORS_DTYPES)}"
         )
     dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
-    if math.prod(shape) == 0:  # nothing to map, and the caller will say so
+    if math.prod(shape) == 0:  # nothing to map; the caller refuses it
         return np.empty(shape, dtype)
     start = offset + entry["data_offsets"][0]
-    # Not the subclass: its views would keep asking after the file.
+    # Not the subclass, whose views keep a reference to the file.
     return np.asarray(np.memmap(path, dtype, mode="r", offset=start, shape=shape))
 
 
 def _choose(
     path: Path, tensor: str | None, matrices: Sequence[str], names: Sequence[str]
 ) -> str:
-    """Return the tensor that is meant, or say what there is."""
+    """Return the name of the tensor to read, or refuse with a list of names."""
     if tensor is None:
         candidates = matrices or names
         if len(candidates) == 1:
@@ -379,16 +379,18 @@ def _listing(names: Sequence[str], most: int = 12) -> str:
     return ", ".join([*names[:most], *rest]) or "nothing"
 
 
-def _check_numbers(array: np.ndarray, what: str) -> None:
+def _check_numbers(array: np.ndarray, name: str) -> None:
     dtype = array.dtype
     if dtype.kind == "c":
-        raise ValueError(f"{what} is complex ({dtype}); only real matrices are served")
+        raise ValueError(
+            f"{name} is complex ({dtype}); only real matrices are supported"
+        )
     if dtype.kind not in "fiu" and dtype != ml_dtypes.bfloat16:
-        # numpy stores the bytes of a bfloat16 array and forgets what they mean.
+        # NumPy stores the bytes of a bfloat16 array without its dtype.
         hint = "; store bfloat16 as .safetensors" if dtype.str == "|V2" else ""
-        raise ValueError(f"{what} has dtype {dtype}, not real numbers{hint}")
+        raise ValueError(f"{name} has dtype {dtype}, not real numbers{hint}")
     if array.ndim < 2:
         kind = "a vector" if array.ndim else "a single number"
-        raise ValueError(f"{what} is {kind} of shape {array.shape}, not a matrix")
+        raise ValueError(f"{name} is {kind} of shape {array.shape}, not a matrix")
     if array.size == 0:
-        raise ValueError(f"{what} is empty: its shape is {array.shape}")
+        raise ValueError(f"{name} is empty: its shape is {array.shape}")

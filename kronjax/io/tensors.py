@@ -1,7 +1,7 @@
-"""All tensors of a safetensors file or folder, mapped into memory and not read.
+"""Memory maps of all tensors of a safetensors file or folder.
 
-A folder is one of shards with an index, or of any safetensors files; every name is
-there once. Whatever the tensors belong to, this needs to know nothing of it.
+A folder contains shards with an index, or any safetensors files with distinct names of
+tensors. The meaning of the tensors does not matter here.
 
 >>> is_matrix(np.ones((2, 3))), is_matrix(np.ones(3)), is_matrix(np.ones((2, 3), int))
 (True, False, False)
@@ -17,7 +17,7 @@ from kronjax.io.json_values import read_json
 
 SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
-"""What the name of the file ends in that says which shard holds which tensor."""
+"""Suffix of the name of the index, which maps tensors to shards."""
 
 
 def map_all(path: Path) -> dict[str, np.ndarray]:
@@ -30,8 +30,8 @@ def map_all(path: Path) -> dict[str, np.ndarray]:
         Read-only arrays by name, in the dtypes of the files.
 
     Raises:
-        ValueError: If a name is there twice, an index does not fit its shards, or a
-            file is truncated.
+        ValueError: If a name occurs twice, an index does not fit its shards, or a file
+            is truncated.
         OSError: If there is nothing to read.
     """
     if not path.exists():
@@ -42,31 +42,32 @@ def map_all(path: Path) -> dict[str, np.ndarray]:
         return matrices.map_tensors(path)
     indices = sorted(path.glob(f"*{INDEX}"))
     if len(indices) > 1:
-        names = ", ".join(one.name for one in indices)
+        names = ", ".join(index.name for index in indices)
         raise ValueError(f"{path} holds {len(indices)} indices of shards: {names}")
     if indices:
         return open_indexed(indices[0])
-    found = sorted(path.glob(f"*{SUFFIX}"))
-    if not found:
+    files = sorted(path.glob(f"*{SUFFIX}"))
+    if not files:
         raise FileNotFoundError(f"{path} holds no {SUFFIX} files")
     tensors: dict[str, np.ndarray] = {}
     where: dict[str, str] = {}
-    for one in found:
-        for name, tensor in matrices.map_tensors(one).items():
+    for file in files:
+        for name, tensor in matrices.map_tensors(file).items():
             if name in tensors:
                 raise ValueError(
-                    f"{path}: the tensor {name} is in both {where[name]} and {one.name}"
+                    f"{path}: the tensor {name} is in both {where[name]} and "
+                    f"{file.name}"
                 )
-            tensors[name], where[name] = tensor, one.name
+            tensors[name], where[name] = tensor, file.name
     return tensors
 
 
 def open_indexed(index: Path) -> dict[str, np.ndarray]:
-    """Map the tensors of all shards that an index names.
+    """Map the tensors of all shards of an index.
 
     Raises:
         ValueError: If the index names a file outside of its folder, or does not fit
-            what the shards hold.
+            the shards.
         OSError: If a shard is missing.
     """
     folder, where = index.parent, read_json(index).get("weight_map")
@@ -100,6 +101,6 @@ def open_indexed(index: Path) -> dict[str, np.ndarray]:
 
 
 def is_matrix(array: np.ndarray) -> bool:
-    """Say whether a tensor is one matrix of real numbers, with entries."""
+    """Return whether a tensor is a single real matrix that is not empty."""
     is_real = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
     return is_real and array.ndim == 2 and array.size > 0

@@ -1,4 +1,4 @@
-"""`kronjax train` as a user runs it."""
+"""The command `kronjax train` as a user runs it."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from kronjax.lm.training import loop
 
 @pytest.fixture
 def small(tokenizer):
-    """A GPT-2 of one block: compilation is what takes the time."""
+    """A GPT-2 of one block, because compilation dominates the time."""
     config = gpt2.Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4, n_positions=64)
     model = gpt2.Model(config, rngs=nnx.Rngs(0))
     model.tokenizer = tokenizer
@@ -52,8 +52,8 @@ def curve(folder):
     ]
 
 
-def test_a_killed_run_goes_on_to_the_bit(folder):
-    """SIGKILL leaves no chance to tidy up."""
+def test_a_killed_run_is_resumed_bitwise(folder):
+    """SIGKILL allows no cleaning up."""
     more = ["--steps", "120", "--checkpoint-every", "20"]
 
     def start(out):
@@ -76,19 +76,21 @@ def test_a_killed_run_goes_on_to_the_bit(folder):
     assert not (folder / "killed" / "model.safetensors").exists()
     for out in ("killed", "whole"):
         process = start(out)
-        told, errors = process.communicate()
+        output, errors = process.communicate()
         assert process.returncode == 0, errors
-        assert "120 of 120" in told
+        assert "120 of 120" in output
     assert not state.exists()
     assert curve(folder / "killed") == curve(folder / "whole")
     assert len(curve(folder / "whole")) == 120 + 11
-    one, other = (folder / x / "model.safetensors" for x in ("whole", "killed"))
-    assert one.read_bytes() == other.read_bytes()
+    whole, killed = (
+        (folder / x / "model.safetensors").read_bytes() for x in ("whole", "killed")
+    )
+    assert whole == killed
 
 
 @pytest.mark.slow
-def test_processes_train_together_and_go_on_together(folder):
-    """One is killed, one is asked to leave: the curve is that of one process."""
+def test_processes_train_together_and_resume_together(folder):
+    """One is killed, later one gets SIGTERM: the losses equal those of one process."""
     more = ["--steps", "60", "--checkpoint-every", "10", "--shard", "full"]
     state = folder / "together" / ".training"
 
@@ -110,43 +112,43 @@ def test_processes_train_together_and_go_on_together(folder):
     def interrupt(step, who, number):
         both, deadline = start_both(), time.monotonic() + 300
         while not (state / step).exists():
-            assert all(one.poll() is None for one in both)
+            assert all(process.poll() is None for process in both)
             assert time.monotonic() < deadline
             time.sleep(0.002)
         both[who].send_signal(number)
-        told = [one.communicate(timeout=300)[1] for one in both]
+        errors = [process.communicate(timeout=300)[1] for process in both]
         assert not (folder / "together" / "model.safetensors").exists()
-        return [one.returncode for one in both], told
+        return [process.returncode for process in both], errors
 
-    # The other one cannot go on, and ends.
+    # The other process cannot continue, and ends.
     codes, _ = interrupt("10", 0, signal.SIGKILL)
     assert codes[0] == -signal.SIGKILL and codes[1] != 0
-    codes, told = interrupt("30", 1, signal.SIGTERM)
+    codes, errors = interrupt("30", 1, signal.SIGTERM)
     assert codes == [128 + signal.SIGTERM] * 2
-    steps = [re.search(r"stopped by SIGTERM after step (\d+)", x) for x in told]
+    steps = [re.search(r"stopped by SIGTERM after step (\d+)", x) for x in errors]
     assert steps[0] and steps[1] and steps[0][1] == steps[1][1]
     assert (state / steps[0][1]).is_dir()
     first, second = start_both()
     alone = start("alone", flags=" --xla_force_host_platform_device_count=2")
-    for one, text in ((first, "60 of 60"), (second, ""), (alone, "60 of 60")):
-        told, errors = one.communicate(timeout=300)
-        assert one.returncode == 0, errors
-        assert text in told if text else not told
+    for process, text in ((first, "60 of 60"), (second, ""), (alone, "60 of 60")):
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert text in output if text else not output
     assert not state.exists()
-    for one, other in zip(
+    for ours, theirs in zip(
         curve(folder / "together"), curve(folder / "alone"), strict=True
     ):
-        assert one == pytest.approx(other, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_who_trains_together_deals_windows_out(folder, capsys):
+def test_distributed_training_needs_sharding_and_complete_options(folder, capsys):
     assert main(command(folder, "--distributed")) == 2
     assert "--distributed needs --shard data or full" in capsys.readouterr().err
     assert main(command(folder, "--processes", "2")) == 2
     assert "--process go with --distributed" in capsys.readouterr().err
 
 
-def test_a_student_follows_its_teacher(folder, small, capsys):
+def test_a_student_matches_its_teacher(folder, small, capsys):
     hugging_face.save(small, folder / "teacher")
     more = ["--steps", "4", "--teacher", str(folder / "teacher"), "--hidden-weight"]
     more += ["1", "--layer-map", "0:0", "--accumulate", "2", "--remat", "--json"]
@@ -156,18 +158,20 @@ def test_a_student_follows_its_teacher(folder, small, capsys):
     assert record["settings"]["weights"]["layers"] == [[0, 0]]
     out = folder / "small-trained"
     trained = lm.load(out)
-    assert str(trained.wte.embedding.dtype) == "bfloat16"  # as it was given
+    assert (
+        str(trained.wte.embedding.dtype) == "bfloat16"
+    )  # the dtype of the given model
     line = curve(out)[1]
     assert line["loss"] == pytest.approx(
         line["next_token"] + line["logits"] + line["hidden"], rel=1e-5
     )
-    # The student is the teacher but for its rounding.
+    # The student equals the teacher up to rounding.
     assert line["logits"] < 0.05 and line["hidden"] < 0.05
     assert main(command(folder, *more)) == 2
     assert "already holds a model; --force replaces it" in capsys.readouterr().err
 
 
-def test_sigterm_keeps_the_state(folder, monkeypatch, capsys):
+def test_sigterm_saves_the_state(folder, monkeypatch, capsys):
     keep = loop.Loop._test
 
     def stop(self, step):
@@ -186,8 +190,8 @@ def test_sigterm_keeps_the_state(folder, monkeypatch, capsys):
     assert "4 of 4" in capsys.readouterr().out
 
 
-# No file can grow beyond the limit, as on a full disk. In a process of its own, because
-# Orbax leaves coroutines behind that nobody will await.
+# No file can grow beyond the limit, as on a full disk. In a separate process, because
+# Orbax leaves coroutines behind that are never awaited.
 FULL_FROM_STEP_3 = """
 import resource, sys
 from kronjax.cli.main import main
@@ -203,7 +207,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(folder):
+def test_a_full_disk_leaves_the_previous_checkpoint_intact(folder):
     more = ["--steps", "6", "--evaluate-every", "3", "--checkpoint-every", "2"]
 
     def train(out, *python):
@@ -230,10 +234,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(folder):
         (["--freeze", "nothing"], "nothing is called 'nothing'"),
     ],
 )
-def test_mistakes_end_with_a_line(folder, capsys, more, message):
+def test_mistakes_print_one_line(folder, capsys, more, message):
     assert main(command(folder, *more)) == 2
-    told = capsys.readouterr().err
-    assert message in told and told.count("\n") == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_texts_that_are_too_short_are_refused(folder, capsys):

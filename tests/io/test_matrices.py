@@ -1,3 +1,5 @@
+"""Matrices from files, factors into files, and atomic writes."""
+
 import os
 import re
 import zipfile
@@ -37,7 +39,7 @@ def test_a_file_with_one_matrix_needs_no_name(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", matrices.SUFFIXES[1:])
-def test_vectors_beside_the_matrix_leave_it_the_only_one(tmp_path, suffix):
+def test_vectors_beside_the_only_matrix_are_ignored(tmp_path, suffix):
     path = save(tmp_path, suffix, weight=MATRIX, bias=BIAS)
     assert matrices.read(path).name == "weight"
 
@@ -60,12 +62,12 @@ def test_every_dtype_of_safetensors_is_read_exactly(tmp_path, code):
     path = save(tmp_path, ".safetensors", bias=BIAS, weight=matrix)
     with safetensors.safe_open(path, framework="np") as file:
         assert file.get_slice("weight").get_dtype() == code
-    found = matrices.read(path).matrix
-    assert found.dtype == matrix.dtype
-    np.testing.assert_array_equal(found, matrix)
+    array = matrices.read(path).matrix
+    assert array.dtype == matrix.dtype
+    np.testing.assert_array_equal(array, matrix)
 
 
-def test_all_tensors_are_mapped_and_masks_are_no_matrices(tmp_path):
+def test_all_tensors_are_mapped_and_masks_are_not_matrices(tmp_path):
     mask = MATRIX > 0
     path = save(tmp_path, ".safetensors", bias=BIAS, mask=mask)
     mapped = matrices.map_tensors(path)
@@ -77,9 +79,9 @@ def test_all_tensors_are_mapped_and_masks_are_no_matrices(tmp_path):
 
 def test_foreign_byte_order_becomes_native(tmp_path):
     path = save(tmp_path, ".npy", weight=MATRIX.astype(">f4"))
-    found = matrices.read(path).matrix
-    assert found.dtype.isnative
-    np.testing.assert_array_equal(found, MATRIX)
+    array = matrices.read(path).matrix
+    assert array.dtype.isnative
+    np.testing.assert_array_equal(array, MATRIX)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +95,12 @@ def test_foreign_byte_order_becomes_native(tmp_path):
         (" 3 : 4 ", range(3, 4)),
     ],
 )
-def test_slices_are_those_of_python(text, expected):
+def test_slices_follow_python(text, expected):
     assert range(8)[matrices.select(text, 8)] == expected
 
 
 @pytest.mark.parametrize("text", ["3", "", "a:b", "1:2:3", "1.5:2", "9:", ":9", "-9:"])
-def test_slices_that_are_none_or_reach_too_far_are_refused(text):
+def test_invalid_slices_are_refused(text):
     with pytest.raises(ValueError, match=r"--columns .*8"):
         matrices.select(text, 8, "columns")
 
@@ -110,7 +112,7 @@ def test_empty_slices_are_refused(text):
 
 
 @pytest.mark.parametrize("suffix", matrices.SUFFIXES[1:])
-def test_several_matrices_are_listed_and_misspelt_ones_suggested(tmp_path, suffix):
+def test_several_matrices_are_listed_and_close_names_suggested(tmp_path, suffix):
     path = save(tmp_path, suffix, query=MATRIX, value=OTHER, bias=BIAS)
     with pytest.raises(ValueError, match=r"2 matrices.*--tensor: query, value"):
         matrices.read(path)
@@ -132,7 +134,7 @@ def test_several_matrices_are_listed_and_misspelt_ones_suggested(tmp_path, suffi
         (np.ones((0, 3), np.float32), r"empty: its shape is \(0, 3\)"),
     ],
 )
-def test_what_is_no_matrix_is_refused(tmp_path, suffix, array, message):
+def test_arrays_that_are_not_matrices_are_refused(tmp_path, suffix, array, message):
     with pytest.raises(ValueError, match=message):
         matrices.read(save(tmp_path, suffix, weight=np.asarray(array)))
 
@@ -147,7 +149,9 @@ def test_what_is_no_matrix_is_refused(tmp_path, suffix, array, message):
         (MATRIX.astype(ml_dtypes.bfloat16), "bfloat16 as .safetensors"),
     ],
 )
-def test_what_is_no_real_numbers_is_refused(tmp_path, suffix, array, message):
+def test_arrays_of_other_than_real_numbers_are_refused(
+    tmp_path, suffix, array, message
+):
     with pytest.raises(ValueError, match=message):
         matrices.read(save(tmp_path, suffix, weight=array))
 
@@ -162,7 +166,7 @@ def test_a_bare_pickle_is_refused(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", matrices.SUFFIXES)
 @pytest.mark.parametrize("kept", [0.0, 0.02, 0.6, 0.97])
-def test_truncated_files_are_called_so(tmp_path, suffix, kept):
+def test_truncated_files_are_reported(tmp_path, suffix, kept):
     path = save(tmp_path, suffix, weight=MATRIX)
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
@@ -177,13 +181,13 @@ def npy_content(header):
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(16)
 
 
-# numpy answers with a TokenError, an OverflowError, a TypeError, and a RuntimeWarning
+# NumPy answers with a TokenError, an OverflowError, a TypeError, and a RuntimeWarning
 # before the ValueError; all warnings are errors in these tests.
 @pytest.mark.parametrize(
     "shape", ["(2,2", f"({10**30}, 2)}}", "(2.5, 2)}", f"({2**62}, {2**62})}}"]
 )
 @pytest.mark.parametrize("suffix", matrices.SUFFIXES[:2])
-def test_damaged_headers_are_called_so(tmp_path, suffix, shape):
+def test_damaged_headers_are_reported(tmp_path, suffix, shape):
     content = npy_content("{'descr': '<f4', 'fortran_order': False, 'shape': " + shape)
     path = tmp_path / f"file{suffix}"
     path.write_bytes(content)
@@ -202,13 +206,13 @@ def test_a_shape_of_booleans_is_refused(tmp_path):
         matrices.read(path)
 
 
-def test_an_archive_that_is_called_an_array_is_refused(tmp_path):
+def test_an_archive_named_npy_is_refused(tmp_path):
     path = save(tmp_path, ".npz", weight=MATRIX).rename(tmp_path / "file.npy")
     with pytest.raises(ValueError, match="should it end in .npz"):
         matrices.read(path)
 
 
-def test_what_else_an_archive_holds_does_not_disturb(tmp_path):
+def test_other_files_in_an_archive_are_ignored(tmp_path):
     path = save(tmp_path, ".npz", weight=MATRIX)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("README.txt", "Weights of a model.")
@@ -227,9 +231,7 @@ def test_what_else_an_archive_holds_does_not_disturb(tmp_path):
     ("position", "value", "message"),
     [(8, 1, "cannot be read: .*encrypted"), (10, 99, "cannot be read: .*compression")],
 )
-def test_archives_that_cannot_be_unpacked_are_refused(
-    tmp_path, position, value, message
-):
+def test_archives_that_cannot_be_read_are_refused(tmp_path, position, value, message):
     path = save(tmp_path, ".npz", weight=MATRIX)
     content = bytearray(path.read_bytes())
     # The flags and the method stand in the directory and, 2 earlier, in the entry.
@@ -240,7 +242,7 @@ def test_archives_that_cannot_be_unpacked_are_refused(
         matrices.read(path)
 
 
-def test_files_that_cannot_be_meant(tmp_path):
+def test_unsuitable_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         matrices.read(tmp_path / "none.npy")
     with pytest.raises(IsADirectoryError, match="folder"):
@@ -255,7 +257,7 @@ def test_files_that_cannot_be_meant(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [(), (2,)])
-def test_written_factors_are_read_as_what_they_multiply_out_to(tmp_path, batch):
+def test_written_factors_are_read_as_their_product(tmp_path, batch):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(*batch, 3, 2, 4)), rng.normal(size=(*batch, 3, 5, 2))
     path = tmp_path / "factors.safetensors"
@@ -293,7 +295,7 @@ def test_a_damaged_file_of_factors_is_refused(tmp_path):
         matrices.read(path)
 
 
-def test_factors_of_more_than_the_memory_are_not_multiplied_out(tmp_path, monkeypatch):
+def test_products_larger_than_the_memory_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "factors.safetensors"
     size = 10**6
     a, b = np.ones((1, size, 1), np.float16), np.ones((1, 1, size), np.float16)
@@ -309,13 +311,13 @@ def test_factors_of_more_than_the_memory_are_not_multiplied_out(tmp_path, monkey
         matrices.read(path)
 
 
-def test_names_that_are_no_text_become_readable():
+def test_names_that_are_not_utf8_become_readable():
     assert atomic.readable(matrices.Path("größe.npy")) == "größe.npy"
     name = atomic.readable(matrices.Path(os.fsdecode(b"gr\xf6\xdfe.npy")))
     assert name == "gr\ufffd\ufffde.npy"
 
 
-def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "out.png"
     path.write_bytes(b"old")
 
@@ -330,7 +332,7 @@ def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_output_that_cannot_be_written_is_found_out(tmp_path):
+def test_an_unwritable_output_is_refused_in_advance(tmp_path):
     good = tmp_path / "out.safetensors"
     atomic.check_output(good, ".safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -348,7 +350,7 @@ def test_output_that_cannot_be_written_is_found_out(tmp_path):
         atomic.check_output(folder, ".safetensors")
 
 
-def test_a_folder_without_permission_is_found_out(tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_refused_in_advance(tmp_path, monkeypatch):
     def refuse(self, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -361,7 +363,7 @@ def test_a_folder_without_permission_is_found_out(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, moment):
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, moment):
     path = tmp_path / "out.safetensors"
     path.write_bytes(b"old")
 
@@ -375,7 +377,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch, momen
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_heterogeneous_sums_are_read_as_what_they_multiply_out_to(tmp_path):
+def test_heterogeneous_sums_are_read_as_their_product(tmp_path):
     path = tmp_path / "mixed.safetensors"
     rng = np.random.default_rng(5)
     pairs = [

@@ -1,4 +1,4 @@
-"""Folders of tensors, whatever they belong to."""
+"""Memory maps of files and folders of tensors."""
 
 import json
 
@@ -17,7 +17,7 @@ def index(folder, where, name="model.safetensors.index.json"):
     (folder / name).write_text(json.dumps({"weight_map": where}))
 
 
-def test_files_folders_and_shards_are_mapped_alike(tmp_path):
+def test_files_folders_and_shards_give_the_same_tensors(tmp_path):
     a, b = np.arange(6.0).reshape(2, 3), np.ones(2, np.float32)
     for folder in ("one", "two", "three"):
         (tmp_path / folder).mkdir()
@@ -33,14 +33,14 @@ def test_files_folders_and_shards_are_mapped_alike(tmp_path):
     write(tmp_path / "three" / "other.safetensors", a=a)  # the index does not name it
     places = ["one", "one/any.safetensors", "two", "three"]
     for place in places:
-        found = tensors.map_all(tmp_path / place)
-        assert sorted(found) == ["a", "b"]
-        np.testing.assert_array_equal(found["a"], a)
-        assert found["a"].base is not None  # a view of the file
+        mapped = tensors.map_all(tmp_path / place)
+        assert sorted(mapped) == ["a", "b"]
+        np.testing.assert_array_equal(mapped["a"], a)
+        assert mapped["a"].base is not None  # a view of the file
 
 
 @pytest.mark.parametrize("with_index", [False, True])
-def test_a_name_in_two_shards_is_refused_with_both(tmp_path, with_index):
+def test_a_tensor_in_two_shards_is_refused(tmp_path, with_index):
     write(tmp_path / "x.safetensors", a=np.ones(2), b=np.ones(2))
     write(tmp_path / "y.safetensors", a=np.ones(2))
     if with_index:
@@ -50,13 +50,13 @@ def test_a_name_in_two_shards_is_refused_with_both(tmp_path, with_index):
 
 
 @pytest.mark.parametrize("shard", ["../x", "/dev/zero", "", "..", "a/b.safetensors"])
-def test_an_index_names_nothing_outside_of_its_folder(tmp_path, shard):
+def test_an_index_may_not_name_files_outside_of_its_folder(tmp_path, shard):
     index(tmp_path, {"a": shard})
     with pytest.raises(ValueError, match="outside of its folder"):
         tensors.map_all(tmp_path)
 
 
-def test_what_holds_no_tensors_is_refused(tmp_path):
+def test_files_and_folders_without_tensors_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no .safetensors"):
         tensors.map_all(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):

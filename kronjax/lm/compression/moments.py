@@ -1,15 +1,15 @@
-"""Second moments of what layers see and of what the loss asks of them.
+"""Second moments of the inputs of layers and of the gradients at their outputs.
 
-    C = mean over tokens of x xᵀ        of the input of a layer, [n_in, n_in]
-    L = mean over tokens of g gᵀ        of the gradient at its output, [n_out, n_out]
+    C = mean over tokens of x xᵀ        x the input of a layer, [n_in, n_in]
+    L = mean over tokens of g gᵀ        g the gradient at its output, [n_out, n_out]
 
-with `g` the gradient of the sum of the losses of all tokens. For an error `E` of a
-kernel, `½ ‖L^{1/2} E C^{1/2}‖_F²` is then the increase of the loss per token as far as
-Fisher's approximation goes. Layers that read the same array share its moments. The
-head is left out.
+Here `g` is the gradient of the sum of the losses of all tokens. For an error `E` of a
+kernel, `½ ‖L^{1/2} E C^{1/2}‖_F²` is the increase of the loss per token in Fisher's
+approximation. Layers that read the same array share its moments. The head is left out.
 
-One pass, in batches: sums are float32 on the device. Nothing of the size of a batch
-times a layer is kept: `g gᵀ` is formed where the backward pass meets `g`.
+The moments are summed over batches in one pass, in float32 on the device. No array of
+the size of a batch times a layer is stored: `g gᵀ` is formed where the backward pass
+computes `g`.
 
 References: Martens and Grosse (2015) for the factored Fisher matrix.
 
@@ -40,15 +40,15 @@ from kronjax.lm.models import attention, likelihood
 from kronjax.lm.models.base import LanguageModel, check_vocabulary, inner_layers
 
 SHRINKAGE = 0.1
-"""By default. SmolLM2-135M, calibrated on 32,768 tokens of books and planned at 0.8 of
-its linear layers with low rank alone, loses 0.375 nats per token on WikiText-2 without
-any, 0.340 with 0.01, 0.299 with 0.1 and 0.321 with 0.3."""
+"""Default shrinkage. SmolLM2-135M, calibrated on 32,768 tokens of books and compressed
+to 0.8 of its linear layers with low rank alone, loses 0.375 nats per token on
+WikiText-2 without shrinkage, 0.340 with 0.01, 0.299 with 0.1 and 0.321 with 0.3."""
 
 FOREIGN = 0.7
-"""Of the entropy of the vocabulary, from which on a text is foreign to a model."""
+"""Fraction of the entropy of the vocabulary above which a text counts as foreign."""
 
 FORMAT = "kronjax-moments"
-"""Value of the metadata entry `format` in the files of `save`."""
+"""Value of the metadata entry `format` in the files of `save_moments`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Moments:
     """Second moments of the layers of a model over some text.
 
     Attributes:
-        sources: For each layer the name of the first layer with the same input.
-        inputs: For each of those `[n_in, n_in]`, float32.
-        outputs: For each layer `[n_out, n_out]`, float32; empty without gradients.
+        sources: Name of the first layer with the same input, by layer.
+        inputs: `[n_in, n_in]`, float32, for each of these sources.
+        outputs: `[n_out, n_out]`, float32, for each layer; empty without gradients.
         tokens: Number of tokens seen.
-        tokens_sha256: Of the tokens, as little-endian int32.
-        nll: Nats per token that the model needed for them; None without gradients.
-        shrinkage: Part of every moment that `input` and `output` replace by as much of
-            the identity: what little text says of rare directions is not to be taken
-            for all there is to say of them (Ledoit and Wolf, 2004).
+        tokens_sha256: SHA-256 of the tokens as little-endian int32.
+        nll: Loss of the model on them in nats per token; None without gradients.
+        shrinkage: Share by which `input` and `output` move every moment to the multiple
+            of the identity of the same trace, because a short text says little about
+            rare directions (Ledoit and Wolf, 2004).
     """
 
     sources: Mapping[str, str]
@@ -100,23 +100,24 @@ def measure_moments(
     limit: int | None = None,
     progress: bool | None = None,
 ) -> Moments:
-    """Collect the moments of every linear layer of a model.
+    """Measure the moments of every linear layer of a model.
+
+    The cost is one forward pass, and `n_in²` multiply-adds per token for each input;
+    `memory` gives the memory.
 
     Args:
-        model: Any port, left as it is.
-        tokens: `[n]`, integers; cut into windows of `context`, the rest left out.
-        gradients: Whether to collect those of gradients, too, which costs a backward
-            pass.
-        context: Length of a window; that of the model if it is smaller.
-        batch: Windows at a time; by default what keeps the device busy.
-        limit: Bytes of moments that the device holds at a time: if all take more, the
-            text is read several times, for some of the layers each. By default half
-            of its memory, where it says how much that is.
+        model: A model of any architecture; not modified.
+        tokens: `[n]`, integers; split into windows of `context`, without the rest.
+        gradients: Whether to measure gradients, too, which costs a backward pass.
+        context: Length of a window, at most the context of the model.
+        batch: Number of windows at a time; by default enough to keep the device busy.
+        limit: Largest number of bytes of moments on the device at a time. If all
+            moments take more, the text is read several times, for a part of the layers
+            each. By default half of the memory of the device, if known.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        `Moments`. Costs one forward pass, and `n_in²` multiply-adds a token for each
-        input beside it; memory: see `memory`.
+        `Moments`.
 
     Raises:
         ValueError: If the text is shorter than 257 tokens, a token is not in the
@@ -125,15 +126,15 @@ def measure_moments(
     tokens = np.asarray(tokens)
     if len(tokens) < 257:
         raise ValueError(
-            f"calibration needs 257 tokens or more, the text has {len(tokens)}; some "
-            "ten thousand are good"
+            f"calibration needs 257 tokens or more, the text has {len(tokens)}; about "
+            "ten thousand are enough"
         )
     check_vocabulary(model, tokens, model.tokenizer)
     context = min(context, model.config.context, len(tokens) - 1)
     count = (len(tokens) - 1) // context
     rows = [tokens[i * context : (i + 1) * context + 1] for i in range(count)]
     windows = np.stack(rows).astype(np.int32)
-    # A backward pass keeps what it needs of every token.
+    # A backward pass stores activations for every token.
     busy = 1024 if gradients else 2048
     batch = min(batch or max(busy // context, 1), count)
     graph, state = nnx.split(model)
@@ -148,7 +149,7 @@ def measure_moments(
             for first in range(0, count, batch):
                 part = windows[first : first + batch]
                 weight = np.zeros(batch, np.float32)
-                weight[: len(part)] = 1  # the last batch is filled up, and for nothing
+                weight[: len(part)] = 1  # the last batch is padded, with weight 0
                 filled = np.concatenate([part, windows[: batch - len(part)]])
                 sums = jax.block_until_ready(program(state, filled, weight, sums))
                 advance(part.size - len(part))
@@ -166,20 +167,20 @@ def measure_moments(
 
 
 def is_foreign(model: LanguageModel, moments: Moments) -> bool:
-    """Say whether a model hardly reads its calibration text better than by chance.
+    """Return whether the loss on the calibration text is close to that of chance.
 
-    That is, with more than `FOREIGN` of the entropy of the vocabulary.
+    That means above `FOREIGN` times the entropy of the vocabulary.
     """
     chance = math.log(model.config.vocab_size)
     return moments.nll is not None and moments.nll > FOREIGN * chance
 
 
 def memory(model: LanguageModel, *, gradients: bool = False) -> int:
-    """Return the bytes that the moments of a model take.
+    """Return the number of bytes of the moments of a model.
 
     Args:
-        model: Its arrays may be abstract.
-        gradients: Whether those of gradients are meant, too.
+        model: The model, whose arrays may be abstract.
+        gradients: Whether to count the moments of gradients, too.
     """
     sources = _sources(model, np.zeros((1, 2), np.int32))
     sums = jax.eval_shape(lambda: _zeros(model, sources, gradients))
@@ -187,18 +188,18 @@ def memory(model: LanguageModel, *, gradients: bool = False) -> int:
 
 
 def save_moments(moments: Moments, path: str | Path) -> None:
-    """Write moments as safetensors, as a whole or not at all."""
+    """Write moments as safetensors, completely or not at all."""
     tensors, facts = pack(moments)
     metadata = {"format": FORMAT, "facts": json.dumps(facts)}
     atomic.write(Path(path), safetensors.numpy.save(tensors, metadata))
 
 
 def load_moments(path: str | Path) -> Moments:
-    """Read what `save` wrote.
+    """Read a file of `save_moments`.
 
     Raises:
-        ValueError: If the file is damaged or is another one.
-        OSError: If it cannot be read.
+        ValueError: If the file is damaged or contains no moments.
+        OSError: If the file cannot be read.
     """
     tensors = matrices.map_tensors(Path(path))
     with safetensors.safe_open(path, framework="np") as file:
@@ -223,7 +224,7 @@ def pack(moments: Moments) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def unpack(tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Moments:
-    """Return the moments that `pack` took apart."""
+    """Return the moments of arrays and facts from `pack`."""
     kinds: dict[str, dict[str, np.ndarray]] = {"inputs": {}, "outputs": {}}
     for name, tensor in tensors.items():
         kind, _, layer = name.partition(".")
@@ -232,7 +233,7 @@ def unpack(tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Momen
 
 
 class _Recorder:
-    """Stands where a layer is, while a program is traced, and sees what it sees."""
+    """A layer that passes its input and output to a function during tracing."""
 
     def __init__(self, layer, see):
         self.layer, self.see = layer, see
@@ -242,23 +243,23 @@ class _Recorder:
 
 
 def record(model: nnx.Module, see: Callable[[str, Any, Any], Any]) -> None:
-    """Put recorders in the place of all layers of a model or of a block.
+    """Replace all layers of a model or of a block by recorders.
 
     Args:
-        model: Changed in place; made to be traced, and thrown away.
-        see: Is given the name of a layer, its input and its output, and returns what
-            goes on in the place of the output.
+        model: Changed in place; a temporary model for tracing.
+        see: Function of the name of a layer, its input and its output, which returns
+            the output to use.
     """
     for name, layer in inner_layers(model).items():
         nn.put(model, name, _Recorder(layer, functools.partial(see, name)))
 
 
 def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
-    """Return for each layer the first one that reads the very same array."""
+    """Return for each layer the first layer that reads the same array."""
     graph, state = nnx.split(model)
     first: dict[int, str] = {}
     sources: dict[str, str] = {}
-    seen = []  # kept, so that no two arrays can have one number
+    seen = []  # kept alive, so that no two arrays have the same id
 
     def see(name, x, y):
         seen.append(x)
@@ -278,7 +279,7 @@ def _parts(model, sources, gradients, limit):
     """Return the sources of groups of layers whose moments fit into a limit."""
     layers, parts, used = nn.linear_layers(model), [{}], 0
     for source in dict.fromkeys(sources.values()):
-        group = {name: one for name, one in sources.items() if one == source}
+        group = {name: first for name, first in sources.items() if first == source}
         entries = layers[source].in_features ** 2
         entries += sum(layers[n].out_features ** 2 for n in group) * gradients
         used += 4 * entries
@@ -290,13 +291,13 @@ def _parts(model, sources, gradients, limit):
 
 
 def _device_limit():
-    """Return half the memory of the device, or None if it does not say."""
+    """Return half of the memory of the device, or None if it is unknown."""
     facts = jax.local_devices()[0].memory_stats() or {}
     return facts["bytes_limit"] // 2 if "bytes_limit" in facts else None
 
 
 def _zeros(model, sources, gradients):
-    """Return the sums before anything was seen: of inputs, and of gradients."""
+    """Return zeros for the sums of inputs and of gradients."""
     layers = nn.linear_layers(model)
 
     def zeros(size):
@@ -353,7 +354,7 @@ def gram(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _probe(y, probe):
-    """Return `y`; as the gradient of `probe` `[n, n]` comes the sum of `g gᵀ`."""
+    """Return `y`; the gradient of `probe` `[n, n]` is the sum of `g gᵀ`."""
     return y
 
 

@@ -3,11 +3,11 @@
     block j of an epoch  =  tokens[o + j L : o + (j + 1) L + 1]
 
 Sample `i` of a training is a pure function of the seed and `i`: epoch `i // n` has its
-own permutation of the `n` blocks and its own offset `o`. So the position in the data is
-a number, and nothing but that number is kept to go on from it.
+own permutation of the `n` blocks and its own offset `o`. The position in the data is
+therefore one number, which suffices to resume a run.
 
-Documents, the rows of a file with rows or a whole text file, are followed by the token
-that ends a text. The last blocks are held out.
+A document is a row of a file with rows, or a whole text file; each is followed by the
+end-of-text token. The last blocks are held out.
 
 >>> blocks = Blocks(np.arange(10, dtype=np.uint16), length=3, seed=0)
 >>> blocks.count, blocks.take(0, 2).shape
@@ -25,7 +25,7 @@ from kronjax.lm.text import documents as texts
 from kronjax.lm.text.tokenizer import Tokenizer
 
 _LIMIT = 2**20
-"""Characters that are tokenised at a time, and then to the end of a paragraph."""
+"""Number of characters to tokenise at a time, extended to the end of a paragraph."""
 
 
 def prepare(
@@ -35,20 +35,20 @@ def prepare(
     *,
     column: str = "text",
 ) -> np.ndarray:
-    """Return the tokens of a text, from a file in `folder` that is made if missing.
+    """Return the tokens of a text, from a file in `folder` that is created if missing.
 
     Args:
-        source: Anything that `kronjax.lm.read_text` takes; it is not held in memory.
-        tokenizer: That of the model.
-        folder: For the file of tokens; its name says what it was made from.
-        column: Where rows have several fields, the one with the text.
+        source: Any source that `kronjax.lm.read_text` accepts; read in pieces.
+        tokenizer: The tokenizer of the model.
+        folder: Folder of the file of tokens, whose name is a digest of its sources.
+        column: The field with the text, where rows have several.
 
     Returns:
         `[n]`, uint16 or uint32, mapped into memory.
 
     Raises:
-        ValueError: If the text is empty or not what it should be.
-        OSError: If it cannot be read, or the file not written.
+        ValueError: If the text is empty or malformed.
+        OSError: If the text cannot be read, or the file cannot be written.
     """
     facts = str(source), column, tokenizer.digest
     mark = hashlib.sha256(f"1 {facts}".encode())
@@ -63,14 +63,14 @@ def prepare(
 
 
 def check_tokenizers(student: Tokenizer, teacher: Tokenizer | None) -> None:
-    """Refuse a teacher whose tokens mean something else.
+    """Refuse a teacher with a different tokenizer.
 
     Args:
-        student: The tokenizer of the model that is trained.
-        teacher: That of the teacher; without one nothing can be said.
+        student: The tokenizer of the trained model.
+        teacher: The tokenizer of the teacher; None is accepted.
 
     Raises:
-        ValueError: If they cut a text differently.
+        ValueError: If they split a text into different tokens.
     """
     if teacher is None or teacher == student:
         return
@@ -80,22 +80,23 @@ def check_tokenizers(student: Tokenizer, teacher: Tokenizer | None) -> None:
     ):
         raise ValueError(
             f"the teacher has another tokenizer ({teacher.size} tokens) than the "
-            f"student ({student.size}): give a teacher that cuts text the same way"
+            f"student ({student.size}): give a teacher that splits text the same way"
         )
 
 
 def split(
     tokens: np.ndarray, length: int, *, fraction: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of training, and whole blocks that are held out at the end.
+    """Split tokens into those for training and held-out blocks at the end.
 
     Args:
         tokens: `[n]`.
-        length: Of a block.
-        fraction: Of the tokens, at least one block; 0 holds nothing out.
+        length: Number of tokens of a block.
+        fraction: Fraction of the tokens to hold out, at least one block; 0 holds
+            nothing out.
 
     Raises:
-        ValueError: If there are too few tokens; says how many are needed.
+        ValueError: If there are too few tokens; the message says how many are needed.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the part held out is {fraction}; it must be in [0, 1)")
@@ -106,28 +107,28 @@ def split(
             f"the text has {len(tokens)} tokens, and a block of {length} with what is "
             f"held out needs {needed}: give more text, or a smaller --length"
         )
-    # A block reads one token more, to predict it.
+    # A block needs one more token, to predict it.
     cut = len(tokens) - (held * length + 1 if held else 0)
     return tokens[:cut], tokens[cut:]
 
 
 class Blocks:
-    """Blocks of tokens in an order that the seed decides.
+    """Blocks of tokens in an order determined by the seed.
 
     Attributes:
-        count: Blocks in an epoch.
+        count: Number of blocks in an epoch.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
-        """Hold the tokens.
+        """Store the tokens.
 
         Args:
             tokens: `[n]`, integers.
-            length: Tokens that a model reads of a block.
-            seed: Of the order.
+            length: Number of tokens of a block that a model reads.
+            seed: Seed of the order.
 
         Raises:
-            ValueError: If there is no whole block.
+            ValueError: If there is no complete block.
         """
         self.count = (len(tokens) - 1) // length
         if self.count < 1:
@@ -140,13 +141,13 @@ class Blocks:
 
     def take(self, first: int, count: int) -> np.ndarray:
         """Return samples `first` to `first + count`: int32 `[count, length + 1]`."""
-        made = np.empty((count, self._length + 1), np.int32)
+        windows = np.empty((count, self._length + 1), np.int32)
         for row in range(count):
             epoch, index = divmod(first + row, self.count)
             offset, order = self._order(epoch)
             begin = offset + int(order[index]) * self._length
-            made[row] = self._tokens[begin : begin + self._length + 1]
-        return made
+            windows[row] = self._tokens[begin : begin + self._length + 1]
+        return windows
 
     def _draw(self, epoch: int) -> tuple[int, np.ndarray]:
         generator = np.random.default_rng((self._seed, epoch))
@@ -155,7 +156,7 @@ class Blocks:
 
 
 def in_order(tokens: np.ndarray, length: int, most: int) -> np.ndarray:
-    """Return up to `most` blocks as they stand, spread evenly: `[k, length + 1]`."""
+    """Return up to `most` evenly spread blocks in their order: `[k, length + 1]`."""
     count = (len(tokens) - 1) // length
     picked = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     return np.stack(
@@ -164,14 +165,14 @@ def in_order(tokens: np.ndarray, length: int, most: int) -> np.ndarray:
 
 
 def _write(path, documents, tokenizer: Tokenizer) -> None:
-    """Write the tokens of documents as a `.npy` file, whole or not at all."""
+    """Write the tokens of documents as a `.npy` file, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if tokenizer.size <= 2**16 else np.uint32)
     end = tokenizer.eos
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "xb") as file:
-            # The number of tokens is known at the end; its field has a fixed width.
+            # The number of tokens is filled in at the end, in a field of fixed width.
             header = functools.partial(_header, dtype)
             file.write(header(0))
             count = 0
@@ -195,7 +196,9 @@ def _write(path, documents, tokenizer: Tokenizer) -> None:
 
 
 def _header(dtype: np.dtype, count: int) -> bytes:
-    """Return the 128 bytes before the numbers of a one-dimensional `.npy` file."""
-    described = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},)"
-    body = (described + ", }").ljust(117) + "\n"
+    """Return the 128 bytes of the header of a one-dimensional `.npy` file."""
+    description = (
+        f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({count},)"
+    )
+    body = (description + ", }").ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + body.encode()

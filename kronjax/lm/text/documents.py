@@ -1,10 +1,10 @@
-r"""Text from local files, and from datasets when their names are asked for.
+r"""Text from local files, and from datasets by name.
 
-A perplexity depends on how rows became one text. `"none"` leaves a text file as it
-stands, and joins rows of other files by blank lines. `"blank-lines"` takes each line of
-a text file as a row, the way Hugging Face's `wikitext` does: a line keeps its newline,
-a blank one becomes the empty string, and a blank line is put between all of them. The
-published figures of GPT-2 and OPT on WikiText were made in the second way.
+A perplexity depends on how rows are joined into one text. `"none"` does not change a
+text file, and joins rows of other files by blank lines. `"blank-lines"` treats each
+line of a text file as a row, like Hugging Face's `wikitext`: a line keeps its newline,
+a blank line becomes the empty string, and rows are joined by blank lines. The published
+figures of GPT-2 and OPT on WikiText use the second way.
 
 >>> from_rows(["One.\n", "", "Two.\n"]).text
 'One.\n\n\n\n\nTwo.\n'
@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Literal
 
 SUFFIXES = (".txt", ".raw", ".jsonl", ".jsonl.gz", ".parquet")
-"""What `read` understands."""
+"""Suffixes of the files that `read_text` recognises."""
 
 DATASET = "dataset:"
-"""What stands before the name of a dataset."""
+"""Prefix of the name of a dataset."""
 
 Join = Literal["none", "blank-lines"]
 
@@ -35,14 +35,14 @@ _SYNTAX = f"{DATASET}OWNER/NAME:SPLIT or {DATASET}OWNER/NAME:CONFIG:SPLIT"
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Rows, and the one text that they make.
+    """Rows, and the text that they form together.
 
     Attributes:
-        rows: Of a text file the lines, as `join` says; without joining, those that are
-            not blank.
-        text: What is tokenised as a whole.
-        join: How `text` came from the file.
-        source: Where it comes from.
+        rows: The rows; for a text file its lines, joined as in the description of the
+            module, or without joining those that are not blank.
+        text: The whole text, which is tokenised at once.
+        join: Method of joining the rows.
+        source: File or name of the dataset.
     """
 
     rows: tuple[str, ...] = dataclasses.field(repr=False)
@@ -72,17 +72,17 @@ def read_text(
             other is read as text), or the name of a dataset,
             `dataset:OWNER/NAME:SPLIT` or `dataset:OWNER/NAME:CONFIG:SPLIT`, which may
             need a network.
-        column: Where rows have several fields, the one with the text.
-        join: `"none"` or `"blank-lines"`; see the module. Of a `.txt` file alone they
-            differ.
+        column: The field with the text, where rows have several.
+        join: `"none"` or `"blank-lines"`, as described in the module; they differ only
+            for text files.
 
     Returns:
         `Text`.
 
     Raises:
-        ValueError: If the content is not what it should be; says where.
+        ValueError: If the content is malformed; the message says where.
         OSError: If the file cannot be read.
-        ImportError: If a library is missing; says which extra brings it.
+        ImportError: If a library is missing; the message names the extra to install.
     """
     if join not in ("none", "blank-lines"):
         raise ValueError(f"join is {join!r}; write none or blank-lines")
@@ -92,7 +92,7 @@ def read_text(
         return _filled(from_rows(rows, source=name))
     path = Path(path_or_name)
     content = _decode(path, path.read_bytes())
-    # Other characters may end a line to Python's splitlines, but not in a file.
+    # Python's splitlines also splits at characters that end no line of a file.
     lines = list(io.StringIO(content, newline=None))
     if join == "blank-lines":
         joined = (line if line.strip() else "" for line in lines)
@@ -104,20 +104,20 @@ def read_text(
 def stream(
     path_or_name: str | Path, *, column: str = "text", size: int = 2**20
 ) -> Iterator[Iterator[str]]:
-    """Yield the documents of a text in pieces, without holding all of it.
+    """Yield the documents of a text in pieces, without reading all of it at once.
 
     Args:
-        path_or_name: As for `read`.
-        column: Where rows have several fields, the one with the text.
-        size: Characters after which a piece ends with the next paragraph.
+        path_or_name: As for `read_text`.
+        column: The field with the text, where rows have several.
+        size: Number of characters after which a piece ends with the next paragraph.
 
     Yields:
-        Each row that is not blank, or a text file as the one document that it is: the
-        pieces that make it.
+        An iterator over the pieces of each document: of each row that is not blank, or
+        of a whole text file.
 
     Raises:
-        ValueError, OSError, ImportError: As `read`; for a text without any word once
-            all of it is read.
+        ValueError, OSError, ImportError: As for `read_text`; a text without words is
+            refused at its end.
     """
     has_words = False
 
@@ -138,17 +138,17 @@ def stream(
 
 
 def _pieces(lines: Iterator[str], size: int) -> Iterator[str]:
-    """Yield lines joined to pieces that end with a blank one, but for the last."""
-    held: list[str] = []
+    """Yield pieces of joined lines; all but the last end with a blank line."""
+    piece: list[str] = []
     length = 0
     for line in lines:
-        held.append(line)
+        piece.append(line)
         length += len(line)
         if length >= size and not line.strip():
-            yield "".join(held)
-            held, length = [], 0
-    if held:
-        yield "".join(held)
+            yield "".join(piece)
+            piece, length = [], 0
+    if piece:
+        yield "".join(piece)
 
 
 def _rows(path_or_name: str | Path, column: str) -> Iterator[str] | None:
@@ -175,7 +175,7 @@ def _filled(text: Text) -> Text:
 
 def _decode(path: Path, content: bytes, begin: int = 0) -> str:
     try:
-        # A mark of the byte order is no text.
+        # The byte order mark is not a part of the text.
         return content.decode("utf-8" if begin else "utf-8-sig")
     except UnicodeDecodeError as error:
         place, byte = begin + error.start, content[error.start]
@@ -186,7 +186,7 @@ def _decode(path: Path, content: bytes, begin: int = 0) -> str:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file, gzipped or not, each with the newline that ends it."""
+    """Yield the lines of a file, gzipped or not, with their newlines."""
     begin = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -241,24 +241,26 @@ def _parquet_rows(path: Path, column: str) -> Iterator[str]:
 def _dataset_rows(name: str, column: str) -> list[str]:
     parts = name.removeprefix(DATASET).split(":")
     if len(parts) not in (2, 3) or not all(parts):
-        raise ValueError(f"{name} is no name of a dataset; write {_SYNTAX}")
+        raise ValueError(f"{name} is not the name of a dataset; write {_SYNTAX}")
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(_missing("datasets by name", "datasets")) from error
     *path, split = parts
     try:
-        found = datasets.load_dataset(*path, split=split)
-    except Exception as error:  # of the network, of the hub, or of the library
+        dataset = datasets.load_dataset(*path, split=split)
+    except Exception as error:  # from the network, the hub, or the library
         raise ValueError(
             f"{name} cannot be loaded ({type(error).__name__}: {error}); without a "
             f"network, give a local file: {', '.join(SUFFIXES)}"
         ) from error
-    if column not in found.column_names:
-        raise ValueError(f"{name}: no column {column!r}{_instead(found.column_names)}")
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"{name}: no column {column!r}{_instead(dataset.column_names)}"
+        )
     return [
         _string(value, f"{name}, row {number}", column)
-        for number, value in enumerate(found[column], 1)
+        for number, value in enumerate(dataset[column], 1)
     ]
 
 
@@ -266,14 +268,14 @@ def _string(value: object, place: str, column: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place}: {column!r} is {value!r:.40}, not a string")
     try:
-        value.encode()  # JSON can escape half of a pair, which is no character
+        value.encode()  # JSON can escape a lone surrogate, which is not a character
     except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: {column!r} is no Unicode ({error})") from error
+        raise ValueError(f"{place}: {column!r} is not Unicode ({error})") from error
     return value
 
 
 def _instead(names: object) -> str:
-    """Say which names there are, if there are any."""
+    """Return a list of the existing names for a message, or an empty string."""
     if not isinstance(names, Sequence | dict) or isinstance(names, str) or not names:
         return ""
     return f"; there are {', '.join(map(str, names))}"

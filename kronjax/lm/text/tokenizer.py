@@ -1,8 +1,8 @@
-"""Text to token numbers and back, by the files that a checkpoint brings.
+"""Conversion between text and tokens, by the tokenizer files of a checkpoint.
 
-A `Tokenizer` is the content of those files: it travels with its model and is written
-back byte for byte. The work is done by the library `tokenizers`, from `tokenizer.json`
-or, in older folders, from `vocab.json` and `merges.txt`.
+A `Tokenizer` holds the content of those files: it belongs to its model and is saved
+byte for byte. The library `tokenizers` does the work, from `tokenizer.json` or, in
+older folders, from `vocab.json` and `merges.txt`.
 
 >>> sorted(FILES)[:2]
 ['added_tokens.json', 'chat_template.jinja']
@@ -32,21 +32,21 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-"""Names of the files that say what tokens mean, and which of them end a text."""
+"""Names of the files that define the tokens and those that end a text."""
 
 END = "<|endoftext|>"
-"""The token that ends a text, as GPT-2 calls it."""
+"""The end-of-text token of GPT-2."""
 
 SMALLEST = 257
-"""Tokens of the smallest byte-level vocabulary: every byte, and the end of a text."""
+"""Size of the smallest byte-level vocabulary: all bytes and the end-of-text token."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A tokenizer as the files it was made from.
+    """A tokenizer, represented by its files.
 
-    Equal and hashed by their content, so that two loads of one model share what was
-    compiled for it.
+    Equality and hash depend on the content of the files, so that programs compiled for
+    a model are shared when it is loaded twice.
 
     Attributes:
         files: Content of each file by name.
@@ -73,16 +73,16 @@ class Tokenizer:
 
     @functools.cached_property
     def size(self) -> int:
-        """Rows that a table for it needs: one more than the last token's number.
+        """Number of rows of an embedding table: one more than the largest token.
 
-        More than there are tokens where numbers are left out.
+        It exceeds the number of tokens where numbers are skipped.
         """
         numbers = self._backend.get_vocab(with_added_tokens=True).values()
         return 1 + max(numbers, default=-1)
 
     @property
     def eos(self) -> int | None:
-        """Number of the token that ends a text, or None."""
+        """The end-of-text token, or None."""
         return self._special("eos_token")
 
     @functools.cached_property
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @property
     def bos(self) -> int | None:
-        """Number of the token that begins a text, or None."""
+        """The token at the beginning of a text, or None."""
         return self._special("bos_token")
 
     def encode(self, text: str, *, special: bool = True) -> np.ndarray:
@@ -105,14 +105,14 @@ class Tokenizer:
 
         Args:
             text: Any text.
-            special: Whether to add what the tokenizer puts around a text, such as the
-                first token of OPT.
+            special: Whether to add the special tokens around a text, such as the first
+                token of OPT.
 
         Returns:
             `[n]`, int32.
 
         Raises:
-            ValueError: If the text has characters that no Unicode file can hold.
+            ValueError: If the text contains lone surrogates.
         """
         try:
             text.encode()
@@ -125,7 +125,7 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
-        """Return the text of tokens, without special ones."""
+        """Return the text of tokens, without special tokens."""
         return self._backend.decode([int(token) for token in tokens])
 
     @functools.cached_property
@@ -169,7 +169,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _config(self) -> dict[str, Any]:
-        """Settings of `tokenizer_config.json` over those of the map of specials."""
+        """Settings of the two files; `tokenizer_config.json` takes precedence."""
         return {
             **_json(self.files, "special_tokens_map.json"),
             **_json(self.files, "tokenizer_config.json"),
@@ -177,7 +177,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _prepend(self) -> int | None:
-        """The token that older folders ask for in front, which no file says how."""
+        """The token before a text that older folders request by `add_bos_token`."""
         if "tokenizer.json" in self.files or not self._config.get("add_bos_token"):
             return None
         return self.bos
@@ -191,20 +191,20 @@ class Tokenizer:
         if isinstance(value, Mapping):
             value = value.get("content")
         if value is None and name in ("bos_token", "eos_token"):
-            return END  # the folder of GPT-2 does not always say so
+            return END  # not always specified in the folder of GPT-2
         return value if isinstance(value, str) else None
 
 
 def train(texts: Iterable[str], size: int, *, context: int) -> Tokenizer:
-    """Return a byte-level BPE made of texts, as GPT-2's is one of 50257 tokens.
+    """Train a byte-level BPE on texts, like that of GPT-2 with 50257 tokens.
 
     Args:
-        texts: Any number of pieces.
-        size: Tokens at most; short texts hold fewer that are worth one.
-        context: Tokens of the longest input of the model that it is for.
+        texts: Pieces of text.
+        size: Largest number of tokens; short texts give fewer.
+        context: Number of tokens of the longest input of the model.
 
     Raises:
-        ValueError: If not even all bytes would be tokens.
+        ValueError: If `size` is too small for all bytes.
     """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -242,7 +242,7 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     """Return the tokenizer in a folder, or None if there is none.
 
     Raises:
-        ValueError: If it is of a kind that cannot be used; says what would.
+        ValueError: If its format is not supported; the message names one that is.
     """
     files = {
         name: (folder / name).read_bytes()

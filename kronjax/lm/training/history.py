@@ -1,8 +1,7 @@
-"""What happened in a training, line by line: kept, drawn and summed up.
+"""The metrics of a training: a line per step and evaluation, a figure and a table.
 
-`metrics.jsonl` has a line for every step and one for every evaluation. A run that goes
-on after an interruption forgets the lines after its checkpoint, which are written once
-more.
+`metrics.jsonl` has a line for every step and one for every evaluation. A resumed run
+discards the lines after its checkpoint and writes them again.
 
 >>> history = History()
 >>> history.add({"step": 1, "loss": 2.0})
@@ -11,6 +10,7 @@ more.
 """
 
 import contextlib
+import html
 import io
 import json
 import math
@@ -24,21 +24,21 @@ from kronjax.io.json_values import jsonable
 from kronjax.lm.evaluation import spectra
 
 METRICS = "metrics.jsonl"
-"""The lines."""
+"""File of the lines, one JSON object each."""
 
 FIGURE = "loss.png"
-"""Loss against steps."""
+"""File of the plot of the loss against steps."""
 
 SUMMARY = "training.md"
-"""A table of what came of it."""
+"""File of the table of results."""
 
 RECORD = "training.json"
-"""The same for machines."""
+"""File of the record as JSON."""
 
 HELD_OUT = "held_out"
-"""In the lines of evaluations: nats per held-out token."""
+"""Key of the loss in lines of evaluations: nats per held-out token."""
 
-PEAKS = {  # dense products: FLOP/s in bfloat16 and in float32 in full
+PEAKS = {  # FLOP/s of dense products in bfloat16 and in full float32
     "V100": (125e12, 15.7e12),
     "A100": (312e12, 19.5e12),
     "L40S": (362e12, 91.6e12),
@@ -50,11 +50,11 @@ PEAKS = {  # dense products: FLOP/s in bfloat16 and in float32 in full
     "TPU v5p": (459e12, None),
     "TPU v6 lite": (918e12, None),
 }
-"""What devices reach by the data sheets of their makers, by a part of their names."""
+"""Peak speeds of devices by their data sheets, keyed by a part of their names."""
 
 
 def peak(device: str, precision: str) -> float | None:
-    """Return the FLOP/s that a device could do, or None where that is not known.
+    """Return the peak FLOP/s of a device, or None if it is unknown.
 
     >>> peak("NVIDIA A100-SXM4-80GB", "bfloat16") / 1e12
     312.0
@@ -66,21 +66,21 @@ def peak(device: str, precision: str) -> float | None:
 
 
 class History:
-    """Lines of numbers, kept in a file if there is a folder.
+    """Lines of metrics, written to a file if there is a folder.
 
     Attributes:
-        lines: In order.
+        lines: The lines of steps and evaluations, in order.
     """
 
     def __init__(
         self, folder: Path | None = None, *, until: int = 0, writes: bool = True
     ) -> None:
-        """Begin, or go on.
+        """Start a history, or continue the one in a folder.
 
         Args:
-            folder: For `metrics.jsonl`, or None to keep lines in memory alone.
-            until: The step to go on from; what comes after it is forgotten.
-            writes: Whether lines are kept there by this process, and not by another.
+            folder: Folder of `metrics.jsonl`, or None to keep lines only in memory.
+            until: Step to resume from; later lines are discarded.
+            writes: Whether this process writes the file, and not another one.
         """
         self.lines: list[dict[str, Any]] = []
         self._file: io.TextIOBase | None = None
@@ -92,7 +92,7 @@ class History:
         if not writes:
             return
         atomic.write(path, "".join(map(_line, self.lines)).encode())
-        # Line by line, for whoever looks on.
+        # Buffered by line, so that the file can be followed while it grows.
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -103,16 +103,16 @@ class History:
                 self._file.write(_line(line))
 
     def flush(self) -> None:
-        """Have all lines on disk, before a checkpoint counts on them."""
+        """Write all lines to disk, before a checkpoint relies on them."""
         with self._explained():
             if self._file is not None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # said before, or of no consequence
+            with contextlib.suppress(OSError):  # already reported, or harmless
                 self._file.close()
             self._file = None
 
@@ -135,12 +135,27 @@ class History:
         return [line for line in self.lines if HELD_OUT in line]
 
     def best(self) -> dict[str, Any] | None:
-        """Return the evaluation with the lowest loss, the first of several."""
+        """Return the first evaluation with the lowest loss, or None."""
         return min(self.evaluations, key=lambda x: x[HELD_OUT], default=None)
+
+    def __repr__(self) -> str:
+        """Return the first and the last loss of steps and evaluations."""
+        lines = [f"{len(self.steps):,} steps, {len(self.evaluations):,} evaluations"]
+        best = self.best()
+        for name, key, part in (
+            ("loss", "loss", self.steps),
+            ("held out", HELD_OUT, self.evaluations),
+        ):
+            if part:
+                first, last = part[0][key], part[-1][key]
+                lines.append(f"{name}: {first:.4f} -> {last:.4f} nats per token")
+        if best is not None:
+            lines[-1] += f", lowest {best[HELD_OUT]:.4f} at step {best['step']:,}"
+        return "\n".join(lines)
 
 
 def figure(history: History) -> bytes:
-    """Return a plot of the loss and of held-out loss against steps, as PNG."""
+    """Return a PNG plot of the training and held-out losses against steps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -173,7 +188,7 @@ def figure(history: History) -> bytes:
 
 
 def record(history: History, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what came of a training: facts, and numbers from its lines."""
+    """Return the record of a training: facts, and a summary of its lines."""
     steps, tests = history.steps, history.evaluations
     speeds = sorted(line["tokens_per_second"] for line in steps[1:])
     shares = [line["utilisation"] for line in steps[1:] if "utilisation" in line]
@@ -191,43 +206,53 @@ def record(history: History, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return a record as words and values, for tables."""
+def rows(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the names and values of a table of a record."""
 
     def loss(name):
-        value = found.get(name)
+        value = record.get(name)
         if value is None:
             return "not measured"
         return f"{value:.4f} nats, perplexity {math.exp(min(value, 700)):,.2f}"
 
-    made = [
-        ("steps", f"{found['steps']:,} of {found['asked_steps']:,}"),
-        ("tokens", f"{found['steps'] * found['tokens_per_step']:,}"),
-        ("parameters", f"{found['parameters']:,}, {found['trained']:,} trained"),
-        ("teacher", found["teacher"] or "none"),
+    table = [
+        ("steps", f"{record['steps']:,} of {record['asked_steps']:,}"),
+        ("tokens", f"{record['steps'] * record['tokens_per_step']:,}"),
+        ("parameters", f"{record['parameters']:,}, {record['trained']:,} trained"),
+        ("teacher", record["teacher"] or "none"),
         ("held out, before", loss("held_out_before")),
         ("held out, after", loss("held_out_after")),
-        ("held out, best", f"{loss('held_out_best')}, step {found['best_step']}"),
+        ("held out, best", f"{loss('held_out_best')}, step {record['best_step']}"),
     ]
-    if found["held_out_best"] is None:
-        made.pop()
-    if found["tokens_per_second"] is not None:
-        made.append(("tokens/s", f"{found['tokens_per_second']:,.0f}"))
-    if found["utilisation"] is not None:
-        made.append(("model FLOP utilisation", f"{100 * found['utilisation']:.1f} %"))
-    if found.get("held", 0) > found["parameters"]:
-        made.append(("held, masked ones included", f"{found['held']:,}"))
-    if found.get("analysis"):
-        made.append(("norms and ranks", spectra.verdict(found["analysis"])))
-    return [*made, ("ended", found["ended"])]
+    if record["held_out_best"] is None:
+        table.pop()
+    if record["tokens_per_second"] is not None:
+        table.append(("tokens/s", f"{record['tokens_per_second']:,.0f}"))
+    if record["utilisation"] is not None:
+        table.append(("model FLOP utilisation", f"{100 * record['utilisation']:.1f} %"))
+    if record.get("held", 0) > record["parameters"]:
+        table.append(("stored, including masked", f"{record['held']:,}"))
+    if record.get("analysis"):
+        table.append(("norms and ranks", spectra.verdict(record["analysis"])))
+    return [*table, ("ended", record["ended"])]
 
 
-def write(history: History, found: Mapping[str, Any], folder: Path) -> None:
+def html_table(record: Mapping[str, Any]) -> str:
+    """Return the table of a record as HTML."""
+    cells = (
+        f"<tr><th style='text-align: left'>{html.escape(name)}</th>"
+        f"<td style='text-align: left'>{html.escape(value)}</td></tr>"
+        for name, value in rows(record)
+    )
+    return f"<table>{''.join(cells)}</table>"
+
+
+def write(history: History, record: Mapping[str, Any], folder: Path) -> None:
     """Write the figure, the table and the record into a folder."""
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows(found))
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows(record))
     text = f"# Training\n\n| | |\n|---|---|\n{table}\n![Loss]({FIGURE})\n"
     atomic.write(folder / SUMMARY, text.encode())
-    content = json.dumps(jsonable(found), indent=1, allow_nan=False)
+    content = json.dumps(jsonable(record), indent=1, allow_nan=False)
     atomic.write(folder / RECORD, content.encode() + b"\n")
     atomic.write(folder / FIGURE, figure(history))
 
@@ -237,7 +262,7 @@ def _line(values: Mapping[str, Any]) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, without one that was cut off."""
+    """Return the lines of a file up to the first truncated one."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -1,8 +1,8 @@
-"""The loop of a training: steps, what is noted and kept on the way, and coming back.
+"""The training loop: steps, metrics, evaluations, checkpoints and resuming.
 
-A step that runs is never waited for: the numbers of one are fetched once the next has
-begun. State is kept between steps, after the hook and the evaluation that are due, so
-that a run that goes on repeats neither.
+The loop never waits for a running step: its numbers are fetched after the next step has
+been started. Checkpoints are written between steps, after the hook and the evaluation
+that are due, so that a resumed run repeats neither.
 
 >>> str(Stopped(15, 200))
 'stopped by SIGTERM after step 200'
@@ -43,41 +43,41 @@ from kronjax.lm.training.step import (
 from kronjax.runs.processes import Hosts
 
 STATE = ".training"
-"""The folder with checkpoints, inside the one of the run."""
+"""Name of the subfolder with checkpoints."""
 
 
 class Stopped(Exception):
-    """A signal asked to leave, and the state was kept.
+    """The run was stopped by a signal, and its state was saved.
 
     Attributes:
-        signal: Its number.
+        signal: Number of the signal.
     """
 
     def __init__(self, number: int, step: int) -> None:
-        """Note the signal and the step that was reached."""
+        """Store the signal and name the last step."""
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
         self.signal = number
 
 
 @dataclasses.dataclass
 class Loop:
-    """The loop of one run, and what it keeps.
+    """The loop of one run and its state.
 
     Attributes:
-        task: What decides its programs.
-        settings: Without gaps.
+        task: The task, which determines the compiled programs.
+        settings: Complete settings.
         training: The blocks to train on.
         tests: `[k, t + 1]`, the windows to evaluate on, or None.
-        carry: What a step changes, laid out.
-        fixed: What is not trained.
+        carry: The arrays that a step changes, placed on the devices.
+        fixed: Arrays that are not trained.
         theirs: Arrays of the teacher.
-        hook: Called between steps, or None.
-        folder: For metrics and checkpoints, or None.
-        marks: What decides the outcome; a checkpoint with others is refused.
-        limit: Tokens per second that the devices could do, or None if not known.
-        history: What happened.
-        ended: Why it ended.
-        compile_seconds: Spent on tracing and compiling.
+        hook: A hook called between steps, or None.
+        folder: Folder for metrics and checkpoints, or None.
+        marks: Identity of the run; checkpoints with other marks are refused.
+        limit: Peak number of tokens per second of the devices, or None if unknown.
+        history: Metrics of the run.
+        ended: Reason for the end of the run.
+        compile_seconds: Seconds spent on tracing and compiling.
     """
 
     task: Task
@@ -92,11 +92,11 @@ class Loop:
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     limit: float | None = None
     history: History = dataclasses.field(default_factory=History)
-    ended: str = "all steps made"
+    ended: str = "all steps done"
     compile_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        """Begin with nothing pending."""
+        """Initialise the private state."""
         self._snapshots: Snapshots | None = None
         self._best: tuple[Arrays, Arrays] | None = None
         self._pending: collections.deque = collections.deque()
@@ -107,7 +107,7 @@ class Loop:
         self._shape = (self.settings.accumulate, rows, length + 1)
 
     def go(self, progress: bool | None) -> None:
-        """Make all steps that are left."""
+        """Run all remaining steps."""
         total = self.settings.steps
         assert total is not None
         first = self._resume() if self.folder is not None else 0
@@ -151,20 +151,20 @@ class Loop:
         self._finish(done)
 
     def model(self) -> LanguageModel:
-        """Return the model with the parameters as they are."""
+        """Return the model with the current parameters."""
         arrays = {**self.fixed, **self.carry.parameters}
         return named.put(self.task.form, self.task.placement.gather(arrays))
 
     def close(self) -> None:
-        """Let go of files."""
+        """Close all files."""
         self.history.close()
         if self._snapshots is not None:
             self._snapshots.close()
 
     def _leaves(self, received: list[int]) -> int:
-        """Return the signal to leave, or 0; the same in all processes.
+        """Return the signal to stop for, or 0; the same in all processes.
 
-        Where there are several, it is known a step after one of them has got it.
+        With several processes it is known one step after one of them received it.
         """
         if not self.task.placement.is_shared:
             return received[0] if received else 0
@@ -181,22 +181,22 @@ class Loop:
         return self.training.take((step - 1) * count, count).reshape(self._shape)
 
     def _fetch(self, *, leave: int = 0) -> None:
-        """Wait for the numbers of all steps but the last few, and note them."""
+        """Record the numbers of all pending steps but the last `leave`."""
         while len(self._pending) > leave:
             step, numbers = self._pending.popleft()
-            found = {k: x.item() for k, x in jax.device_get(numbers).items()}
-            if found.pop("failed"):
-                raise ValueError(self._failure(step, found["loss"]))
+            values = {k: x.item() for k, x in jax.device_get(numbers).items()}
+            if values.pop("failed"):
+                raise ValueError(self._failure(step, values["loss"]))
             now = time.perf_counter()
             speed = self.settings.batch * (self._shape[2] - 1) / (now - self._clock)
             self._clock = now
-            line = {"step": step, **found, "tokens_per_second": round(speed, 1)}
+            line = {"step": step, **values, "tokens_per_second": round(speed, 1)}
             if self.limit is not None:
                 line["utilisation"] = round(speed / self.limit, 4)
             self.history.add(line)
 
     def _failure(self, step: int, loss: float) -> str:
-        """Say where a step failed; the carry is as it was before."""
+        """Return where a step failed; the carry is that of the step before."""
         place = None
         for part in self._windows(step):
             parameters = self.carry.parameters
@@ -207,12 +207,12 @@ class Loop:
         if self._snapshots is not None and self._snapshots.newest is not None:
             kept = f"; the checkpoint of step {self._snapshots.newest} is kept"
         return (
-            f"the loss is {loss:.4g} at step {step}, and no number first {place}{kept}."
-            " Try a lower --rate"
+            f"the loss is {loss:.4g} at step {step}; the first number that is not "
+            f"finite is {place}{kept}. Try a lower --rate"
         )
 
     def _change(self, step: int) -> None:
-        """Let the hook change the model."""
+        """Apply the hook if it is due."""
         if self.hook is None or not self.hook.due(step):
             return
         self._fetch()
@@ -221,8 +221,8 @@ class Loop:
         form, arrays = named.take(model)
         old = {**self.fixed, **self.carry.parameters}
         kinds = [
-            {name: (x.shape, x.dtype) for name, x in one.items()}
-            for one in (old, arrays)
+            {name: (x.shape, x.dtype) for name, x in held.items()}
+            for held in (old, arrays)
         ]
         if kinds[0] != kinds[1] or form.parameters != self.task.form.parameters:
             raise ValueError(
@@ -236,7 +236,7 @@ class Loop:
         self._clock = time.perf_counter()
 
     def _test(self, step: int) -> None:
-        """Evaluate on held-out windows."""
+        """Evaluate on the held-out windows."""
         if self.tests is None:
             return
         self._fetch()
@@ -273,7 +273,7 @@ class Loop:
         return since >= patience
 
     def _finish(self, step: int) -> None:
-        """Keep the last state, and take the best parameters if there are better."""
+        """Save the last state, and restore the best parameters with patience."""
         self._fetch()
         self._keep(step)
         best = self.history.best()
@@ -292,8 +292,8 @@ class Loop:
             "step": self.carry.step,
         }
 
-    def _take_up(self, state: dict[str, Any]) -> None:
-        """Go on from the arrays of a checkpoint."""
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Restore the arrays of a checkpoint."""
         arrays = state["arrays"]
         self.fixed = {name: arrays[name] for name in self.fixed}
         leaves, tree = jax.tree.flatten(self.carry.moments)
@@ -319,7 +319,7 @@ class Loop:
         self._clock = time.perf_counter()
 
     def _resume(self) -> int:
-        """Take up what an earlier run has left; return the step it had reached."""
+        """Restore the newest checkpoint; return its step, or 0."""
         assert self.folder is not None
         self._snapshots = Snapshots(self.folder / STATE, keep=self.settings.keep)
         newest = self._snapshots.newest
@@ -335,9 +335,9 @@ class Loop:
         self.history = History(self.folder, until=newest, writes=writes)
         best = self.history.best()
         if self.settings.patience and best is not None:
-            self._take_up(self._snapshots.state(best["step"], self._state()))
+            self._restore(self._snapshots.state(best["step"], self._state()))
             self._best = self.carry.parameters, self.fixed
-        self._take_up(self._snapshots.state(newest, self._state()))
+        self._restore(self._snapshots.state(newest, self._state()))
         if self._best is not None:
             self._best = jax.tree.map(jnp.copy, self._best)
         if self.hook is not None:
@@ -346,7 +346,7 @@ class Loop:
 
 
 def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -> None:
-    """Refuse the checkpoint of another run; say what differs."""
+    """Refuse the checkpoint of another run, and name the differences."""
     differences = []
     for name, (old, new) in {
         key: (theirs.get(key), value) for key, value in ours.items()
@@ -360,20 +360,17 @@ def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], folder: Path) -
                 if old.get(key) != value
             ]
         else:
-            differences.append(f"the {name} is another")
+            differences.append(f"the {name} differs")
     if differences:
         raise ValueError(
             f"{folder} holds the checkpoint of another run: {'; '.join(differences)}. "
-            "Give another --out, or --force to begin anew"
+            "Give another --out, or --force to start again"
         )
 
 
 @contextlib.contextmanager
 def _signals(wanted: bool) -> Iterator[list[int]]:
-    """Yield a list that signals to leave are put into, instead of leaving at once.
-
-    A second one leaves at once.
-    """
+    """Yield a list that receives the first signal to stop; a second one interrupts."""
     received: list[int] = []
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield received

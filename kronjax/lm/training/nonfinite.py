@@ -1,7 +1,7 @@
-"""Where a number first is no number: in a parameter, behind a layer, or in a gradient.
+"""Search for the first number that is not finite, after a training step has failed.
 
-Looked for after a step has failed, from the outside and layer by layer, so that
-training itself pays nothing for it.
+The search checks parameters, then the outputs of layers in order, then gradients. It
+runs only after a failure, so that training itself pays nothing for it.
 
 >>> first_bad({"a": jnp.ones(2), "b": jnp.array([1.0, jnp.inf])})
 'b'
@@ -21,16 +21,16 @@ from kronjax.lm.training.step import Task, run
 
 
 class _Watched:
-    """A layer that notes its name, and whether what it returns is finite."""
+    """A layer that records its name and whether its output is finite."""
 
     def __init__(
-        self, layer: Any, name: str, found: list[tuple[str, jax.Array]]
+        self, layer: Any, name: str, outputs: list[tuple[str, jax.Array]]
     ) -> None:
-        self._layer, self._name, self._found = layer, name, found
+        self._layer, self._name, self._outputs = layer, name, outputs
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self._layer(x)
-        self._found.append((self._name, jnp.isfinite(y).all()))
+        self._outputs.append((self._name, jnp.isfinite(y).all()))
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -40,17 +40,17 @@ class _Watched:
 def locate(
     task: Task, parameters: Arrays, fixed: Arrays, teacher: Arrays, windows: jax.Array
 ) -> str:
-    """Say where a step fails first.
+    """Return the place of the first number that is not finite.
 
     Args:
-        task: Of the step.
-        parameters: Before the step.
-        fixed: What is not trained.
+        task: The task of the step.
+        parameters: Parameters before the step.
+        fixed: Arrays that are not trained.
         teacher: Arrays of the teacher.
-        windows: `[b, t + 1]`, those of the step.
+        windows: `[b, t + 1]`, the windows of the step.
 
     Returns:
-        A few words, such as `behind the layer h.3.mlp.c_fc`.
+        The place in words, such as `in the output of the layer h.3.mlp.c_fc`.
     """
     arrays = {**fixed, **parameters}
     bad = first_bad(arrays)
@@ -63,27 +63,27 @@ def locate(
 
     def watch(arrays: Arrays, tokens: jax.Array) -> list[jax.Array]:
         model = named.put(task.form, named.cast(arrays, task.dtype))
-        found: list[tuple[str, jax.Array]] = []
+        outputs: list[tuple[str, jax.Array]] = []
         for name, layer in {**nn.linear_layers(model), **nn.tables(model)}.items():
-            nn.put(model, name, _Watched(layer, name, found))
+            nn.put(model, name, _Watched(layer, name, outputs))
         model.head(objectives.walk(model, tokens).last)
-        order[:] = [name for name, _ in found]
-        return [is_finite for _, is_finite in found]
+        order[:] = [name for name, _ in outputs]
+        return [is_finite for _, is_finite in outputs]
 
     flags = run(watch, arrays, windows[:, :-1])
     for name, is_finite in zip(order, flags, strict=True):
         if not is_finite:
-            return f"behind the layer {name}"
+            return f"in the output of the layer {name}"
     graded = jax.grad(task.loss, has_aux=True)
     gradient, _ = run(graded, parameters, fixed, teacher, windows)
-    # A gradient comes from the last block, and what is not in a block ends it.
+    # Backpropagation begins with the last block; parameters outside of blocks are last.
     names = sorted(gradient, key=lambda name: ("." not in name, *_blocks(name)))
     bad = first_bad({name: gradient[name] for name in names})
     return f"in the gradient of {bad}" if bad else "in the sum of the loss"
 
 
 def _blocks(name: str) -> list[int]:
-    """Return the numbers in a name, so that the last block comes first."""
+    """Return the negative numbers in a name, a key that sorts the last block first."""
     return [-int(part) for part in name.split(".") if part.isdigit()]
 
 

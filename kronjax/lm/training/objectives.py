@@ -1,12 +1,12 @@
-"""What training makes small: next-token loss, and distances to a teacher.
+"""The objective of training: next-token loss, and distances to a teacher.
 
     w_n CE + w_l T² KL(teacher_T ‖ student_T) + w_h Σ_j ‖h_j − h'_j‖² / ‖h'_j‖²
            + w_a Σ_j KL(attention'_j ‖ attention_j)
 
-All terms are means over tokens. Logits of both are softened by the temperature `T`.
+All terms are means over tokens. The logits of both are divided by the temperature `T`.
 Hidden states are those after the embedding and after every block of a map from blocks
 of the student to blocks of the teacher; attention is compared head by head in the same
-blocks. The teacher is evaluated once, and no gradient reaches it.
+blocks. The teacher is evaluated once, without gradient.
 
 References: Hinton, Vinyals and Dean (2015); for matching states and attention
 KroneckerBERT (Tahaei et al., 2021) and KnGPT2 (Edalati et al., 2021).
@@ -27,17 +27,17 @@ from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.training.settings import Weights
 
 _LOGITS = 2**26
-"""Logits at one time, where memory is to be saved."""
+"""Number of logits computed at a time to save memory."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """What one pass through a model leaves.
+    """The intermediate results of one pass through a model.
 
     Attributes:
         last: `[b, t, width]`, the states before the head.
-        states: `[b, t, width]` after the embedding and after each block.
+        states: `[b, t, width]`, the states after the embedding and after each block.
         heads: Queries and keys of each block.
     """
 
@@ -47,20 +47,20 @@ class Pass:
 
 
 def uniform_map(student: int, teacher: int) -> tuple[tuple[int, int], ...]:
-    """Return for each block of the student the one of the teacher that ends with it.
+    """Return pairs of a block of the student and the one of the teacher at its end.
 
     Args:
-        student: Its number of blocks.
-        teacher: Likewise.
+        student: Number of blocks of the student.
+        teacher: Number of blocks of the teacher.
     """
     return tuple((i, max((i + 1) * teacher // student, 1) - 1) for i in range(student))
 
 
 def check(student: LanguageModel, teacher: LanguageModel, weights: Weights) -> None:
-    """Refuse a teacher that cannot be followed.
+    """Refuse a teacher that cannot be compared with the student.
 
     Raises:
-        ValueError: If vocabularies, or what is to be compared inside, differ.
+        ValueError: If the vocabularies differ, or the pairs of blocks do not exist.
     """
     ours, theirs = student.config, teacher.config
     if ours.vocab_size != theirs.vocab_size:
@@ -73,7 +73,7 @@ def check(student: LanguageModel, teacher: LanguageModel, weights: Weights) -> N
     for i, j in weights.layers or uniform_map(ours.num_layers, theirs.num_layers):
         if not (0 <= i < ours.num_layers and 0 <= j < theirs.num_layers):
             raise ValueError(
-                f"block {i} of the student is to follow block {j} of the teacher; they "
+                f"block {i} of the student is to match block {j} of the teacher; they "
                 f"have {ours.num_layers} and {theirs.num_layers} blocks"
             )
 
@@ -85,14 +85,14 @@ def walk(
     remat: bool = False,
     inside: bool = False,
 ) -> Pass:
-    """Take tokens through a model, up to its head.
+    """Run a model on tokens, up to its head.
 
     Args:
-        model: Any port.
+        model: A model of any architecture.
         tokens: `[b, t]`.
-        remat: Whether to keep of each block its input alone, and compute the rest a
-            second time for the gradient.
-        inside: Whether to keep states and attention.
+        remat: Whether to store only the input of each block, and to recompute the rest
+            for the gradient.
+        inside: Whether to return states and attention.
     """
     places = attention.locate(tokens.shape)
     x = model.embed(tokens, places)
@@ -120,18 +120,18 @@ def objective(
     *,
     remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return what is made small, and its terms before they are weighted.
+    """Return the weighted loss, and its terms before weighting.
 
     Args:
-        student: Any port.
-        teacher: Of the same vocabulary, or None for the next-token loss alone.
+        student: A model of any architecture.
+        teacher: A model of the same vocabulary, or None for the next-token loss alone.
         windows: `[b, t + 1]`, tokens.
-        weights: Of the terms.
+        weights: Weights of the terms.
         remat: Whether to save memory by computing blocks and logits twice.
 
     Returns:
-        The sum, float32, and `next_token`, `logits`, `hidden` and `attention`, those
-        that count.
+        The weighted sum, float32, and the terms that contribute to it, by name:
+        `next_token`, `logits`, `hidden` and `attention`.
     """
     tokens, targets = windows[:, :-1], windows[:, 1:]
     inside = teacher is not None and weights.looks_inside
@@ -171,13 +171,13 @@ def _mean(
     remat: bool,
     *arrays: jax.Array,
 ) -> jax.Array:
-    """Return the mean over tokens of what a function returns for them, `[k]`.
+    """Return the mean over tokens of the values of a function, `[k]`.
 
     Args:
-        function: Of arrays `[n, ...]`, to `[k, n]`.
-        student: Whose vocabulary decides how many tokens are taken at a time.
-        remat: Whether logits are computed for some tokens at a time, twice.
-        *arrays: `[b, t, ...]`.
+        function: Function of arrays `[n, ...]` with values `[k, n]`.
+        student: Model whose vocabulary determines the number of tokens at a time.
+        remat: Whether to compute the logits twice, for some tokens at a time.
+        *arrays: `[b, t, ...]`, arguments of the function.
     """
     flat = [x.reshape(-1, *x.shape[2:]) for x in arrays]
     total = len(flat[0])
@@ -209,7 +209,7 @@ def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _divergence(logits: jax.Array, wanted: jax.Array, temperature: float) -> jax.Array:
-    """Return T² KL between softened predictions: `[n, v]` twice, to `[n]`."""
+    """Return T² KL between softened predictions: two `[n, v]` to `[n]`."""
     ours, theirs = (
         jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis=1)
         for x in (logits, wanted)
@@ -241,15 +241,15 @@ def _attention(
     errors = []
     for i, j in pairs:
         x, y = (
-            attention.log_probabilities(*one)
-            for one in (ours.heads[i], theirs.heads[j])
+            attention.log_probabilities(*heads)
+            for heads in (ours.heads[i], theirs.heads[j])
         )
         if x.shape != y.shape:
             raise ValueError(
                 f"attention has {x.shape[1]} heads in the student, {y.shape[1]} in the "
                 "teacher: set the weight of attention to 0"
             )
-        # Where a key comes after the query, 0 times a difference of large numbers.
+        # For a key after its query, the product would be 0 times a huge difference.
         seen = jnp.exp(y) > 0
         errors.append(
             jnp.mean(jnp.sum(jnp.where(seen, jnp.exp(y) * (y - x), 0.0), axis=-1))

@@ -1,7 +1,7 @@
-"""AdamW with warm-up and a cosine, and which parameters it moves.
+"""AdamW with warm-up and a cosine schedule.
 
-Weights decay in matrices and factors alone: not in biases, norms, or the scales of
-terms, all of which are vectors.
+Weight decay applies to matrices and factors only: not to biases, norms, or the scales
+of terms, all of which are vectors.
 
 References: Loshchilov and Hutter (2017, 2019).
 
@@ -18,7 +18,7 @@ from kronjax.lm.training.settings import Optimizer
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the steps that were made.
+    """Return the learning rate as a function of the number of steps done.
 
     Raises:
         ValueError: If the warm-up does not fit into the run.
@@ -36,13 +36,13 @@ def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
     cosine = optax.cosine_decay_schedule(top, max(steps - warmup, 1), settings.final)
     if not warmup:
         return cosine if bottom < top else optax.constant_schedule(top)
-    # The first step is no step with a rate of 0.
+    # The rate of the first step is not 0.
     rise = optax.linear_schedule(top / warmup, top, max(warmup - 1, 1))
     return optax.join_schedules([rise, cosine], [warmup])
 
 
 def transformation(settings: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Return what turns gradients, by name, into changes of parameters."""
+    """Return the transformation from gradients to updates of parameters."""
     adamw = optax.adamw(
         schedule(settings, steps),
         b1=settings.b1,
@@ -56,5 +56,5 @@ def transformation(settings: Optimizer, steps: int) -> optax.GradientTransformat
 
 
 def decays(parameters: Arrays) -> dict[str, bool]:
-    """Say for each parameter whether its weights decay."""
+    """Return for each parameter whether weight decay applies to it."""
     return jax.tree.map(lambda x: x.ndim > 1, parameters)

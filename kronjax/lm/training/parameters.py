@@ -1,6 +1,6 @@
-"""The arrays of a model by dotted names: what is trained, stored and sharded.
+"""The arrays of a model by dotted names, for training, storage and sharding.
 
-Parameters are picked by patterns of their names, `h.*.attn.*`, and a jitted step takes
+Parameters are selected by patterns of their names, `h.*.attn.*`. A jitted step accepts
 a flat dictionary much faster than a tree of variables.
 
 >>> from kronjax.nn import MaskedLinear
@@ -28,9 +28,9 @@ class Form:
     """A model without its arrays.
 
     Attributes:
-        graph: What flax needs to put it together.
-        variables: For each name the path in the model and the empty variable.
-        parameters: Names of what may be trained; the others are masks and orders.
+        graph: The graph definition of flax.
+        variables: Path in the model and empty variable, by name.
+        parameters: Names of trainable arrays; the others are masks and orders.
     """
 
     graph: Any
@@ -39,7 +39,7 @@ class Form:
 
 
 def take(model: nnx.Module) -> tuple[Form, Arrays]:
-    """Return a model as its form and its arrays, which are shared and not copied."""
+    """Return the form and the arrays of a model, which are shared and not copied."""
     graph, state = nnx.split(model)
     variables, arrays, parameters = {}, {}, set()
     for path, variable in nnx.to_flat_state(state):
@@ -52,7 +52,7 @@ def take(model: nnx.Module) -> tuple[Form, Arrays]:
 
 
 def put(form: Form, arrays: Mapping[str, jax.Array]) -> Any:
-    """Return the model of a form that holds these arrays, traced ones perhaps."""
+    """Return the model of a form with these arrays, which may be traced."""
     flat = [
         (path, variable.replace(arrays[name]))
         for name, (path, variable) in form.variables.items()
@@ -61,7 +61,7 @@ def put(form: Form, arrays: Mapping[str, jax.Array]) -> Any:
 
 
 def cast(arrays: Mapping[str, jax.Array], dtype: Any) -> Arrays:
-    """Return arrays with all that are no integers or masks in one dtype."""
+    """Return arrays with all floating-point arrays cast to one dtype."""
     return {
         name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
         for name, x in arrays.items()
@@ -69,18 +69,18 @@ def cast(arrays: Mapping[str, jax.Array], dtype: Any) -> Arrays:
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> frozenset[str]:
-    """Return the names of parameters that are in a layer of one of the patterns.
+    """Return the names that match any of the patterns.
 
     Args:
-        names: Such as `h.0.attn.c_attn.kernel`.
-        patterns: Such as `h.*.attn.*`, `wte` or `*.bias`: of whole names or of what
-            they are in.
+        names: Names of parameters such as `h.0.attn.c_attn.kernel`.
+        patterns: Patterns such as `h.*.attn.*`, `wte` or `*.bias`, of complete names or
+            of their leading parts.
 
     Raises:
-        ValueError: If a pattern matches nothing; says what it might have.
+        ValueError: If a pattern matches nothing; the message gives some names.
     """
     names = sorted(names)
-    found: set[str] = set()
+    matches: set[str] = set()
     for pattern in patterns:
         hits = {
             name
@@ -92,5 +92,5 @@ def matching(names: Iterable[str], patterns: Iterable[str]) -> frozenset[str]:
             raise ValueError(
                 f"nothing is called {pattern!r}; there are {', '.join(names[:4])}, ..."
             )
-        found |= hits
-    return frozenset(found)
+        matches |= hits
+    return frozenset(matches)

@@ -1,11 +1,11 @@
-"""Where the arrays of a training lie: on one device, copied, or in parts.
+"""Placement of the arrays of a training: on one device, copied, or split.
 
-All devices form one axis, `data`. Windows are dealt out along it; parameters and what
-the optimiser keeps of them are copied to every device (`data`), or cut along their
-longest axis that the devices divide (`full`), as in ZeRO. The compiler adds what has to
-be exchanged, so the step is written as for one device. The devices may be those of
+All devices form one axis, `data`, over which windows are distributed. Parameters and
+the state of the optimiser are copied to every device (`data`), or split along their
+longest axis that the number of devices divides (`full`), as in ZeRO. The compiler adds
+the communication, so the step is written as for one device. The devices may belong to
 several processes, each of which makes the same calls with the same numbers and holds
-the parts that are on its own.
+the parts on its own devices.
 
 References: Rajbhandari et al. (2020); Xu et al. (2021) for the compiler.
 
@@ -25,15 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kronjax.lm.training.settings import Shard
 
 AXIS = "data"
-"""The axis of the devices."""
+"""Name of the axis of devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Devices, and how arrays are laid out on them.
+    """Devices, and the layout of arrays on them.
 
     Attributes:
-        mesh: Of one axis.
+        mesh: The devices, along one axis.
         shard: `none`, `data` or `full`.
     """
 
@@ -45,7 +45,7 @@ class Placement:
         """Return a placement on all devices, or on the first for `none`.
 
         Raises:
-            ValueError: If there is no such placement.
+            ValueError: If `shard` is not one of the three.
         """
         if shard not in ("none", "data", "full"):
             raise ValueError(f"shard is {shard!r}; write none, data or full")
@@ -59,20 +59,20 @@ class Placement:
 
     @property
     def is_shared(self) -> bool:
-        """Whether some of them belong to other processes."""
+        """Whether some devices belong to other processes."""
         return not self.copied.is_fully_addressable
 
     @property
     def copied(self) -> NamedSharding:
-        """The layout of what every device has."""
+        """The layout of an array that is copied to every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def windows(self, axis: int) -> NamedSharding:
-        """Return the layout of windows that lie along an axis."""
+        """Return the layout of windows along an axis."""
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, AXIS))
 
     def layout(self, x: Any) -> NamedSharding:
-        """Return the layout of an array, or of one with this shape."""
+        """Return the layout of an array, or of its abstract shape."""
         shape, count = np.shape(x), self.devices
         axes = [i for i, size in enumerate(shape) if size and size % count == 0]
         if self.shard != "full" or not axes:
@@ -85,18 +85,18 @@ class Placement:
         return jax.tree.map(self.layout, tree)
 
     def put(self, tree: Any) -> Any:
-        """Return a tree with its arrays laid out; those that are so already as is."""
+        """Return a tree with its arrays placed on the devices."""
         layouts = self.layouts(tree)
         if not self.is_shared:
-            return jax.device_put(tree, layouts)  # all at once
+            return jax.device_put(tree, layouts)  # one call for all arrays
         return jax.tree.map(self._lay, tree, layouts)
 
     def deal(self, windows: np.ndarray, axis: int) -> jax.Array:
-        """Return windows that lie along an axis, dealt out to the devices."""
+        """Return windows along an axis, distributed over the devices."""
         return self._lay(windows, self.windows(axis))
 
     def gather(self, tree: Any) -> Any:
-        """Return a tree with arrays that this process holds whole."""
+        """Return a tree of arrays that are complete in this process."""
         if not self.is_shared:
             return tree
 
@@ -106,7 +106,7 @@ class Placement:
         return jax.tree.map(whole, tree)
 
     def any(self, flag: bool) -> jax.Array:
-        """Return whether any process raises a flag; not waited for."""
+        """Return whether any process raises a flag, without waiting for it."""
         given = np.full(self.devices, flag)
         return _any(self.deal(given, 0), self.copied)
 
@@ -115,8 +115,8 @@ class Placement:
             return jax.device_put(x, layout)
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, layout)
-        held = np.asarray(x)
-        return jax.make_array_from_callback(held.shape, layout, lambda at: held[at])
+        array = np.asarray(x)
+        return jax.make_array_from_callback(array.shape, layout, lambda at: array[at])
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -1,7 +1,7 @@
-"""A course of training: as a model is, pruned on the way, or with ranks that fall.
+"""Training without compression, with gradual pruning, or with falling ranks.
 
-`run` is `trainer.train` for all three, and adds to the record what became of the
-layers: how many numbers are kept, spectral norms and stable ranks before and after.
+`run` calls `trainer.train` for all three, and adds facts about the layers to the
+record: the number of entries kept, spectral norms and stable ranks before and after.
 """
 
 from pathlib import Path
@@ -33,40 +33,40 @@ def run(
     folder: Path | None = None,
     progress: bool | None = None,
 ) -> trainer.Result:
-    """Train a model, and make it smaller on the way.
+    """Train a model, and compress it during training.
 
     Args:
-        model: Left as it is.
-        tokens: `[n]`, as for `trainer.train`, and so are the others.
-        settings: Of the whole course.
-        course: What happens on the way.
-        moments: To weigh entries or errors by.
-        teacher: To follow.
-        held_out: To evaluate on.
-        folder: For metrics and checkpoints.
+        model: The model; not modified.
+        tokens: `[n]`, as for `trainer.train`.
+        settings: Settings of the whole course.
+        course: Changes of the layers.
+        moments: Moments that weight entries or errors, or None.
+        teacher: A model to match, or None.
+        held_out: Tokens to evaluate on, or None.
+        folder: Folder for metrics and checkpoints, or None.
         progress: Whether to draw bars.
 
     Raises:
-        ValueError: As `trainer.train`, and if a schedule is longer than the run or a
-            layer cannot be changed so.
+        ValueError: As for `trainer.train`, and if a schedule is longer than the run or
+            a layer does not allow the change.
     """
-    given: dict[str, Any] = {
+    options: dict[str, Any] = {
         "teacher": teacher,
         "held_out": held_out,
         "progress": progress,
     }
     if course.low_rank_to is not None:
-        made = staged.progressive(
+        stages = staged.progressive(
             course.low_rank_to,
             course.stages,
             match=course.match,
             moments=moments,
             method=course.method,
         )
-        # Inside of what is thrown away once the whole course is over.
+        # Inside the folder that is removed after the whole course.
         inside = folder and folder / trainer.STATE / "stages"
-        given["folder"] = inside
-        result = _joined(staged.run(model, made, tokens, settings, **given), folder)
+        options["folder"] = inside
+        result = _joined(staged.run(model, stages, tokens, settings, **options), folder)
     else:
         begun, hook = model, None
         if course.pruning is not None:
@@ -74,8 +74,8 @@ def run(
             hook = Gradual(course.pruning, steps, moments)
             begun = nnx.clone(model)
             pruning.begin(begun, course.pruning)
-        given |= {"folder": folder, "hook": hook}
-        result = trainer.train(begun, tokens, settings, **given)
+        options |= {"folder": folder, "hook": hook}
+        result = trainer.train(begun, tokens, settings, **options)
     if not course.changes:
         return result
     counted = sizes.count(result.model)
@@ -90,7 +90,7 @@ def run(
 
 
 def _joined(results: list[trainer.Result], folder: Path | None) -> trainer.Result:
-    """Return several stages as one training, whose metrics are written to a folder."""
+    """Return several stages as one training, with its metrics in a folder."""
     whole = History(folder if jax.process_index() == 0 else None)
     first = 0
     for i, result in enumerate(results, 1):
@@ -101,8 +101,8 @@ def _joined(results: list[trainer.Result], folder: Path | None) -> trainer.Resul
     whole.close()
     facts = {
         **results[-1].record,
-        "asked_steps": sum(one.record["asked_steps"] for one in results),
-        "compile_seconds": sum(one.record["compile_seconds"] for one in results),
+        "asked_steps": sum(x.record["asked_steps"] for x in results),
+        "compile_seconds": sum(x.record["compile_seconds"] for x in results),
         "stages": len(results),
     }
     return trainer.Result(results[-1].model, whole, history.record(whole, facts))

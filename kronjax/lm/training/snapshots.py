@@ -1,10 +1,10 @@
-"""The state of a training on disk: the newest few, each complete or not there at all.
+"""Snapshots of a training on disk, each of which is complete or absent.
 
-A snapshot holds every array of the model and the optimiser, by Orbax, and facts as
-JSON: the step, what the run was asked, the state of its hook. The position in the data
-and all random draws follow from the seed and the step. Orbax writes into a temporary
-folder and renames it, and reads into whatever layout is asked for, so that a run may go
-on with another number of devices.
+A snapshot holds every array of the model and the optimiser, written by Orbax, and facts
+as JSON: the step, the marks of the run and the state of its hook. The position in the
+data and all random draws follow from the seed and the step. Orbax writes into a
+temporary folder, which it renames, and reads into any layout, so that a run can be
+resumed with another number of devices.
 """
 
 import contextlib
@@ -19,26 +19,26 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 Facts = dict[str, Any]
-"""What JSON holds."""
+"""JSON values by name."""
 
 
 class Snapshots:
     """Snapshots of one run in a folder.
 
     Attributes:
-        folder: Made if it is missing.
+        folder: Folder of the snapshots, created if it is missing.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         """Open the folder.
 
         Args:
-            folder: For the snapshots.
-            keep: How many of the newest stay; beside them the best one that `save` was
-                told the loss of.
+            folder: Folder of the snapshots.
+            keep: Number of the newest snapshots to keep, beside the one with the lowest
+                loss given to `save`.
         """
         self.folder = folder.resolve()
-        kept = policies.AnyPreservationPolicy(
+        policy = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(keep),
                 policies.BestN(
@@ -50,7 +50,7 @@ class Snapshots:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=kept,
+            preservation_policy=policy,
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
@@ -64,21 +64,21 @@ class Snapshots:
     def save(
         self, step: int, state: Any, facts: Mapping[str, Any], loss: float | None = None
     ) -> None:
-        """Write a snapshot; one of this step is left as it is.
+        """Write a snapshot, unless there is one of this step.
 
         Args:
-            step: That was reached.
+            step: Number of steps done.
             state: A tree of arrays.
-            facts: What JSON holds.
-            loss: On held-out text, where the best snapshot is to stay.
+            facts: JSON values by name.
+            loss: Held-out loss, by which the best snapshot is kept, or None.
 
         Raises:
-            OSError: If it cannot be written; the older ones are as they were.
+            OSError: If it cannot be written; older snapshots stay intact.
         """
         if step in self._manager.all_steps():
             return
         with self._explained(step):
-            # Orbax would find out later, and print pages.
+            # Orbax would notice later, and print pages.
             needed = sum(x.nbytes for x in jax.tree.leaves(state))
             free = shutil.disk_usage(self.folder).free
             if needed > free:
@@ -100,29 +100,29 @@ class Snapshots:
     def facts(self, step: int) -> Facts:
         """Return the facts of a snapshot."""
         with self._readable(step):
-            found = self._manager.restore(
+            restored = self._manager.restore(
                 step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())
             )
-            return found["facts"]
+            return restored["facts"]
 
     def state(self, step: int, like: Any) -> Any:
         """Return the arrays of a snapshot.
 
         Args:
-            step: Its step.
-            like: A tree of arrays whose shapes, dtypes and layouts they take.
+            step: Step of the snapshot.
+            like: A tree of arrays with the shapes, dtypes and layouts to restore.
         """
         target = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         with self._readable(step):
-            found = self._manager.restore(
+            restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
             )
-            return found["state"]
+            return restored["state"]
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Close the manager of the folder."""
         self._manager.close()
 
     @contextlib.contextmanager
@@ -130,13 +130,15 @@ class Snapshots:
         newest, log = self.newest, logging.getLogger("absl")
         level = log.level
         try:
-            log.setLevel(logging.CRITICAL)  # it would print pages
+            log.setLevel(logging.CRITICAL)  # Orbax would print pages
             yield
         except (OSError, ValueError, RuntimeError) as error:
             kept = "there is none before it"
             if newest is not None:
-                kept = f"that of step {newest} is intact, and the same command goes on"
-            # The end of what Orbax says is what the system said.
+                kept = (
+                    f"that of step {newest} is intact: run the same command to resume"
+                )
+            # The end of the message of Orbax is that of the system.
             reason = ": ".join(str(error).strip().splitlines()[0].split(": ")[-2:])
             raise OSError(
                 f"the checkpoint of step {step} in {self.folder} cannot be written "
@@ -153,5 +155,5 @@ class Snapshots:
             reason = str(error).strip().splitlines()[0][:200]
             raise ValueError(
                 f"the checkpoint {self.folder / str(step)} is damaged ({reason}); "
-                "remove it to go on from the one before, if there is one"
+                "remove it to resume from the one before, if there is one"
             ) from error

@@ -1,11 +1,11 @@
-"""Training in stages, between which the model becomes smaller.
+"""Training in stages, with a compression step before each stage.
 
-    progressive low rank    all layers a little smaller, train, smaller again, train, …
-    layer by layer          one block is compressed, train, the next one, train, …
+    progressive low rank    lower all ranks a little, train, lower them again, train, …
+    layer by layer          compress one block, train, compress the next, train, …
 
-Both end with the same layers as compressing at once. Every stage is a training of its
-own, with its own warm-up and cosine, and gets an equal part of the steps. In a folder
-each keeps its state in one of its own, so that the same call goes on where it stopped.
+Both end with the same layers as compression in one step. Every stage is a separate
+training, with its own warm-up and cosine, and gets an equal part of the steps. Each
+stage stores its state in its own subfolder, so that the same call resumes.
 
 References: Hajimolahoseini et al. (2022); Abronin et al. (2024), TQCompressor, for
 layer by layer.
@@ -38,8 +38,8 @@ class Stage:
     """A change of a model, after which it is trained.
 
     Attributes:
-        name: In a few words.
-        change: Changes a model in place; what it does follows from the model alone.
+        name: Short description.
+        change: Function that changes a model in place, and depends on nothing else.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Stage:
 
 
 def share(steps: int, count: int) -> list[int]:
-    """Return the steps of each stage, as equal as can be.
+    """Return the number of steps of each stage, as equal as possible.
 
     Raises:
         ValueError: If there are more stages than steps.
@@ -68,20 +68,20 @@ def run(
     folder: Path | None = None,
     progress: bool | None = None,
 ) -> list[trainer.Result]:
-    """Change a model and train it, one stage after the other.
+    """Change and train a model, one stage after the other.
 
     Args:
-        model: Left as it is.
-        stages: In order.
-        tokens: `[n]`, as for `trainer.train`, and so are the others.
-        settings: Of all stages; their steps are divided among them.
-        teacher: To follow.
-        held_out: To evaluate on.
-        folder: For the state of every stage; None keeps nothing.
+        model: The model; not modified.
+        stages: The stages, in order.
+        tokens: `[n]`, as for `trainer.train`.
+        settings: Settings of all stages, which share the steps.
+        teacher: A model to match, or None.
+        held_out: Tokens to evaluate on, or None.
+        folder: Folder for the state of every stage; None writes nothing.
         progress: Whether to draw bars.
 
     Returns:
-        What came of each stage; the last one has the model.
+        The result of each stage; the last one has the final model.
 
     Raises:
         ValueError: If there are fewer steps than stages, or as `trainer.train`.
@@ -97,7 +97,7 @@ def run(
             trainer.train(
                 model,
                 tokens,
-                # Each stage goes through the text in an order of its own.
+                # Each stage reads the text in a different order.
                 dataclasses.replace(
                     settings, steps=steps, seed=settings.seed + 1_000_003 * i
                 ),
@@ -122,11 +122,11 @@ def progressive(
     """Return the stages of progressive low rank.
 
     Args:
-        to: Part of the parameters of the dense kernels that is left in the end.
-        count: Of stages.
+        to: Fraction of the parameters of the dense kernels after the last stage.
+        count: Number of stages.
         match: Names of layers, as in recipes.
-        moments: To weigh errors by, those of the dense model.
-        method: What layers become in the end. On the way they are plain low rank.
+        moments: Moments of the dense model that weight the errors, or None.
+        method: Kind of the layers after the last stage; before it they are low rank.
 
     Raises:
         ValueError: If `to` is not between 0 and 1, or there are no stages.
@@ -142,7 +142,7 @@ def progressive(
 
     parts = truncate.fractions(to, count)
     kinds: list[truncate.Method] = ["low-rank"] * (count - 1)
-    return [stage(*one) for one in zip(parts, [*kinds, method], strict=True)]
+    return [stage(*x) for x in zip(parts, [*kinds, method], strict=True)]
 
 
 def layer_by_layer(
@@ -153,13 +153,13 @@ def layer_by_layer(
     order: Order = "forward",
     max_products: int | None = None,
 ) -> list[Stage]:
-    """Return one stage for every block, in which its layers become what rules say.
+    """Return one stage for every block, which compresses its layers by the rules.
 
     Args:
-        model: Dense; only its shapes matter. Every stage fits the weights of its block
-            as they are then.
+        model: A dense model, of which only the shapes are used. Every stage fits the
+            weights that its block has at that time.
         recipe: Rules for any of its layers.
-        moments: Of the dense model, if the rules weigh by them.
+        moments: Moments of the dense model, if the rules use weights.
         order: From the first block to the last, or from the last to the first.
         max_products: Products that a fit may spend, as for `pipeline.run`.
 
@@ -169,10 +169,10 @@ def layer_by_layer(
     blocks: dict[int, list[Rule]] = {}
     tables = nn.tables(model)
     assignments = plan.resolve(recipe, model)
-    for one in assignments:
-        # Embeddings go with the first block.
-        block = 0 if one.name in tables else candidates.kind_of_layer(one.name)[1]
-        rule = one.rule.model_copy(update={"match": one.name})
+    for layer in assignments:
+        # Embeddings belong to the stage of the first block.
+        block = 0 if layer.name in tables else candidates.kind_of_layer(layer.name)[1]
+        rule = layer.rule.model_copy(update={"match": layer.name})
         blocks.setdefault(block, []).append(rule)
 
     def stage(block, rules):

@@ -2,10 +2,10 @@
 
     (parameters, moments), windows  →  (parameters, moments), loss and its terms
 
-Parameters are float32; products are made of copies in the precision of the computation.
-A batch may be taken in several parts whose gradients are averaged. A step whose loss or
-gradient is no number changes nothing, nor does any after it: what was there before the
-first of them stays, and can be looked into.
+Parameters are float32; products use copies in the precision of the computation. A batch
+may be processed in several parts whose gradients are averaged. A step whose loss or
+gradient is not finite changes nothing, and neither does any later step: the state
+before the first such step stays and can be examined.
 
 >>> COMPILER
 {'xla_backend_optimization_level': 1}
@@ -29,22 +29,22 @@ from kronjax.lm.training.settings import Precision, Weights
 from kronjax.lm.training.sharding import Placement
 
 COMPILER = {"xla_backend_optimization_level": 1}
-"""Options on a CPU: compiles a quarter faster, and what is compiled is as fast."""
+"""Compiler options on a CPU: compiles a quarter faster to equally fast programs."""
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
-"""What tells this error of jax from others."""
+"""The word that identifies this error of jax."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Carry:
-    """What a step changes.
+    """The arrays that a step changes.
 
     Attributes:
-        parameters: Those that are trained, float32.
-        moments: Of the optimiser.
-        step: int32, the steps that were made.
-        failed: bool, whether a loss or a gradient was no number.
+        parameters: The trained parameters, float32.
+        moments: State of the optimiser.
+        step: int32, number of steps done.
+        failed: bool, whether a loss or a gradient was not finite.
     """
 
     parameters: Arrays
@@ -55,17 +55,17 @@ class Carry:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What decides the programs of a training.
+    """Everything that determines the programs of a training.
 
     Attributes:
-        form: Of the model.
-        teacher: Of the teacher, or None.
-        weights: Of the terms of the loss.
-        precision: Of products.
+        form: The model without its arrays.
+        teacher: The teacher without its arrays, or None.
+        weights: Weights of the terms of the loss.
+        precision: Precision of products.
         remat: Whether blocks and logits are computed twice, to save memory.
-        placement: Where arrays lie.
+        placement: Layout of arrays on the devices.
         transformation: The optimiser.
-        schedule: Its learning rate.
+        schedule: The learning rate as a function of the step.
     """
 
     form: Form
@@ -79,18 +79,18 @@ class Task:
 
     @property
     def dtype(self) -> Any:
-        """Of products."""
+        """The dtype of products."""
         return jnp.bfloat16 if self.precision == "bfloat16" else jnp.float32
 
     def begin(self, parameters: Arrays) -> Carry:
-        """Return what the first step changes."""
-        made = Carry(
+        """Return the carry of the first step."""
+        carry = Carry(
             parameters,
             self.transformation.init(parameters),
             jnp.zeros((), jnp.int32),
             jnp.zeros((), bool),
         )
-        return self.placement.put(made)
+        return self.placement.put(carry)
 
     def loss(
         self, parameters: Arrays, fixed: Arrays, teacher: Arrays, windows: jax.Array
@@ -110,38 +110,39 @@ def compile_step(
     teacher: Arrays,
     shape: tuple[int, int, int],
 ) -> Callable[..., tuple[Carry, dict[str, jax.Array]]]:
-    """Return the program of a step, compiled.
+    """Return the compiled program of a step.
 
     Args:
-        task: What decides it.
-        carry: Laid out; given to the program and lost.
-        fixed: What is not trained, masks for example.
-        teacher: Its arrays, in the precision of products.
+        task: The task.
+        carry: The arrays that a step changes, on the devices; the program donates them.
+        fixed: Arrays that are not trained, masks for example.
+        teacher: Arrays of the teacher, in the precision of products.
         shape: `(parts, b, t + 1)` of the windows.
 
     Returns:
-        A function of carry, fixed, teacher and windows, to the carry and numbers:
-        `loss` and its terms, `grad_norm`, `rate`, and `failed`.
+        A function of carry, fixed, teacher and windows that returns the carry and
+        numbers: `loss` and its terms, `grad_norm`, `rate`, and `failed`.
 
     Raises:
-        ValueError: If the batch does not fit into memory; says what would.
+        ValueError: If the batch does not fit into memory; the message says what would.
     """
 
     def step(carry: Carry, fixed: Arrays, teacher: Arrays, windows: jax.Array):
-        found, gradient = _gradient(task, carry.parameters, fixed, teacher, windows)
+        losses, gradient = _gradient(task, carry.parameters, fixed, teacher, windows)
         squares = (jnp.sum(x**2) for x in jax.tree.leaves(gradient))
         norm = jnp.sqrt(sum(squares))
         updates, moments = task.transformation.update(
             gradient, carry.moments, carry.parameters
         )
-        made = optax.apply_updates(carry.parameters, updates), moments, carry.step + 1
-        failed = carry.failed | ~(jnp.isfinite(found["loss"]) & jnp.isfinite(norm))
+        parameters = optax.apply_updates(carry.parameters, updates)
+        moved = parameters, moments, carry.step + 1
+        failed = carry.failed | ~(jnp.isfinite(losses["loss"]) & jnp.isfinite(norm))
         old = carry.parameters, carry.moments, carry.step
         parameters, moments, count = jax.tree.map(
-            lambda new, x: jnp.where(failed, x, new), made, old
+            lambda new, x: jnp.where(failed, x, new), moved, old
         )
         numbers = {
-            **found,
+            **losses,
             "grad_norm": norm,
             "rate": jnp.asarray(task.schedule(carry.step), jnp.float32),
             "failed": failed,
@@ -165,13 +166,14 @@ def compile_evaluation(
     """Return the program of the next-token losses of windows `[b, t + 1]`.
 
     Args:
-        task: What decides it.
-        parameters: Laid out.
-        fixed: What is not trained.
-        shape: Of the windows.
+        task: The task.
+        parameters: The trained parameters, on the devices.
+        fixed: Arrays that are not trained.
+        shape: Shape of the windows.
 
     Returns:
-        A function of parameters, fixed and windows, to the sum of each, float32 `[b]`.
+        A function of parameters, fixed and windows that returns the sum over each
+        window, float32 `[b]`.
     """
 
     def total(parameters: Arrays, fixed: Arrays, windows: jax.Array) -> jax.Array:
@@ -187,7 +189,7 @@ def compile_evaluation(
 
 
 def run(function: Callable[..., Any], *arrays: Any) -> Any:
-    """Return what a function returns, by a program for this one call."""
+    """Compile a function for one call, and return its value."""
     return _compile(jax.jit(function).lower(*arrays))(*arrays)
 
 
@@ -197,7 +199,7 @@ def _compile(lowered: Any) -> Any:
 
 
 def _gradient(task, parameters, fixed, teacher, windows):
-    """Return the loss with its terms, and the gradient: means over parts."""
+    """Return the loss with its terms and the gradient, averaged over parts."""
     graded = jax.value_and_grad(task.loss, has_aux=True)
 
     def part(windows):
@@ -226,7 +228,7 @@ def _precision(task: Task) -> Any:
 
 @contextlib.contextmanager
 def advice(shape: tuple[int, int, int]) -> Iterator[None]:
-    """Say what helps where memory is short."""
+    """Turn an error about memory into advice."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -236,7 +238,7 @@ def advice(shape: tuple[int, int, int]) -> Iterator[None]:
 
 
 def too_large(shape: tuple[int, int, int]) -> str:
-    """Say that a batch does not fit into memory, and what would."""
+    """Return the message that a batch does not fit into memory, with advice."""
     parts, rows, length = shape
     advice = "--remat, or a smaller --length"
     if rows > 1:
@@ -248,7 +250,7 @@ def too_large(shape: tuple[int, int, int]) -> str:
 
 
 def _check_memory(compiled: Any, shape: tuple[int, int, int]) -> None:
-    """Refuse on a CPU what would have the system end the process."""
+    """Refuse a program on a CPU that would exceed its physical memory."""
     if jax.default_backend() != "cpu":
         return
     facts = compiled.memory_analysis()

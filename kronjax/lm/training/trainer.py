@@ -1,10 +1,9 @@
-"""One loop that trains whatever the compressor makes.
+"""Training of models with factored, masked, low-rank or dense layers.
 
-Factored layers, masked ones, low rank or dense ones: all parameters that are not frozen
-are moved by AdamW along the gradient of the next-token loss, of the distance to a
-teacher, or of both. In a folder the run leaves its losses and, every so many steps, its
-state; the same call goes on from there, and what it computes is to the bit what it
-would have been without the interruption.
+AdamW moves all parameters that are not frozen along the gradient of the next-token
+loss, of the distance to a teacher, or of both. With a folder the run writes its losses
+and regular checkpoints. The same call resumes an interrupted run, and its results are
+bitwise equal to those of a run without the interruption.
 
 >>> settings, blocks, tests = _prepare(8, np.arange(100), None, Settings(batch=4))
 >>> settings.steps, blocks.count, len(tests)
@@ -37,19 +36,31 @@ from kronjax.runs.processes import Hosts
 __all__ = ["STATE", "Result", "Stopped", "steps_of", "train"]
 
 
-@dataclasses.dataclass(frozen=True)
+_LONG = ("teacher", "norms and ranks")
+"""Rows of a record that are left out of its text."""
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Result:
-    """What came of a training.
+    """The result of a training.
 
     Attributes:
-        model: With parameters in float32.
-        history: A line for every step and every evaluation.
-        record: Numbers and words for a table; see `kronjax.lm.training.history.rows`.
+        model: The trained model, with float32 parameters.
+        history: The metrics of every step and every evaluation.
+        record: Summary of the run; see `kronjax.lm.training.history.rows`.
     """
 
     model: LanguageModel
     history: History
     record: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Return a table of the record, of at most ten lines."""
+        table = [x for x in history.rows(self.record) if x[0] not in _LONG]
+        return "\n".join(f"{name:<24}{value}" for name, value in table)
+
+    def _repr_html_(self) -> str:
+        return history.html_table(self.record)
 
 
 def train(
@@ -66,24 +77,26 @@ def train(
     """Train a model.
 
     Args:
-        model: With any layers; left as it is.
-        tokens: `[n]`, integers, a memory-mapped file perhaps.
-        settings: How.
-        teacher: Of the same vocabulary, or None.
+        model: The model, with any kinds of layers; not modified.
+        tokens: `[n]`, integers, for example a memory-mapped file.
+        settings: Settings of the run.
+        teacher: A model of the same vocabulary, or None.
         held_out: `[k]`, tokens to evaluate on; by default the last of `tokens`.
-        folder: For metrics, a figure and a table, and for checkpoints, which stay for
-            the caller to remove; None keeps nothing.
-        hook: Called between steps.
+        folder: Folder for metrics, a figure, a table and checkpoints, which the caller
+            removes; None writes nothing.
+        hook: A hook called between steps, or None.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        `Result`. What was finished before is read and not computed again.
+        `Result`. Finished steps of an earlier, interrupted call are not repeated.
 
     Raises:
-        ValueError: If something does not fit the model, the batch not into memory, the
-            folder belongs to another run, or the loss is no number; says where.
+        ValueError: If the arguments do not fit the model, the batch does not fit into
+            memory, the folder belongs to another run, or the loss is not finite; the
+            message says where.
         OSError: If a checkpoint cannot be written.
-        Stopped: If the process was asked to end; with a folder the state is kept.
+        Stopped: If the process received SIGTERM or SIGINT; with a folder the state is
+            saved.
     """
     _check(model, teacher, tokens, held_out, settings)
     if folder is not None:
@@ -121,23 +134,23 @@ def train(
         "compile_seconds": loop.compile_seconds,
         "settings": dataclasses.asdict(settings),
     }
-    found = history.record(loop.history, facts)
+    record = history.record(loop.history, facts)
     if folder is not None and jax.process_index() == 0:
-        history.write(loop.history, found, folder)
-    return Result(loop.model(), loop.history, found)
+        history.write(loop.history, record, folder)
+    return Result(loop.model(), loop.history, record)
 
 
 def _limit(model, teacher, task: Task) -> float | None:
-    """Return the tokens per second that the devices could do, or None.
+    """Return the peak number of tokens per second of the devices, or None.
 
     The gradient takes twice the products of a forward pass, and the teacher has no
-    gradient. Attention scores and what is computed twice are left out.
+    gradient. Attention scores and rematerialised blocks are not counted.
     """
     peak = history.peak(jax.devices()[0].device_kind, task.precision)
     if peak is None:
         return None
-    theirs = 0 if teacher is None else sizes.count(teacher).flops
-    return peak * task.placement.devices / (3 * sizes.count(model).flops + theirs)
+    extra = 0 if teacher is None else sizes.count(teacher).flops
+    return peak * task.placement.devices / (3 * sizes.count(model).flops + extra)
 
 
 def steps_of(
@@ -146,33 +159,32 @@ def steps_of(
     settings: Settings,
     held_out: np.ndarray | None = None,
 ) -> int:
-    """Return the steps that a run with these settings makes; arguments as of `run`."""
+    """Return the number of steps of `train` with these arguments."""
     steps = _prepare(model.config.context, tokens, held_out, settings)[0].steps
     assert steps is not None
     return steps
 
 
 def _check(model, teacher, tokens, held_out, settings) -> None:
-    """Refuse what does not belong together, before anything takes time."""
+    """Refuse arguments that do not fit together, before anything takes time."""
     length = settings.length
-    for one, what in ((model, "model"), (teacher, "teacher")):
-        if one is None:
-            continue
-        asked = length or min(model.config.context, LENGTH)
-        if asked > one.config.context:
+    asked = length or min(model.config.context, LENGTH)
+    for reader, name in ((model, "model"), (teacher, "teacher")):
+        if reader is not None and asked > reader.config.context:
             raise ValueError(
-                f"windows have {asked} tokens, and the {what} has a context of "
-                f"{one.config.context}: give --length {one.config.context} or less"
+                f"windows have {asked} tokens, and the {name} has a context of "
+                f"{reader.config.context}: give --length {reader.config.context} or "
+                "less"
             )
     if teacher is not None:
         objectives.check(model, teacher, settings.weights)
-    for one in (tokens, held_out):
-        if one is not None and len(one):
-            check_vocabulary(model, one)
+    for text in (tokens, held_out):
+        if text is not None and len(text):
+            check_vocabulary(model, text)
 
 
 def _prepare(context, tokens, held_out, settings):
-    """Return settings without gaps, the blocks to train on, and windows to test."""
+    """Return complete settings, the training blocks and the held-out windows."""
     length = settings.length or min(context, LENGTH)
     if held_out is None:
         tokens, held_out = blocks.split(tokens, length, fraction=settings.held_out)
@@ -193,7 +205,7 @@ def _prepare(context, tokens, held_out, settings):
 
 
 def _begin(model, teacher, settings: Settings):
-    """Return the task, the first carry, and what is not trained: laid out."""
+    """Return the task, the first carry, the fixed arrays and those of the teacher."""
     form, arrays = named.take(model)
     frozen = named.matching(form.parameters, settings.freeze)
     trained = form.parameters - frozen
@@ -202,7 +214,7 @@ def _begin(model, teacher, settings: Settings):
     placement = Placement.of(settings.shard)
     if settings.rows % placement.devices:
         raise ValueError(
-            f"{settings.rows} windows, a part of a batch, cannot be dealt out to "
+            f"{settings.rows} windows, a part of a batch, cannot be distributed over "
             f"{placement.devices} devices: give a --batch that they divide"
         )
     theirs, other = {}, None
@@ -220,7 +232,7 @@ def _begin(model, teacher, settings: Settings):
         schedule=optimizer.schedule(settings.optimizer, steps),
     )
     theirs = placement.put(named.cast(theirs, task.dtype))
-    # Copies, for a step takes the memory of what it is given.
+    # Copies, because a step donates its arguments.
     arrays = {k: jnp.array(x) for k, x in named.cast(arrays, jnp.float32).items()}
     parts = (
         {k: arrays[k] for k in arrays if k in trained},

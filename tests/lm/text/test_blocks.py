@@ -1,4 +1,4 @@
-"""Token files and the order of blocks."""
+"""Files of tokens, and the order of blocks."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def test_an_epoch_has_every_block_once(size, length, seed):
             Blocks(tokens, length, seed)
         return
     blocks = Blocks(tokens, length, seed)
-    epoch = blocks.take(blocks.count, blocks.count)  # the second one
+    epoch = blocks.take(blocks.count, blocks.count)  # the second epoch
     assert epoch.dtype == np.int32 and epoch.shape == (blocks.count, length + 1)
     begins = np.sort(epoch[:, 0])
     assert np.all(np.diff(begins) == length)
@@ -32,7 +32,7 @@ def test_an_epoch_has_every_block_once(size, length, seed):
 
 
 @given(st.integers(0, 40), st.integers(1, 9))
-def test_what_is_taken_depends_on_the_position_alone(first, count):
+def test_samples_depend_only_on_the_position(first, count):
     tokens = np.random.default_rng(0).integers(0, 9, 50)
     whole = Blocks(tokens, 4, seed=1).take(0, 60)
     part = Blocks(tokens, 4, seed=1).take(first, count)
@@ -46,7 +46,7 @@ def test_the_order_differs_by_epoch_and_by_seed():
     assert not np.array_equal(first, second) and not np.array_equal(first, other)
 
 
-def test_held_out_blocks_are_apart_from_those_of_training():
+def test_held_out_blocks_are_separate_from_training():
     tokens = np.arange(1000)
     training, held_out = blocks.split(tokens, 10, fraction=0.05)
     assert len(held_out) == 5 * 10 + 1
@@ -88,27 +88,27 @@ def test_texts_become_files_of_tokens(name, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_long_texts_are_read_in_pieces_that_end_with_a_paragraph(name, tmp_path):
+def test_long_texts_are_read_in_pieces_of_whole_paragraphs(name, tmp_path):
     text = "\n\n".join(SENTENCES * 5) + " " + "é" * 300
     if name == "a.txt":
         (tmp_path / name).write_text(text)
     else:
         write(tmp_path / name, [text, " ", text])
-    documents = [list(one) for one in stream(tmp_path / name, size=100)]
+    documents = [list(pieces) for pieces in stream(tmp_path / name, size=100)]
     assert len(documents) == (1 if name == "a.txt" else 2)
     for pieces in documents:
         assert "".join(pieces) == text and len(pieces) > 3
         assert all(piece.endswith("\n\n") for piece in pieces[:-1])
 
 
-def test_a_byte_that_is_no_text_is_named_wherever_it_is(tmp_path):
+def test_an_invalid_byte_is_reported_with_its_position(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffé\n".encode() + b"ab\xff\n")
     with pytest.raises(ValueError, match="byte 8 is 0xff"):
-        [list(one) for one in stream(path)]
+        [list(pieces) for pieces in stream(path)]
 
 
-def test_half_a_file_is_not_taken_for_a_whole_one(tmp_path, tokenizer, monkeypatch):
+def test_an_incomplete_file_of_tokens_is_removed(tmp_path, tokenizer, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""Reading text: what rows become, and what is said of files that are damaged."""
+"""Reading text: joining of rows, and messages for damaged files."""
 
 import gzip
 import hashlib
@@ -12,7 +12,7 @@ from kronjax.lm.text import documents
 
 LINES = " \n = Title = \n \n First line . \n Second line , with a \u2028 in it . \n"
 
-# Without the time, by which workers would name their tests differently.
+# Without the time, which would give parallel workers different names of tests.
 ZIPPED = gzip.compress(b"{}" * 99, mtime=0)
 
 
@@ -26,27 +26,27 @@ def write(tmp_path):
     return write
 
 
-def test_a_text_file_is_left_as_it_stands(write):
-    found = documents.read_text(write("a.txt", LINES))
-    assert found.text == LINES and found.join == "none"
-    assert found.rows == (
+def test_a_text_file_is_not_changed(write):
+    text = documents.read_text(write("a.txt", LINES))
+    assert text.text == LINES and text.join == "none"
+    assert text.rows == (
         " = Title = ",
         " First line . ",
         " Second line , with a \u2028 in it . ",
     )
-    assert found.sha256 == hashlib.sha256(LINES.encode()).hexdigest()
+    assert text.sha256 == hashlib.sha256(LINES.encode()).hexdigest()
 
 
-def test_blank_lines_are_those_of_the_published_figures(write):
-    found = documents.read_text(write("wiki.test.raw", LINES), join="blank-lines")
-    # As `datasets` yields them: a blank line is the empty string, others stay whole.
+def test_blank_lines_are_joined_as_for_the_published_figures(write):
+    text = documents.read_text(write("wiki.test.raw", LINES), join="blank-lines")
+    # As `datasets` yields rows: a blank line is empty, other lines keep the newline.
     rows = ["" if not line.strip() else line + "\n" for line in LINES.split("\n")[:-1]]
-    assert list(found.rows) == rows
-    assert found.text == "\n\n".join(rows)
-    assert found.text.startswith("\n\n = Title = \n\n\n\n\n First line")
+    assert list(text.rows) == rows
+    assert text.text == "\n\n".join(rows)
+    assert text.text.startswith("\n\n = Title = \n\n\n\n\n First line")
 
 
-def test_line_ends_and_byte_order_marks_of_other_systems(write):
+def test_line_ends_and_byte_order_marks_of_other_systems_are_accepted(write):
     path = write("a.txt", b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
     assert documents.read_text(path, join="blank-lines").rows == ("one\n", "", "two\n")
     assert documents.read_text(path).text == "one\r\n\r\ntwo\r\n"
@@ -65,9 +65,9 @@ def test_rows_are_joined_by_blank_lines(write, tmp_path, name, join):
         lines = "\n".join(json.dumps({"page": row}, ensure_ascii=False) for row in rows)
         content = f"{lines}\n\n".encode()
         path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    found = documents.read_text(path, column="page", join=join)
-    assert list(found.rows) == rows and found.text == "\n\n".join(rows)
-    assert found.source == str(path)
+    text = documents.read_text(path, column="page", join=join)
+    assert list(text.rows) == rows and text.text == "\n\n".join(rows)
+    assert text.source == str(path)
     with pytest.raises(ValueError, match=r"'text'.*there are.*page"):
         documents.read_text(path)
 
@@ -82,7 +82,7 @@ def test_rows_are_joined_by_blank_lines(write, tmp_path, name, join):
         ("a.jsonl", '{"text": "one"}\n["two"]', "row 2: no field 'text'"),
         ("a.jsonl", '{"text": 3}', "row 1: 'text' is 3, not a string"),
         ("a.jsonl", '{"text": "one"}\n{"text": "tw', "row 2: not JSON"),
-        ("a.jsonl", '{"text": "\\ud83d"}', "row 1: 'text' is no Unicode"),
+        ("a.jsonl", '{"text": "\\ud83d"}', "row 1: 'text' is not Unicode"),
         (
             "a.jsonl.gz",
             ZIPPED[:-9],
@@ -92,14 +92,14 @@ def test_rows_are_joined_by_blank_lines(write, tmp_path, name, join):
         ("a.parquet", b"PAR1 and no more", "truncated or not a Parquet"),
     ],
 )
-def test_damage_is_named(write, name, content, message):
+def test_damaged_files_are_refused(write, name, content, message):
     if name == "a.parquet":
         pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match=message):
         documents.read_text(write(name, content))
 
 
-def test_a_truncated_parquet_file_is_named(tmp_path):
+def test_a_truncated_parquet_file_is_refused(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "a.parquet"
@@ -111,7 +111,7 @@ def test_a_truncated_parquet_file_is_named(tmp_path):
         documents.read_text(path)
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file.*dataset:OWNER/NAME"):
         documents.read_text("wikitext")
     with pytest.raises(IsADirectoryError, match="is a folder"):
@@ -123,7 +123,7 @@ def test_what_is_not_there_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("library", "name"), [("pyarrow", "a.parquet"), ("datasets", "dataset:a/b:test")]
 )
-def test_a_missing_library_is_named_with_its_extra(
+def test_a_missing_library_is_reported_with_its_extra(
     write, monkeypatch, library, name, tmp_path
 ):
     monkeypatch.setitem(sys.modules, library, None)
@@ -147,12 +147,12 @@ def test_datasets_are_loaded_by_name(monkeypatch):
     library.__dict__["load_dataset"] = load_dataset
     monkeypatch.setitem(sys.modules, "datasets", library)
     for name in ("dataset:owner/name:test", "dataset:owner/name:config:test"):
-        found = documents.read_text(name)
-        assert found.text == "one\n\n\n\n\ntest\n" and found.source == name
+        text = documents.read_text(name)
+        assert text.text == "one\n\n\n\n\ntest\n" and text.source == name
     with pytest.raises(ValueError, match=r"no column 'page'; there are text, label"):
         documents.read_text("dataset:owner/name:test", column="page")
     with pytest.raises(ValueError, match=r"no network\); without a network, give"):
         documents.read_text("dataset:away/gone:test")
     for name in ("dataset:owner/name", "dataset::test", "dataset:a:b:c:d"):
-        with pytest.raises(ValueError, match="no name of a dataset; write"):
+        with pytest.raises(ValueError, match="not the name of a dataset; write"):
             documents.read_text(name)

@@ -1,4 +1,4 @@
-"""Tokenizers as files: two formats, one text."""
+"""Tokenizers from files in two formats."""
 
 import json
 
@@ -12,7 +12,7 @@ TEXT = "The quick brown fox — jumps\n\nover 12 lazy dogs."
 
 
 def in_two_files(tokenizer):
-    """The same vocabulary, as GPT-2 and OPT were first published."""
+    """The same vocabulary in the format in which GPT-2 and OPT were first published."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]
     merges = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
     return {
@@ -22,7 +22,7 @@ def in_two_files(tokenizer):
     }
 
 
-def test_both_formats_make_the_same_tokens(tokenizer):
+def test_both_formats_give_the_same_tokens(tokenizer):
     older = Tokenizer(in_two_files(tokenizer))
     tokens = tokenizer.encode(TEXT)
     assert tokens.dtype == np.int32 and tokens.ndim == 1
@@ -32,21 +32,21 @@ def test_both_formats_make_the_same_tokens(tokenizer):
     assert older.eos == tokenizer.eos == older.encode("<|endoftext|>")[0]
 
 
-def test_opt_begins_with_a_token_that_its_folder_asks_for(tokenizer):
+def test_the_bos_token_of_opt_is_added_on_request(tokenizer):
     files = in_two_files(tokenizer)
     config = {"bos_token": {"content": "<|endoftext|>"}, "add_bos_token": True}
     files["tokenizer_config.json"] = json.dumps(config).encode()
-    made = Tokenizer(files)
+    built = Tokenizer(files)
     tokens = tokenizer.encode(TEXT)
-    np.testing.assert_array_equal(made.encode(TEXT), [made.bos, *tokens])
-    np.testing.assert_array_equal(made.encode(TEXT, special=False), tokens)
+    np.testing.assert_array_equal(built.encode(TEXT), [built.bos, *tokens])
+    np.testing.assert_array_equal(built.encode(TEXT, special=False), tokens)
 
 
-def test_numbers_may_be_left_out():
+def test_token_numbers_may_have_gaps():
     words = {"type": "WordLevel", "vocab": {"a": 0, "b": 70000}, "unk_token": "a"}
-    made = Tokenizer({"tokenizer.json": json.dumps({"model": words}).encode()})
-    assert made.encode("b").tolist() == [70000]
-    assert made.size == 70001
+    built = Tokenizer({"tokenizer.json": json.dumps({"model": words}).encode()})
+    assert built.encode("b").tolist() == [70000]
+    assert built.size == 70001
 
 
 def test_equal_files_are_equal_tokenizers(tokenizer):
@@ -81,21 +81,21 @@ def test_a_folder_is_read_byte_by_byte(tmp_path, tokenizer):
         ({"vocab.json": b'{"a": 0}', "merges.txt": b"a b\n"}, "merges.txt"),
     ],
 )
-def test_damaged_files_are_told(files, words):
+def test_damaged_files_are_refused(files, words):
     with pytest.raises(ValueError, match=words):
         Tokenizer(files).encode("a")
 
 
-def test_a_generation_config_says_what_ends_a_text(tokenizer):
+def test_a_generation_config_defines_the_stop_tokens(tokenizer):
     assert tokenizer.stops == (tokenizer.eos,)
     files = {**tokenizer.files, "generation_config.json": b'{"eos_token_id": [7, 9]}'}
     assert Tokenizer(files).stops == (7, 9)
 
 
-def test_text_that_is_not_unicode_is_told(tokenizer):
+def test_text_that_is_not_unicode_is_refused(tokenizer):
     with pytest.raises(ValueError, match="not Unicode"):
         tokenizer.encode("x\udcff")
 
 
-def test_every_name_is_one_that_a_save_may_replace():
+def test_saving_a_tokenizer_never_replaces_the_config():
     assert "config.json" not in module.FILES

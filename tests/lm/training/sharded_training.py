@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process of its own, on eight simulated devices."""
+"""Script run by test_sharding.py in a separate process with eight simulated devices."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from kronjax.lm.models import gpt2
 from kronjax.lm.training import step, trainer
 from kronjax.lm.training.settings import Optimizer, Settings
 
-STEPS, LEFT = 12, 6
+STEPS, CRASH = 12, 6
 
 
-class Leaving:
-    """A hook that leaves as a crash would."""
+class Crashing:
+    """A hook that raises at a step, like a crash."""
 
     def __repr__(self):
-        return "Leaving()"
+        return "Crashing()"
 
     def __init__(self, at):
         self.at = at
@@ -60,20 +60,20 @@ def main():
         batch=8,
         held_out=0.0,
         optimizer=Optimizer(rate=1e-2, warmup=2),
-        checkpoint_every=LEFT,
+        checkpoint_every=CRASH,
     )
 
     def losses(shard, **keywords):
-        one = dataclasses.replace(settings, shard=shard)
-        found = trainer.train(model, tokens, one, progress=False, **keywords)
-        return [line["loss"] for line in found.history.steps]
+        own = dataclasses.replace(settings, shard=shard)
+        result = trainer.train(model, tokens, own, progress=False, **keywords)
+        return [line["loss"] for line in result.history.steps]
 
     curves = {shard: losses(shard) for shard in ("none", "data", "full")}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            losses("full", folder=Path(folder), hook=Leaving(LEFT + 1))
+            losses("full", folder=Path(folder), hook=Crashing(CRASH + 1))
         except KeyboardInterrupt:
-            curves["resumed"] = losses("none", folder=Path(folder), hook=Leaving(-1))
+            curves["resumed"] = losses("none", folder=Path(folder), hook=Crashing(-1))
     _, carry, _, _ = trainer._begin(
         model, None, dataclasses.replace(settings, shard="full")
     )

@@ -1,4 +1,4 @@
-"""Terms of the loss against definitions in float64, and what they refuse."""
+"""Terms of the loss against float64 definitions, and refused arguments."""
 
 import dataclasses
 
@@ -27,13 +27,13 @@ def softmax(x):
 def pair():
     with as_users_run_it():
         student, teacher = (gpt2.Model(CONFIG, rngs=nnx.Rngs(i)) for i in (0, 1))
-        for one in (student, teacher):
-            one.wte.embedding[...] *= 3
+        for model in (student, teacher):
+            model.wte.embedding[...] *= 3
         return student, teacher
 
 
 def computed(function, *models):
-    """What a function of models returns, by one program that is quickly made."""
+    """Return the value of a function of models, compiled without optimisation."""
     graphs, states = zip(*map(nnx.split, models), strict=True)
     program = jax.jit(lambda states: function(*map(nnx.merge, graphs, states)))
     options = {"xla_backend_optimization_level": 0}
@@ -44,42 +44,47 @@ def terms(student, teacher, weights=ALL, **keywords):
     def both(student, teacher):
         return objectives.objective(student, teacher, WINDOWS, weights, **keywords)
 
-    total, found = computed(both, student, teacher)
-    return float(total), {name: float(x) for name, x in found.items()}
+    total, parts = computed(both, student, teacher)
+    return float(total), {name: float(x) for name, x in parts.items()}
 
 
 def walk(model):
-    found = objectives.walk(model, WINDOWS[:, :-1], inside=True)
-    return found, model.head(found.last)
+    states = objectives.walk(model, WINDOWS[:, :-1], inside=True)
+    return states, model.head(states.last)
 
 
-def test_terms_are_what_they_are_said_to_be(pair):
+def test_terms_equal_their_definitions(pair):
     student, teacher = pair
-    total, found = terms(student, teacher)
+    total, values = terms(student, teacher)
     nll = np.mean([losses_reference(student, row)[0] for row in WINDOWS])
-    assert found["next_token"] == pytest.approx(nll, rel=1e-5)
-    (ours, x), (theirs, y) = (computed(walk, one) for one in pair)
+    assert values["next_token"] == pytest.approx(nll, rel=1e-5)
+    (ours, x), (theirs, y) = (computed(walk, model) for model in pair)
     p, q = softmax(y / 2), softmax(x / 2)
     divergence = 4 * np.mean(np.sum(p * np.log(p / q), axis=-1))
-    assert found["logits"] == pytest.approx(divergence, rel=1e-4)
+    assert values["logits"] == pytest.approx(divergence, rel=1e-4)
     errors = [
         np.mean((np.asarray(x) - y) ** 2) / np.mean(np.asarray(y) ** 2)
         for x, y in zip(ours.states, theirs.states, strict=True)
     ]
     assert len(errors) == 3
-    assert found["hidden"] == pytest.approx(np.mean(errors), rel=1e-4)
+    assert values["hidden"] == pytest.approx(np.mean(errors), rel=1e-4)
     errors = []
-    for one, other in zip(ours.heads, theirs.heads, strict=True):
-        q, p = (np.asarray(probabilities(*x)) for x in (one, other))
+    for pair_of_heads in zip(ours.heads, theirs.heads, strict=True):
+        q, p = (np.asarray(probabilities(*heads)) for heads in pair_of_heads)
         ratio = np.where(p > 0, p / np.where(p > 0, q, 1), 1)
         errors.append(np.mean(np.sum(p * np.log(ratio), axis=-1)))
-    assert found["attention"] == pytest.approx(np.mean(errors), rel=1e-4)
-    parts = found["next_token"], found["logits"], found["hidden"], found["attention"]
+    assert values["attention"] == pytest.approx(np.mean(errors), rel=1e-4)
+    parts = (
+        values["next_token"],
+        values["logits"],
+        values["hidden"],
+        values["attention"],
+    )
     assert total == pytest.approx(np.dot((1.0, 0.5, 0.25, 2.0), parts), rel=1e-5)
 
 
 def probabilities(q, k):
-    """What each query gives to each key up to its own: [b, h, t, t]."""
+    """The causal attention of each query to each key: [b, h, t, t]."""
     q, k = (np.asarray(x, np.float64) for x in (q, k))
     group = q.shape[2] // k.shape[2]
     k = np.repeat(k, group, axis=2)
@@ -91,13 +96,13 @@ def probabilities(q, k):
 def test_attention_of_grouped_heads_is_compared_head_by_head():
     draw = np.random.default_rng(1).normal
     q, k = draw(size=(2, 5, 4, 3)), draw(size=(2, 5, 2, 3))
-    found = attention.log_probabilities(*(x.astype(np.float32) for x in (q, k)))
-    np.testing.assert_allclose(np.exp(found), probabilities(q, k), atol=1e-6)
+    ours = attention.log_probabilities(*(x.astype(np.float32) for x in (q, k)))
+    np.testing.assert_allclose(np.exp(ours), probabilities(q, k), atol=1e-6)
 
 
-def test_the_model_itself_is_a_teacher_without_anything_to_teach(pair):
-    _, found = terms(pair[0], pair[0])
-    assert max(found["logits"], found["hidden"], found["attention"]) < 1e-6
+def test_a_model_has_no_distance_to_itself(pair):
+    _, values = terms(pair[0], pair[0])
+    assert max(values["logits"], values["hidden"], values["attention"]) < 1e-6
 
 
 def test_no_gradient_reaches_the_teacher(pair):
@@ -113,14 +118,14 @@ def test_no_gradient_reaches_the_teacher(pair):
 
 def test_saving_memory_changes_nothing(pair, monkeypatch):
     plain = terms(*pair)
-    # Seven tokens at a time: 24 are no multiple of that.
+    # Seven tokens at a time, of which 24 is not a multiple.
     monkeypatch.setattr(objectives, "_LOGITS", 7 * 40)
     saving = terms(*pair, remat=True)
     assert saving[0] == pytest.approx(plain[0], rel=1e-5)
     assert saving[1] == pytest.approx(plain[1], rel=1e-4)
 
 
-def test_every_port_can_be_walked_through():
+def test_other_architectures_can_be_walked_through():
     config = llama.Config(
         hidden_size=8,
         intermediate_size=16,
@@ -131,11 +136,11 @@ def test_every_port_can_be_walked_through():
         max_position_embeddings=12,
     )
     model = llama.Model(config, rngs=nnx.Rngs(0))
-    found, logits = computed(walk, model)
+    states, logits = computed(walk, model)
     expected = computed(lambda model: model(WINDOWS[:, :-1]), model)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    assert [x.shape for x in found.states] == [(3, 8, 8)] * 2
-    assert found.heads[0][0].shape == (3, 8, 2, 4)
+    assert [x.shape for x in states.states] == [(3, 8, 8)] * 2
+    assert states.heads[0][0].shape == (3, 8, 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +155,7 @@ def test_blocks_are_spread_evenly(student, teacher, pairs):
     assert objectives.uniform_map(student, teacher) == pairs
 
 
-def test_a_teacher_of_another_shape_is_refused_where_it_matters(pair):
+def test_a_teacher_of_another_shape_is_refused_if_states_are_compared(pair):
     narrow = gpt2.Model(
         dataclasses.replace(CONFIG, n_embd=4, n_head=1), rngs=nnx.Rngs(0)
     )
@@ -165,7 +170,7 @@ def test_a_teacher_of_another_shape_is_refused_where_it_matters(pair):
         outline(Weights(hidden=1.0))
     with pytest.raises(ValueError, match="2 heads in the student, 1 in the teacher"):
         outline(Weights(attention=1.0))
-    with pytest.raises(ValueError, match="block 0 .* follow block 2 of the teacher"):
+    with pytest.raises(ValueError, match="block 0 .* match block 2 of the teacher"):
         objectives.check(*pair, Weights(hidden=1.0, layers=((0, 2),)))
 
 
@@ -173,11 +178,11 @@ def test_a_teacher_of_another_shape_is_refused_where_it_matters(pair):
     ("settings", "message"),
     [
         ({"next_token": -1.0}, "at least 0"),
-        ({"next_token": 0.0, "logits": 0.0}, "at least 0, one above"),
+        ({"next_token": 0.0, "logits": 0.0}, "at least 0, and one positive"),
         ({"temperature": 0.0}, "must be positive"),
         ({"hidden": float("nan")}, "at least 0"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(settings, message):
+def test_invalid_weights_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Weights(**settings)

@@ -1,4 +1,4 @@
-"""One device, eight copies and eight parts train alike."""
+"""Training on one device and on eight, copied or split, gives the same losses."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from kronjax.lm.training.sharding import Placement
 
 
 @pytest.fixture(scope="module")
-def found():
+def results():
     flags = os.environ.get("XLA_FLAGS", "")
     result = subprocess.run(
         [
@@ -36,21 +36,21 @@ def found():
 
 
 @pytest.mark.parametrize("shard", ["data", "full"])
-def test_losses_are_those_of_one_device(found, shard):
-    curves = found["curves"]
+def test_losses_equal_those_of_one_device(results, shard):
+    curves = results["curves"]
     assert len(curves["none"]) == 12
     assert curves["none"][-1] < curves["none"][0] - 0.5
     np.testing.assert_allclose(curves[shard], curves["none"], rtol=1e-5)
 
 
-def test_a_run_goes_on_with_another_number_of_devices(found):
-    curves = found["curves"]
+def test_a_run_is_resumed_with_another_number_of_devices(results):
+    curves = results["curves"]
     assert curves["resumed"][:6] == curves["full"][:6]
     np.testing.assert_allclose(curves["resumed"], curves["none"], rtol=1e-5)
 
 
-def test_fully_sharded_parameters_are_in_parts(found):
-    parts = found["parts"]
+def test_fully_sharded_parameters_are_split(results):
+    parts = results["parts"]
     assert parts["wte.embedding"] == parts["h.0.mlp.c_proj.kernel"] == 1 / 8
     assert parts["h.0.mlp.c_fc.a.0"] == 1 / 8
     assert parts["h.0.mlp.c_fc.b.0"] == 1 / 8

@@ -1,4 +1,4 @@
-"""Courses of training, from Python and from the command line."""
+"""Compression during training, from Python and from the command line."""
 
 import json
 
@@ -24,9 +24,7 @@ def masks(model):
     }
 
 
-def test_pruning_goes_on_after_a_crash_as_if_there_had_been_none(
-    dense, tokens, tmp_path, monkeypatch
-):
+def test_pruning_is_resumed_bitwise_after_a_crash(dense, tokens, tmp_path, monkeypatch):
     settings = Settings(steps=6, batch=2, length=8, checkpoint_every=1)
     asked = Course(pruning=Pruning(0.5, steps=4, every=1, match="h.*.mlp.*"))
     given = {"teacher": dense, "progress": False}
@@ -34,12 +32,12 @@ def test_pruning_goes_on_after_a_crash_as_if_there_had_been_none(
     assert pruning.sparsity(whole.model) > 0.3 and pruning.sparsity(dense) == 0
     assert whole.record["held"] - whole.record["parameters"] == 2 * 256
     assert whole.record["analysis"]["log10_bound"] != 0
-    at_once = pruning.Gradual.__call__
+    original = pruning.Gradual.__call__
 
     def crash(self, step, model):
         if step == 3:
             raise KeyboardInterrupt
-        at_once(self, step, model)
+        original(self, step, model)
 
     with monkeypatch.context() as patch:
         patch.setattr(pruning.Gradual, "__call__", crash)
@@ -54,25 +52,25 @@ def test_pruning_goes_on_after_a_crash_as_if_there_had_been_none(
     losses = [x["loss"] for x in again.history.steps]
     assert losses == [x["loss"] for x in whole.history.steps]
     table = (tmp_path / history.SUMMARY).read_text()
-    assert "masked ones included" in table and "Bound" in table
+    assert "including masked" in table and "Bound" in table
 
 
-def test_stages_are_one_training_in_the_end(dense, tokens, tmp_path):
+def test_stages_are_reported_as_one_training(dense, tokens, tmp_path):
     asked = Course(low_rank_to=0.5, stages=2, match=("h.*.mlp.c_fc",))
-    found = shrinking.run(
+    result = shrinking.run(
         dense, tokens, SETTINGS, asked, folder=tmp_path, progress=False
     )
     lines = (tmp_path / history.METRICS).read_text().splitlines()
     steps = [x for x in map(json.loads, lines) if history.HELD_OUT not in x]
     assert [x["step"] for x in steps] == [1, 2, 3, 4, 5, 6]
     assert [x["stage"] for x in steps] == [1, 1, 1, 2, 2, 2]
-    assert found.record["steps"] == found.record["asked_steps"] == 6
-    layer = nn.linear_layers(found.model)["h.1.mlp.c_fc"]
+    assert result.record["steps"] == result.record["asked_steps"] == 6
+    layer = nn.linear_layers(result.model)["h.1.mlp.c_fc"]
     assert isinstance(layer, nn.KroneckerLinear)
     assert nn.cost(layer).parameters - 32 <= 128
 
 
-def test_what_contradicts_itself_is_refused(dense, tokens):
+def test_contradictions_are_refused(dense, tokens):
     with pytest.raises(ValueError, match="prune in another"):
         Course(Pruning(0.5), low_rank_to=0.5)
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -129,7 +127,7 @@ def test_the_command_prunes_and_writes_masks(folder, capsys):
         (["--calibrate", "text.txt"], "give one of them"),
     ],
 )
-def test_the_command_refuses_what_means_nothing(folder, options, words, capsys):
+def test_the_command_refuses_invalid_options(folder, options, words, capsys):
     args = ["train", str(folder / "model"), "--data", str(folder / "text.txt")]
     args += ["--out", str(folder / "refused"), "--steps", "3", "--length", "8"]
     assert main([*args, *options]) == 2

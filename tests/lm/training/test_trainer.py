@@ -1,4 +1,4 @@
-"""The loop: what it computes, what it keeps, and what it refuses."""
+"""Training: results, resuming, hooks, checkpoints and refused arguments."""
 
 import dataclasses
 import json
@@ -56,8 +56,8 @@ def names(model):
     return [".".join(path[-2:]) for path, _ in nnx.to_flat_state(nnx.state(model))]
 
 
-def same(one, other):
-    return all(map(np.array_equal, arrays(one), arrays(other)))
+def same(first, second):
+    return all(map(np.array_equal, arrays(first), arrays(second)))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def whole(model):
         return run(model)
 
 
-def test_training_is_that_of_a_loop_written_by_hand(model, whole):
+def test_training_equals_a_loop_written_by_hand(model, whole):
     graph, state = nnx.split(model)
     blocks = trainer.Blocks(TOKENS[: -(2 * 16 + 1)], 16, 0)
     rate = optax.join_schedules(
@@ -102,12 +102,12 @@ def test_training_is_that_of_a_loop_written_by_hand(model, whole):
         assert line["loss"] == pytest.approx(float(value), rel=1e-5)
     theirs = arrays(nnx.merge(graph, state))
     for name, x, y in zip(names(model), arrays(whole.model), theirs, strict=True):
-        # The gradient at the biases of keys is 0 but for rounding, which Adam scales.
+        # The gradient of the biases of keys is 0 up to rounding, which Adam scales.
         if name != "c_attn.bias":
             np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-def test_losses_fall_and_the_model_given_stays(model, whole):
+def test_losses_fall_and_the_given_model_is_not_modified(model, whole):
     tests = whole.history.evaluations
     assert [line["step"] for line in tests] == [0, 3, 6]
     assert tests[0]["held_out"] == pytest.approx(np.log(64), rel=0.1)
@@ -117,7 +117,7 @@ def test_losses_fall_and_the_model_given_stays(model, whole):
 
 
 class Interrupting:
-    """A hook that fails once, as a crash would."""
+    """A hook that raises once, like a crash."""
 
     def __init__(self, at):
         self.at, self.calls = at, []
@@ -140,16 +140,16 @@ class Interrupting:
         self.calls = list(state["calls"])
 
 
-def test_a_run_goes_on_where_it_was_interrupted_to_the_bit(model, whole, tmp_path):
+def test_an_interrupted_run_is_resumed_bitwise(model, whole, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(model, folder=tmp_path, hook=Interrupting(5))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["step"] in (4, 5)
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')  # cut off by the crash
+        file.write('{"step": 6, "lo')  # truncated by the crash
     hook = Interrupting(None)
     rest = run(model, folder=tmp_path, hook=hook)
-    assert hook.calls == [0, 3]  # that of 3 is not repeated
+    assert hook.calls == [0, 3]  # the call of step 3 is not repeated
     assert curve(rest) == curve(whole)
     assert same(rest.model, whole.model)
     stored = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -157,7 +157,7 @@ def test_a_run_goes_on_where_it_was_interrupted_to_the_bit(model, whole, tmp_pat
     assert {x.name for x in (tmp_path / trainer.STATE).iterdir()} == {"4", "6"}
     for name in ("loss.png", "training.md", "training.json"):
         assert (tmp_path / name).stat().st_size > 100
-    # What is finished is not computed again.
+    # A finished run is not computed again.
     again = run(model, folder=tmp_path, hook=Interrupting(None))
     assert again.record["compile_seconds"] == 0
     assert curve(again) == curve(whole) and same(again.model, whole.model)
@@ -168,17 +168,17 @@ def test_the_checkpoint_of_another_run_is_refused(model, tmp_path):
     other = dataclasses.replace(SETTINGS, seed=1, batch=2)
     with pytest.raises(ValueError, match="batch was 4 and is 2; seed was 0 and is 1"):
         run(model, other, folder=tmp_path)
-    with pytest.raises(ValueError, match="the model is another"):
+    with pytest.raises(ValueError, match="the model differs"):
         run(gpt2.Model(CONFIG, rngs=nnx.Rngs(1)), folder=tmp_path)
-    with pytest.raises(ValueError, match="the hook is another"):
+    with pytest.raises(ValueError, match="the hook differs"):
         run(model, folder=tmp_path, hook=Interrupting(None))
-    # What only says how it is computed may change.
+    # Settings that do not affect the result may change.
     again = dataclasses.replace(SETTINGS, accumulate=2, keep=1, remat=True)
     assert run(model, again, folder=tmp_path).record["steps"] == 6
 
 
 class Setting:
-    """A hook that gives a parameter another value at one step."""
+    """A hook that changes a model at one step."""
 
     def __init__(self, at, change):
         self.at, self.change = at, change
@@ -199,25 +199,25 @@ class Setting:
         pass
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_says_where(model, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_located(model, tmp_path):
     def damage(model):
         kernel = model.h[0].mlp.c_fc.kernel
         kernel[...] = kernel[...].at[0, 0].set(jnp.inf)
 
     with pytest.raises(ValueError) as error:
         run(model, folder=tmp_path, hook=Setting(3, damage))
-    told = str(error.value)
-    assert "at step 4" in told and "in the parameter h.0.mlp.c_fc.kernel" in told
-    assert "the checkpoint of step 2 is kept" in told
+    message = str(error.value)
+    assert "at step 4" in message and "the parameter h.0.mlp.c_fc.kernel" in message
+    assert "the checkpoint of step 2 is kept" in message
     kept = (tmp_path / trainer.STATE).iterdir()
     assert [x.name for x in kept if x.name.isdigit()] == ["2"]
 
-    def enlarge(model):  # so that float32 is too small
+    def enlarge(model):  # beyond the range of float32
         kernel = model.h[0].mlp.c_proj.kernel
         kernel[...] = jnp.full_like(kernel[...], 3e38)
 
     with pytest.raises(
-        ValueError, match=r"at step 1.* behind the layer h\.0\.mlp\.c_p"
+        ValueError, match=r"at step 1.* output of the layer h\.0\.mlp\.c_p"
     ):
         run(model, hook=Setting(0, enlarge))
 
@@ -231,7 +231,7 @@ def test_a_hook_may_change_numbers_and_nothing_else(model):
 
 
 def test_masks_are_data(model, tmp_path, monkeypatch):
-    """Masks change while one program runs, are restored, and hold."""
+    """Masks change without compilation, are restored, and stay in force."""
     pruned = nnx.merge(*nnx.split(model))
     layer = pruned.h[0].mlp.c_fc
     kernel, bias = layer.kernel[...], layer.bias[...]
@@ -252,21 +252,21 @@ def test_masks_are_data(model, tmp_path, monkeypatch):
     monkeypatch.setattr(
         loop, "compile_step", lambda *x: compiled.append(1) or compile_step(*x)
     )
-    found = run(pruned, settings, hook=hook, folder=tmp_path)
+    result = run(pruned, settings, hook=hook, folder=tmp_path)
     assert compiled == [1]
-    mask = np.asarray(found.model.h[0].mlp.c_fc.mask[...])
+    mask = np.asarray(result.model.h[0].mlp.c_fc.mask[...])
     assert 0.1 < mask.mean() < 0.9
     again = run(pruned, settings, hook=Setting(3, prune), folder=tmp_path)
     assert np.array_equal(again.model.h[0].mlp.c_fc.mask[...], mask)
-    # What is frozen has not moved, all else has.
+    # Exactly the frozen parameters are unchanged.
     changed = [
         not np.array_equal(*x)
-        for x in zip(arrays(pruned), arrays(found.model), strict=True)
+        for x in zip(arrays(pruned), arrays(result.model), strict=True)
     ]
-    still = {
+    unchanged = {
         name for name, moved in zip(names(pruned), changed, strict=True) if not moved
     }
-    assert still == {"wpe.embedding", "ln_1.scale", "ln_1.bias"}
+    assert unchanged == {"wpe.embedding", "ln_1.scale", "ln_1.bias"}
 
 
 def test_training_stops_with_the_best_parameters(model, whole, tmp_path):
@@ -275,21 +275,21 @@ def test_training_stops_with_the_best_parameters(model, whole, tmp_path):
 
     settings = dataclasses.replace(SETTINGS, evaluate_every=1, patience=2)
     hook = Setting(2, spoil)
-    found = run(model, settings, hook=hook, folder=tmp_path)
-    assert [x["step"] for x in found.history.evaluations] == [0, 1, 2, 3]
-    assert found.record["best_step"] == 1
-    assert found.record["ended"] == "no lower loss since step 1"
+    result = run(model, settings, hook=hook, folder=tmp_path)
+    assert [x["step"] for x in result.history.evaluations] == [0, 1, 2, 3]
+    assert result.record["best_step"] == 1
+    assert result.record["ended"] == "no lower loss since step 1"
     kept = {x.name for x in (tmp_path / trainer.STATE).iterdir()}
     assert kept == {"1", "2", "3"}
     again = run(model, settings, hook=Setting(2, spoil), folder=tmp_path)
-    assert same(again.model, found.model)
-    assert again.record["ended"] == found.record["ended"]
-    # After one step both are where they are without the hook.
-    one = run(model, dataclasses.replace(SETTINGS, patience=1))
-    assert one.record["best_step"] == 6
+    assert same(again.model, result.model)
+    assert again.record["ended"] == result.record["ended"]
+    # Without the hook the loss falls until the end.
+    whole = run(model, dataclasses.replace(SETTINGS, patience=1))
+    assert whole.record["best_step"] == 6
 
 
-def test_a_signal_is_obeyed_once_the_state_is_kept(model, whole, tmp_path):
+def test_a_signal_stops_the_run_after_its_state_is_saved(model, whole, tmp_path):
     def stop(model):
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -301,23 +301,36 @@ def test_a_signal_is_obeyed_once_the_state_is_kept(model, whole, tmp_path):
     assert curve(rest) == curve(whole)
 
 
-def test_utilisation_is_said_where_the_peak_is_known(model, monkeypatch):
+def test_utilisation_is_reported_if_the_peak_speed_is_known(model, monkeypatch):
     monkeypatch.setitem(history.PEAKS, jax.devices()[0].device_kind, (2e9, 1e9))
-    found = run(model)
+    result = run(model)
     flops = 3 * sizes.count(model).flops
-    for line in found.history.steps:
+    for line in result.history.steps:
         expected = line["tokens_per_second"] * flops / 1e9
         assert line["utilisation"] == pytest.approx(expected, abs=1e-4, rel=1e-3)
-    table = dict(history.rows(found.record))
+    table = dict(history.rows(result.record))
     assert table["model FLOP utilisation"].endswith(" %")
 
 
-def test_a_checkpoint_that_will_not_fit_is_not_begun(model, tmp_path, monkeypatch):
+def test_a_checkpoint_larger_than_the_free_space_is_refused(
+    model, tmp_path, monkeypatch
+):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match="it takes 0 MiB, and 0 are free.*none before it"):
         run(model, folder=tmp_path)
     assert not list((tmp_path / trainer.STATE).iterdir())
+
+
+def test_results_print_in_a_few_lines(whole, model):
+    text = repr(whole)
+    assert text.count("\n") < 10 and "6 of 6" in text and "array" not in text.lower()
+    table = whole._repr_html_()
+    assert table.startswith("<table>") and "<td" in table and "6 of 6" in table
+    lines = repr(whole.history).splitlines()
+    assert lines[0] == "6 steps, 3 evaluations" and len(lines) == 3
+    assert lines[1].startswith("loss: 4.") and "lowest" in lines[2]
+    assert repr(history.History()) == "0 steps, 0 evaluations"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +357,7 @@ def test_settings_that_do_not_fit_are_refused(model, change, message):
         ({"precision": "float16"}, "write float32 or bfloat16"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(change, message):
+def test_invalid_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SETTINGS, **change)
 
