@@ -105,8 +105,7 @@ def train(
     plan = _course(pruning, course)
     if calibrate is not None and not plan.changes:
         raise ValueError(
-            "--calibrate weights what --sparsity, --pattern or --low-rank-to remove; "
-            "give one of them"
+            "--calibrate needs --sparsity, --pattern or --low-rank-to; give one of them"
         )
     folder = storage.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE

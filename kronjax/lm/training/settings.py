@@ -102,7 +102,8 @@ class Weights:
         terms = (self.next_token, self.logits, self.hidden, self.attention)
         if not all(math.isfinite(x) and x >= 0 for x in terms) or not any(terms):
             raise ValueError(
-                f"weights of losses are {terms}; they must be at least 0, and one positive"
+                f"weights of losses are {terms}; they must be at least 0, and one "
+                "positive"
             )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature {self.temperature}; it must be positive")
