@@ -57,7 +57,7 @@ class Result:
     def __repr__(self) -> str:
         """Return a table of the record, of at most ten lines."""
         table = [x for x in history.rows(self.record) if x[0] not in _LONG]
-        return "\n".join(f"{name:<24}{value}" for name, value in table)
+        return "\n".join(f"{name:<26}{value}" for name, value in table)
 
     def _repr_html_(self) -> str:
         return history.html_table(self.record)
