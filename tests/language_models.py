@@ -1,6 +1,6 @@
-"""Fixtures for tests of language models and of the command line.
+"""Fixtures for the tests of language models and of the command line.
 
-Both are tested as users run them: 32 bits, and flax promotes dtypes.
+These tests use the settings of users: 32 bits, and promotion of dtypes.
 """
 
 import numpy as np
@@ -21,7 +21,7 @@ def settings():
 
 @pytest.fixture(scope="session", autouse=True)
 def quickly_compiled():
-    """Programs of training that take a third of the time to make, and run slowly."""
+    """Compile training without optimisation, in a third of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "COMPILER", {"xla_backend_optimization_level": 0})
         yield
@@ -29,13 +29,13 @@ def quickly_compiled():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Byte-level BPE of 300 tokens, as GPT-2's is of 50257."""
+    """A byte-level BPE of 300 tokens, of the kind of GPT-2's."""
     return train(SENTENCES, 300, context=64)
 
 
 @pytest.fixture(scope="session")
 def dense():
-    """A GPT-2 that is smaller still, of forty tokens; not to be changed."""
+    """An even smaller GPT-2 with 40 tokens, which no test may change."""
     config = gpt2.Config(vocab_size=40, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     with as_users_run_it():
         return gpt2.Model(config, rngs=nnx.Rngs(0))
@@ -43,7 +43,7 @@ def dense():
 
 @pytest.fixture(scope="session")
 def tokens():
-    """A text for it, `[400]`."""
+    """A text of 400 tokens for `dense`."""
     return np.random.default_rng(0).integers(0, 40, 400).astype(np.int32)
 
 
@@ -52,7 +52,7 @@ def tiny(tokenizer):
     """A GPT-2 of two blocks with a context of 64, and a tokenizer."""
     config = gpt2.Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     model = gpt2.Model(config, rngs=nnx.Rngs(0))
-    # Drawn as for training, all tokens would be about equally likely.
+    # With the usual scale, all tokens would be about equally likely.
     model.wte.embedding[...] = 3 * model.wte.embedding[...]
     model.tokenizer = tokenizer
     return model

@@ -1,12 +1,12 @@
-"""Causal attention for every port: with padding, grouped heads and a cache.
+"""Causal attention with padding, grouped heads and a key-value cache.
 
     softmax(Q Kᵀ / √d + mask) V
 
 Queries are `[b, t, h, d]`, keys and values `[b, s, g, d]` with `g` dividing `h`: query
-head `i` reads group `i g // h`. Queries are taken in blocks; without a cache, or with
-one that is still empty, a block sees only the keys up to its end, which saves nearly
+head `i` reads group `i g // h`. Queries are processed in blocks; without a cache, or
+with an empty one, a block reads only the keys up to its own end, which saves nearly
 half of the products and most of the memory. Scores and softmax are float32 whatever
-the weights are.
+the dtype of the weights.
 
 References: Vaswani et al. (2017); Ainslie et al. (2023) for the groups.
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 256
-"""Queries per block: small enough for the scores of a head to stay in a cache."""
+"""Number of queries per block, small enough for a head's scores to fit in a cache."""
 
 _record: contextvars.ContextVar[list[tuple[jax.Array, jax.Array]] | None] = (
     contextvars.ContextVar("record", default=None)
@@ -34,16 +34,16 @@ _record: contextvars.ContextVar[list[tuple[jax.Array, jax.Array]] | None] = (
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens so far, in slots of a fixed number.
+    """Keys and values of the tokens so far, in a fixed number of slots.
 
     Attributes:
-        layers: For each layer its keys and values, each `[b, slots, g, d]`.
-        valid: `[b, slots]`, bool: whether the slot holds a token that counts.
-        length: int32, the number of slots filled, padding included.
+        layers: Keys and values of each layer, each `[b, slots, g, d]`.
+        valid: Slots that hold a token other than padding, `[b, slots]`, bool.
+        length: Number of filled slots, padding included, int32.
     """
 
-    layers: tuple[tuple[jax.Array, jax.Array], ...]
-    valid: jax.Array
+    layers: tuple[tuple[jax.Array, jax.Array], ...] = dataclasses.field(repr=False)
+    valid: jax.Array = dataclasses.field(repr=False)
     length: jax.Array
 
     @property
@@ -55,12 +55,13 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Where the tokens of one call stand.
+    """Positions of the tokens of one call, and the keys that they may read.
 
     Attributes:
-        positions: `[b, t]`, int32, counted from the first token that is not padding.
-        valid: `[b, s]`, bool, the keys that count; None for all.
-        start: int32, the slot of the first token; the number 0 for a cache that is
+        positions: Positions counted from the first token that is not padding,
+            `[b, t]`, int32.
+        valid: Keys that are not padding, `[b, s]`, bool; None if none is padding.
+        start: Slot of the first token, int32; the Python number 0 for a cache that is
             known to be empty, and None without a cache.
     """
 
@@ -76,8 +77,8 @@ def empty_cache(
 
     Args:
         num_layers: Number of layers.
-        shape: `(b, slots, g, d)`.
-        dtype: Of the keys and values.
+        shape: Shape of the keys and of the values of a layer, `(b, slots, g, d)`.
+        dtype: The dtype of the keys and values.
     """
     layers = tuple(
         (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers)
@@ -96,14 +97,15 @@ def locate(
     """Return the places of new tokens.
 
     Args:
-        shape: `(b, t)` of the tokens.
+        shape: Shape of the tokens, `(b, t)`.
         mask: `[b, t]`, bool, False for padding on either side; None for no padding.
-        positions: `[b, t]`, overrides the positions that follow from the mask.
-        cache: What the tokens are appended to.
+        positions: Positions `[b, t]` that replace those which follow from the mask.
+        cache: The cache to which the tokens are appended, or None.
         fresh: Whether the cache is known to be empty.
 
     Raises:
-        ValueError: If the mask has another shape, or the cache too few slots.
+        ValueError: If the shape of the mask differs from that of the tokens, or the
+            cache has too few slots.
     """
     b, t = shape
     if cache is not None and t > cache.slots:
@@ -132,27 +134,28 @@ def locate(
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[tuple[jax.Array, jax.Array]]]:
-    """Yield a list to which every `attend` inside adds its queries and keys.
+    """Yield a list to which every `attend` in the block adds its queries and keys.
 
-    What is traced must be used where it was traced, as with any value of jax.
+    Tracers in the list must be used within the same trace, as usual in jax.
     """
-    seen: list[tuple[jax.Array, jax.Array]] = []
-    token = _record.set(seen)
+    recorded: list[tuple[jax.Array, jax.Array]] = []
+    token = _record.set(recorded)
     try:
-        yield seen
+        yield recorded
     finally:
         _record.reset(token)
 
 
 def log_probabilities(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Return the logarithms of what each query gives to each key, without padding.
+    """Return the logarithms of the attention weights, for tokens without padding.
 
     Args:
-        q: `[b, t, h, d]`.
-        k: `[b, t, g, d]`.
+        q: Queries, `[b, t, h, d]`.
+        k: Keys, `[b, t, g, d]`.
 
     Returns:
-        `[b, h, t, t]`, float32; the lowest number where a key comes after the query.
+        Log-weights `[b, h, t, t]`, float32, of each query and each key; the lowest
+        float where the key comes after the query.
     """
     b, t, h, d = q.shape
     g = k.shape[2]
@@ -170,23 +173,23 @@ def attend(
     places: Places,
     past: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Attend to everything up to each query.
+    """Compute causal attention: each query reads the keys up to its own token.
 
     Args:
-        q: `[b, t, h, d]`.
-        k: `[b, t, g, d]`, of the same tokens.
-        v: `[b, t, g, d]`.
-        places: Of these tokens.
+        q: Queries, `[b, t, h, d]`.
+        k: Keys of the same tokens, `[b, t, g, d]`.
+        v: Values of the same tokens, `[b, t, g, d]`.
+        places: Places of these tokens.
         past: Keys and values of one layer of a cache, each `[b, slots, g, d]`.
 
     Returns:
-        `[b, t, h d]`, and the keys and values: those given, or those of the cache with
-        the new ones in their slots.
+        The result `[b, t, h d]`, and the keys and values: the given ones, or those of
+        the cache with the given ones in their slots.
     """
     b, t, h, d = q.shape
-    seen = _record.get()
-    if seen is not None:
-        seen.append((q, k))
+    recorded = _record.get()
+    if recorded is not None:
+        recorded.append((q, k))
     if past is not None:
         assert places.start is not None
         zero = jnp.zeros((), jnp.int32)
@@ -195,7 +198,7 @@ def attend(
             jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
             for old, new in zip(past, (k, v), strict=True)
         )
-    # What a query sees begins in the first slot, wherever that is known to be.
+    # Without a cache, or with one known to be empty, query `i` is in slot `i`.
     from_start = past is None or isinstance(places.start, int)
     blocks = []
     for first in range(0, t, BLOCK):
@@ -212,29 +215,29 @@ def attend(
 
 
 def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Turn pairs of channels by angles that grow with the position.
+    """Rotate pairs of channels by angles proportional to the position.
 
-    Channel `i` is paired with channel `i + d/2`, as in the Hugging Face checkpoints.
+    Channel `i` is paired with channel `i + d/2`, as in checkpoints of Hugging Face.
 
     Args:
-        x: `[b, t, h, d]`.
-        positions: `[b, t]`.
-        frequencies: `[d/2]`, float32, radians per position.
+        x: Queries or keys, `[b, t, h, d]`.
+        positions: Positions, `[b, t]`.
+        frequencies: Radians per position of each pair, `[d/2]`, float32.
 
     Returns:
-        `[b, t, h, d]` in the dtype of `x`.
+        The rotated array, `[b, t, h, d]`, in the dtype of `x`.
 
     Source: Su et al. (2021).
     """
     angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def _attend_block(q, k, v, rows, valid):
-    """Attend with queries at the slots `rows`: `[b, t, h, d]`."""
+    """Return the attention `[b, t, h, d]` of queries in the slots `rows`."""
     b, t, h, d = q.shape
     g = k.shape[2]
     q = q.reshape(b, t, g, h // g, d)
@@ -245,7 +248,7 @@ def _attend_block(q, k, v, rows, valid):
     allowed = allowed[None, None, None]
     if valid is not None:
         allowed = allowed & valid[:, None, None, None, :]
-    # Finite: a row of padding sees nothing, and must not become NaN.
+    # A finite value: a query at padding reads no key, and -inf would make it NaN.
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bghts,bsgd->btghd", weights, v).reshape(b, t, h, d)

@@ -1,12 +1,12 @@
-"""Text from a model: greedy or sampled, one token at a time, with a key-value cache.
+"""Greedy or sampled generation, one token at a time, with a key-value cache.
 
-Prompts of a batch are padded on the left to a common length; two programs are compiled,
-one for the prompts and one for every token after them. A token is drawn from
+The prompts of a batch are padded on the left to a common length. Two programs are
+compiled: one for the prompts, one for every later token. A token is drawn from
 
-    softmax(logits / temperature),  cut to the `top_k` likeliest and to the likeliest
-                                    that together reach probability `top_p`
+    softmax(logits / temperature)
 
-and is the likeliest one at temperature 0.
+restricted to the `top_k` most likely tokens and, among those, to the most likely ones
+that together reach the probability `top_p`. At temperature 0 it is the most likely one.
 
 References: Holtzman et al. (2020) for top_p.
 
@@ -27,7 +27,8 @@ from kronjax.lm.models.base import LanguageModel, check_vocabulary, tokenizer_of
 from kronjax.lm.text.tokenizer import Tokenizer
 
 STEP = 32
-"""Lengths are rounded up to a multiple of this, so that few programs are compiled."""
+"""Lengths are rounded up to a multiple of this number, so that few programs are
+compiled."""
 
 
 @overload
@@ -38,23 +39,23 @@ def generate(model, prompt, **options):
     """Continue a prompt, or several in one batch.
 
     Args:
-        model: With a tokenizer.
+        model: A model with a tokenizer.
         prompt: A text, or several.
-        **options: Those of `generate_tokens`.
+        **options: The options of `generate_tokens`.
 
     Returns:
-        What follows the prompt, or each prompt, without it.
+        The continuation without the prompt, or a list of them.
 
     Raises:
-        ValueError: If the model has no tokenizer, or does not fit it; or as
-            `generate_tokens`.
+        ValueError: If the model has no tokenizer, the tokenizer does not belong to the
+            model, or `generate_tokens` raises it.
     """
     tokenizer = tokenizer_of(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     rows = [tokenizer.encode(text) for text in prompts]
     options.setdefault("stop", tokenizer.stops)
-    made = generate_tokens(model, rows, **options)
-    texts = [continuation(tokenizer, *pair) for pair in zip(rows, made, strict=True)]
+    new = generate_tokens(model, rows, **options)
+    texts = [continuation(tokenizer, *pair) for pair in zip(rows, new, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
 
 
@@ -70,26 +71,26 @@ def generate_tokens(
     stop: Sequence[int] = (),
     on_token: Callable[[list[int]], bool | None] | None = None,
 ) -> list[list[int]]:
-    """Continue prompts of tokens.
+    """Continue prompts that are given as tokens.
 
     Args:
         model: Any language model.
-        prompts: `b` rows of tokens, none of them empty.
-        max_new_tokens: How many tokens to add at most.
-        temperature: 0 for the likeliest token every time.
-        top_k: How many tokens to draw from; None for all.
-        top_p: Probability that the tokens to draw from have together.
-        seed: Of the draws.
+        prompts: Tokens of `b` prompts, none of them empty.
+        max_new_tokens: Largest number of tokens to add.
+        temperature: Temperature of the softmax; 0 takes the most likely token.
+        top_k: Number of tokens to draw from; None for all.
+        top_p: Total probability of the tokens to draw from.
+        seed: Seed of the draws.
         stop: Tokens that end a row; they are not returned.
-        on_token: Called after every step with the new token of each row; where it
-            returns True, that was the last step.
+        on_token: A function called after every step with the new token of each row. If
+            it returns True, generation ends.
 
     Returns:
         The new tokens of every row.
 
     Raises:
         ValueError: If a prompt is empty, a token or a setting is out of range, or the
-            context is too short for the longest prompt and what it shall become.
+            longest prompt and its new tokens exceed the model's context.
     """
     longest = _checked(model, prompts, max_new_tokens, temperature, top_k, top_p)
     width = min(bucket(longest), model.config.context - max_new_tokens)
@@ -117,15 +118,15 @@ def generate_tokens(
         drawn = np.asarray(new)[:, 0].tolist()
         if min(drawn) < 0:
             raise ValueError(
-                "the model gives NaN: its weights are damaged, or too large for their "
-                "dtype; try float32"
+                "the model returns NaN: its weights are damaged, or too large for "
+                "their dtype; try float32"
             )
         for row, token in enumerate(drawn):
             done[row] = done[row] or token in stop
             if not done[row]:
                 rows[row].append(token)
-        enough = on_token is not None and on_token(drawn)
-        if enough or all(done):
+        stopped = on_token is not None and on_token(drawn)
+        if stopped or all(done):
             break
     return rows
 
@@ -133,10 +134,10 @@ def generate_tokens(
 def continuation(
     tokenizer: Tokenizer, prompt: Sequence[int] | np.ndarray, new: Sequence[int]
 ) -> str:
-    """Return the text of new tokens, with the space that may stand before them.
+    """Return the text of new tokens, including a space that may begin it.
 
-    Tokenizers made by SentencePiece leave a space at the beginning out; so the prompt
-    is decoded, too.
+    Tokenizers made by SentencePiece drop a space at the beginning of a text, so the new
+    tokens are decoded together with the prompt.
     """
     before = tokenizer.decode(prompt)
     whole = tokenizer.decode([*prompt, *new])
@@ -150,7 +151,7 @@ def bucket(length: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _programs(graph, sampled):
-    """Return the compiled first call and the compiled step, for one architecture."""
+    """Return the compiled first call and the compiled step of an architecture."""
 
     def draw_from(logits, key, draw):
         logits = logits.astype(jnp.float32)
@@ -171,13 +172,13 @@ def _programs(graph, sampled):
 
 
 def _sample(logits, key, temperature, top_k, top_p):
-    """Draw one token of each row of `logits`, `[b, vocab]`."""
+    """Draw a token for each row of `logits`, `[b, vocab_size]`."""
     order = jnp.argsort(-logits, axis=-1)
     ranked = jnp.take_along_axis(logits, order, axis=-1) / temperature
     ranks = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     ranked = jnp.where(ranks < top_k, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
-    # The likeliest token stays whatever top_p is.
+    # The most likely token is kept whatever top_p is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     ranked = jnp.where((before < top_p) | (ranks == 0), ranked, -jnp.inf)
     drawn = jax.random.categorical(key, ranked, axis=-1)
@@ -185,7 +186,7 @@ def _sample(logits, key, temperature, top_k, top_p):
 
 
 def _checked(model, prompts, max_new_tokens, temperature, top_k, top_p):
-    """Return the length of the longest prompt, once everything is in range."""
+    """Check prompts and settings, and return the length of the longest prompt."""
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt without tokens cannot be continued")
     settings = (
@@ -194,20 +195,20 @@ def _checked(model, prompts, max_new_tokens, temperature, top_k, top_p):
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
         ("top_p", top_p, 0 < top_p <= 1, "in (0, 1]"),
     )
-    for name, value, good, wanted in settings:
-        if not good:
-            raise ValueError(f"{name} is {value}; it must be {wanted}")
+    for name, value, is_valid, expected in settings:
+        if not is_valid:
+            raise ValueError(f"{name} is {value}; it must be {expected}")
     for prompt in prompts:
         check_vocabulary(model, np.asarray(prompt), model.tokenizer)
     longest, context = max(len(prompt) for prompt in prompts), model.config.context
     if longest >= context:
         raise ValueError(
-            f"a prompt of {longest} tokens leaves none of the {context} positions of "
-            "the model; shorten it"
+            f"a prompt of {longest} tokens leaves none of the model's {context} "
+            "positions free; shorten it"
         )
     if longest + max_new_tokens > context:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than "
-            f"the {context} positions of the model; take fewer new tokens"
+            f"a prompt of {longest} tokens and {max_new_tokens} new tokens exceed the "
+            f"{context} positions of the model; take fewer new tokens"
         )
     return longest

@@ -2,9 +2,9 @@
 
     x ← x + Attention(LN(x)),   x ← x + W_proj gelu(W_fc LN(x))
 
-Attributes bear the names of the checkpoints of Hugging Face, whose matrices are stored
-`[in, out]` as here; the head is the transposed embedding. Serves GPT-2 small to XL and
-DistilGPT2.
+The attributes have the names of the tensors in checkpoints of Hugging Face, which store
+kernels `[n_in, n_out]`; the head is the transposed embedding. The port reads GPT-2 from
+small to XL, and DistilGPT2.
 
 References: Radford et al. (2019).
 
@@ -31,22 +31,22 @@ from kronjax.lm.models.base import (
 )
 
 ARCHITECTURE = "GPT2LMHeadModel"
-"""The class of transformers that opens an export."""
+"""Name of the class of transformers that opens an export."""
 
 PREFIXES = ("transformer.",)
-"""What stands before the names of tensors; the first is what is written."""
+"""Prefixes of tensor names in files; the first one is written."""
 
 TRANSPOSED = r"lm_head"
-"""Linear layers whose kernels are stored `[n_out, n_in]`: only the head, for the others
-are `Conv1D` in transformers, which stores `[n_in, n_out]`."""
+"""Layers whose kernels are stored `[n_out, n_in]`: only a separate head. The others are
+of the class `Conv1D` in transformers, which stores `[n_in, n_out]`."""
 
 BUFFERS = r"h\.\d+\.attn\.(bias|masked_bias)"
-"""Names of tensors in old checkpoints that are no parameters: causal masks."""
+"""Tensors of old checkpoints that are not parameters: causal masks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(BaseConfig):
-    """Settings; the defaults are GPT-2 small."""
+    """Settings; the defaults are those of GPT-2 small."""
 
     model_type: ClassVar[str] = "gpt2"
     LAYERS: ClassVar[str] = "n_layer"
@@ -65,37 +65,37 @@ class Config(BaseConfig):
     scale_attn_by_inverse_layer_idx: bool = False
 
     def __post_init__(self):
-        """Refuse what would be computed wrongly."""
+        """Check that this port supports the settings."""
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"config.json: n_embd {self.n_embd} is no multiple of n_head "
+                f"config.json: n_embd {self.n_embd} is not a multiple of n_head "
                 f"{self.n_head}"
             )
         if not self.scale_attn_weights or self.scale_attn_by_inverse_layer_idx:
             raise ValueError(
-                "config.json: of the scalings of attention only scale_attn_weights is "
-                "supported"
+                "config.json: the only supported scaling of attention is "
+                "scale_attn_weights"
             )
         activation(self.activation_function)
 
     @property
     def cache_shape(self) -> tuple[int, int]:
-        """`(g, d)`: the key-value heads, and the width of a head."""
+        """`(g, d)`: the number of key-value heads and the width of a head."""
         return self.n_head, self.n_embd // self.n_head
 
 
 class Attention(nnx.Module):
-    """Self-attention with as many key-value heads as heads."""
+    """Self-attention with as many key-value heads as query heads."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         width = config.n_embd
         self.heads = config.n_head
         self.c_attn = nnx.Linear(width, 3 * width, rngs=rngs)
         self.c_proj = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array, places: Places, past=None):
-        """Return `[b, t, width]`, and keys and values."""
+        """Return the states `[b, t, width]`, and the keys and values."""
         q, k, v = (
             split_heads(part, self.heads)
             for part in jax.numpy.split(self.c_attn(x), 3, axis=-1)
@@ -105,10 +105,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear maps with an activation between them."""
+    """Two linear layers with an activation between them."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         inner = config.n_inner or 4 * config.n_embd
         self.c_fc = nnx.Linear(config.n_embd, inner, rngs=rngs)
         self.c_proj = nnx.Linear(inner, config.n_embd, rngs=rngs)
@@ -120,17 +120,17 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind a layer norm and beside a shortcut."""
+    """Attention and MLP, each after a layer norm and with a residual connection."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.ln_1 = _layer_norm(config, rngs)
         self.attn = Attention(config, rngs=rngs)
         self.ln_2 = _layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, places: Places, past=None):
-        """Return `[b, t, width]`, and keys and values."""
+        """Return the states `[b, t, width]`, and the keys and values."""
         y, present = self.attn(self.ln_1(x), places, past)
         x = x + y
         return x + self.mlp(self.ln_2(x)), present
@@ -145,7 +145,7 @@ class Model(LanguageModel):
     config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.config = config
         self.wte = embedding(config.vocab_size, config.n_embd, rngs=rngs)
         self.wpe = embedding(config.n_positions, config.n_embd, rngs=rngs)
@@ -171,8 +171,8 @@ class Model(LanguageModel):
 
 
 def _layer_norm(config: Config, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # The residual stream of GPT-2 has channels in the thousands beside others near
-    # one: E[x²] − E[x]² would cancel.
+    # In GPT-2's residual stream some channels are in the thousands and others near 1,
+    # so E[x²] − E[x]² would cancel.
     return nnx.LayerNorm(
         config.n_embd,
         epsilon=config.layer_norm_epsilon,

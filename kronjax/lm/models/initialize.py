@@ -1,7 +1,7 @@
-"""Models that have learnt nothing yet: a GPT-2 of any size.
+"""Random initialization of a GPT-2 of any size, for training from scratch.
 
-What `kronjax train` trains from the beginning, to know how far a compressed model is
-from one that was as small all along.
+A model trained from scratch shows how far a compressed model of the same size is from
+one that was small from the beginning.
 
 >>> config = gpt2.Config(vocab_size=300, n_positions=8, n_embd=8, n_layer=1, n_head=1)
 >>> draw(config, 0).wte.embedding.shape
@@ -19,14 +19,14 @@ from kronjax.lm.text.tokenizer import Tokenizer
 
 
 def begin(config: gpt2.Config, tokenizer: Tokenizer, seed: int = 0) -> gpt2.Model:
-    """Return a model with weights drawn for training, and a tokenizer.
+    """Return a model with random weights and a tokenizer.
 
     Args:
-        config: Its sizes; the vocabulary becomes that of the tokenizer.
-        tokenizer: What it speaks.
-        seed: Of the weights.
+        config: The sizes; `vocab_size` is replaced by the size of the tokenizer.
+        tokenizer: The tokenizer of the model.
+        seed: Seed of the weights.
     """
-    # Without these, other programs take the settings of the published GPT-2.
+    # Without these, other programs use the settings of the published GPT-2.
     origin = {
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
@@ -43,10 +43,11 @@ def begin(config: gpt2.Config, tokenizer: Tokenizer, seed: int = 0) -> gpt2.Mode
 
 
 def draw(config: gpt2.Config, seed: int) -> gpt2.Model:
-    """Return a model with weights drawn for training.
+    """Return a model with random weights, scaled for training.
 
-    Embeddings are small, that all tokens be about equally likely, and so are the maps
-    into the residual stream, to which every block adds.
+    The embeddings are small, so that all tokens are about equally likely. The layers
+    that write to the residual stream are divided by `√(2 n_layer)`, because every block
+    adds to it twice.
     """
     model = gpt2.Model(config, rngs=nnx.Rngs(seed))
     for table in (model.wte, model.wpe):

@@ -1,15 +1,16 @@
-"""Losses of the next token: as a function of arrays, and of many texts at once.
+"""Losses of next tokens: as a pure function of arrays, and for many texts at once.
 
     nll_i = log Σ_v exp(logit_iv) − logit_i,target
 
-Logits of a whole batch would be the largest array by far: 1.6 GB in float32 for 8 times
-1024 tokens of GPT-2. So the head is applied to some positions at a time, and to those
-alone that are scored. The logarithm of the sum is float32 whatever the weights are.
+The logits of a whole batch would be by far the largest array: 1.6 GB in float32 for 8
+times 1024 tokens of GPT-2. So the head is applied to a part of the positions at a time,
+and only to those that are scored. The logarithm of the sum is float32 whatever the
+dtype of the weights.
 
-`score` is a pure function; `run` is the host's part: it sorts texts into few shapes,
-pads on the right (which no earlier token can see), compiles one program for each shape
-and architecture, and keeps the device busy while results are fetched.
-`log_likelihoods` sums over continuations.
+`score` is a pure function. `run` does the work of the host: it sorts texts into few
+shapes, pads them on the right (which no earlier token can read), compiles one program
+for each shape and architecture, and keeps the device busy while it fetches results.
+`log_likelihoods` sums the scores of continuations.
 
 >>> [padded_length(n, most=100) for n in (3, 17, 65, 99)]
 [16, 24, 96, 100]
@@ -30,8 +31,8 @@ from kronjax.io.progress import bar
 from kronjax.lm.models import attention
 from kronjax.lm.models.base import LanguageModel, check_vocabulary
 
-# Logits at one time, and tokens in one batch. On a CPU, logits that stay near the
-# caches make the head a fifth faster; an accelerator wants large products.
+# Number of logits computed at a time, and of tokens in a batch. On a CPU, logits that
+# fit into the caches make the head a fifth faster; an accelerator needs large products.
 _LOGITS = {"cpu": 2**24}
 _LOGITS_ELSEWHERE = 2**27
 _TOKENS = {"cpu": 2**12}
@@ -43,28 +44,28 @@ class Request:
     """A sequence of tokens of which the last ones are scored.
 
     Attributes:
-        tokens: `[n]`, integers, `n` at least 2.
-        scored: How many of the last tokens are scored, from 1 to `n - 1`.
+        tokens: Tokens, `[n]`, integers, `n` at least 2.
+        scored: Number of last tokens that are scored, from 1 to `n - 1`.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray = dataclasses.field(repr=False)
     scored: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What `run` found.
+    """Scores of several requests.
 
     Attributes:
-        losses: For each request float32 `[scored]`, in nats.
-        greedy: For each request bool `[scored]`, whether the token had the largest
-            logit; empty lists unless asked for.
-        seconds: Spent on running, compilation apart.
-        compile_seconds: Spent on tracing and compiling; 0 when done before.
+        losses: Losses of each request, float32 `[scored]`, in nats.
+        greedy: For each request, bool `[scored]`, whether each token had the largest
+            logit; an empty list unless requested.
+        seconds: Time for running, without compilation.
+        compile_seconds: Time for tracing and compiling; 0 if the programs existed.
     """
 
-    losses: list[np.ndarray]
-    greedy: list[np.ndarray]
+    losses: list[np.ndarray] = dataclasses.field(repr=False)
+    greedy: list[np.ndarray] = dataclasses.field(repr=False)
     seconds: float
     compile_seconds: float
 
@@ -77,18 +78,19 @@ def score(
     *,
     greedy: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Return the losses of some next tokens.
+    """Return the losses of selected next tokens.
 
     Args:
-        model: Any port.
-        tokens: `[b, t]`, what the model reads.
-        targets: `[b, c]`, the tokens that are scored.
-        rows: `[b, c]`, for each of them the place in `tokens` just before it.
-        greedy: Whether to find out if they had the largest logit.
+        model: Any language model.
+        tokens: Tokens that the model reads, `[b, t]`.
+        targets: Tokens that are scored, `[b, c]`.
+        rows: Index in `tokens` of the token before each target, `[b, c]`.
+        greedy: Whether to return if the targets had the largest logits.
 
     Returns:
-        Losses `[b, c]`, float32 or wider; `greedy` `[b, c]`, bool, or None. Costs one
-        forward pass, with the head at `b c` positions and memory for some of them.
+        The losses `[b, c]`, float32 or wider, and whether each target had the largest
+        logit, bool `[b, c]`, or None. The cost is one forward pass with the head at
+        `b c` positions, and memory for the logits of a part of them.
     """
     b, t = tokens.shape
     places = attention.locate((b, t))
@@ -109,7 +111,7 @@ def score(
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         losses = jax.nn.logsumexp(logits, axis=1) - chosen
-        # Not a comparison with the largest logit, which in 16 bits several may share.
+        # No comparison with the largest logit: in 16 bits, several may be equal to it.
         best = jnp.argmax(logits, axis=1) == target if greedy else None
         return losses, best
 
@@ -120,14 +122,14 @@ def score(
 
 
 def token_losses(model: LanguageModel, tokens: jax.Array) -> jax.Array:
-    """Return the loss of every token but the first.
+    """Return the loss of every token except the first.
 
     Args:
-        model: Any port.
-        tokens: `[b, t]`, without padding.
+        model: Any language model.
+        tokens: Tokens without padding, `[b, t]`.
 
     Returns:
-        `[b, t - 1]`, float32 or wider, in nats.
+        Losses `[b, t - 1]`, float32 or wider, in nats.
     """
     b, t = tokens.shape
     rows = jnp.broadcast_to(jnp.arange(t - 1, dtype=jnp.int32), (b, t - 1))
@@ -135,10 +137,10 @@ def token_losses(model: LanguageModel, tokens: jax.Array) -> jax.Array:
 
 
 def padded_length(length: int, *, most: int, least: int = 16) -> int:
-    """Return a length of the short list 16, 24, 32, 48, 64, 96, ... up to `most`."""
+    """Round a length up to the list 16, 24, 32, 48, 64, 96, ..., and at most `most`."""
     size = least
     while size < length:
-        # From a power of two to one and a half of it, and on to the next.
+        # From a power of two to 1.5 times it, and from there to the next power.
         size += size // 2 if size & (size - 1) == 0 else size // 3
     return min(size, most)
 
@@ -155,17 +157,19 @@ def run(
 ) -> Scores:
     """Score many sequences in batches of few shapes.
 
-    Products are exact to float32, unless the parameters have 16 bits.
+    Products have the precision of float32, unless the parameters have 16 bits.
 
     Args:
-        model: Any port, its tokens checked by the caller.
-        requests: Each of no more than `context + 1` tokens, for the last is not read.
-        batch: Sequences at a time, at most; by default what keeps the device busy.
-        shape: The most tokens read and scored of a request, to pad all to this one
-            shape; by default there are several, not much longer than the requests.
-        greedy: Whether to find out if tokens had the largest logit.
-        text: Stands before the progress bar.
-        progress: Whether to draw it; by default on a terminal, after two seconds.
+        model: Any language model. The caller must check the tokens.
+        requests: Sequences of at most `context + 1` tokens; the last token of each is
+            not read.
+        batch: Largest number of sequences at a time; by default enough to keep the
+            device busy.
+        shape: Numbers of tokens to read and to score, to which all requests are padded;
+            by default there are several shapes, not much longer than the requests.
+        greedy: Whether to return if tokens had the largest logits.
+        text: Text before the progress bar.
+        progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Raises:
         ValueError: If `batch` is not positive.
@@ -181,10 +185,10 @@ def run(
     total = sum(request.scored for request in requests)
 
     def fetch():
-        (found, hits), members = pending.pop(0)
+        (values, hits), members = pending.pop(0)
         for row, i in enumerate(members):
             count = requests[i].scored
-            losses[i] = np.asarray(found)[row, :count]
+            losses[i] = np.asarray(values)[row, :count]
             if greedy:
                 best[i] = np.asarray(hits)[row, :count]
         advance(sum(requests[i].scored for i in members))
@@ -210,22 +214,22 @@ def log_likelihoods(
     batch: int | None = 8,
     progress: bool | None = None,
 ) -> list[tuple[float, bool]]:
-    """Return how likely continuations are, and whether the model would choose them.
+    """Return the log-likelihoods of continuations, and whether each is the greedy one.
 
     Args:
-        model: Any port.
-        pairs: For each one the tokens of the context, of which the last are taken
-            that fit the model, and those of the continuation.
-        batch: Pairs at a time; None for what keeps the device busy.
+        model: Any language model.
+        pairs: Pairs of the tokens of a context and of its continuation. If both exceed
+            the model's context, the first tokens of the context are dropped.
+        batch: Number of pairs at a time; None for enough to keep the device busy.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        For each pair the sum of the log-likelihoods of the tokens of the continuation,
-        in nats, and whether each of them had the largest logit.
+        For each pair the sum of the log-likelihoods of the continuation's tokens, in
+        nats, and whether each of these tokens had the largest logit.
 
     Raises:
-        ValueError: If a context or a continuation has no tokens, a continuation has
-            more than the model's context, or a token is not in its vocabulary.
+        ValueError: If a context or a continuation is empty, a continuation is longer
+            than the model's context, or a token is not in the vocabulary.
     """
     arrays = [(np.asarray(x), np.asarray(y)) for x, y in pairs]
     scores = score_pairs(model, arrays, batch=batch, progress=progress)
@@ -249,13 +253,13 @@ def score_pairs(
         if not len(before) or not len(after):
             part = "continuation" if len(before) else "context"
             raise ValueError(
-                f"pair {i}: the {part} has no tokens; where there is no context, give "
-                "the token that ends texts"
+                f"pair {i}: the {part} has no tokens; for an empty context, give the "
+                "token that ends texts"
             )
         if len(after) > context:
             raise ValueError(
-                f"pair {i}: the continuation has {len(after)} tokens, the model a "
-                f"context of {context}"
+                f"pair {i}: the continuation has {len(after)} tokens, but the model "
+                f"has a context of {context}"
             )
         tokens = np.concatenate([before, after])
         check_vocabulary(model, tokens)
@@ -270,9 +274,9 @@ def _batches(
     shape: tuple[int, int] | None,
     batch: int | None,
 ) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
-    """Yield shapes `(b, t, c)` and the numbers of the requests in them, longest first.
+    """Yield shapes `(b, t, c)` and the indices of their requests, the longest first.
 
-    The longest come first, so that what does not fit into memory fails at once.
+    With this order, a batch that does not fit into memory fails at once.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for i, request in enumerate(requests):
@@ -284,7 +288,7 @@ def _batches(
         groups.setdefault((t, c), []).append(i)
     budget = _TOKENS.get(jax.default_backend(), _TOKENS_ELSEWHERE)
     for (t, c), members in sorted(groups.items(), reverse=True):
-        # Batches of about one size: 5 sequences are 3 and 2, not 4, and 1 padded to 4.
+        # Batches of about equal size: 5 sequences are 3 and 2, not 4 and 1 padded to 4.
         count = -(-len(members) // (batch or max(budget // t, 1)))
         b = -(-len(members) // count)
         for first in range(0, len(members), b):
@@ -292,7 +296,7 @@ def _batches(
 
 
 def _stack(requests: Sequence[Request], size: tuple[int, int, int]):
-    """Return tokens `[b, t]`, targets and rows `[b, c]` of requests, padded with 0."""
+    """Return the arrays of `score` for requests: `[b, t]`, `[b, c]`, `[b, c]`."""
     b, t, c = size
     tokens, targets, rows = (np.zeros((b, n), np.int32) for n in (t, c, c))
     for row, request in enumerate(requests):
@@ -304,15 +308,15 @@ def _stack(requests: Sequence[Request], size: tuple[int, int, int]):
 
 
 def _compile(graphdef, state, size, greedy):
-    """Return the program for a shape, and the seconds that it took to make."""
+    """Return the program for a shape, and the seconds that its compilation took."""
     begun = time.perf_counter()
     leaves, tree = jax.tree.flatten(state)
     kinds = tuple(
         jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in leaves
     )
-    made = _program.cache_info().misses
+    misses = _program.cache_info().misses
     program = _program(graphdef, tree, kinds, size, greedy)
-    is_new = _program.cache_info().misses > made
+    is_new = _program.cache_info().misses > misses
     return program, time.perf_counter() - begun if is_new else 0.0
 
 

@@ -2,8 +2,8 @@
 
     x ← x + Attention(RMS(x)),   x ← x + W_down (silu(W_gate RMS(x)) * W_up RMS(x))
 
-Attributes bear the names of the checkpoints of Hugging Face, whose matrices are stored
-`[out, in]`. Serves SmolLM, SmolLM2, TinyLlama, Llama 1 to 3.
+The attributes have the names of the tensors in checkpoints of Hugging Face, which store
+kernels `[n_out, n_in]`. The port reads SmolLM, SmolLM2, TinyLlama and Llama 1 to 3.
 
 References: Touvron et al. (2023); Grattafiori et al. (2024) for the scaling of the
 frequencies in Llama 3.
@@ -35,27 +35,27 @@ from kronjax.lm.models.base import (
 )
 
 ARCHITECTURE = "LlamaForCausalLM"
-"""The class of transformers that opens an export."""
+"""Name of the class of transformers that opens an export."""
 
 PREFIXES = ("model.",)
-"""What stands before the names of tensors; the first is what is written."""
+"""Prefixes of tensor names in files; the first one is written."""
 
 TRANSPOSED = r".*"
-"""Linear layers whose kernels are stored `[n_out, n_in]`: all of them."""
+"""Layers whose kernels are stored `[n_out, n_in]`: all of them."""
 
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
-"""Names of tensors in old checkpoints that are no parameters: frequencies."""
+"""Tensors of old checkpoints that are not parameters: rotary frequencies."""
 
 ROTARY = ("default", "linear", "llama3")
-"""Scalings of the frequencies that are supported."""
+"""Supported scalings of the rotary frequencies."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(BaseConfig):
     """Settings; the defaults are those of Llama-7B.
 
-    The fields that begin with `rope_`, but for `rope_theta`, stand in `rope_scaling` or
-    `rope_parameters` of a `config.json`, without that beginning.
+    The fields that begin with `rope_`, except `rope_theta`, are in the mapping
+    `rope_scaling` or `rope_parameters` of a `config.json`, without that prefix.
     """
 
     model_type: ClassVar[str] = "llama"
@@ -81,7 +81,7 @@ class Config(BaseConfig):
     rope_original_max_position_embeddings: int = 8192
 
     def __post_init__(self):
-        """Refuse what would be computed wrongly."""
+        """Check that this port supports the settings."""
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_attention_heads} is no "
@@ -89,12 +89,13 @@ class Config(BaseConfig):
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"config.json: hidden_size {self.hidden_size} is no multiple of "
+                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.head_width % 2:
             raise ValueError(
-                f"config.json: heads of width {self.head_width} have no pairs to rotate"
+                f"config.json: the width of a head is {self.head_width}; it must be "
+                "even, because channels are rotated in pairs"
             )
         if self.rope_type not in ROTARY:
             raise ValueError(
@@ -102,12 +103,14 @@ class Config(BaseConfig):
                 f"{', '.join(ROTARY)} are"
             )
         if not self.rope_low_freq_factor < self.rope_high_freq_factor:
-            raise ValueError("config.json: low_freq_factor is above high_freq_factor")
+            raise ValueError(
+                "config.json: low_freq_factor must be below high_freq_factor"
+            )
         activation(self.hidden_act)
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
-        """Take the fields out of the values of a `config.json`."""
+        """Return the configuration in the values of a `config.json`."""
         nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
         if not isinstance(nested, Mapping):
             raise ValueError(f"config.json: rope_scaling is {nested!r}, not a mapping")
@@ -115,12 +118,12 @@ class Config(BaseConfig):
             f"rope_{name}".replace("rope_rope_", "rope_"): nested[name]
             for name in nested
         }
-        if "type" in nested and "rope_type" not in nested:  # the older word
+        if "type" in nested and "rope_type" not in nested:  # the older name
             rope["rope_type"] = nested["type"]
         if rope.get("rope_type") == "llama3":
-            lacking = sorted(x for x in _LLAMA3 if rope.get(x) is None)
-            if lacking:
-                names = ", ".join(name.removeprefix("rope_") for name in lacking)
+            missing = sorted(x for x in _LLAMA3 if rope.get(x) is None)
+            if missing:
+                names = ", ".join(name.removeprefix("rope_") for name in missing)
                 raise ValueError(f"config.json: rope_scaling of llama3 lacks {names}")
         config = super().from_hugging_face({**values, **rope})
         return dataclasses.replace(
@@ -145,20 +148,21 @@ class Config(BaseConfig):
 
     @property
     def head_width(self) -> int:
-        """Channels of a head."""
+        """Number of channels of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def cache_shape(self) -> tuple[int, int]:
-        """`(g, d)`: the key-value heads, and the width of a head."""
+        """`(g, d)`: the number of key-value heads and the width of a head."""
         return self.kv_heads, self.head_width
 
     def frequencies(self) -> np.ndarray:
-        """Return `[d/2]`, float32, radians per position of each pair of channels.
+        """Return the radians per position of each pair of channels, `[d/2]`, float32.
 
-        Llama 3 slows down the pairs that have turned less than
-        `rope_low_freq_factor` times over the original context, leaves those that have
-        turned more than `rope_high_freq_factor` times, and blends between them.
+        Llama 3 divides the frequencies of the pairs that turn less than
+        `rope_low_freq_factor` times over the original context by `rope_factor`, keeps
+        those that turn more than `rope_high_freq_factor` times, and interpolates
+        between them.
         """
         d = self.head_width
         f = self.rope_theta ** (-np.arange(0, d, 2, dtype=np.float64) / d)
@@ -187,10 +191,10 @@ _ROPE_FIELDS = {
 
 
 class Attention(nnx.Module):
-    """Self-attention whose key-value heads serve several heads each."""
+    """Self-attention whose key-value heads are shared by several query heads."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.heads, self.kv_heads = config.num_attention_heads, config.kv_heads
         width, d, bias = config.hidden_size, config.head_width, config.attention_bias
 
@@ -203,7 +207,7 @@ class Attention(nnx.Module):
         self.o_proj = linear(self.heads * d, width)
 
     def __call__(self, x: jax.Array, places: Places, frequencies, past=None):
-        """Return `[b, t, width]`, and keys and values."""
+        """Return the states `[b, t, width]`, and the keys and values."""
         q = split_heads(self.q_proj(x), self.heads)
         k = split_heads(self.k_proj(x), self.kv_heads)
         v = split_heads(self.v_proj(x), self.kv_heads)
@@ -213,10 +217,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear maps, one of which gates the other, and a third."""
+    """A linear layer gated by another one, and a third that projects back."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         width, inner, bias = (
             config.hidden_size,
             config.intermediate_size,
@@ -233,17 +237,17 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each behind an RMS norm and beside a shortcut."""
+    """Attention and MLP, each after an RMS norm and with a residual connection."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.input_layernorm = _rms_norm(config, rngs)
         self.self_attn = Attention(config, rngs=rngs)
         self.post_attention_layernorm = _rms_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(self, x: jax.Array, places: Places, frequencies, past=None):
-        """Return `[b, t, width]`, and keys and values."""
+        """Return the states `[b, t, width]`, and the keys and values."""
         y, present = self.self_attn(self.input_layernorm(x), places, frequencies, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), present
@@ -259,7 +263,7 @@ class Model(LanguageModel):
     config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.config = config
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.layers = nnx.List(
@@ -281,7 +285,7 @@ class Model(LanguageModel):
         return self.embed_tokens(tokens)
 
     def apply_block(self, block, x: jax.Array, places: Places, past=None):
-        """Return the states after a block `[b, t, width]`, and keys and values."""
+        """Return the states after a block, `[b, t, width]`, and its keys and values."""
         frequencies = jax.numpy.asarray(self.config.frequencies())
         return block(x, places, frequencies, past)
 

@@ -3,8 +3,9 @@
     x ← x + Attention(LN(x)),   x ← x + fc2 relu(fc1 LN(x))
 
 With `do_layer_norm_before` false (the 350M model) each norm follows its sum instead.
-Attributes bear the names of the checkpoints of Hugging Face, whose matrices are stored
-`[out, in]`; the head is the transposed embedding. Serves OPT 125M to 66B.
+The attributes have the names of the tensors in checkpoints of Hugging Face, which store
+kernels `[n_out, n_in]`; the head is the transposed embedding. The port reads OPT from
+125M to 66B.
 
 References: Zhang et al. (2022).
 
@@ -32,24 +33,24 @@ from kronjax.lm.models.base import (
 )
 
 ARCHITECTURE = "OPTForCausalLM"
-"""The class of transformers that opens an export."""
+"""Name of the class of transformers that opens an export."""
 
 PREFIXES = ("model.decoder.", "decoder.")
-"""What stands before the names of tensors; the first is what is written."""
+"""Prefixes of tensor names in files; the first one is written."""
 
 TRANSPOSED = r".*"
-"""Linear layers whose kernels are stored `[n_out, n_in]`: all of them."""
+"""Layers whose kernels are stored `[n_out, n_in]`: all of them."""
 
 BUFFERS = r"(?!)"
-"""Names of tensors in old checkpoints that are no parameters: none."""
+"""Tensors of old checkpoints that are not parameters: none."""
 
 OFFSET = 2
-"""The first rows of the table of positions, which no token uses."""
+"""Number of rows at the beginning of the table of positions that are never used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(BaseConfig):
-    """Settings; the defaults are OPT-125M."""
+    """Settings; the defaults are those of OPT-125M."""
 
     model_type: ClassVar[str] = "opt"
 
@@ -67,38 +68,38 @@ class Config(BaseConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self):
-        """Refuse what would be computed wrongly."""
+        """Check that this port supports the settings."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"config.json: hidden_size {self.hidden_size} is no multiple of "
+                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         activation(self.activation_function)
 
     @classmethod
     def from_hugging_face(cls, values):
-        """Take the fields out of the values of a `config.json`."""
+        """Return the configuration in the values of a `config.json`."""
         if values.get("_remove_final_layer_norm"):
             raise ValueError("config.json: _remove_final_layer_norm is not supported")
         return super().from_hugging_face(values)
 
     @property
     def embedding_size(self) -> int:
-        """Width of the embedding and of the head."""
+        """Width of the token embedding and of the input of the head."""
         return self.word_embed_proj_dim or self.hidden_size
 
     @property
     def cache_shape(self) -> tuple[int, int]:
-        """`(g, d)`: the key-value heads, and the width of a head."""
+        """`(g, d)`: the number of key-value heads and the width of a head."""
         heads = self.num_attention_heads
         return heads, self.hidden_size // heads
 
 
 class Attention(nnx.Module):
-    """Self-attention with as many key-value heads as heads."""
+    """Self-attention with as many key-value heads as query heads."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         width = config.hidden_size
         self.heads = config.num_attention_heads
         self.q_proj = _linear(config, width, width, rngs)
@@ -107,7 +108,7 @@ class Attention(nnx.Module):
         self.out_proj = _linear(config, width, width, rngs)
 
     def __call__(self, x: jax.Array, places: Places, past=None):
-        """Return `[b, t, width]`, and keys and values."""
+        """Return the states `[b, t, width]`, and the keys and values."""
         q, k, v = (
             split_heads(project(x), self.heads)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -117,10 +118,10 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and two linear maps, each with a layer norm and a shortcut."""
+    """Attention and an MLP, each with a layer norm and a residual connection."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.norm_first = config.do_layer_norm_before
         self.self_attn = Attention(config, rngs=rngs)
         self.self_attn_layer_norm = _layer_norm(config, rngs)
@@ -130,7 +131,7 @@ class Block(nnx.Module):
         self.act = activation(config.activation_function)
 
     def __call__(self, x: jax.Array, places: Places, past=None):
-        """Return `[b, t, width]`, and keys and values."""
+        """Return the states `[b, t, width]`, and the keys and values."""
         before, after = self.norm_first, not self.norm_first
         norm = self.self_attn_layer_norm
         y, present = self.self_attn(norm(x) if before else x, places, past)
@@ -150,7 +151,7 @@ class Model(LanguageModel):
     config: Config
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        """Draw the weights."""
+        """Create layers with random weights."""
         self.config = config
         width, narrow = config.hidden_size, config.embedding_size
         rows = config.max_position_embeddings + OFFSET

@@ -1,4 +1,4 @@
-"""Texts as a model reads them: as the tokens of its own tokenizer."""
+"""Conversion of texts to the tokens of a model's own tokenizer."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from kronjax.lm.text.documents import Text, read_text
 
 
 def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.ndarray:
-    """Return the tokens `[n]` of a text, as the tokenizer of the model cuts it."""
+    """Return the tokens of a text, `[n]`; tokens that are given are returned as is."""
     if isinstance(text, np.ndarray):
         return text
     if isinstance(text, Path):
@@ -19,13 +19,16 @@ def tokens_of(model: LanguageModel, text: str | Path | Text | np.ndarray) -> np.
 
 
 def rest(model: LanguageModel, text: Text, tokens: int, most: int) -> Text | None:
-    """Return what follows the tokens that calibration reads, or None if it is little.
+    """Return the part of a text after the tokens that calibration reads.
 
     Args:
-        model: Whose tokenizer counts.
-        text: That calibration reads the beginning of.
-        tokens: That it reads.
-        most: Characters to return.
+        model: The model, whose tokenizer counts the tokens.
+        text: The text whose beginning calibration reads.
+        tokens: Number of tokens that calibration reads.
+        most: Largest number of characters to return.
+
+    Returns:
+        The text, or None if fewer than 4000 characters are left.
     """
     whole = tokens_of(model, text)
     first = len(tokenizer_of(model).decode(whole[: tokens + 1].tolist()))

@@ -1,4 +1,4 @@
-"""Continuations against what the model says without a cache."""
+"""Continuations, compared with the model's logits without a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +14,26 @@ from kronjax.lm.text.tokenizer import Tokenizer
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
 
 
-def assert_likeliest(model, prompt, new):
-    """Every new token is the likeliest one after all before it, without a cache."""
+def assert_greedy(model, prompt, new):
+    """Check without a cache that every new token is the most likely one."""
     row = np.array([[*prompt, *new]], np.int32)
-    likeliest = np.argmax(np.asarray(model(row))[0], axis=-1)
-    assert likeliest[len(prompt) - 1 : -1].tolist() == new
+    best = np.argmax(np.asarray(model(row))[0], axis=-1)
+    assert best[len(prompt) - 1 : -1].tolist() == new
 
 
-def test_greedy_continuations_need_no_cache_to_be_the_same(tiny):
+def test_greedy_continuations_are_the_same_without_a_cache(tiny):
     rows = generate_tokens(tiny, PROMPTS, max_new_tokens=6)
     for prompt, new in zip(PROMPTS, rows, strict=True):
         assert len(new) == 6
-        assert_likeliest(tiny, prompt, new)
-    # A row ends before the token that stops it; the other goes on.
+        assert_greedy(tiny, prompt, new)
+    # A row ends before its stop token, while the other row continues.
     stop = rows[0][-1]
     assert stop not in rows[1]
     shorter = generate_tokens(tiny, PROMPTS, max_new_tokens=6, stop=(stop,))
     assert shorter == [rows[0][: rows[0].index(stop)], rows[1]]
 
 
-def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(tiny):
+def test_samples_depend_on_the_seed_and_obey_top_k_and_top_p(tiny):
     options = {"max_new_tokens": 5, "temperature": 2.0}
     first, again, other = (
         generate_tokens(tiny, PROMPTS, seed=seed, **options) for seed in (0, 0, 1)
@@ -44,8 +44,8 @@ def test_draws_depend_on_the_seed_and_keep_to_the_likeliest(tiny):
     assert generate_tokens(tiny, PROMPTS, top_p=1e-6, **options) == greedy
 
 
-def test_draws_follow_the_distribution():
-    """A model whose logits are the same everywhere: its token table is zero."""
+def test_samples_follow_the_distribution():
+    """The logits of this model are the same at every position."""
     config = gpt2.Config(vocab_size=4, n_embd=4, n_layer=1, n_head=1, n_positions=600)
     model = gpt2.Model(config, rngs=nnx.Rngs(0))
     model.ln_f.scale[...] = jnp.zeros(4)
@@ -61,27 +61,27 @@ def test_draws_follow_the_distribution():
     drawn = np.ravel(
         generate_tokens(model, prompts, max_new_tokens=500, temperature=1.0, top_p=0.65)
     )
-    # 0.4 and 0.3 are what it takes to reach 0.65.
+    # The probabilities 0.4 and 0.3 suffice to reach 0.65.
     assert set(drawn.tolist()) == {2, 3}
 
 
-def test_nan_is_told(tiny):
+def test_nan_raises_an_error(tiny):
     tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
-    with pytest.raises(ValueError, match="gives NaN"):
+    with pytest.raises(ValueError, match="returns NaN"):
         generate_tokens(tiny, PROMPTS, max_new_tokens=6)
 
 
-def test_of_the_likeliest_k_those_are_kept_that_reach_p():
+def test_top_p_is_applied_to_the_top_k():
     logits = jnp.log(jnp.array([[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]]))
     draw = jnp.float32(1.0), jnp.int32(2), jnp.float32(0.5)
     keys = jax.random.split(jax.random.key(0), 50)
     drawn = jax.vmap(lambda key: generation._sample(logits, key, *draw)[0])(keys)
-    # Of two, the first has probability 2/3, which is enough.
+    # Among the two, the first has probability 2/3, which is enough.
     assert set(np.asarray(drawn).tolist()) == {0}
 
 
 def test_the_space_before_a_continuation_is_kept():
-    """As tokenizers made by SentencePiece decode: without the first space."""
+    """Tokenizers made by SentencePiece drop the first space when they decode."""
     words = ["the", " capital", " is", " Paris"]
 
     class Stripping:
@@ -91,13 +91,13 @@ def test_the_space_before_a_continuation_is_kept():
     assert generation.continuation(Stripping(), [0, 1, 2], [3]) == " Paris"
 
 
-def test_texts_go_in_and_come_out(tiny):
+def test_generate_takes_and_returns_texts(tiny):
     text = lm.generate(tiny, "The quick", max_new_tokens=4)
     texts = lm.generate(tiny, ["The quick", "A"], max_new_tokens=4)
     assert isinstance(text, str) and texts[0] == text and len(texts) == 2
     tokens = tiny.tokenizer.encode("The quick")
     (new,) = generate_tokens(tiny, [tokens], max_new_tokens=4)
-    assert_likeliest(tiny, tokens, new)
+    assert_greedy(tiny, tokens, new)
     assert text == tiny.tokenizer.decode(new)
 
 
@@ -117,12 +117,12 @@ def test_texts_go_in_and_come_out(tiny):
         ([[1]], {"top_p": 0.0}, "top_p is 0"),
     ],
 )
-def test_mistakes_are_told(tiny, prompts, options, words):
+def test_wrong_arguments_raise_an_error(tiny, prompts, options, words):
     with pytest.raises(ValueError, match=words):
         generate_tokens(tiny, prompts, **options)
 
 
-def test_a_model_without_a_fitting_tokenizer_is_told(tiny):
+def test_a_missing_or_wrong_tokenizer_raises_an_error(tiny):
     tokenizer, tiny.tokenizer = tiny.tokenizer, None
     with pytest.raises(ValueError, match="tokenizer.json"):
         lm.generate(tiny, "The")

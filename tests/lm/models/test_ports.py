@@ -124,13 +124,21 @@ def test_a_config_survives_a_round_trip_through_json(model):
         (gpt2, {"n_layer": True}, "n_layer is True"),
         (gpt2, {"n_layer": 2.5}, "n_layer is 2.5"),
         (gpt2, {"layer_norm_epsilon": "x"}, "must be of type float"),
-        (gpt2, {"scale_attn_by_inverse_layer_idx": True}, "scalings of attention"),
+        (
+            gpt2,
+            {"scale_attn_by_inverse_layer_idx": True},
+            "only supported scaling",
+        ),
         (opt, {"hidden_size": 10, "num_attention_heads": 3}, "multiple"),
         (opt, {"activation_function": "swish2"}, "'swish2'; known are gelu"),
         (opt, {"_remove_final_layer_norm": True}, "not supported"),
         (llama, {"num_attention_heads": 6, "num_key_value_heads": 4}, "multiple"),
         (llama, {"hidden_size": 10, "num_attention_heads": 4}, "multiple"),
-        (llama, {"hidden_size": 12, "num_attention_heads": 4}, "no pairs"),
+        (
+            llama,
+            {"hidden_size": 12, "num_attention_heads": 4},
+            "must be even",
+        ),
         (llama, {"rope_scaling": {"rope_type": "yarn"}}, "'yarn' is not supported"),
         (llama, {"rope_scaling": "linear"}, "not a mapping"),
         (
