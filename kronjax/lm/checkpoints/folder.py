@@ -1,12 +1,12 @@
-"""Folders of tensors: what a checkpoint of Hugging Face stores, read and replaced.
+"""Folders with the tensors of a model: reading, and atomic replacement.
 
 Tensors are mapped into memory, so that a model is never held twice. A pickle is never
-opened: it can run any code.
+opened, because it can run any code.
 
-A model is replaced as a whole. The new files are completed in a folder inside of the
-one that is saved to; renaming that folder to `.saved` is the moment at which the new
-model is there. Its files are then moved to their places, and whoever comes after an
-interruption, to read or to write, finishes the moving.
+A model is replaced completely or not at all. The new files are written to a staging
+folder inside the target; renaming it to `.saved` commits the new model. Then its files
+are moved into the target. After an interruption, the next process that reads or writes
+the folder completes these moves.
 
 >>> sorted(canonical({"transformer.wte.weight": 1}, ("transformer.",)))
 ['wte.weight']
@@ -29,13 +29,13 @@ from kronjax.io import matrices, tensors
 from kronjax.lm.text import tokenizer
 
 WEIGHTS = "model.safetensors"
-"""The file that `save` and `export` put the tensors in."""
+"""Name of the file in which `save` and `export` store the tensors."""
 
 INDEX = "model.safetensors.index.json"
-"""The file that says which shard holds which tensor."""
+"""Name of the file that lists the tensors of each shard."""
 
 MSGPACK = "flax_model.msgpack"
-"""What older Flax models were stored in; all that OPT-125M offers beside a pickle."""
+"""Name of the file of older Flax models; OPT-125M has only this one and a pickle."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 """Suffixes of files that are, or may be, pickles."""
@@ -45,16 +45,16 @@ REFUSAL = (
     "is never opened; convert it where you trust it: "
     "transformers.AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
 )
-"""What is said of a model that was stored as nothing else."""
+"""Message for a model whose weights are stored only as a pickle."""
 
 SAVED = ".saved"
-"""The folder of a model that is complete, but not yet in its place."""
+"""Name of the folder of a complete model whose files are not moved yet."""
 
 STAGING = ".saving-"
-"""What the names of folders begin with in which a model is not yet complete."""
+"""Prefix of the names of staging folders, in which a model is not complete yet."""
 
 STALE = 3600.0
-"""Seconds after which such a folder is taken for one that was left behind."""
+"""Age in seconds after which a staging folder counts as abandoned."""
 
 _SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 
@@ -62,20 +62,20 @@ T = TypeVar("T")
 
 
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a checkpoint by the names in its files.
+    """Return the tensors of a checkpoint by their names in its files.
 
     Args:
-        folder: With `model.safetensors`, its shards and their index, or
-            `flax_model.msgpack`.
+        folder: A folder with `model.safetensors`, with its shards and their index, or
+            with `flax_model.msgpack`.
 
     Returns:
-        Arrays, mapped into memory where the format allows. Matrices from a msgpack
-        file are turned into the orientation of safetensors.
+        Arrays, mapped into memory where the format allows. Kernels from a msgpack file
+        are transposed into the orientation of safetensors files.
 
     Raises:
-        ValueError: If the folder has a pickle only, a file is truncated, or the index
-            names a file outside of the folder or a tensor that is not there.
-        OSError: If there is nothing to read.
+        ValueError: If the folder has only a pickle, a file is truncated, or the index
+            names a file outside the folder or a missing tensor.
+        OSError: If the folder has no weights.
     """
     if (folder / INDEX).is_file():
         return tensors.open_indexed(folder / INDEX)
@@ -92,18 +92,22 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def canonical(tensors: Mapping[str, T], prefixes: tuple[str, ...]) -> dict[str, T]:
-    """Return the tensors under names without the prefix that files may or may not use.
+    """Return the tensors by their names without prefix.
+
+    Args:
+        tensors: Tensors by name; a name may have one of the prefixes or none.
+        prefixes: Prefixes to remove.
 
     Raises:
-        ValueError: If two names become one.
+        ValueError: If two names become equal.
     """
     short: dict[str, T] = {}
     for name, tensor in tensors.items():
-        prefix = next((one for one in prefixes if name.startswith(one)), "")
+        prefix = next((x for x in prefixes if name.startswith(x)), "")
         key = name.removeprefix(prefix)
         if key in short:
             raise ValueError(
-                f"the tensor {key} is there twice, with a prefix and without"
+                f"the tensor {key} is stored twice, with a prefix and without"
             )
         short[key] = tensor
     return short
@@ -113,14 +117,14 @@ def canonical(tensors: Mapping[str, T], prefixes: tuple[str, ...]) -> dict[str, 
 def replacing(folder: Path) -> Iterator[Path]:
     """Yield an empty folder whose files replace those of a model when the block ends.
 
-    What is not of a model stays in `folder`, and so does a tokenizer where the new
-    model brings none.
+    Files that do not belong to a model stay in `folder`, and so does a tokenizer if the
+    new model has none.
 
     Args:
-        folder: Made if it is not there.
+        folder: The folder of the model, which is created if it does not exist.
 
     Raises:
-        OSError: If something cannot be written; the model is as it was.
+        OSError: If a file cannot be written; the old model is then unchanged.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"cannot write {folder}: it is a file")
@@ -145,20 +149,20 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Move the files of a complete model to their places, if a save could not.
+    """Complete a save that was interrupted after its commit.
 
     Args:
-        folder: Of a model; left as it is if there is nothing to move.
+        folder: The folder of a model, which is unchanged if no save was interrupted.
 
     Raises:
-        OSError: If something cannot be moved.
+        OSError: If a file cannot be moved.
     """
     saved = folder / SAVED
     if not saved.is_dir():
         return
     new = {path.name for path in saved.iterdir()}
-    # config.json moves first: once it is gone, nothing of the old model is left, and
-    # what has its name is new.
+    # config.json moves first: once it is moved, all files of the old model are removed,
+    # and files with their names are new.
     if "config.json" in new:
         for path in folder.iterdir():
             if path.name not in new and _replaced(path.name, new):
@@ -171,7 +175,7 @@ def settle(folder: Path) -> None:
 
 
 def _replaced(name: str, new: set[str]) -> bool:
-    """Say whether a file belongs to the model that `new` takes the place of."""
+    """Return whether a file belongs to the old model and the files `new` replace it."""
     if name in tokenizer.FILES:
         return not new.isdisjoint(tokenizer.FILES)
     ours = (WEIGHTS, INDEX, MSGPACK, "recipe.yaml")
@@ -179,7 +183,7 @@ def _replaced(name: str, new: set[str]) -> bool:
 
 
 def _commit(staging: Path, folder: Path) -> None:
-    """Make the new model the one that counts."""
+    """Rename the staging folder to `.saved`, which commits the new model."""
     for _ in range(100):
         try:
             os.rename(staging, folder / SAVED)
@@ -187,13 +191,13 @@ def _commit(staging: Path, folder: Path) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            settle(folder)  # of someone else, who saves here at the same time
+            settle(folder)  # another process is saving to the same folder
             time.sleep(0.01)
-    raise OSError(errno.EBUSY, "others save to this folder all the time")
+    raise OSError(errno.EBUSY, "other processes keep saving to this folder")
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what interrupted saves left behind long ago."""
+    """Remove old staging folders of interrupted saves."""
     for path in folder.glob(f"{STAGING}*"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > STALE:
@@ -201,9 +205,9 @@ def _sweep(folder: Path) -> None:
 
 
 def _open_msgpack(path: Path) -> dict[str, np.ndarray]:
-    """Return the parameters of a Flax model under the names of safetensors.
+    """Return the parameters of a Flax model under their names in safetensors files.
 
-    Flax stores kernels transposed, and calls weights by what they are for.
+    Flax stores kernels `[n_in, n_out]`, and weights under the names of their roles.
     """
     from flax import serialization
 
@@ -211,7 +215,7 @@ def _open_msgpack(path: Path) -> dict[str, np.ndarray]:
         nested = serialization.msgpack_restore(path.read_bytes())
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # msgpack has a dozen of its own
+    except Exception as error:  # msgpack raises a dozen classes of its own
         raise ValueError(
             f"{path}: the file is truncated or not a msgpack file ({error})"
         ) from error
@@ -219,11 +223,11 @@ def _open_msgpack(path: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for keys, value in _leaves(nested, ()):
         if not isinstance(value, np.ndarray) or not keys:
-            name = ".".join(keys) or "what it holds"
-            raise ValueError(f"{path}: {name} is no array, or has no name")
+            name = ".".join(keys) or "the content"
+            raise ValueError(f"{path}: {name} is not an array, or has no name")
         *place, last = keys
-        turned = value.T if last == "kernel" else value
-        tensors[".".join([*place, names.get(last, last)])] = turned
+        tensor = value.T if last == "kernel" else value
+        tensors[".".join([*place, names.get(last, last)])] = tensor
     return tensors
 
 

@@ -1,12 +1,12 @@
-"""GGUF files of Llama type as what Hugging Face folders hold.
+"""Conversion of GGUF files of Llama type to the content of Hugging Face folders.
 
 llama.cpp rotates neighbouring channels of a head, Hugging Face those half a head apart.
-So its converter orders the rows of the query and key matrices of the architecture
-`llama` anew, and here that is undone:
+So the converter of llama.cpp permutes the rows of the query and key matrices of the
+architecture `llama`, and this module reverts it:
 
     stored row  2 i + s  of a head  =  row  s d/2 + i,        0 <= i < d/2,  s in {0, 1}
 
-Tensors stay in the file until they are asked for: one matrix at a time is dequantised.
+Tensors stay in the file until they are used: one matrix at a time is dequantised.
 
 References: the specification of the format, ggml-org/ggml, docs/gguf.md.
 
@@ -27,7 +27,7 @@ from kronjax.lm.models import llama
 from kronjax.lm.text.tokenizer import Tokenizer, read_tokenizer
 
 ARCHITECTURES = ("llama",)
-"""Values of `general.architecture` that are supported."""
+"""Supported values of `general.architecture`."""
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -43,10 +43,10 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Names of llama.cpp and of Hugging Face; in a block, without its number."""
+"""Names in Hugging Face by those in llama.cpp; in blocks, without the block number."""
 
 FACTORS = "rope_freqs.weight"
-"""The tensor by which the frequencies of Llama 3 are divided."""
+"""Name of the tensor by which the frequencies of Llama 3 are divided."""
 
 _LLAMA3 = [
     {
@@ -64,17 +64,17 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer | Non
     """Read a GGUF file of Llama type.
 
     Args:
-        path: The file. Where its tokenizer is of a kind that cannot be rebuilt, a
-            `tokenizer.json` beside it is used.
+        path: The file. If its tokenizer is of a kind that cannot be rebuilt, a
+            `tokenizer.json` in the same folder is used.
 
     Returns:
         The values of a `config.json`; the tensors under the names of Hugging Face, with
-        matrices `[out, in]`; the tokenizer, or None if the file has none.
+        matrices `[n_out, n_in]`; the tokenizer, or None if the file has none.
 
     Raises:
-        ValueError: If the file is damaged, split, not of Llama type, or asks for what
-            the port does not have; begins with the name of the file.
-        ImportError: If the package `gguf` is missing; names the extra.
+        ValueError: If the file is damaged, split, not of Llama type, or needs a feature
+            that the port lacks; the message begins with the name of the file.
+        ImportError: If the package `gguf` is missing; the message names the extra.
         OSError: If the file cannot be read.
     """
     path = Path(path)
@@ -101,7 +101,8 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Return the rows of queries or keys in the order of Hugging Face.
 
     Args:
-        rows: `[heads d, ...]`, a matrix `[out, in]` or a bias, in llama.cpp's order.
+        rows: A matrix `[n_out, n_in]` or a bias, `[heads d, ...]`, in the order of
+            llama.cpp.
         heads: Number of heads.
     """
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
@@ -109,7 +110,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _check_kind(settings: Mapping[str, Any]) -> None:
-    """Refuse what is no whole Llama."""
+    """Check that a file holds a complete Llama model."""
     architecture = settings.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -123,7 +124,9 @@ def _check_kind(settings: Mapping[str, Any]) -> None:
         )
     experts = settings.get("llama.expert_count", 0)
     if experts:
-        raise ValueError(f"it is a mixture of {experts} experts, which no port has")
+        raise ValueError(
+            f"it is a mixture of {experts} experts, which is not supported"
+        )
 
 
 def _config(header: Header) -> dict[str, Any]:
@@ -171,7 +174,7 @@ def _config(header: Header) -> dict[str, Any]:
 
 
 def _size(settings, key, default=None) -> int:
-    """Return a size; of one for each layer, that of all."""
+    """Return a size; an array with one size for each layer must have equal entries."""
     value = settings.get(f"llama.{key}", default)
     if isinstance(value, np.ndarray) and len({*value.tolist()}) == 1:
         value = value.tolist()[0]
@@ -191,7 +194,7 @@ def _number(settings, key, default=None) -> float:
 
 
 def _scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return `rope_scaling`, or None where the frequencies are plain."""
+    """Return `rope_scaling`, or None if the frequencies are not scaled."""
     settings = header.settings
     kind = settings.get("llama.rope.scaling.type", "none")
     if kind not in ("none", "linear"):
@@ -205,7 +208,7 @@ def _scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] | None
     factors = header.tensors[FACTORS].load()
     if np.all(factors == 1):
         return linear
-    # The file holds the quotients, a config.json what they follow from.
+    # The file holds the quotients; find the settings of config.json that yield them.
     plain = llama.Config.from_hugging_face(config)
     for scaling in _LLAMA3 if linear is None else ():
         values = {**config, "rope_scaling": scaling}
@@ -216,8 +219,8 @@ def _scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] | None
         ):
             return scaling
     raise ValueError(
-        f"{FACTORS} is of no rope_scaling that is known: only Llama 3's with factor 8, "
-        "16 or 32"
+        f"{FACTORS} is of no known rope_scaling: only Llama 3's with factor 8, 16 or "
+        "32 is supported"
     )
 
 
@@ -242,7 +245,7 @@ def _tensors(header: Header, config: Mapping[str, Any]) -> dict[str, Tensor]:
         if part in heads:
             tensor = _unpermuted(name, tensor, heads[part])
         tensors[new] = tensor
-    # Before anything is built: a file may say that it has a billion layers.
+    # Checked before the model is built: a file may claim to have a billion layers.
     num_layers = config["num_hidden_layers"]
     if len(blocks) != num_layers or max(blocks) != num_layers - 1:
         raise ValueError(
@@ -255,8 +258,8 @@ def _tensors(header: Header, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def _unpermuted(name: str, tensor: Tensor, heads: int) -> Tensor:
     if tensor.shape[0] % (2 * heads):
         raise ValueError(
-            f"{name} has shape {tensor.shape}, whose rows are no pairs for {heads} "
-            "heads"
+            f"{name} has shape {tensor.shape}, whose rows do not form pairs in "
+            f"{heads} heads"
         )
     return Tensor(tensor.shape, lambda: unpermute(tensor.load(), heads))
 

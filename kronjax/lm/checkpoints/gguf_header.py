@@ -1,11 +1,10 @@
-"""What a GGUF file says about itself: its settings, and where its tensors lie.
+"""Headers of GGUF files: the settings, and the positions of the tensors.
 
     "GGUF" version counts | (key kind value)* | (name shape kind offset)* | data
 
-The file is mapped, not read, and every count and length in it is held against the bytes
-that are left before anything is made of it: a file of a hundred bytes may say that it
-holds 10^18 tokens. The blocks of quantised numbers belong to the package `gguf`, which
-is needed only once a tensor is read.
+The file is mapped, not read. Every count and length in it is compared with the number
+of remaining bytes before it is used: a file of a hundred bytes may claim to hold 10^18
+tokens. The package `gguf` decodes the blocks of quantised numbers.
 
 References: the specification of the format, ggml-org/ggml, docs/gguf.md, versions 2, 3.
 
@@ -23,7 +22,7 @@ import numpy as np
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-"""Versions of the format that are understood; both are laid out alike."""
+"""Supported versions of the format; both have the same layout."""
 
 MAX_AXES = 4
 
@@ -45,11 +44,11 @@ _NUMBERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor that is still in its file; `np.asarray` takes it out.
+    """A tensor in a file, which `np.asarray` reads.
 
     Attributes:
-        shape: As Hugging Face has it, `[out, in]` for a matrix.
-        load: Returns the numbers, float32, of that shape.
+        shape: Shape as in files of Hugging Face, `[n_out, n_in]` for a matrix.
+        load: Function that returns the entries, float32, in that shape.
     """
 
     shape: tuple[int, ...]
@@ -59,21 +58,22 @@ class Tensor:
 
     @property
     def T(self) -> np.ndarray:
-        """The transposed numbers."""
+        """The transposed entries."""
         return self.load().T
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """Return the numbers, which are dequantised every time."""
+        """Return the entries, which are dequantised at every call."""
         return self.load().astype(dtype or self.dtype, copy=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """The settings of a file, and its tensors under their own names.
+    """The settings of a file, and its tensors under their names in the file.
 
     Attributes:
         settings: Values by key; arrays are lists of strings, or NumPy arrays.
-        tensors: Rows last: `shape` is the one of NumPy, the reverse of the file's.
+        tensors: Tensors by name, with shapes in NumPy's order, the reverse of the
+            file's.
     """
 
     settings: dict[str, Any]
@@ -81,45 +81,47 @@ class Header:
 
 
 def read_header(data: np.ndarray) -> Header:
-    """Return what stands before the numbers of a GGUF file.
+    """Return the header of a GGUF file.
 
     Args:
-        data: `[n]`, uint8, the whole file, best mapped.
+        data: The complete file, best mapped into memory, `[n]`, uint8.
 
     Raises:
-        ValueError: If it is no GGUF file, is cut short, or contradicts itself.
+        ValueError: If it is not a GGUF file, is cut short, or contradicts itself.
     """
     reader = _Reader(data)
     if bytes(data[:4]) != MAGIC:
-        raise ValueError("it is no GGUF file: it does not begin with the letters GGUF")
+        raise ValueError("it is not a GGUF file: it does not begin with GGUF")
     reader.offset = 4
     version = int(reader.number(4))
     if version not in VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        what = "big-endian" if swapped in VERSIONS else f"of version {version}"
-        raise ValueError(f"GGUF files {what} are not supported; little-endian 2, 3 are")
+        kind = "big-endian" if swapped in VERSIONS else f"version {version}"
+        raise ValueError(
+            f"it is a {kind} GGUF file; supported are versions 2 and 3, little-endian"
+        )
     num_tensors, num_settings = int(reader.number(10)), int(reader.number(10))
     settings = {}
     for _ in range(num_settings):
         key = reader.string()
         if key in settings:
-            raise ValueError(f"the setting {key} stands in it twice")
+            raise ValueError(f"it holds the setting {key} twice")
         settings[key] = reader.value(int(reader.number(4)))
     entries = [reader.entry() for _ in range(num_tensors)]
     align = settings.get("general.alignment", 32)
     if not isinstance(align, int) or align < 1 or align & (align - 1):
-        raise ValueError(f"general.alignment is {align!r}, which is no power of two")
+        raise ValueError(f"general.alignment is {align!r}; it must be a power of two")
     start = -(-reader.offset // align) * align
     tensors = {}
     for name, shape, kind, offset in entries:
         if name in tensors:
-            raise ValueError(f"the tensor {name} stands in it twice")
+            raise ValueError(f"it holds the tensor {name} twice")
         tensors[name] = _tensor(data, name, shape, kind, start + offset)
     return Header(settings, tensors)
 
 
 class _Reader:
-    """A place in the header; every step is checked against the end of the file."""
+    """A position in the header; every step is checked against the end of the file."""
 
     def __init__(self, data: np.ndarray) -> None:
         self.data, self.offset = data, 0
@@ -129,8 +131,8 @@ class _Reader:
         stop = self.offset + count * size
         if stop > self.data.size:
             raise ValueError(
-                f"it is cut short, or no GGUF file: byte {self.offset} says that "
-                f"{count * size} bytes follow, but it has only {self.data.size}"
+                f"it is cut short, or not a GGUF file: byte {self.offset} says that "
+                f"{count * size} bytes follow, but the file has only {self.data.size}"
             )
         taken = self.data[self.offset : stop]
         self.offset = stop
@@ -160,16 +162,18 @@ class _Reader:
         return [self.string() for _ in range(count)]
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Return name, shape, kind of numbers and offset of one tensor."""
+        """Return the name, shape, kind of numbers and offset of a tensor."""
         name, axes = self.string(), int(self.number(4))
         if not 1 <= axes <= MAX_AXES:
-            raise ValueError(f"tensor {name} has {axes} axes; 1 to {MAX_AXES} can be")
+            raise ValueError(
+                f"tensor {name} has {axes} axes; it must have 1 to {MAX_AXES}"
+            )
         shape = tuple(int(self.number(10)) for _ in range(axes))[::-1]
         return name, shape, int(self.number(4)), int(self.number(10))
 
 
 def _tensor(data, name, shape, kind, start) -> Tensor:
-    """Check that the numbers of a tensor lie within the file."""
+    """Return a tensor, after a check that its entries lie within the file."""
     constants = backend().constants
     try:
         quantization = constants.GGMLQuantizationType(kind)
@@ -178,8 +182,8 @@ def _tensor(data, name, shape, kind, start) -> Tensor:
         raise ValueError(f"tensor {name} is of the unknown kind {kind}") from None
     if min(shape) < 1 or shape[-1] % block:
         raise ValueError(
-            f"tensor {name} has shape {shape}, whose rows are no positive multiples of "
-            f"the {block} numbers in a block of {quantization.name}"
+            f"tensor {name} has shape {shape}, whose rows are not positive multiples "
+            f"of the {block} numbers in a block of {quantization.name}"
         )
     stop = start + math.prod(shape) // block * size
     if stop > data.size:
@@ -195,9 +199,9 @@ def _tensor(data, name, shape, kind, start) -> Tensor:
         except NotImplementedError as error:
             raise ValueError(
                 f"tensor {name} is stored as {quantization.name}, which the package "
-                "gguf cannot turn into numbers"
+                "gguf cannot decode"
             ) from error
-        # What was float32 already is a view, under which the file may vanish.
+        # A tensor stored as float32 is a view of the file, which may be replaced.
         if np.may_share_memory(numbers, data):
             numbers = numbers.copy()
         return numbers.reshape(shape)
@@ -209,7 +213,7 @@ def backend() -> Any:
     """Return the package `gguf`.
 
     Raises:
-        ImportError: If it is missing; names the extra that brings it.
+        ImportError: If it is missing; the message names the extra to install.
     """
     try:
         import gguf

@@ -1,9 +1,9 @@
-"""The tokenizer inside of a GGUF file, as the `tokenizer.json` that it was made from.
+"""Conversion of the tokenizer in a GGUF file to the original `tokenizer.json`.
 
 A GGUF file holds the tokens, and either the merges of a byte-level BPE with the name
-of the rule that cuts a text into words, or the scores of a SentencePiece BPE. Of the
-rules only those are rebuilt whose `tokenizer.json` is known; the others are refused,
-because a wrong one goes unnoticed: the model still answers, only worse.
+of the rule that splits a text into words, or the scores of a SentencePiece BPE. Only
+rules whose `tokenizer.json` is known are supported; others raise an error, because a
+wrong rule goes unnoticed: the model still answers, only worse.
 
 >>> sorted(RULES)
 ['gpt-2', 'llama-bpe', 'llama-v3', 'llama3', 'smollm', 'starcoder']
@@ -28,17 +28,17 @@ RULES = {
     "llama-v3": "llama3",
     "llama3": "llama3",
 }
-"""Values of `tokenizer.ggml.pre`, and how each cuts a text into words."""
+"""Rules that split a text into words, by the value of `tokenizer.ggml.pre`."""
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""What is a word for Llama 3."""
+"""Regular expression of the words of Llama 3."""
 
 LONGEST = 1024
-"""Characters of the longest token of a SentencePiece vocabulary; all splits of each
-are looked up."""
+"""Largest number of characters of a token of a SentencePiece vocabulary; all splits of
+every token are looked up."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
@@ -47,10 +47,10 @@ class UnknownTokenizer(ValueError):
     """The tokenizer is of a kind that cannot be rebuilt."""
 
     def __init__(self, what: str) -> None:
-        """Say what would help."""
+        """Create the error, with the remedy in its message."""
         super().__init__(
-            f"{what}, which cannot be rebuilt; put the model's tokenizer.json beside "
-            "the file, or load a Hugging Face folder that has one"
+            f"{what}, which cannot be rebuilt; put the model's tokenizer.json into the "
+            "folder of the file, or load a Hugging Face folder that has one"
         )
 
 
@@ -58,14 +58,14 @@ def build(settings: Mapping[str, Any]) -> Tokenizer | None:
     """Return the tokenizer of a GGUF file.
 
     Args:
-        settings: Those of the file.
+        settings: The settings of the file.
 
     Returns:
         A `tokenizer.json` with its `tokenizer_config.json`, or None if the file has no
         tokenizer.
 
     Raises:
-        UnknownTokenizer: If it is of a kind that cannot be rebuilt.
+        UnknownTokenizer: If the tokenizer is of a kind that cannot be rebuilt.
         ValueError: If its parts contradict each other.
     """
     model = settings.get("tokenizer.ggml.model", "none")
@@ -115,13 +115,13 @@ def _byte_level(settings, vocabulary, kinds, special) -> "tokenizers.Tokenizer":
     name = settings.get("tokenizer.ggml.pre", "default")
     rule = RULES.get(name)
     if rule is None:
-        raise UnknownTokenizer(f"its tokenizer cuts a text into words by {name!r}")
-    # The first character is never the separator: a token may be a space.
+        raise UnknownTokenizer(f"its tokenizer splits a text into words by {name!r}")
+    # The first character is never the separator, since a token may be a space.
     cuts = [(line, line.find(" ", 1)) for line in _strings(settings, "merges")]
     if min((cut for _, cut in cuts), default=1) < 1:
-        raise ValueError("tokenizer.ggml.merges has an entry that is no pair")
+        raise ValueError("tokenizer.ggml.merges has an entry that is not a pair")
     merges = [(line[:cut], line[cut + 1 :]) for line, cut in cuts]
-    # Llama 3 takes a whole word that is a token, even where no merges lead to it.
+    # Llama 3 uses a token that is a whole word even if no merges produce it.
     whole = rule == "llama3"
     model = models.BPE(vocabulary, merges, ignore_merges=whole)
     backend = tokenizers.Tokenizer(model)
@@ -164,7 +164,7 @@ def _sentence_piece(settings, vocabulary, kinds, special) -> "tokenizers.Tokeniz
 
 
 def _merges(vocabulary, kinds, scores) -> list[tuple[str, str]]:
-    """Return every way to put a token together, the best tokens first.
+    """Return all merges, in the order of the scores of the resulting tokens.
 
     SentencePiece joins the neighbours whose union has the highest score. So the merges
     are the pairs of tokens whose union is a token, in the order of its score.
@@ -184,7 +184,7 @@ def _merges(vocabulary, kinds, scores) -> list[tuple[str, str]]:
 
 
 def _add_tokens(backend, tokens, kinds, special) -> None:
-    """Make the tokens that are found before a text is cut into words."""
+    """Add the tokens that are matched before a text is split into words."""
     from tokenizers import AddedToken
 
     for i, token in enumerate(tokens):
@@ -196,24 +196,24 @@ def _add_tokens(backend, tokens, kinds, special) -> None:
 
 
 def _frame(backend, vocabulary, around, special) -> None:
-    """Put the first and the last token around a text, where they are asked for."""
+    """Make the tokenizer add the first and the last token of a text, as requested."""
     from tokenizers import processors
 
     first = special.get("bos_token") if around["add_bos_token"] else None
     last = special.get("eos_token") if around["add_eos_token"] else None
     if first is None and last is None:
         return
-    single = [one for one in (first, "$A", last) if one is not None]
-    second = [f"{one}:1" for one in (first, "$B", last) if one is not None]
+    single = [part for part in (first, "$A", last) if part is not None]
+    second = [f"{part}:1" for part in (first, "$B", last) if part is not None]
     backend.post_processor = processors.TemplateProcessing(
         single=single,
         pair=single + second,
-        special_tokens=[(one, vocabulary[one]) for one in {first, last} - {None}],
+        special_tokens=[(token, vocabulary[token]) for token in {first, last} - {None}],
     )
 
 
 def _around(settings, model) -> dict[str, bool]:
-    """Return whether a first and a last token are added, as llama.cpp takes it."""
+    """Return whether a first and a last token are added, as in llama.cpp."""
     bos = model == "llama" or RULES.get(settings.get("tokenizer.ggml.pre")) == "llama3"
     return {
         "add_bos_token": bool(settings.get("tokenizer.ggml.add_bos_token", bos)),
@@ -222,23 +222,23 @@ def _around(settings, model) -> dict[str, bool]:
 
 
 def _specials(settings, tokens) -> dict[str, str]:
-    """Return the tokens that have a task, under the names of Hugging Face."""
-    found = {}
+    """Return the special tokens, under the names of Hugging Face."""
+    special = {}
     for name in ("bos", "eos", "unknown", "padding"):
         i = settings.get(f"tokenizer.ggml.{name}_token_id")
         if i is None:
             continue
         if not isinstance(i, int) or not 0 <= i < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name}_token_id is {i!r}, which is none")
+            raise ValueError(f"tokenizer.ggml.{name}_token_id is {i!r}, not a token")
         short = {"unknown": "unk", "padding": "pad"}.get(name, name)
-        found[f"{short}_token"] = tokens[i]
-    return found
+        special[f"{short}_token"] = tokens[i]
+    return special
 
 
 def _strings(settings, name) -> list[str]:
     values = settings.get(f"tokenizer.ggml.{name}")
     if not isinstance(values, list):
-        raise ValueError(f"tokenizer.ggml.{name} is no array of texts")
+        raise ValueError(f"tokenizer.ggml.{name} is not an array of strings")
     return values
 
 
@@ -247,5 +247,5 @@ def _numbers(settings, name, count, default=None) -> np.ndarray:
     if values is None and default is not None:
         return np.full(count, default)
     if not isinstance(values, np.ndarray) or values.size != count:
-        raise ValueError(f"tokenizer.ggml.{name} is no array of {count} numbers")
+        raise ValueError(f"tokenizer.ggml.{name} is not an array of {count} numbers")
     return values

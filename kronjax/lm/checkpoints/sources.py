@@ -1,7 +1,7 @@
-"""Where a model comes from: a folder, a GGUF file, or a name on the hub.
+"""Sources of models: folders, GGUF files, and names on the hub.
 
-Only a name `owner/name` that is no local path reaches for the network, and of what is
-there only what can be read is fetched.
+The network is used only for a name `owner/name` that is not a local path, and only
+files that kronjax can read are fetched.
 
 >>> find(".").is_dir()
 True
@@ -14,14 +14,16 @@ from kronjax.io.storage import expanded
 from kronjax.lm.checkpoints.folder import MSGPACK, PICKLES, REFUSAL
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
-"""What is fetched of a model on the hub; never a pickle."""
+"""Patterns of the files that are fetched from the hub; none matches a pickle."""
 
 
 def find(source: str | Path) -> Path:
-    """Return the folder or file that `source` names, fetched from the hub if need be.
+    """Return the folder or file of a source, which may be fetched from the hub.
 
     Raises:
-        OSError: If there is no such path, and no such model or no network.
+        ValueError: If the path is a file of another kind, or empty.
+        OSError: If the path does not exist, and the hub has no such model or cannot be
+            reached.
     """
     path = expanded(source)
     if not str(source):
@@ -40,32 +42,32 @@ def find(source: str | Path) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    """Return the folder of a model of the hub, from the cache where it is complete."""
+    """Return the local folder of a model of the hub; complete caches are reused."""
     import huggingface_hub
 
     def fetch(patterns):
-        # Folders inside hold other formats, of which we want none.
+        # Subfolders hold other formats, which are not needed.
         return Path(
             huggingface_hub.snapshot_download(
                 name, allow_patterns=patterns, ignore_patterns=["*/*"]
             )
         )
 
-    there: list[str] = []
+    remote: list[str] = []
     try:
         folder = fetch(HUB_FILES)
         if not list(folder.glob("*.safetensors")):
             folder = fetch([*HUB_FILES, MSGPACK])
         if not [*folder.glob("*.safetensors"), *folder.glob(MSGPACK)]:
-            there = huggingface_hub.list_repo_files(name)
-    except Exception as error:  # of the network, the hub, or its client
+            remote = huggingface_hub.list_repo_files(name)
+    except Exception as error:  # from the network, the hub or its client
         reason = " ".join(str(error).split())[:200]
         raise OSError(
             f"there is no folder {name}, and it could not be fetched from the hub "
             f"({type(error).__name__}: {reason}); give the path of a local folder that "
             "holds its config.json and *.safetensors"
         ) from error
-    for file in there:
+    for file in remote:
         if Path(file).suffix in PICKLES:
             raise ValueError(REFUSAL.format(where=name, file=file))
     return folder

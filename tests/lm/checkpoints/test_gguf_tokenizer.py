@@ -1,4 +1,4 @@
-"""The tokenizers inside of GGUF files, beside plain readings of their rules."""
+"""Tokenizers of GGUF files, compared with simple implementations of their rules."""
 
 import json
 
@@ -32,15 +32,15 @@ def byte_level(**settings):
 
 
 def words(settings, text):
-    """How a text is cut, as characters."""
+    """Return the words into which a text is split."""
     tokenizer = gguf_tokenizer.build(settings)
-    cut = tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)
-    return [text[start:stop] for _, (start, stop) in cut]
+    parts = tokenizer._backend.pre_tokenizer.pre_tokenize_str(text)
+    return [text[start:stop] for _, (start, stop) in parts]
 
 
 @pytest.mark.parametrize("pre", sorted(gguf_tokenizer.RULES))
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_come_back(pre, text):
+def test_any_text_survives_encoding_and_decoding(pre, text):
     tokenizer = gguf_tokenizer.build(byte_level(pre=pre))
     tokens = tokenizer.encode(text, special=False)
     assert tokenizer.decode(tokens) == text
@@ -57,16 +57,16 @@ def test_bytes_come_back(pre, text):
         ("llama-bpe", ["It", "'s", " ", "123", "456", "7", " a", "\n\n", " b"]),
     ],
 )
-def test_how_a_text_is_cut_into_words(pre, expected):
+def test_a_text_is_split_into_words_by_the_rule(pre, expected):
     assert words(byte_level(pre=pre), "It's 1234567 a\n\n b") == expected
 
 
-def test_capitals_of_a_contraction_are_one_word_for_llama_3_alone():
+def test_only_llama_3_keeps_a_contraction_in_capitals_as_a_word():
     assert words(byte_level(pre="llama3"), "I'LL") == ["I", "'LL"]
     assert words(byte_level(pre="smollm"), "I'LL") == ["I", "'", "LL"]
 
 
-def test_a_whole_word_is_one_token_for_llama_3_even_without_merges():
+def test_llama_3_uses_a_token_for_a_whole_word_without_merges():
     tokens, merges = gguf_files.vocabulary()
     settings = {"tokens": [*tokens, "Ġzebra"]}
     settings["token_type"] = np.ones(len(tokens) + 1, np.int32)
@@ -76,14 +76,14 @@ def test_a_whole_word_is_one_token_for_llama_3_even_without_merges():
     assert len(smollm.encode(" zebra", special=False)) == 6
 
 
-def test_control_tokens_are_found_in_text_and_not_decoded():
+def test_control_tokens_are_encoded_and_not_decoded():
     tokenizer = gguf_tokenizer.build(byte_level())
     tokens = tokenizer.encode("a<|endoftext|> the")
     assert tokens.tolist()[1:] == [0, tokenizer.size - 3]
     assert tokenizer.decode(tokens) == "a the"
 
 
-def test_special_tokens_are_those_of_the_file():
+def test_special_tokens_come_from_the_file():
     settings = byte_level(bos_token_id=3, eos_token_id=0, add_bos_token=True)
     settings["tokenizer.chat_template"] = "{{ messages }}"
     tokenizer = gguf_tokenizer.build(settings)
@@ -98,7 +98,7 @@ def test_special_tokens_are_those_of_the_file():
     assert (tokens[0], tokens[-1]) == (3, 0)
 
 
-def test_llama_3_begins_texts_unless_the_file_says_otherwise():
+def test_llama_3_adds_the_first_token_unless_the_file_says_otherwise():
     begun = gguf_tokenizer.build(byte_level(pre="llama-bpe", bos_token_id=0))
     plain = byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=False)
     assert begun.encode("a").tolist()[0] == 0
@@ -124,8 +124,8 @@ def sentence_piece(**settings):
     }
 
 
-def encode_plainly(settings, text, prefix=True):
-    """SentencePiece's BPE: join the neighbours of the highest score, leftmost first."""
+def encode_simply(settings, text, prefix=True):
+    """Encode as SentencePiece does: merge the neighbours of the highest score first."""
     tokens = settings["tokenizer.ggml.tokens"]
     scores = dict(zip(tokens, settings["tokenizer.ggml.scores"], strict=True))
     parts = list((" " * prefix + text if text else "").replace(" ", "▁"))
@@ -139,48 +139,48 @@ def encode_plainly(settings, text, prefix=True):
             break
         i = min(joined)[1]
         parts[i : i + 2] = ["".join(parts[i : i + 2])]
-    found = []
+    encoded = []
     for part in parts:
         raw = [] if part in scores else part.encode()
-        found += [tokens.index(f"<0x{byte:02X}>") for byte in raw]
-        found += [tokens.index(part)] if part in scores else []
-    return found
+        encoded += [tokens.index(f"<0x{byte:02X}>") for byte in raw]
+        encoded += [tokens.index(part)] if part in scores else []
+    return encoded
 
 
 @pytest.mark.parametrize("text", [*TEXTS, "there and  then, the the", "▁theand"])
-def test_sentence_piece_joins_by_scores(text):
+def test_sentence_piece_merges_by_scores(text):
     settings = sentence_piece()
     tokenizer = gguf_tokenizer.build(settings)
-    found = tokenizer.encode(text).tolist()
-    assert found == [1, *encode_plainly(settings, text)]
-    assert tokenizer.decode(found) == text.replace("▁", " ")
+    encoded = tokenizer.encode(text).tolist()
+    assert encoded == [1, *encode_simply(settings, text)]
+    assert tokenizer.decode(encoded) == text.replace("▁", " ")
     bare = sentence_piece(add_space_prefix=False, add_bos_token=False)
     tokenizer = gguf_tokenizer.build(bare)
-    found = tokenizer.encode(text).tolist()
-    assert found == encode_plainly(bare, text, prefix=False)
-    assert tokenizer.decode(found) == text.replace("▁", " ")
+    encoded = tokenizer.encode(text).tolist()
+    assert encoded == encode_simply(bare, text, prefix=False)
+    assert tokenizer.decode(encoded) == text.replace("▁", " ")
 
 
-def test_control_tokens_come_from_no_merge():
+def test_no_merge_produces_a_control_token():
     settings = sentence_piece()
     settings["tokenizer.ggml.tokens"][-1] = "<"
     tokenizer = gguf_tokenizer.build(settings)
     assert 1 not in tokenizer.encode("< s >", special=False)
 
 
-def test_a_token_of_absurd_length_is_refused():
+def test_a_very_long_token_raises_an_error():
     settings = sentence_piece()
     settings["tokenizer.ggml.tokens"][-1] = "a" * 10**6
     with pytest.raises(ValueError, match="tokens of over 1024 characters"):
         gguf_tokenizer.build(settings)
 
 
-def test_without_a_tokenizer_there_is_none():
+def test_a_file_without_a_tokenizer_gives_none():
     assert gguf_tokenizer.build({}) is None
     assert gguf_tokenizer.build({"tokenizer.ggml.model": "none"}) is None
 
 
-def test_a_tokenizer_beside_the_file_stands_in(tmp_path):
+def test_a_tokenizer_json_in_the_same_folder_is_used_instead(tmp_path):
     model = gguf_files.random_model(num_hidden_layers=1)
     path = tmp_path / "a.gguf"
     gguf_files.write(path, model, settings={"tokenizer.ggml.pre": "unheard-of"})

@@ -1,4 +1,4 @@
-"""GGUF files against transformers' own reader of them, on torch."""
+"""Comparison of the reader of GGUF files with that of transformers, on torch."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_another_reader(tmp_path, quantization, tied):
+def test_logits_equal_those_of_transformers(tmp_path, quantization, tied):
     model = gguf_files.random_model(tie_word_embeddings=tied)
     gguf_files.write(tmp_path / "a.gguf", model, quantization)
     ours = lm.load(tmp_path / "a.gguf")
@@ -23,6 +23,6 @@ def test_logits_are_those_of_another_reader(tmp_path, quantization, tied):
     ).eval()
     tokens = np.random.default_rng(0).integers(0, 262, (2, 40)).astype(np.int32)
     with torch.inference_mode():
-        wanted = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
-    found = np.asarray(ours(tokens))
-    assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()
+        expected = theirs(torch.tensor(tokens.astype(np.int64))).logits.numpy()
+    got = np.asarray(ours(tokens))
+    assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max()
