@@ -1,11 +1,11 @@
-"""An adapter by which lm-evaluation-harness runs models of kronjax.
+"""Adapter that lets lm-evaluation-harness run models of kronjax.
 
     python -m kronjax.lm.evaluation.harness --model_args pretrained=out/ --tasks TASK
 
-is the command line of `lm_eval` with the model type `kronjax` in it; in a program,
-`register()` makes that type known. `Adapter` does the work, without the harness: texts
-become tokens, and windows, as they do in the harness for models of Hugging Face, so
-that the figures of a folder and of its export can be compared.
+is the command line of `lm_eval` with the additional model type `kronjax`; in a program,
+`register()` adds that type. `Adapter` does the work, without the harness: it turns
+texts into tokens and windows as the harness does for models of Hugging Face, so that
+the results of a folder and of its export can be compared.
 
 References: Gao et al., lm-evaluation-harness.
 
@@ -27,7 +27,7 @@ from kronjax.lm.models import generation
 from kronjax.lm.models.base import LanguageModel, tokenizer_of
 
 MAX_NEW_TOKENS = 256
-"""How many tokens are generated where a task does not say."""
+"""Number of tokens to generate if a task does not say."""
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SETTINGS = {"until", "do_sample", "temperature", "top_k", "top_p", *_LENGTHS}
@@ -35,18 +35,18 @@ _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}
 
 
 class Adapter:
-    """The three questions of the harness, asked about texts.
+    """The three kinds of requests of the harness, for texts.
 
     Args:
-        model: With a tokenizer that knows a first or a last token.
-        batch: Texts at a time; None for what keeps the device busy.
-        add_bos_token: Whether to add what the tokenizer puts around a text; by default
-            it does so.
-        max_length: Positions to use; by default all that the model has.
+        model: A model whose tokenizer has a token that begins or ends texts.
+        batch: Number of texts at a time; None for enough to keep the device busy.
+        add_bos_token: Whether to add the tokens that the tokenizer puts around a text;
+            None means True.
+        max_length: Number of positions to use; by default all that the model has.
 
     Raises:
-        ValueError: If the model has no tokenizer, or that has no such token, or
-            `max_length` is not in the model's context.
+        ValueError: If the model has no tokenizer, or the tokenizer no such token, or
+            `max_length` exceeds the model's context.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Adapter:
         add_bos_token: bool | None = None,
         max_length: int | None = None,
     ) -> None:
-        """Hold the model."""
+        """Store the model and check the settings."""
         self.model, self.batch = model, batch
         self.tokenizer = tokenizer_of(model)
         self.special = add_bos_token is not False
@@ -71,28 +71,28 @@ class Adapter:
         prefix = eos if bos is None else bos
         if prefix is None:
             raise ValueError(
-                "the tokenizer knows no token to begin a text with; set bos_token in "
+                "the tokenizer has no token that begins texts; set bos_token in "
                 "tokenizer_config.json"
             )
         self.prefix = prefix
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-        """Return how likely continuations are.
+        """Return the log-likelihoods of continuations.
 
         Args:
-            pairs: For each one the context, which may be empty, and the continuation.
+            pairs: Pairs of a context, which may be empty, and a continuation.
 
         Returns:
             For each pair the sum of the log-likelihoods of the continuation's tokens,
-            in nats, and whether each of them was the likeliest.
+            in nats, and whether each of them was the most likely token.
         """
         return self._score([self.encode_pair(*pair) for pair in pairs])
 
     def loglikelihood_rolling(self, texts: Sequence[str]) -> list[float]:
-        """Return how likely whole texts are, however long, in nats.
+        """Return the log-likelihoods of whole texts of any length, in nats.
 
-        A text is scored in windows that do not overlap but for one token; the last one
-        is as long as the others, of which only what is new counts.
+        A text is scored in windows that overlap in one token. The last window is as
+        long as the others, and only its new tokens are scored.
         """
         parts = [
             list(windows(self._encode(text), self.prefix, most=self.length))
@@ -107,12 +107,12 @@ class Adapter:
         """Continue texts until one of several endings.
 
         Args:
-            requests: For each one the text, of which the last tokens are taken that
-                leave room for the new ones, and the settings: `until`, a text or
-                several; `max_gen_toks`; `do_sample`, `temperature`, `top_k`, `top_p`.
+            requests: Pairs of a text and its settings: `until`, an ending or several;
+                `max_gen_toks`; `do_sample`, `temperature`, `top_k`, `top_p`. If a text
+                leaves no room for the new tokens, its first tokens are dropped.
 
         Returns:
-            For each request what follows the text, up to the first ending.
+            The continuation of each text, up to the first ending.
 
         Raises:
             ValueError: If a setting is unknown, or leaves no room for the text.
@@ -125,13 +125,13 @@ class Adapter:
         texts, size = [""] * len(requests), self.batch or 8
         with bar(len(requests), "generating", unit="texts") as advance:
             for members in groups.values():
-                # Prompts of one batch are padded to the longest, so sort by length.
+                # Sorted by length, since prompts of a batch are padded to the longest.
                 members.sort(key=lambda i: -len(rows[i]))
                 for first in range(0, len(members), size):
                     chunk = members[first : first + size]
                     settings = requests[chunk[0]][1]
-                    found = self._continue([rows[i] for i in chunk], settings)
-                    for i, text in zip(chunk, found, strict=True):
+                    new = self._continue([rows[i] for i in chunk], settings)
+                    for i, text in zip(chunk, new, strict=True):
                         texts[i] = text
                     advance(len(chunk))
         return texts
@@ -139,8 +139,8 @@ class Adapter:
     def encode_pair(self, context: str, continuation: str) -> tuple[list, list]:
         """Return the tokens of a context and of its continuation.
 
-        The continuation is what the whole has beyond the tokens of the context, with
-        the spaces between them on its side, where tokens have them.
+        The tokens of the continuation are those of the joined text after the tokens of
+        the context. Spaces between the two belong to the continuation.
         """
         if not context:
             after = self._encode(continuation, special=False)
@@ -148,11 +148,11 @@ class Adapter:
                 return after[:1], after[1:]
             return [self.prefix], after
         stripped = context.rstrip()
-        if not stripped:  # nothing but spaces
+        if not stripped:  # only spaces
             whole = self._encode(context + continuation, special=False)
             return [self.prefix], whole
-        # Not the first tokens of the whole: where a token reaches over the border, the
-        # context keeps its own, as in the harness.
+        # Not the first tokens of the joined text: where a token crosses the border, the
+        # context keeps its own tokens, as in the harness.
         before = self._encode(stripped)
         return before, self._encode(context + continuation)[len(before) :]
 
@@ -174,7 +174,7 @@ class Adapter:
     def _continue(
         self, rows: Sequence[list[int]], settings: Mapping[str, Any]
     ) -> list[str]:
-        """Continue rows of tokens under the same settings."""
+        """Return the continuations of rows of tokens with the same settings."""
         options, until = _options(settings)
         room = self.length - options["max_new_tokens"]
         if room < 1:
@@ -190,19 +190,19 @@ class Adapter:
             text = self.tokenizer.decode(row)
             return eos in row or any(ending in text for ending in until)
 
-        def on_token(new):
-            for row, token in zip(drawn, new, strict=True):
+        def on_token(tokens):
+            for row, token in zip(drawn, tokens, strict=True):
                 row.append(token)
             return all(map(ended, drawn))
 
-        found = generation.generate_tokens(
+        new = generation.generate_tokens(
             self.model,
             [row[-room:] for row in rows],
             stop=stop,
             on_token=on_token,
             **options,
         )
-        texts = [self.tokenizer.decode(row) for row in found]
+        texts = [self.tokenizer.decode(row) for row in new]
         for ending in until:
             texts = [text.split(ending)[0] for text in texts]
         return texts
@@ -214,13 +214,13 @@ def windows(
     """Yield pairs of context and continuation that together score each token once.
 
     Args:
-        tokens: All that is scored.
-        prefix: The token before them.
-        most: How many tokens the model reads at once.
+        tokens: Tokens to score.
+        prefix: Token that stands before them.
+        most: Largest number of tokens that the model reads at once.
 
     Yields:
-        Tokens of which only the second list is scored. The last pair reads as many as
-        the others.
+        Tokens of a context and of a continuation, of which only the continuation is
+        scored. The last pair is as long as the others.
     """
     whole = [prefix, *tokens]
     for start in range(1, len(whole), most):
@@ -230,13 +230,13 @@ def windows(
 
 @functools.cache
 def register() -> type:
-    """Make the model type `kronjax` known to lm-evaluation-harness.
+    """Add the model type `kronjax` to lm-evaluation-harness.
 
     Returns:
-        The class that serves it.
+        The class of this model type.
 
     Raises:
-        ImportError: If the harness is missing; names the extra that brings it.
+        ImportError: If the harness is missing; the message names the extra to install.
     """
     api = _harness("api.model")
 
@@ -255,8 +255,8 @@ def register() -> type:
             device: str | None = None,
         ) -> None:
             super().__init__()
-            # `device` is "cuda:0" unless it was given, so it says nothing; jax takes
-            # the fastest device, or the one in the variable JAX_PLATFORMS.
+            # `device` is ignored: the harness passes "cuda:0" by default. jax uses the
+            # fastest device, or the one in the variable JAX_PLATFORMS.
             model = hugging_face.load(
                 pretrained, dtype=None if dtype == "auto" else dtype
             )
@@ -269,14 +269,14 @@ def register() -> type:
             )
 
         def loglikelihood(self, requests, disable_tqdm=False):
-            return self.adapter.loglikelihood([one.args for one in requests])
+            return self.adapter.loglikelihood([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            texts = [one.args[0] for one in requests]
+            texts = [request.args[0] for request in requests]
             return self.adapter.loglikelihood_rolling(texts)
 
         def generate_until(self, requests, disable_tqdm=False):
-            return self.adapter.generate_until([one.args for one in requests])
+            return self.adapter.generate_until([request.args for request in requests])
 
     return Kronjax
 
@@ -290,7 +290,7 @@ def main() -> None:
         (("--model", "-M"), "kronjax"),
         (("--batch_size", "-b"), "auto"),
     ):
-        if runs and not any(one.split("=")[0] in names for one in arguments):
+        if runs and not any(x.split("=")[0] in names for x in arguments):
             arguments += [names[0], value]
     sys.argv[1:] = arguments
     _harness("__main__").cli_evaluate()
@@ -309,7 +309,7 @@ def _harness(name: str) -> Any:
 
 
 def _options(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return what `generate_tokens` takes, and the endings."""
+    """Return the options of `generate_tokens`, and the endings."""
     unknown = {
         name: value
         for name, value in settings.items()
@@ -317,7 +317,7 @@ def _options(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     if unknown:
         raise ValueError(
-            f"generation settings {unknown} are not supported; those are "
+            f"generation settings {unknown} are not supported; supported are "
             f"{', '.join(sorted(_SETTINGS))}"
         )
     until = settings.get("until") or []

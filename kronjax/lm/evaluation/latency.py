@@ -1,8 +1,8 @@
-"""How fast a model reads and writes, beside the same model with dense layers.
+"""Latency of a model, compared with the same model with dense layers.
 
-Fewer operations are not less time: small factors may keep a processor waiting for
-memory or for the next instruction where one large product would not. So the model is
-run as it is and with every layer multiplied out, in turns.
+Fewer operations do not always take less time: with small factors, a processor may wait
+for memory or for the next instruction where a large product would keep it busy. So the
+model is timed as it is and with every layer multiplied out, in turns.
 
 >>> reading, writing = Times((0.5,), (1.0,)), Times((3.0,), (2.0,))
 >>> print(verdict(Latency(1, 64, 32, reading, writing, (), 1, 0.0, "float32", "cpu")))
@@ -30,19 +30,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SAMPLE = 2e-3
-"""Seconds that a sample of a single layer lasts, so that the clock can tell."""
+"""Least duration of a sample of a single layer in seconds, for the resolution of the
+clock."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerTimes:
-    """All layers of one shape and kind.
+    """Times of the layers of one shape and kind.
 
     Attributes:
-        names: As `kronjax.nn.surgery.linear_layers` gives them.
-        kind: As `kronjax.lm.models.sizes.kind` gives it.
-        shape: `(n_in, n_out)`.
-        prefill: Of one layer, for all tokens of the prompts.
-        decode: Of one layer, for one token of each row.
+        names: Names of the layers, from `kronjax.nn.surgery.linear_layers`.
+        kind: Kind of the layers, from `kronjax.lm.models.sizes.kind`.
+        shape: Shape of the layers, `(n_in, n_out)`.
+        prefill: Times of one layer for all tokens of the prompts.
+        decode: Times of one layer for one token of each row.
     """
 
     names: tuple[str, ...]
@@ -54,18 +55,18 @@ class LayerTimes:
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """What `measure` found.
+    """Result of `measure_latency`.
 
     Attributes:
-        batch: Rows at a time.
-        context: Tokens in each prompt.
-        new_tokens: Tokens written after it, one at a time.
-        prefill: Of reading the prompts.
-        decode: Of writing all new tokens.
-        layers: Of single layers, calls from the host included.
+        batch: Number of rows at a time.
+        context: Number of tokens in each prompt.
+        new_tokens: Number of tokens written after the prompt, one at a time.
+        prefill: Times for reading the prompts.
+        decode: Times for writing all new tokens.
+        layers: Times of single layers, including the calls from the host.
         factored: Number of layers that are not dense.
-        compile_seconds: Spent on tracing and compiling, of both models.
-        dtype: Of the parameters.
+        compile_seconds: Time for tracing and compiling both models.
+        dtype: The dtype of the parameters.
         device: Name of the processor.
     """
 
@@ -74,7 +75,7 @@ class Latency:
     new_tokens: int
     prefill: Times
     decode: Times
-    layers: tuple[LayerTimes, ...]
+    layers: tuple[LayerTimes, ...] = dataclasses.field(repr=False)
     factored: int
     compile_seconds: float
     dtype: str
@@ -82,22 +83,22 @@ class Latency:
 
     @property
     def prefill_rate(self) -> float:
-        """Tokens of prompts read in a second by the model as it is."""
+        """Number of prompt tokens per second that the model reads."""
         return self.batch * self.context / self.prefill.seconds
 
     @property
     def decode_rate(self) -> float:
-        """Tokens written in a second by the model as it is."""
+        """Number of tokens per second that the model writes."""
         return self.batch * self.new_tokens / self.decode.seconds
 
     @property
     def dense_prefill_rate(self) -> float:
-        """Tokens of prompts read in a second with dense layers."""
+        """Number of prompt tokens per second that are read with dense layers."""
         return self.batch * self.context / self.prefill.dense_seconds
 
     @property
     def dense_decode_rate(self) -> float:
-        """Tokens written in a second with dense layers."""
+        """Number of tokens per second that are written with dense layers."""
         return self.batch * self.new_tokens / self.decode.dense_seconds
 
 
@@ -113,15 +114,16 @@ def measure_latency(
     """Time a model against itself with every factored and masked layer multiplied out.
 
     Args:
-        model: Any port.
-        batch: Rows at a time.
-        context: Tokens in each prompt; by default 512, or what the model allows.
-        new_tokens: Tokens to write after it, with a key-value cache.
-        repeats: Turns; each runs both models, in alternating order.
+        model: Any language model.
+        batch: Number of rows at a time.
+        context: Number of tokens in each prompt; by default 512, or as many as the
+            model allows.
+        new_tokens: Number of tokens to write after the prompt, with a key-value cache.
+        repeats: Number of turns; each runs both models, in alternating order.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        `Latency`. Holds both models in memory, which share what is dense.
+        The times. Both models are in memory meanwhile; they share the dense layers.
 
     Raises:
         ValueError: If a number is not positive, or the tokens exceed the context of
@@ -130,8 +132,8 @@ def measure_latency(
     most = model.config.context
     if new_tokens >= most:
         raise ValueError(
-            f"{new_tokens} new tokens leave no context: the model has {most} "
-            "positions; take fewer new ones"
+            f"{new_tokens} new tokens leave no room for a prompt: the model has "
+            f"{most} positions; take fewer new tokens"
         )
     context = min(512, most - new_tokens) if context is None else context
     sizes = {"batch": batch, "context": context, "new_tokens": new_tokens}
@@ -150,7 +152,7 @@ def measure_latency(
     begun = time.perf_counter()
     runs = [_Run(model, **sizes)]
     runs += [_Run(other, **sizes)] if factored else []
-    # A prompt needs the logits of its last token alone.
+    # A prompt needs the logits of its last token only.
     layers = [
         _layer_calls(layer, batch, 1 if names == [model.HEAD] else context)
         for layer, names in groups
@@ -188,7 +190,7 @@ def measure_latency(
 
 
 def verdict(latency: Latency) -> str:
-    """Say in one or two sentences which is faster, the model as it is or dense."""
+    """Return one or two sentences that say whether the model or dense is faster."""
     if not latency.factored:
         return "All layers are dense: there is nothing to compare with."
     rates = {
@@ -216,7 +218,7 @@ def verdict(latency: Latency) -> str:
 
 
 def table(latency: Latency) -> "Table":
-    """Return times in milliseconds: of the whole model, and of each kind of layer."""
+    """Return a table of milliseconds for the whole model and for each kind of layer."""
     from rich.table import Table
 
     shown = Table(
@@ -233,19 +235,19 @@ def table(latency: Latency) -> "Table":
     per_token = latency.new_tokens
     whole = [*_cells(latency.prefill), *_cells(latency.decode, per_token)]
     shown.add_row("whole model", "", *whole, end_section=True)
-    for one in latency.layers:
-        n_in, n_out = one.shape
+    for times in latency.layers:
+        n_in, n_out = times.shape
         shown.add_row(
-            f"{len(one.names)} of {n_in}x{n_out}",
-            one.kind,
-            *_cells(one.prefill),
-            *_cells(one.decode),
+            f"{len(times.names)} of {n_in}x{n_out}",
+            times.kind,
+            *_cells(times.prefill),
+            *_cells(times.decode),
         )
     return shown
 
 
 def summary(latency: Latency) -> dict[str, Any]:
-    """Return a result as plain values that JSON can hold; all times in seconds."""
+    """Return a result as values for JSON, with all times in seconds."""
     fields = {
         field.name: getattr(latency, field.name)
         for field in dataclasses.fields(latency)
@@ -261,13 +263,13 @@ def summary(latency: Latency) -> dict[str, Any]:
         "dense_decode_tokens_per_second": latency.dense_decode_rate,
         "layers": [
             {
-                "names": list(one.names),
-                "kind": one.kind,
-                "shape": list(one.shape),
-                "prefill": _plain(one.prefill),
-                "decode": _plain(one.decode),
+                "names": list(times.names),
+                "kind": times.kind,
+                "shape": list(times.shape),
+                "prefill": _plain(times.prefill),
+                "decode": _plain(times.decode),
             }
-            for one in latency.layers
+            for times in latency.layers
         ],
         "verdict": verdict(latency),
         "kronjax": __version__,
@@ -276,7 +278,7 @@ def summary(latency: Latency) -> dict[str, Any]:
 
 
 class _Run:
-    """The two programs of a model, compiled."""
+    """The two compiled programs of a model, for reading and for writing."""
 
     def __init__(self, model, batch, context, new_tokens):
         graphdef, state = nnx.split(model)
@@ -302,13 +304,13 @@ class _Run:
         self.write = lowered.compile()
 
     def prefill(self):
-        """Time reading the prompts, and keep what the first token needs."""
+        """Return the seconds for reading the prompts, and keep the cache."""
         begun = time.perf_counter()
         self.started = jax.block_until_ready(self.read(self.state, self.tokens))
         return time.perf_counter() - begun
 
     def decode(self):
-        """Time writing all new tokens."""
+        """Return the seconds for writing all new tokens."""
         token, cache = jax.tree.map(jnp.copy, self.started)
         jax.block_until_ready(cache)
         begun = time.perf_counter()
@@ -319,7 +321,7 @@ class _Run:
 
 
 def _groups(model) -> list[tuple[nn.Layer, list[str]]]:
-    """Return one layer of each shape and kind, and the names of all like it."""
+    """Return one layer of each shape and kind, and the names of all such layers."""
     groups: dict[Any, tuple[nn.Layer, list[str]]] = {}
     for name, layer in nn.linear_layers(model).items():
         shapes = tuple(x.shape for x in jax.tree.leaves(nnx.state(layer)))

@@ -1,16 +1,16 @@
-"""How well a model predicts text: perplexities, and the last words of LAMBADA.
+"""Perplexities of texts, and accuracies of the last words of LAMBADA.
 
     perplexity = exp(mean of nll)
 
-`perplexity` follows one of the `PROTOCOLS`; `lambada` asks for the last word of each
-row; `log_likelihoods` is what everything asks that compares continuations. Results are
-frozen dataclasses, of which `summary` makes what JSON holds.
+`perplexity` follows one of the `PROTOCOLS`, and `lambada` predicts the last word of
+each row. `log_likelihoods` scores the continuations of other tasks. Results are frozen
+dataclasses, which `summary` turns into values for JSON.
 
 LAMBADA, version 1, is the task `lambada_openai` of lm-evaluation-harness 0.4.13: the
-target is a space with the last word, the context what stands before it, with what the
-tokenizer puts before a text. A row counts as right if each token of the target is the
-likeliest; the perplexity is the exponential of the mean over rows of the nll of the
-whole target.
+target is a space and the last word, and the context is the text before it, with the
+tokens that the tokenizer puts before a text. A row is correct if each token of the
+target is the most likely one. The perplexity is the exponential of the mean over rows
+of the nll of the whole target.
 
 References: Paperno et al. (2016) for LAMBADA; `kronjax.lm.evaluation.protocols` for
 perplexities.
@@ -54,24 +54,24 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """A perplexity, and all that is needed to get it once more.
+    """A perplexity, and everything that is needed to reproduce it.
 
     Attributes:
         perplexity: `exp(nll)`.
-        nll: The mean that the protocol takes, in nats per token.
-        protocol: With context and stride as the model allowed.
-        tokens: In the text.
-        tokens_scored: Of them.
+        nll: Mean loss as the protocol defines it, in nats per token.
+        protocol: The protocol, with the context and the stride that fit the model.
+        tokens: Number of tokens in the text.
+        tokens_scored: Number of tokens that are scored.
         windows: Number of windows.
-        seconds: Spent on the model, compilation apart.
-        compile_seconds: Spent on tracing and compiling; 0 when done before.
-        source: Where the text comes from, or None.
-        join: How its rows were joined, or None if it was given as it is.
-        text_sha256: Of the text in UTF-8; None if tokens were given.
-        tokens_sha256: Of the tokens, as little-endian int32.
-        tokenizer_sha256: The digest of the tokenizer; None if tokens were given.
-        vocab_size: Of the model.
-        dtype: Of the parameters.
+        seconds: Time for running the model, without compilation.
+        compile_seconds: Time for tracing and compiling; 0 if the programs existed.
+        source: Name of the text's file or data set, or None.
+        join: How the rows of the text were joined, or None if tokens were given.
+        text_sha256: SHA-256 of the text in UTF-8; None if tokens were given.
+        tokens_sha256: SHA-256 of the tokens as little-endian int32.
+        tokenizer_sha256: Digest of the tokenizer; None if tokens were given.
+        vocab_size: Size of the model's vocabulary.
+        dtype: The dtype of the parameters.
     """
 
     perplexity: float
@@ -81,40 +81,40 @@ class Perplexity:
     tokens_scored: int
     windows: int
     seconds: float
-    compile_seconds: float
+    compile_seconds: float = dataclasses.field(repr=False)
     source: str | None
     join: str | None
-    text_sha256: str | None
-    tokens_sha256: str
-    tokenizer_sha256: str | None
-    vocab_size: int
+    text_sha256: str | None = dataclasses.field(repr=False)
+    tokens_sha256: str = dataclasses.field(repr=False)
+    tokenizer_sha256: str | None = dataclasses.field(repr=False)
+    vocab_size: int = dataclasses.field(repr=False)
     dtype: str
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens scored in a second, compilation apart."""
+        """Number of tokens scored per second, without compilation."""
         return self.tokens_scored / max(self.seconds, 1e-9)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lambada:
-    """Last-word prediction.
+    """Accuracy and perplexity of the last words of texts.
 
     Attributes:
-        accuracy: Share of the rows whose last word the model would write.
-        perplexity: Of last words, `exp` of the mean nll of whole words.
+        accuracy: Fraction of the rows whose last word the model predicts.
+        perplexity: Perplexity of the last words, `exp` of the mean nll of whole words.
         rows: Number of rows.
-        tokens_scored: In their last words.
+        tokens_scored: Number of tokens in the last words.
         full_text: Perplexity of the rows joined by blank lines, protocol `krony-pt`,
             or None.
-        seconds: Spent on last words, compilation apart.
-        compile_seconds: Spent on tracing and compiling for them.
-        source: Where the rows come from, or None.
-        text_sha256: Of the rows joined by blank lines.
-        tokenizer_sha256: The digest of the tokenizer.
-        vocab_size: Of the model.
-        dtype: Of the parameters.
-        version: Of the protocol.
+        seconds: Time for running the model on the last words, without compilation.
+        compile_seconds: Time for tracing and compiling the programs for them.
+        source: Name of the rows' file or data set, or None.
+        text_sha256: SHA-256 of the rows joined by blank lines.
+        tokenizer_sha256: Digest of the tokenizer.
+        vocab_size: Size of the model's vocabulary.
+        dtype: The dtype of the parameters.
+        version: Version of the protocol.
     """
 
     accuracy: float
@@ -123,11 +123,11 @@ class Lambada:
     tokens_scored: int
     full_text: Perplexity | None
     seconds: float
-    compile_seconds: float
+    compile_seconds: float = dataclasses.field(repr=False)
     source: str | None
-    text_sha256: str
-    tokenizer_sha256: str
-    vocab_size: int
+    text_sha256: str = dataclasses.field(repr=False)
+    tokenizer_sha256: str = dataclasses.field(repr=False)
+    vocab_size: int = dataclasses.field(repr=False)
     dtype: str
     version: int = 1
 
@@ -144,17 +144,17 @@ def perplexity(
     """Return the perplexity of a model on a text.
 
     Args:
-        model: Any port.
-        text: A string, or the result of `kronjax.lm.read_text`, or the path of a file,
-            which is then read without joining lines, or tokens `[n]`.
+        model: Any language model.
+        text: A string, the result of `kronjax.lm.read_text`, the path of a file, which
+            is then read without joining its lines, or tokens `[n]`.
         protocol: One of `PROTOCOLS`, or its name.
-        tokenizer: By default that of the model.
-        batch: Windows at a time; by default what keeps the device busy.
+        tokenizer: The tokenizer; by default that of the model.
+        batch: Number of windows at a time; by default enough to keep the device busy.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        `Perplexity`. Costs a forward pass for each window, with the head for those
-        tokens alone that it scores.
+        The perplexity and its circumstances. The cost is a forward pass for each
+        window, with the head only at the tokens that are scored.
 
     Raises:
         ValueError: If the text has fewer than two tokens or no window, the tokenizer
@@ -181,8 +181,9 @@ def perplexity(
     windows = protocol.windows(len(tokens), model.config.context)
     if not windows:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, {protocol.name} takes whole windows "
-            f"of {protocol.context}; use krony-pt or hf-strided, which take less"
+            f"the text has {len(tokens)} tokens, but {protocol.name} takes whole "
+            f"windows of {protocol.context}; use krony-pt or hf-strided, which take "
+            "shorter ones"
         )
     means, scores = _score(model, tokens, windows, protocol.stride, batch, progress)
     counts = np.array([window.scored for window in windows])
@@ -216,18 +217,18 @@ def lambada(
     batch: int | None = None,
     progress: bool | None = None,
 ) -> Lambada:
-    """Ask a model for the last word of each row.
+    """Measure how well a model predicts the last word of each row.
 
     Args:
-        model: Any port.
-        rows: Each with at least two words; of a `Text` its rows.
-        tokenizer: By default that of the model.
+        model: Any language model.
+        rows: Rows of at least two words, or a `Text`, whose rows are taken.
+        tokenizer: The tokenizer; by default that of the model.
         full_text: Whether to compute the perplexity of all rows, too.
-        batch: Rows at a time; by default what keeps the device busy.
+        batch: Number of rows at a time; by default enough to keep the device busy.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Raises:
-        ValueError: If there are no rows, one has fewer than two words, or the
+        ValueError: If there are no rows, a row has fewer than two words, or the
             tokenizer is missing or does not belong to the model.
     """
     if isinstance(rows, str):
@@ -265,9 +266,9 @@ def lambada(
 
 
 def summary(result: Perplexity | Lambada) -> dict[str, Any]:
-    """Return a result as plain values that JSON can hold, None for what is no number.
+    """Return a result as values for JSON, with None in place of NaN and infinity.
 
-    Beside the fields there are the versions of kronjax and jax, and the device.
+    The versions of kronjax and jax and the device are added to the fields.
     """
     fields = dataclasses.asdict(result)
     if isinstance(result, Perplexity):
@@ -293,8 +294,8 @@ def _score(model, tokens, windows, stride, batch, progress):
     """Return the mean nll of each window, float64 `[windows]`, and the scores."""
     parts = []
     for number, window in enumerate(windows):
-        # Where windows overlap, the first scores more than the others. Its tokens see
-        # the same in a shorter window, and so one shape serves all.
+        # Where windows overlap, the first one scores more tokens than the others. It
+        # is split: the context of each token is the same, and one shape serves all.
         for first in range(window.first, window.end, stride):
             end = min(first + stride, window.end)
             parts.append((number, Window(window.begin, first, end)))
@@ -315,7 +316,7 @@ def _score(model, tokens, windows, stride, batch, progress):
     bad = np.count_nonzero(np.isnan(sums))
     if bad:
         raise ValueError(
-            f"the model gives NaN in {bad} of {len(windows)} windows: its "
+            f"the model returns NaN in {bad} of {len(windows)} windows: its "
             "weights are damaged, or too large for their dtype; try float32"
         )
     return sums / [window.scored for window in windows], scores
@@ -333,12 +334,12 @@ def _last_word(row, number, tokenizer):
 
 
 def _text(text):
-    """Return a text with its rows, whatever it was given as."""
+    """Return a text, a path or a string as a `Text`."""
     if isinstance(text, Text):
         return text
     if isinstance(text, Path):
         return texts.read_text(text)
-    # Nobody wants the perplexity of the name of a file.
+    # The name of a file is refused: its own perplexity can hardly be meant.
     if len(text) < 1024 and "\n" not in text and "\0" not in text:
         try:
             named = Path(text).is_file()

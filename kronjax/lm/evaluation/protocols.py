@@ -1,4 +1,4 @@
-"""How a long text is cut into windows, and what is averaged: the named protocols.
+"""Named protocols of perplexities: the windows of a long text, and the mean over them.
 
     exp( Σ_windows Σ_i nll_i / Σ_windows Σ_i 1 )        average "tokens"
     exp( mean over windows of the mean of nll_i )       average "windows"
@@ -6,10 +6,10 @@
 Perplexities under different protocols cannot be compared: the documentation of
 transformers has 19.44 and 16.45 for one model on one text at strides 1024 and 512.
 
-What all protocols here share: the text is tokenised as one whole, with the tokens that
-its tokenizer puts around a text; rows are joined by blank lines
-(`kronjax.lm.text.documents`); the first token of a window is read and not scored there.
-A model with a smaller context gets windows and strides that are smaller in proportion.
+In all protocols here, the text is tokenised as a whole, with the tokens that its
+tokenizer puts around a text; rows are joined by blank lines
+(`kronjax.lm.text.documents`); and the first token of a window is read but not scored
+there. For a model with a smaller context, windows and strides shrink in proportion.
 
 References: Frantar et al. (2023) for GPTQ; Ben Ayad et al. (2024) for Krony-PT; the
 page on perplexity in the documentation of transformers for strides.
@@ -25,7 +25,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A part of a text: the tokens `begin:end` are read, `first:end` are scored."""
+    """Part of a text: the tokens `begin:end` are read, `first:end` are scored."""
 
     begin: int
     first: int
@@ -39,18 +39,18 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """One way to compute a perplexity.
+    """A way to compute a perplexity.
 
     Attributes:
-        name: Under which results are reported.
-        version: Grows when the same name comes to mean other numbers.
-        context: Tokens in a window.
-        stride: Tokens from one window to the next; each window scores the tokens that
-            none before it has.
-        average: `"tokens"`, or `"windows"` for the mean of the means of windows.
-        remainder: What happens to the last window if it is incomplete: `"score"` or
-            `"drop"`.
-        description: In words.
+        name: Name of the protocol in reports.
+        version: Version, which grows when the same name stands for different numbers.
+        context: Number of tokens in a window.
+        stride: Number of tokens from one window to the next; each window scores the
+            tokens that no earlier window has scored.
+        average: `"tokens"` for the mean over tokens, `"windows"` for the mean over the
+            means of windows.
+        remainder: Treatment of an incomplete last window: `"score"` or `"drop"`.
+        description: Description in words.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Protocol:
     stride: int
     average: Literal["tokens", "windows"]
     remainder: Literal["score", "drop"]
-    description: str
+    description: str = dataclasses.field(repr=False)
 
     def fitted(self, context: int) -> "Protocol":
-        """Return the protocol for a model of this context, which may be smaller."""
+        """Return the protocol for a model whose context may be smaller."""
         if context >= self.context:
             return self
         stride = max(self.stride * context // self.context, 1)
@@ -72,11 +72,11 @@ class Protocol:
         """Cut a text into windows.
 
         Args:
-            tokens: In the text.
-            context: The largest number of positions of the model.
+            tokens: Number of tokens in the text.
+            context: Largest number of positions of the model.
 
         Returns:
-            Those windows in which something is scored, in order.
+            The windows in which tokens are scored, in order.
         """
         size, stride = (fitted := self.fitted(context)).context, fitted.stride
         windows, scored = [], 0
@@ -135,7 +135,7 @@ def find(name: str) -> Protocol:
     """Return a protocol by its name.
 
     Raises:
-        ValueError: If there is none of this name; lists those that are.
+        ValueError: If the name is unknown; the message lists the known ones.
     """
     if name not in PROTOCOLS:
         close = difflib.get_close_matches(name, PROTOCOLS, n=1)

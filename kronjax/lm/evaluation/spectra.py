@@ -1,11 +1,12 @@
-"""Spectral norms and stable ranks of layers, and a bound that is made of them.
+"""Spectral norms and stable ranks of layers, and a generalisation bound made of them.
 
     srank(W) = ‖W‖_F² / ‖W‖_2²
     bound    ∝ Π_i ‖W_i‖_2² · Σ_i srank(W_i)
 
-The bound holds for networks of plain layers; for a transformer, with its residual
-stream and its norms, the product says nothing absolute. So it is given as a ratio of
-two models of one architecture, in powers of ten, with both factors apart.
+The bound holds for feed-forward networks; for a transformer, with its residual stream
+and its norms, the value of the product has no meaning by itself. So only the ratio of
+two models of one architecture is given, in powers of ten, and separately for both
+factors.
 
 References: Arora, Ge, Neyshabur and Zhang (2018); Rudelson and Vershynin (2007), for
 the stable rank.
@@ -28,14 +29,14 @@ from kronjax.lm.models.base import LanguageModel, inner_layers
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """The size of one kernel.
+    """Norms and ranks of a kernel.
 
     Attributes:
-        name: Of the layer.
-        spectral: `‖W‖_2`.
-        frobenius: `‖W‖_F`.
-        stable_rank: `‖W‖_F² / ‖W‖_2²`, at most the rank; 0 of a kernel of zeros.
-        rank: Singular values above `max(m, n)` roundings of the largest.
+        name: Name of the layer.
+        spectral: Spectral norm `‖W‖_2`.
+        frobenius: Frobenius norm `‖W‖_F`.
+        stable_rank: `‖W‖_F² / ‖W‖_2²`, at most the rank; 0 if all entries are zero.
+        rank: Number of singular values above `max(m, n)` roundings of the largest one.
     """
 
     name: str
@@ -47,27 +48,27 @@ class Spectrum:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two models, layer by layer.
+    """Comparison of two models, layer by layer.
 
     Attributes:
-        before: Of the first.
-        after: Of the second, in the same order.
-        log10_product: Of the ratio of `Π ‖W_i‖²`, after over before.
-        log10_ranks: Of the ratio of `Σ srank`.
+        before: Spectra of the first model.
+        after: Spectra of the second model, in the same order.
+        log10_product: Logarithm of the ratio of `Π ‖W_i‖²`, after over before.
+        log10_ranks: Logarithm of the ratio of `Σ srank`, after over before.
     """
 
-    before: tuple[Spectrum, ...]
-    after: tuple[Spectrum, ...]
+    before: tuple[Spectrum, ...] = dataclasses.field(repr=False)
+    after: tuple[Spectrum, ...] = dataclasses.field(repr=False)
     log10_product: float
     log10_ranks: float
 
     @property
     def log10_bound(self) -> float:
-        """Of the ratio of the bounds: below zero, that of the second is the lower."""
+        """Logarithm of the ratio of the bounds: negative if the second one is lower."""
         return self.log10_product + self.log10_ranks
 
     def plain(self) -> dict[str, Any]:
-        """Return everything as values that JSON holds."""
+        """Return all fields as values for JSON."""
         return {
             "log10_bound": self.log10_bound,
             "log10_product": self.log10_product,
@@ -84,17 +85,17 @@ class Comparison:
 
 
 def of_kernel(name: str, kernel: np.ndarray) -> Spectrum:
-    """Return the size of a kernel `[n_in, n_out]`, in float64.
+    """Return the spectrum of a kernel `[n_in, n_out]`, computed in float64.
 
     Raises:
-        ValueError: If an entry is not finite; names the layer.
+        ValueError: If an entry is not finite; the message names the layer.
     """
     kernel = np.asarray(kernel, np.float64)
     if not np.isfinite(kernel).all():
         raise ValueError(f"{name} has entries that are not finite")
     values = np.linalg.svd(kernel, compute_uv=False)
     top = float(values[0])
-    # Kernels are stored in float32 at best, whatever they are computed in.
+    # Kernels are stored in at most float32, whatever dtype they are given in.
     floor = max(kernel.shape) * float(np.finfo(np.float32).eps) * top
     scaled = values / top if top > 0 else values
     return Spectrum(
@@ -109,15 +110,15 @@ def of_kernel(name: str, kernel: np.ndarray) -> Spectrum:
 def compare(before: LanguageModel, after: LanguageModel) -> Comparison:
     """Compare two models of one architecture.
 
-    Costs the singular values of all kernels of the first, and of those of the second
-    that differ.
+    The cost is that of the singular values of all kernels of the first model, and of
+    those kernels of the second that differ.
 
     Raises:
-        ValueError: If they have other layers, or an entry is not finite.
+        ValueError: If the models have different layers, or an entry is not finite.
     """
     old, new = map(_kernels, (before, after))
     if list(old) != list(new):
-        raise ValueError("the models have other layers: they cannot be compared")
+        raise ValueError("the models have different layers: they cannot be compared")
     first = {name: of_kernel(name, kernel) for name, kernel in old.items()}
     second = {
         name: first[name]
@@ -127,7 +128,7 @@ def compare(before: LanguageModel, after: LanguageModel) -> Comparison:
     }
 
     def product(spectra):
-        # A layer of zeros would make it zero; the bound is then of no use.
+        # A layer of zeros makes the bound zero, and useless; log10 must not fail.
         return sum(2 * math.log10(max(x.spectral, 1e-300)) for x in spectra.values())
 
     def ranks(spectra):
@@ -143,29 +144,33 @@ def compare(before: LanguageModel, after: LanguageModel) -> Comparison:
 
 
 def rows(comparison: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Return means over the layers of a kind as words, of what `plain` returned.
+    """Return the rows of a table of means over the layers of each kind.
+
+    Args:
+        comparison: The result of `Comparison.plain`.
 
     Returns:
-        Kind, spectral norm, stable rank and rank, each before and after.
+        Rows of text: kind, spectral norm, stable rank and rank, each before and after.
     """
     kinds: dict[str, list[dict[str, Any]]] = {}
-    for one in comparison["layers"]:
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", one["name"]), []).append(one)
-    made = []
+    for layer in comparison["layers"]:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", layer["name"]), []).append(layer)
+    lines = []
     for kind, members in kinds.items():
         cells = [kind]
         for key, form in (("spectral", ".3g"), ("stable_rank", ".2f"), ("rank", ".0f")):
             for when in ("before", "after"):
-                cells.append(f"{np.mean([one[when][key] for one in members]):{form}}")
-        made.append(tuple(cells))
-    return made
+                mean = np.mean([layer[when][key] for layer in members])
+                cells.append(f"{mean:{form}}")
+        lines.append(tuple(cells))
+    return lines
 
 
 def verdict(comparison: dict[str, Any]) -> str:
-    """Say what `plain` returned in a sentence."""
+    """Return a sentence about the result of `Comparison.plain`."""
     layers = comparison["layers"]
     old, new = (
-        np.mean([one[when]["stable_rank"] for one in layers])
+        np.mean([layer[when]["stable_rank"] for layer in layers])
         for when in ("before", "after")
     )
     return (
@@ -177,7 +182,7 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 
 def _kernels(model: LanguageModel) -> dict[str, np.ndarray]:
-    """Return the kernels of all linear layers but the head, multiplied out."""
+    """Return the kernels of all linear layers except the head, multiplied out."""
     return {
         name: np.asarray(nn.dense(layer).kernel[...], np.float64)
         for name, layer in inner_layers(model).items()

@@ -1,4 +1,4 @@
-"""Tables of models that were evaluated, one beside another.
+"""Tables and sentences that compare evaluated models.
 
 >>> millions(124_439_808)
 '124.4 M'
@@ -13,16 +13,16 @@ from kronjax.lm.evaluation.perplexity import Lambada, Perplexity
 from kronjax.lm.models.sizes import Sizes
 
 Row = tuple[str, Sizes, Perplexity | Lambada]
-"""The name of a model, what it stores, and how it did."""
+"""Name of a model, its sizes, and the result of its evaluation."""
 
 
 def evaluation(rows: Sequence[Row]) -> Table:
-    """Return a table with a line for each model, all evaluated alike.
+    """Return a table with a row for each model; all must be evaluated alike.
 
-    Of masked models `parameters` are the kept ones, beside those that are held.
+    For masked models, `parameters` counts the unmasked ones, and `held` all.
     """
     first = rows[0][2]
-    table = Table(caption=_how(first), caption_justify="left")
+    table = Table(caption=_circumstances(first), caption_justify="left")
     table.add_column("model")
     masked = any(sizes.held > sizes.parameters for _, sizes, _ in rows)
     names = ["parameters", *["held"] * masked, "MiB"]
@@ -48,7 +48,7 @@ def evaluation(rows: Sequence[Row]) -> Table:
 
 
 def difference(rows: Sequence[Row]) -> str:
-    """Say how the first model compares with the second, in one line."""
+    """Compare the first model with the second in one line."""
     (_, small, ours), (_, large, theirs) = rows
     if isinstance(ours, Perplexity) and isinstance(theirs, Perplexity):
         if ours.protocol != theirs.protocol:
@@ -70,17 +70,17 @@ def difference(rows: Sequence[Row]) -> str:
 
 
 def millions(count: int) -> str:
-    """Write a number of parameters: `124.4 M`."""
+    """Format a number of parameters: `124.4 M`."""
     return f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
 
 
 def _shortened(name: str, most: int = 24) -> str:
-    """Return the end of a long path, which tells more than its beginning."""
+    """Return the end of a long path, which is more specific than its beginning."""
     return name if len(name) <= most else "\N{HORIZONTAL ELLIPSIS}" + name[1 - most :]
 
 
-def _how(result: Perplexity | Lambada) -> str:
-    """Return what one has to know to get the numbers once more."""
+def _circumstances(result: Perplexity | Lambada) -> str:
+    """Return the settings that are needed to reproduce the numbers."""
     parts: list[Any] = []
     if isinstance(result, Lambada):
         parts += [f"lambada v{result.version}", f"{result.rows:,} rows"]

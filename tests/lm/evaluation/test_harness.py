@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: alone, and inside of the harness."""
+"""The adapter for lm-evaluation-harness, alone and inside the harness."""
 
 import json
 import os
@@ -17,20 +17,20 @@ SENTENCE = "She sells sea shells by the sea shore"
 
 
 def total(model, before, after):
-    """Sum of the log-likelihoods of `after`, by one plain forward pass."""
+    """Return the log-likelihood of `after` by one forward pass, and if it is greedy."""
     losses, greedy = losses_reference(model, np.array([*before, *after], np.int32))
     count = len(after)
     return -losses[-count:].sum(), bool(greedy[-count:].all())
 
 
-def test_loglikelihood_is_that_of_the_tokens(tiny):
+def test_loglikelihoods_equal_the_reference(tiny):
     adapter = harness.Adapter(tiny, batch=2)
     pairs = [("She sells", " sea shells"), ("", "A journey"), ("The quick  ", "fox")]
-    found = adapter.loglikelihood(pairs)
-    for pair, (value, greedy) in zip(pairs, found, strict=True):
-        wanted = total(tiny, *adapter.encode_pair(*pair))
-        assert value == pytest.approx(wanted[0], rel=1e-4)
-        assert greedy == wanted[1]
+    results = adapter.loglikelihood(pairs)
+    for pair, (value, greedy) in zip(pairs, results, strict=True):
+        expected = total(tiny, *adapter.encode_pair(*pair))
+        assert value == pytest.approx(expected[0], rel=1e-4)
+        assert greedy == expected[1]
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,10 @@ def test_loglikelihood_is_that_of_the_tokens(tiny):
 )
 def test_spaces_belong_to_the_continuation(tiny, context, continuation, before, after):
     adapter = harness.Adapter(tiny)
-    found = adapter.encode_pair(context, continuation)
+    pair = adapter.encode_pair(context, continuation)
     end = tiny.tokenizer.eos
     encoded = [end] if before is None else tiny.tokenizer.encode(before).tolist()
-    assert found == (encoded, tiny.tokenizer.encode(after).tolist())
+    assert pair == (encoded, tiny.tokenizer.encode(after).tolist())
 
 
 def test_the_end_of_a_long_context_is_kept(tiny):
@@ -74,7 +74,7 @@ def test_windows_score_each_token_once(count):
         assert len(whole) == min(8, count + 1)
 
 
-def test_a_long_text_is_the_sum_of_its_windows(tiny):
+def test_the_loglikelihood_of_a_long_text_is_the_sum_over_windows(tiny):
     adapter = harness.Adapter(tiny, max_length=16)
     tokens = tiny.tokenizer.encode(SENTENCE * 3).tolist()
     pairs = list(harness.windows(tokens, tiny.tokenizer.eos, most=16))
@@ -89,8 +89,8 @@ def test_texts_are_continued_up_to_an_ending(tiny):
     prompts = ["She sells", "A journey of", "The"]
     plain = lm.generate(tiny, prompts, max_new_tokens=12)
     settings = {"max_gen_toks": 12, "do_sample": False}
-    found = adapter.generate_until([(prompt, settings) for prompt in prompts])
-    assert found == plain
+    texts = adapter.generate_until([(prompt, settings) for prompt in prompts])
+    assert texts == plain
     text = plain[0]
     ending = text[len(text) // 2 :][:2]
     requests = [
@@ -129,13 +129,13 @@ def test_generation_ends_with_the_last_ending(tiny, monkeypatch):
 def test_sampling_follows_the_settings(tiny):
     adapter = harness.Adapter(tiny)
     greedy = {"max_gen_toks": 8, "do_sample": False, "temperature": 3.0}
-    one = {"max_new_tokens": 8, "do_sample": True, "top_k": 1, "temperature": 3.0}
+    only = {"max_new_tokens": 8, "do_sample": True, "top_k": 1, "temperature": 3.0}
     drawn = {"max_gen_toks": 8, "temperature": 9.0, "num_beams": 1}
-    texts = adapter.generate_until([("The", one), ("The", greedy), ("The", drawn)])
+    texts = adapter.generate_until([("The", only), ("The", greedy), ("The", drawn)])
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_what_is_refused(tiny, tokenizer):
+def test_unsupported_settings_raise_an_error(tiny, tokenizer):
     adapter = harness.Adapter(tiny)
     with pytest.raises(ValueError, match=r"{'num_beams': 4} are not supported"):
         adapter.generate_until([("a", {"num_beams": 4})])
@@ -148,7 +148,7 @@ def test_what_is_refused(tiny, tokenizer):
         harness.Adapter(tiny)
 
 
-def test_without_the_harness_the_extra_is_named(monkeypatch):
+def test_a_missing_harness_raises_an_error_that_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.api.model", raising=False)
     harness.register.cache_clear()
@@ -158,7 +158,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("count", [1, 6, 7, 8, 23])
-def test_windows_are_those_of_the_harness(count):
+def test_windows_equal_those_of_the_harness(count):
     utils = pytest.importorskip("lm_eval.utils")
     tokens = list(range(1, count + 1))
     theirs = utils.get_rolling_token_windows(tokens, 0, 7, 1)
@@ -216,10 +216,10 @@ def write_tasks(folder):
 
 
 def numbers_in(value):
-    """All numbers in nested lists, which the harness writes as text."""
+    """Yield all numbers in nested lists, which the harness writes as text."""
     if isinstance(value, list):
-        for one in value:
-            yield from numbers_in(one)
+        for item in value:
+            yield from numbers_in(item)
     else:
         yield float({"True": 1, "False": 0}.get(str(value), value))
 
@@ -252,7 +252,7 @@ def run_harness(folder, module, *arguments):
 
 @pytest.mark.parity
 @pytest.mark.slow
-def test_the_harness_finds_what_it_finds_for_the_export_in_torch(tiny, tmp_path):
+def test_the_harness_gives_the_results_of_the_export_in_torch(tiny, tmp_path):
     for name in ("lm_eval", "torch", "transformers", "accelerate"):
         pytest.importorskip(name)
     write_tasks(tmp_path)
@@ -264,7 +264,7 @@ def test_the_harness_finds_what_it_finds_for_the_export_in_torch(tiny, tmp_path)
         "--model_args",
         f"pretrained={tmp_path / 'ours'}",
     )
-    theirs, wanted = run_harness(
+    theirs, expected = run_harness(
         tmp_path,
         "lm_eval",
         "--model",
@@ -277,14 +277,14 @@ def test_the_harness_finds_what_it_finds_for_the_export_in_torch(tiny, tmp_path)
     assert set(ours) == set(theirs) == set(TASKS)
     for name in TASKS:
         figures = [
-            {key: x for key, x in one[name].items() if isinstance(x, float)}
-            for one in (ours, theirs)
+            {key: x for key, x in results[name].items() if isinstance(x, float)}
+            for results in (ours, theirs)
         ]
         assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-6)
         assert figures[0]
     assert len(texts["continued"]) == 3
-    assert texts["continued"] == wanted["continued"]
+    assert texts["continued"] == expected["continued"]
     for name in ("last_words", "choices", "whole_texts"):
-        ours, theirs = (list(numbers_in(one[name])) for one in (texts, wanted))
+        ours, theirs = (list(numbers_in(x[name])) for x in (texts, expected))
         assert len(ours) == len(theirs) >= 3
         assert ours == pytest.approx(theirs, rel=1e-4)

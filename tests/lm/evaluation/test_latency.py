@@ -1,4 +1,4 @@
-"""Timing: what is compared with what, and what is said of it."""
+"""Timing of models and layers, and the verdicts about the times."""
 
 import dataclasses
 import io
@@ -40,7 +40,7 @@ def printed(table):
     return console.file.getvalue()
 
 
-def test_multiplied_out_is_the_same_function(mixed):
+def test_a_multiplied_out_model_computes_the_same_function(mixed):
     tokens = np.random.default_rng(1).integers(0, 300, (1, 64)).astype(np.int32)
     other = nn.multiplied_out(mixed)
     layers = nn.linear_layers(other).values()
@@ -51,36 +51,36 @@ def test_multiplied_out_is_the_same_function(mixed):
 
 
 def test_both_models_and_every_kind_of_layer_are_timed(mixed):
-    found = latency.measure_latency(mixed, batch=2, context=8, new_tokens=3, repeats=3)
-    assert (found.batch, found.context, found.new_tokens) == (2, 8, 3)
-    assert found.factored == 3 and found.compile_seconds > 0
-    counts = {(one.kind, one.shape): one.names for one in found.layers}
+    result = latency.measure_latency(mixed, batch=2, context=8, new_tokens=3, repeats=3)
+    assert (result.batch, result.context, result.new_tokens) == (2, 8, 3)
+    assert result.factored == 3 and result.compile_seconds > 0
+    counts = {(x.kind, x.shape): x.names for x in result.layers}
     assert counts[("2 × 4x8 ⊗ 8x16", (32, 128))] == ("h.0.mlp.c_fc", "h.1.mlp.c_fc")
     assert counts[("masked", (128, 32))] == ("h.0.mlp.c_proj",)
     assert sum(map(len, counts.values())) == 8
-    for times in (found.prefill, found.decode, found.layers[0].prefill):
+    for times in (result.prefill, result.decode, result.layers[0].prefill):
         assert len(times.samples) == len(times.dense_samples) == 3
         assert min(times.samples + times.dense_samples) > 0
-    assert found.decode_rate == pytest.approx(6 / found.decode.seconds)
-    assert found.dense_prefill_rate == pytest.approx(16 / found.prefill.dense_seconds)
-    fields = json.loads(json.dumps(latency.summary(found), allow_nan=False))
-    assert fields["decode"]["seconds"] == found.decode.seconds
-    assert len(fields["layers"]) == len(found.layers)
-    text = printed(latency.table(found))
+    assert result.decode_rate == pytest.approx(6 / result.decode.seconds)
+    assert result.dense_prefill_rate == pytest.approx(16 / result.prefill.dense_seconds)
+    fields = json.loads(json.dumps(latency.summary(result), allow_nan=False))
+    assert fields["decode"]["seconds"] == result.decode.seconds
+    assert len(fields["layers"]) == len(result.layers)
+    text = printed(latency.table(result))
     assert "2 of 32x128" in text and "masked" in text and "whole model" in text
 
 
 def test_a_dense_model_is_timed_alone(tiny):
-    found = latency.measure_latency(tiny, new_tokens=2, repeats=1)
-    assert found.factored == 0 and found.context == 62
-    assert found.decode.samples == found.decode.dense_samples
-    assert "nothing to compare" in latency.verdict(found)
-    assert "whole model" in printed(latency.table(found))
+    result = latency.measure_latency(tiny, new_tokens=2, repeats=1)
+    assert result.factored == 0 and result.context == 62
+    assert result.decode.samples == result.decode.dense_samples
+    assert "nothing to compare" in latency.verdict(result)
+    assert "whole model" in printed(latency.table(result))
 
 
-def test_the_verdict_says_plainly_who_is_faster():
+def test_the_verdict_says_which_is_faster():
     slow, fast = (2.0, 2.2, 2.1, 2.0), (1.0, 1.0, 1.1, 1.0)
-    found = latency.Latency(
+    result = latency.Latency(
         batch=1,
         context=10,
         new_tokens=20,
@@ -92,13 +92,13 @@ def test_the_verdict_says_plainly_who_is_faster():
         dtype="float32",
         device="cpu",
     )
-    assert latency.verdict(found) == (
+    assert latency.verdict(result) == (
         "Reading the prompt, the model is 2.00 times as fast as dense (10.0 against "
         "4.9 tokens/s). Writing, dense is 2.00 times as fast (9.8 against 20.0 "
         "tokens/s)."
     )
     noisy = Times((1.0, 2.0, 1.0, 2.0), (2.0, 1.0, 2.0, 1.0))
-    same = dataclasses.replace(found, prefill=noisy, decode=Times(fast, fast))
+    same = dataclasses.replace(result, prefill=noisy, decode=Times(fast, fast))
     assert latency.verdict(same).count("neither is faster beyond the noise") == 2
 
 
@@ -111,12 +111,12 @@ def test_the_verdict_says_plainly_who_is_faster():
         ({"context": 60, "new_tokens": 5}, "60 tokens .* 5 new ones exceed the 64"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(tiny, options, message):
+def test_wrong_sizes_raise_an_error(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         latency.measure_latency(tiny, **options)
 
 
-def test_turns_alternate_and_short_samples_are_prolonged():
+def test_turns_alternate_and_short_samples_are_repeated():
     order = []
 
     def way(name, seconds):

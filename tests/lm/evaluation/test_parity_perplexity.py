@@ -1,4 +1,4 @@
-"""Perplexities as the loops of other projects compute them, with torch."""
+"""Comparison of perplexities with the loops of other projects, on torch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.fixture(scope="module")
 def pair():
-    """A tiny GPT-2 of transformers with weights larger than drawn, and its port."""
+    """A tiny GPT-2 of transformers with enlarged weights, and its port."""
     sizes = dict(vocab_size=300, n_positions=64, n_embd=32, n_layer=2, n_head=4)
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
@@ -34,7 +34,7 @@ def pair():
     return theirs, ours
 
 
-def test_strided_perplexity_is_that_of_the_documentation(pair):
+def test_strided_perplexity_equals_the_documentation_of_transformers(pair):
     theirs, ours = pair
     tokens = np.random.default_rng(0).integers(0, 300, 203)
     ids = torch.tensor(tokens)[None]
@@ -50,12 +50,12 @@ def test_strided_perplexity_is_that_of_the_documentation(pair):
         total, count, before = total + new * float(loss), count + new, end
         if end == 203:
             break
-    found = perplexity.perplexity(ours, tokens, "hf-strided")
-    assert found.tokens_scored == count == 202
-    assert found.perplexity == pytest.approx(np.exp(total / count), rel=1e-5)
+    result = perplexity.perplexity(ours, tokens, "hf-strided")
+    assert result.tokens_scored == count == 202
+    assert result.perplexity == pytest.approx(np.exp(total / count), rel=1e-5)
 
 
-def test_gptq_perplexity_is_that_of_its_code(pair):
+def test_gptq_perplexity_equals_the_code_of_gptq(pair):
     theirs, ours = pair
     tokens = np.random.default_rng(1).integers(0, 300, 203)
     ids = torch.tensor(tokens)[None]
@@ -68,9 +68,9 @@ def test_gptq_perplexity_is_that_of_its_code(pair):
         loss = torch.nn.functional.cross_entropy(logits[0, :-1], batch[0, 1:])
         nlls.append(loss * seqlen)
     expected = float(torch.exp(torch.stack(nlls).sum() / (nsamples * seqlen)))
-    found = perplexity.perplexity(ours, tokens, "gptq-2048")
-    assert found.windows == nsamples == 3
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    result = perplexity.perplexity(ours, tokens, "gptq-2048")
+    assert result.windows == nsamples == 3
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
 
 
 def test_krony_pt_perplexity_is_the_mean_of_the_losses_of_windows(pair):
@@ -80,6 +80,6 @@ def test_krony_pt_perplexity_is_the_mean_of_the_losses_of_windows(pair):
     for part in torch.tensor(tokens)[None].split(64, dim=1):
         with torch.no_grad():
             losses.append(theirs(part, labels=part).loss)
-    found = perplexity.perplexity(ours, tokens, "krony-pt")
+    result = perplexity.perplexity(ours, tokens, "krony-pt")
     expected = float(torch.exp(torch.stack(losses).mean()))
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)

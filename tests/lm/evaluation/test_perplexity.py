@@ -1,4 +1,4 @@
-"""Perplexities and last words, against loops that are slow and obvious."""
+"""Perplexities and last words, compared with slow and simple loops."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from kronjax.lm.text import documents
 
 
 def loop(model, tokens, context, stride, average, drop):
-    """Perplexity and number of scored tokens, one window after the other."""
+    """Return the perplexity, the number of scored tokens and that of windows."""
     means, counts, before = [], [], 0
     for begin in range(0, len(tokens), stride):
         end = min(begin + context, len(tokens))
@@ -43,33 +43,37 @@ def loop(model, tokens, context, stride, average, drop):
         ("hf-strided", (64, 32, "tokens", False)),
     ],
 )
-def test_protocols_are_what_they_say(tiny, protocol, settings, batch):
+def test_protocols_equal_the_reference(tiny, protocol, settings, batch):
     tokens = np.random.default_rng(0).integers(0, 300, 203)
-    found = perplexity.perplexity(tiny, tokens, protocol, batch=batch)
+    result = perplexity.perplexity(tiny, tokens, protocol, batch=batch)
     expected, scored, windows = loop(tiny, tokens, *settings)
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
-    assert found.nll == pytest.approx(math.log(expected), rel=1e-5)
-    assert (found.tokens, found.tokens_scored, found.windows) == (203, scored, windows)
-    assert (found.protocol.context, found.protocol.stride) == settings[:2]
-    assert (found.vocab_size, found.dtype) == (300, "float32")
-    assert found.text_sha256 is None and found.tokenizer_sha256 is None
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
+    assert result.nll == pytest.approx(math.log(expected), rel=1e-5)
+    assert (result.tokens, result.tokens_scored, result.windows) == (
+        203,
+        scored,
+        windows,
+    )
+    assert (result.protocol.context, result.protocol.stride) == settings[:2]
+    assert (result.vocab_size, result.dtype) == (300, "float32")
+    assert result.text_sha256 is None and result.tokenizer_sha256 is None
     raw = tokens.astype("<i4").tobytes()
-    assert found.tokens_sha256 == hashlib.sha256(raw).hexdigest()
+    assert result.tokens_sha256 == hashlib.sha256(raw).hexdigest()
 
 
 @pytest.mark.parametrize("protocol", ["krony-pt", "hf-strided"])
 @pytest.mark.parametrize("count", [2, 33, 64, 65])
-def test_short_texts(tiny, protocol, count):
+def test_short_texts_equal_the_reference(tiny, protocol, count):
     tokens = np.random.default_rng(1).integers(0, 300, count)
     average = "windows" if protocol == "krony-pt" else "tokens"
     stride = 64 if protocol == "krony-pt" else 32
     expected, scored, _ = loop(tiny, tokens, 64, stride, average, False)
-    found = perplexity.perplexity(tiny, tokens, protocol)
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
-    assert found.tokens_scored == scored
+    result = perplexity.perplexity(tiny, tokens, protocol)
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
+    assert result.tokens_scored == scored
 
 
-def test_a_text_is_the_same_however_it_is_given(tiny, tmp_path):
+def test_a_text_may_be_given_in_any_form(tiny, tmp_path):
     content = "\n".join(SENTENCES) + "\n"
     path = tmp_path / "fox.txt"
     path.write_text(content)
@@ -94,7 +98,7 @@ def test_a_text_is_the_same_however_it_is_given(tiny, tmp_path):
         perplexity.perplexity(tiny, str(path))
 
 
-def test_mistakes_are_named(tiny, tokenizer):
+def test_wrong_arguments_raise_an_error(tiny, tokenizer):
     with pytest.raises(ValueError, match="two tokens or more; the text has 1"):
         perplexity.perplexity(tiny, "A")
     with pytest.raises(ValueError, match="the text has 0"):
@@ -119,24 +123,24 @@ def test_mistakes_are_named(tiny, tokenizer):
         perplexity.perplexity(other, "A fox", tokenizer=tokenizer)
 
 
-def test_a_model_that_gives_no_numbers_is_told(tiny):
+def test_a_model_that_returns_nan_raises_an_error(tiny):
     tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
     with pytest.raises(ValueError, match="NaN in 1 of 1 windows.*try float32"):
         perplexity.perplexity(tiny, np.arange(20), "krony-pt")
 
 
-def test_a_summary_says_how_to_get_the_number_again(tiny):
-    found = perplexity.perplexity(tiny, " ".join(SENTENCES), "hf-strided")
-    fields = json.loads(json.dumps(perplexity.summary(found)))
+def test_a_summary_holds_what_reproduces_the_number(tiny):
+    result = perplexity.perplexity(tiny, " ".join(SENTENCES), "hf-strided")
+    fields = json.loads(json.dumps(perplexity.summary(result)))
     assert fields["protocol"] == "hf-strided" and fields["protocol_version"] == 1
     assert fields["context"] == 64 and fields["stride"] == 32
-    assert fields["perplexity"] == found.perplexity
+    assert fields["perplexity"] == result.perplexity
     assert fields["seconds"] > 0 and fields["tokens_per_second"] > 0
     assert {"text_sha256", "tokens_sha256", "kronjax", "device"} <= set(fields)
 
 
 def last_words(model, rows):
-    """Accuracy and perplexity of last words, one row after the other."""
+    """Return the accuracy and the perplexity of last words."""
     hits, totals = [], []
     for row in rows:
         cut = row.rindex(" ")
@@ -148,9 +152,9 @@ def last_words(model, rows):
     return np.mean(hits), math.exp(np.mean(totals))
 
 
-def test_lambada_takes_the_whole_last_word(tiny):
-    # One row ends as the model would have it: the state before its last word, with
-    # which the head is multiplied, becomes the row of that word.
+def test_lambada_scores_the_whole_last_word(tiny):
+    # The model predicts the last word of one row: the embedding of this word becomes a
+    # multiple of the state before it, with which the head is multiplied.
     tokens = tiny.tokenizer.encode("She sells", special=False)
     places = attention.locate((1, len(tokens)))
     state = tiny.hidden(jnp.asarray(tokens)[None], places)[0][0, -1]
@@ -159,14 +163,14 @@ def test_lambada_takes_the_whole_last_word(tiny):
     rows = [*SENTENCES, "She sells shells"]
     accuracy, expected = last_words(tiny, rows)
     assert accuracy == 0.25
-    found = perplexity.lambada(tiny, rows)
-    assert found.accuracy == accuracy and found.rows == 4
-    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    result = perplexity.lambada(tiny, rows)
+    assert result.accuracy == accuracy and result.rows == 4
+    assert result.perplexity == pytest.approx(expected, rel=1e-5)
     whole = perplexity.perplexity(tiny, "\n\n".join(rows), "krony-pt")
-    assert found.full_text is not None
-    assert found.full_text.perplexity == whole.perplexity
-    assert found.text_sha256 == whole.text_sha256
-    fields = json.loads(json.dumps(perplexity.summary(found)))
+    assert result.full_text is not None
+    assert result.full_text.perplexity == whole.perplexity
+    assert result.text_sha256 == whole.text_sha256
+    fields = json.loads(json.dumps(perplexity.summary(result)))
     assert (fields["protocol"], fields["protocol_version"]) == ("lambada", 1)
     assert fields["full_text"]["protocol"] == "krony-pt"
     alone = perplexity.lambada(
@@ -176,7 +180,7 @@ def test_lambada_takes_the_whole_last_word(tiny):
     assert alone.accuracy == accuracy
 
 
-def test_lambada_names_the_row_that_it_cannot_use(tiny):
+def test_lambada_raises_an_error_that_names_the_row(tiny):
     with pytest.raises(ValueError, match="row 2 has fewer than two words: 'word'"):
         perplexity.lambada(tiny, ["Two words", "word"])
     with pytest.raises(ValueError, match="there are none"):
@@ -194,15 +198,15 @@ def test_log_likelihoods_are_sums_over_the_continuation(tiny):
     context = pairs[0][0]
     best = int(tiny(jnp.array([context]))[0, -1].argmax())
     pairs.append((context, [best]))
-    found = perplexity.log_likelihoods(tiny, pairs, batch=2)
-    assert len(found) == len(pairs)
-    for (before, after), (value, greedy) in zip(pairs, found, strict=True):
+    results = perplexity.log_likelihoods(tiny, pairs, batch=2)
+    assert len(results) == len(pairs)
+    for (before, after), (value, greedy) in zip(pairs, results, strict=True):
         # The model reads all but the last token, so 65 of them fit a context of 64.
         tokens = np.array([*before, *after])[-65:]
         losses, hits = losses_reference(tiny, tokens)
         assert value == pytest.approx(-losses[-len(after) :].sum(), rel=1e-5)
         assert greedy == hits[-len(after) :].all()
-    assert found[-1][1] and not found[0][1]
+    assert results[-1][1] and not results[0][1]
 
 
 @pytest.mark.parametrize(
@@ -210,11 +214,11 @@ def test_log_likelihoods_are_sums_over_the_continuation(tiny):
     [
         (([], [1]), "pair 1: the context has no tokens"),
         (([1], []), "pair 1: the continuation has no tokens"),
-        (([1], [1] * 65), "65 tokens, the model a context of 64"),
+        (([1], [1] * 65), "65 tokens, but the model has a context of 64"),
         (([1], [300]), "token 300 is not in the vocabulary of the model.* 300 tokens"),
         (([-1], [1]), "token -1"),
     ],
 )
-def test_pairs_that_cannot_be_scored_are_named(tiny, pair, message):
+def test_pairs_that_cannot_be_scored_raise_an_error(tiny, pair, message):
     with pytest.raises(ValueError, match=message):
         perplexity.log_likelihoods(tiny, [([1], [2]), pair])

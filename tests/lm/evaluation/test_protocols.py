@@ -1,4 +1,4 @@
-"""Windows and averages, token by token."""
+"""Windows of the protocols, token by token."""
 
 import dataclasses
 
@@ -14,9 +14,9 @@ def covered(windows):
 
 
 @given(tokens=st.integers(0, 400), context=st.sampled_from([2, 7, 64, 100]))
-def test_side_by_side(tokens, context):
+def test_adjacent_windows(tokens, context):
     windows = PROTOCOLS["krony-pt"].windows(tokens, context)
-    # One after the other; the first token of each is not scored.
+    # Windows follow each other; the first token of each is not scored.
     assert covered(windows) == [i for i in range(tokens) if i % context]
     assert len(windows) == -(-tokens // context) - (tokens % context == 1)
     whole = PROTOCOLS["gptq-2048"].windows(tokens, context)
@@ -25,23 +25,23 @@ def test_side_by_side(tokens, context):
 
 
 @given(tokens=st.integers(0, 400), context=st.sampled_from([2, 8, 64, 100]))
-def test_strided(tokens, context):
-    """The loop of the documentation of transformers, with a set for its mask."""
+def test_strided_windows(tokens, context):
+    """The loop in the documentation of transformers, with a set in place of a mask."""
     windows = PROTOCOLS["hf-strided"].windows(tokens, context)
     assert covered(windows) == list(range(1, tokens))
-    seen = set()
+    scored = set()
     for number, window in enumerate(windows):
         begin = number * (context // 2)
         end = min(begin + context, tokens)
         assert (window.begin, window.end) == (begin, end)
-        new = set(range(begin, end)) - seen - {0}
+        new = set(range(begin, end)) - scored - {0}
         assert set(range(window.first, window.end)) == new
-        seen |= new
-        # Half of the window stands before what is scored, wherever there is that much.
+        scored |= new
+        # At least half of the window precedes the scored tokens, if there are enough.
         assert window.first - window.begin >= min(context // 2, window.first)
 
 
-def test_the_settings_are_those_that_were_published():
+def test_the_settings_are_the_published_ones():
     settings = {
         name: (p.context, p.stride, p.average, p.remainder, p.version)
         for name, p in PROTOCOLS.items()
@@ -56,7 +56,7 @@ def test_the_settings_are_those_that_were_published():
     assert PROTOCOLS["hf-strided"].fitted(64) == smaller
 
 
-def test_an_unknown_protocol_is_told_the_known_ones():
+def test_an_unknown_protocol_raises_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"krony-pt, gptq-2048, hf-strided; did you.*"):
         find("gptq")
     with pytest.raises(ValueError, match="no protocol 'c4'; there are"):

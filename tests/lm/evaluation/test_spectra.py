@@ -1,4 +1,4 @@
-"""Spectral norms, stable ranks and the ratio of bounds against definitions."""
+"""Spectral norms, stable ranks and ratios of bounds, compared with definitions."""
 
 import dataclasses
 import json
@@ -34,33 +34,33 @@ def make():
 @given(
     st.integers(0, 99), st.sampled_from([1e-200, 1e-20, 1.0, 1e20]), st.integers(1, 5)
 )
-def test_the_stable_rank_is_below_the_rank_and_knows_no_scale(seed, scale, rank):
+def test_the_stable_rank_is_at_most_the_rank_and_scale_invariant(seed, scale, rank):
     rng = np.random.default_rng(seed)
     kernel = rng.normal(size=(8, rank)) @ rng.normal(size=(rank, 6))
-    one, other = (spectra.of_kernel("", x) for x in (kernel, scale * kernel))
-    assert one.rank == other.rank == rank
-    assert 1 <= one.stable_rank <= rank * (1 + 1e-12)
-    assert other.stable_rank == pytest.approx(one.stable_rank)
-    assert one.spectral == pytest.approx(np.linalg.norm(kernel, 2))
-    assert other.frobenius == pytest.approx(scale * np.linalg.norm(kernel))
+    plain, scaled = (spectra.of_kernel("", x) for x in (kernel, scale * kernel))
+    assert plain.rank == scaled.rank == rank
+    assert 1 <= plain.stable_rank <= rank * (1 + 1e-12)
+    assert scaled.stable_rank == pytest.approx(plain.stable_rank)
+    assert plain.spectral == pytest.approx(np.linalg.norm(kernel, 2))
+    assert scaled.frobenius == pytest.approx(scale * np.linalg.norm(kernel))
 
 
-def test_a_kronecker_product_has_the_product_of_stable_ranks():
+def test_the_stable_rank_of_a_kronecker_product_is_a_product():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(4, 6)), rng.normal(size=(3, 5))
-    one, two, both = (spectra.of_kernel("", x) for x in (a, b, np.kron(a, b)))
-    assert both.stable_rank == pytest.approx(one.stable_rank * two.stable_rank)
-    assert both.rank == one.rank * two.rank
+    left, right, both = (spectra.of_kernel("", x) for x in (a, b, np.kron(a, b)))
+    assert both.stable_rank == pytest.approx(left.stable_rank * right.stable_rank)
+    assert both.rank == left.rank * right.rank
 
 
-def test_zeros_and_what_is_not_finite():
+def test_kernels_of_zeros_and_of_nan():
     zeros = spectra.of_kernel("fc", np.zeros((3, 4)))
     assert (zeros.spectral, zeros.stable_rank, zeros.rank) == (0, 0, 0)
     with pytest.raises(ValueError, match=r"h\.0\.fc has entries"):
         spectra.of_kernel("h.0.fc", np.full((2, 2), np.nan))
 
 
-def test_the_ratio_of_bounds_is_that_of_the_definitions():
+def test_the_ratio_of_bounds_follows_the_definition():
     before, after = make(), make()
     pruning.prune(after, Pruning(0.5, match="*.mlp.*"))
     layer = nn.linear_layers(after)["layers.0.self_attn.q_proj"]
@@ -80,11 +80,11 @@ def test_the_ratio_of_bounds_is_that_of_the_definitions():
         ]
         return np.prod(norms) ** 2 * sum(sranks)
 
-    found = spectra.compare(before, after)
+    comparison = spectra.compare(before, after)
     expected = np.log10(bound(after) / bound(before))
-    assert found.log10_bound == pytest.approx(expected, rel=1e-6)
-    plain = json.loads(json.dumps(found.plain(), allow_nan=False))
-    by_name = {one["name"]: one for one in plain["layers"]}
+    assert comparison.log10_bound == pytest.approx(expected, rel=1e-6)
+    plain = json.loads(json.dumps(comparison.plain(), allow_nan=False))
+    by_name = {layer["name"]: layer for layer in plain["layers"]}
     assert by_name[name]["after"]["stable_rank"] == pytest.approx(1)
     kinds = {row[0]: row for row in spectra.rows(plain)}
     assert len(kinds) == 7 and all(len(row) == 7 for row in kinds.values())
@@ -92,8 +92,8 @@ def test_the_ratio_of_bounds_is_that_of_the_definitions():
     assert spectra.compare(before, make()).log10_bound == 0
 
 
-def test_models_of_other_layers_are_refused():
+def test_models_with_different_layers_raise_an_error():
     config = dataclasses.replace(CONFIG, num_hidden_layers=1)
     few = llama.Model(config, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="other layers"):
+    with pytest.raises(ValueError, match="different layers"):
         spectra.compare(make(), few)

@@ -1,4 +1,4 @@
-"""Tables and verdicts about models that were evaluated."""
+"""Tables and sentences that compare evaluated models."""
 
 import dataclasses
 import io
@@ -17,14 +17,14 @@ ROWS = ["The quick brown fox", "A journey of a thousand miles", "sea shells"]
 
 @pytest.fixture
 def row(tiny):
-    found = perplexity.perplexity(tiny, "The quick brown fox. " * 9, "hf-strided")
-    return "runs/small", sizes.count(tiny), found
+    result = perplexity.perplexity(tiny, "The quick brown fox. " * 9, "hf-strided")
+    return "runs/small", sizes.count(tiny), result
 
 
 def test_two_models_are_compared_by_factor_and_nats(row):
-    name, size, found = row
-    worse = dataclasses.replace(found, nll=found.nll + 0.5, perplexity=7.0)
-    better = dataclasses.replace(found, perplexity=3.5)
+    name, size, result = row
+    worse = dataclasses.replace(result, nll=result.nll + 0.5, perplexity=7.0)
+    better = dataclasses.replace(result, perplexity=3.5)
     smaller = dataclasses.replace(size, parameters=size.parameters // 2)
     line = tables.difference([(name, smaller, worse), (name, size, better)])
     assert line == (
@@ -32,13 +32,13 @@ def test_two_models_are_compared_by_factor_and_nats(row):
     )
 
 
-def test_what_cannot_be_compared_is_said(row):
-    name, size, found = row
-    shorter = dataclasses.replace(found, protocol=found.protocol.fitted(32))
-    line = tables.difference([(name, size, shorter), (name, size, found)])
+def test_incomparable_results_are_reported_as_such(row):
+    name, size, result = row
+    shorter = dataclasses.replace(result, protocol=result.protocol.fitted(32))
+    line = tables.difference([(name, size, shorter), (name, size, result)])
     assert line == "Not comparable: the contexts of the models differ, 32 and 64."
-    other = dataclasses.replace(found, tokens_sha256="0")
-    line = tables.difference([(name, size, other), (name, size, found)])
+    other = dataclasses.replace(result, tokens_sha256="0")
+    line = tables.difference([(name, size, other), (name, size, result)])
     assert "different tokens" in line
 
 
@@ -51,19 +51,19 @@ def test_a_table_fits_a_terminal(row):
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_of_masked_models_both_counts_are_shown(row):
-    name, size, found = row
+def test_both_counts_of_masked_models_are_shown(row):
+    name, size, result = row
     masked = dataclasses.replace(size, held=2 * size.parameters)
     console = Console(width=80, file=io.StringIO())
-    console.print(tables.evaluation([(name, masked, found), row]))
+    console.print(tables.evaluation([(name, masked, result), row]))
     text = console.file.getvalue()
     counts = tables.millions(size.parameters), tables.millions(2 * size.parameters)
-    assert "held" in text and all(one in text for one in counts)
+    assert "held" in text and all(count in text for count in counts)
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_last_words_are_those_of_the_harness_with_a_first_token(tiny, tokenizer):
-    """A tokenizer that puts a token before every text, as that of OPT does."""
+def test_lambada_equals_the_harness_for_a_tokenizer_with_a_first_token(tiny, tokenizer):
+    """The tokenizer puts a token before every text, as that of OPT does."""
     model = json.loads(tokenizer.files["tokenizer.json"])["model"]
     merges = [x if isinstance(x, str) else " ".join(x) for x in model["merges"]]
     config = {"bos_token": "<|endoftext|>", "add_bos_token": True}
