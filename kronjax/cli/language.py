@@ -1,6 +1,6 @@
-"""The commands about language models: evaluate, generate, export, latency.
+"""Commands for language models: evaluate, generate, export, latency.
 
-What they need is imported inside them, so that `kronjax --help` loads no jax.
+Each command imports its modules when it runs, so that `kronjax --help` loads no jax.
 """
 
 import json
@@ -38,11 +38,11 @@ def evaluate(
         model: A folder, a .gguf file, or owner/name on the hub.
         text: A .txt, .jsonl or .parquet file, or dataset:OWNER/NAME:SPLIT.
         protocol: krony-pt, gptq-2048, hf-strided or lambada.
-        column: The field with the text, where rows have several.
-        join: How lines of a .txt file become one text; blank-lines is how the
-            published figures on WikiText were made.
-        against: Another model, usually the dense one, to print beside it.
-        batch: Windows at a time.
+        column: Field with the text, if rows have several fields.
+        join: How the lines of a .txt file are joined; the published results on WikiText
+            use blank-lines.
+        against: Another model to compare with, usually the dense one.
+        batch: Number of windows at a time.
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the table.
     """
@@ -52,19 +52,19 @@ def evaluate(
     from kronjax.lm.models import sizes
     from kronjax.lm.text import documents as texts
 
-    if protocol not in (*scores.PROTOCOLS, "lambada"):  # before anything is loaded
+    if protocol not in (*scores.PROTOCOLS, "lambada"):  # before a model is loaded
         known = ", ".join([*scores.PROTOCOLS, "lambada"])
         raise ValueError(f"no protocol {protocol!r}; there are {known}")
-    given = texts.read_text(text, column=column, join=join)
+    read = texts.read_text(text, column=column, join=join)
     rows = []
     for name in [model, *([] if against is None else [against])]:
         stored = hugging_face.load(name)
-        size = sizes.count(stored)  # of what is in the file
+        size = sizes.count(stored)  # in the stored dtype
         loaded = hugging_face.cast(stored, dtype)
         if protocol == "lambada":
-            result = scores.lambada(loaded, given, batch=batch)
+            result = scores.lambada(loaded, read, batch=batch)
         else:
-            result = scores.perplexity(loaded, given, protocol, batch=batch)
+            result = scores.perplexity(loaded, read, protocol, batch=batch)
         rows.append((name, size, result))
     if as_json:
         values, *rest = (
@@ -100,11 +100,11 @@ def generate(
     Args:
         model: A folder, a .gguf file, or owner/name on the hub.
         prompt: The text to continue.
-        max_new_tokens: Tokens to add at most.
-        temperature: 0 takes the likeliest token every time; 1 draws from the model.
-        top_k: Draw from the K likeliest tokens only.
-        top_p: Draw from the likeliest tokens that together reach this probability.
-        seed: Seed of the draws.
+        max_new_tokens: Largest number of tokens to add.
+        temperature: 0 always takes the most likely token; 1 samples from the model.
+        top_k: Sample from the K most likely tokens only.
+        top_p: Sample from the most likely tokens that together reach this probability.
+        seed: Seed of the samples.
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the text.
     """
@@ -122,14 +122,14 @@ def generate(
         new.extend(step)
         kept = [token for token in new if token not in tokenizer.stops]
         text = generation.continuation(tokenizer, tokens, kept)
-        # A character of several bytes is complete once its last token has come.
+        # A character of several bytes is incomplete until its last token is there.
         if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            # The prompt, too, is only shown once it is known to be in order.
+            # The prompt is printed with the first token, after it has been checked.
             print(text.removeprefix(shown) if shown else prompt + text, end="")
             sys.stdout.flush()
             shown = text
 
-    (made,) = generation.generate_tokens(
+    (tail,) = generation.generate_tokens(
         loaded,
         [tokens],
         max_new_tokens=max_new_tokens,
@@ -140,10 +140,11 @@ def generate(
         stop=tokenizer.stops,
         on_token=show,
     )
-    text = generation.continuation(tokenizer, tokens, made)
+    text = generation.continuation(tokenizer, tokens, tail)
     if as_json:
-        asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        fields = {"prompt": prompt, "text": text, "tokens": made, **asked, "seed": seed}
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        fields = {"prompt": prompt, "text": text, "tokens": tail, **options}
+        fields["seed"] = seed
         print(json.dumps({"model": model, **fields, "dtype": dtype}, allow_nan=False))
     else:
         print(text.removeprefix(shown) if shown else prompt + text)
@@ -165,8 +166,8 @@ def export(
     Args:
         model: A folder, a .gguf file, or owner/name on the hub.
         out: The folder to write.
-        dtype: What to store parameters in; as they are by default.
-        force: Replace the model that is in OUT.
+        dtype: Precision of the stored parameters; by default that of the model.
+        force: Replace a model that is already in OUT.
     """
     from kronjax import nn
     from kronjax.lm.checkpoints import hugging_face
@@ -191,14 +192,16 @@ def latency(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> int:
-    """Time a model beside itself with every layer multiplied out.
+    """Compare the speed of a model with that of its dense form.
+
+    Every compressed layer of the dense form is multiplied out.
 
     Args:
         model: A folder, a .gguf file, or owner/name on the hub.
-        batch: Rows at a time.
-        context: Tokens that are read at once; 512, or what the model allows.
-        new_tokens: Tokens that are written one by one.
-        repeats: Turns; each runs both models.
+        batch: Number of rows at a time.
+        context: Number of tokens to read at once; 512, or as many as the model allows.
+        new_tokens: Number of tokens to write one by one.
+        repeats: Number of turns; each runs both models.
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the table.
     """
@@ -207,18 +210,18 @@ def latency(
 
     loaded = hugging_face.load(model, dtype=dtype)
     sizes: dict[str, Any] = {"batch": batch, "context": context}
-    found = timing.measure_latency(
+    times = timing.measure_latency(
         loaded, **sizes, new_tokens=new_tokens, repeats=repeats
     )
     if as_json:
-        print(json.dumps({"model": model, **timing.summary(found)}, allow_nan=False))
+        print(json.dumps({"model": model, **timing.summary(times)}, allow_nan=False))
         return 0
-    _show(timing.table(found), timing.verdict(found))
+    _show(timing.table(times), timing.verdict(times))
     return 0
 
 
 def _show(table: Any, verdict: str) -> None:
-    """Print a table, and below it what it says."""
+    """Print a table and a sentence below it."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)

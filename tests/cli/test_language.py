@@ -1,4 +1,4 @@
-"""The commands about language models, as a user types them."""
+"""The commands for language models, as a user types them."""
 
 import json
 
@@ -16,7 +16,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n
 
 @pytest.fixture
 def folder(tiny, tmp_path):
-    """A saved model, one of whose layers is a Kronecker product, and a text."""
+    """A dense model, the same model with a Kronecker product, and a text."""
     lm.save(tiny, tmp_path / "dense")
     layer = nn.linear_layers(tiny)["h.0.mlp.c_fc"]
     rng = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def run(capsys, *args):
     return code, captured.out, captured.err
 
 
-def test_evaluate_prints_a_model_beside_another(folder, capsys):
+def test_evaluate_compares_two_models(folder, capsys):
     code, out, err = run(
         capsys,
         *("evaluate", folder / "small", "--text", folder / "text.txt"),
@@ -49,9 +49,9 @@ def test_evaluate_prints_a_model_beside_another(folder, capsys):
     assert "% of the parameters, perplexity times" in out
 
 
-def test_evaluate_prints_json_that_says_how(folder, capsys):
-    given = ("evaluate", folder / "dense", "--text", folder / "text.txt", "--json")
-    code, out, err = run(capsys, *given, "--protocol", "hf-strided")
+def test_evaluate_prints_json_that_reproduces_the_number(folder, capsys):
+    command = ("evaluate", folder / "dense", "--text", folder / "text.txt", "--json")
+    code, out, err = run(capsys, *command, "--protocol", "hf-strided")
     assert code == 0, err
     values = json.loads(out)
     model = lm.load(folder / "dense")
@@ -63,50 +63,50 @@ def test_evaluate_prints_json_that_says_how(folder, capsys):
     assert values["parameters"] == 37_120 and values["against"] is None
 
 
-def test_evaluate_asks_for_last_words(folder, capsys):
+def test_evaluate_measures_last_words(folder, capsys):
     path = folder / "rows.jsonl"
     path.write_text('{"text": "The quick brown fox"}\n{"text": "A thousand miles"}\n')
-    given = ("evaluate", folder / "small", "--text", path, "--protocol", "lambada")
-    code, out, err = run(capsys, *given, "--json")
+    command = ("evaluate", folder / "small", "--text", path, "--protocol", "lambada")
+    code, out, err = run(capsys, *command, "--json")
     assert code == 0, err
     values = json.loads(out)
     assert values["rows"] == 2 and 0 <= values["accuracy"] <= 1
-    code, out, _ = run(capsys, *given)
+    code, out, _ = run(capsys, *command)
     assert code == 0 and "accuracy" in out
 
 
-def test_generate_continues(folder, capsys):
-    given = ("generate", folder / "dense", "--prompt", "The quick")
-    code, out, err = run(capsys, *given, "--max-new-tokens", "5")
+def test_generate_continues_a_prompt(folder, capsys):
+    command = ("generate", folder / "dense", "--prompt", "The quick")
+    code, out, err = run(capsys, *command, "--max-new-tokens", "5")
     assert code == 0, err
     model = lm.load(folder / "dense")
     expected = lm.generate(model, "The quick", max_new_tokens=5)
     assert out == f"The quick{expected}\n"
-    code, out, _ = run(capsys, *given, "--max-new-tokens", "5", "--json")
+    code, out, _ = run(capsys, *command, "--max-new-tokens", "5", "--json")
     values = json.loads(out)
     assert values["text"] == expected and len(values["tokens"]) == 5
 
 
-def test_export_multiplies_out_and_asks_before_it_replaces(folder, capsys):
-    given = ("export", folder / "small", folder / "out")
-    code, out, err = run(capsys, *given)
+def test_export_multiplies_out_and_replaces_only_with_force(folder, capsys):
+    command = ("export", folder / "small", folder / "out")
+    code, out, err = run(capsys, *command)
     assert code == 0, err
     assert "8 linear layers, 1 of them multiplied out" in out
     tokens = np.arange(10, dtype=np.int32)[None]
     small, dense = (lm.load(folder / name) for name in ("small", "out"))
     np.testing.assert_allclose(small(tokens), dense(tokens), atol=1e-4)
     assert all(isinstance(x, nnx.Linear) for x in nn.linear_layers(dense).values())
-    code, _, err = run(capsys, *given)
+    code, _, err = run(capsys, *command)
     assert code == 2 and "--force" in err
-    assert run(capsys, *given, "--force")[0] == 0
+    assert run(capsys, *command, "--force")[0] == 0
 
 
-def test_latency_says_who_is_faster(folder, capsys):
-    given = ("latency", folder / "small", "--context", "32", "--new-tokens", "4")
-    code, out, err = run(capsys, *given)
+def test_latency_says_which_model_is_faster(folder, capsys):
+    command = ("latency", folder / "small", "--context", "32", "--new-tokens", "4")
+    code, out, err = run(capsys, *command)
     assert code == 0, err
     assert "Reading the prompt" in out and "whole model" in out
-    code, out, _ = run(capsys, *given, "--json")
+    code, out, _ = run(capsys, *command, "--json")
     assert code == 0 and json.loads(out)
 
 
@@ -122,7 +122,7 @@ def test_latency_says_who_is_faster(folder, capsys):
         (["export", "{text}", "{dense}2"], "neither a folder nor a .gguf file"),
     ],
 )
-def test_mistakes_are_one_line(folder, capsys, args, words):
+def test_an_error_is_one_line(folder, capsys, args, words):
     names = {"dense": folder / "dense", "text": folder / "text.txt"}
     code, out, err = run(capsys, *(arg.format(**names) for arg in args))
     assert code == 2
