@@ -220,15 +220,15 @@ HARM = {
         ),
         r"ln_f\.bias has shape \(5,\), config\.json asks for \(24,\)",
     ),
-    "sizes that lie": (
+    "sizes that contradict the tensors": (
         lambda x: edit_config(x, n_embd=48),
         r"shape \(72,\), .* for \(144,\)",
     ),
-    "a size without end": (
+    "an enormous number of blocks": (
         lambda x: edit_config(x, n_layer=10**9),
         "1000000000 blocks",
     ),
-    "a size that is no number": (
+    "a size that is not a number": (
         lambda x: edit_config(x, n_embd="24"),
         "n_embd is '24'",
     ),
@@ -245,9 +245,12 @@ HARM = {
         "int64",
     ),
     "a truncated file": (cut, "truncated"),
-    "a path that climbs out": (shard_outside, "outside of its folder"),
+    "a shard outside the folder": (shard_outside, "outside of its folder"),
     "a pickle": (only_a_pickle, "pickle.*save_pretrained"),
-    "a type that is a list": (lambda x: edit_config(x, model_type=["x"]), "not supp"),
+    "a model type that is a list": (
+        lambda x: edit_config(x, model_type=["x"]),
+        "not supp",
+    ),
     "NaN": (
         lambda x: (x / "config.json").write_text('{"model_type": NaN}'),
         "NaN is no number of JSON",
@@ -256,8 +259,14 @@ HARM = {
         lambda x: (x / "recipe.yaml").write_bytes(b"\xff"),
         "recipe.yaml is not text",
     ),
-    "no JSON": (lambda x: (x / "config.json").write_text("{"), "not JSON"),
-    "no mapping": (lambda x: (x / "config.json").write_text("[]"), "not a mapping"),
+    "a config that is not JSON": (
+        lambda x: (x / "config.json").write_text("{"),
+        "not JSON",
+    ),
+    "a config that is not a mapping": (
+        lambda x: (x / "config.json").write_text("[]"),
+        "not a mapping",
+    ),
     "no config": (lambda x: (x / "config.json").unlink(), "no config.json"),
     "no weights": (lambda x: (x / "model.safetensors").unlink(), "no weights"),
     "a later format": (
