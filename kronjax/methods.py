@@ -1,8 +1,8 @@
-"""Compression methods: what a rule of a recipe can turn a layer into.
+"""Compression methods, the alternatives that a rule of a recipe can choose from.
 
-A method is one object in a registry, found by the name that recipes write. It checks
+A method is one object in a registry, found by its name in recipes. It checks
 the fields of a rule, counts parameters, finds the factors of a kernel (or says which
-Kronecker sum the solver shall fit), and makes the layer that replaces the dense one.
+Kronecker sum the solver fits), and makes the layer that replaces the dense one.
 Kernels are `[n_in, n_out]`: `kronjax.nn.layers` defines the orientation.
 
     class Columns(Method):                      # a method outside of kronjax
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from kronjax.linalg import dense as products
+from kronjax.linalg.dense import multiply_out
 
 if TYPE_CHECKING:
     from kronjax.kronecker import Configuration
@@ -69,7 +69,8 @@ class Method:
         ):
             either = "either " * (len(self.required) > 1)
             takes = [either + " or ".join(self.required)] if self.required else []
-            lacks = ["neither " + " nor ".join(refused)] if refused else []
+            neither = "neither " if len(refused) > 1 else "no "
+            lacks = [neither + " nor ".join(refused)] if refused else []
             words = ", and ".join(takes + lacks)
             raise ValueError(f"method {self.name} takes {words}")
 
@@ -202,7 +203,7 @@ class _Sum(Method):
         from kronjax.kronecker import from_arrays
 
         terms = from_arrays({k: np.asarray(x, np.float64) for k, x in factors.items()})
-        return np.sum([products.multiply_out(x.a, x.b) for x in terms], axis=0)
+        return np.sum([multiply_out(x.a, x.b) for x in terms], axis=0)
 
     def layer(
         self, factors: Mapping[str, Any], dense: Any, dtype: Any, rule: Any
@@ -260,13 +261,13 @@ class Kronecker(_Sum):
         from kronjax.kronecker import KroneckerTerms, matmul_cost
 
         found = self.configurations(rule, shape)
-        products = 0
+        flops = (len(found) - 1) * shape[1]
         for x in found:
             sides = x.a_shape, x.b_shape(shape)
             a, b = (jax.ShapeDtypeStruct((x.rank, *side), np.float32) for side in sides)
             stand_in: Any = KroneckerTerms
-            products += 2 * matmul_cost(stand_in(a, b))
-        return products + (len(found) - 1) * shape[1]
+            flops += 2 * matmul_cost(stand_in(a, b))
+        return flops
 
 
 class LowRank(_Sum):

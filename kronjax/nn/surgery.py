@@ -4,6 +4,7 @@
 one. `cost`, `describe` and `from_description` call the methods of `kronjax.nn.layers`.
 
 >>> import jax.numpy as jnp
+>>> from kronjax.nn import linear
 >>> layer = linear(jnp.ones((2, 3)), None)
 >>> describe(layer), cost(layer).parameters
 ({'kind': 'dense', 'shape': [2, 3], 'bias': False}, 6)
