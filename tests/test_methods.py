@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from kronjax import methods, nn
-from kronjax.kronecker import KroneckerTerms, to_arrays
+from kronjax.kronecker import KroneckerTerms, from_arrays, to_arrays
 from kronjax.recipe import Rule
 
 RULES = [
@@ -91,3 +91,14 @@ def test_a_name_cannot_be_registered_twice(monkeypatch):
     assert not methods.find("keep").changes
     with pytest.raises(ValueError, match="did you mean kronecker"):
         methods.find("kroneker")
+
+
+def test_terms_come_back_from_named_arrays():
+    rule = Rule.model_validate({"match": "*", **RULES[-1]})
+    arrays = factors_of(methods.find("kronecker"), rule)
+    assert list(arrays) == ["a", "b", "a1", "b1"]
+    again = to_arrays(from_arrays(arrays))
+    assert all(np.array_equal(again[name], arrays[name]) for name in arrays)
+    del arrays["b1"]
+    with pytest.raises(KeyError):
+        from_arrays(arrays)
