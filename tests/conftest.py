@@ -31,12 +31,16 @@ os.environ[cpu_threads.VARIABLE] = str(3 * cpu_threads.EACH)
 import hypothesis
 import jax
 import pytest
+import rounding
 
 from kronjax.runs import joint, pool_programs
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+if os.environ.get("KRONJAX_REVERSED_SUMS"):
+    rounding.reverse_sums()
 
 # No deadline, because the first example of each shape compiles. CI draws the same
 # examples every time, so that a red run is the fault of the change it tests.
