@@ -220,9 +220,11 @@ class _System:
         matrix[size, :size] = matrix[:size, size] = self.c
         matrix[size, size] = self.e
         right = np.append(self.f, self.g)
-        if _is_positive(matrix):
+        try:
+            np.linalg.cholesky(matrix)
+            # May be singular all the same: condition numbers reach 1e18 at the end.
             solution = np.linalg.solve(matrix, right)
-        else:
+        except np.linalg.LinAlgError:
             values, vectors = np.linalg.eigh(matrix)
             moduli = np.maximum(np.abs(values), flat * _norm(bend))
             solution = vectors @ ((right @ vectors) / moduli)

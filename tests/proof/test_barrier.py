@@ -15,21 +15,13 @@ def norm_of(inner):
     return np.linalg.norm(inner.error, 2) * inner.space.scale
 
 
-@pytest.mark.parametrize(
-    ("shape", "seed", "residual"),
-    [
-        ((6, 8), 4, 1e-12),
-        ((8, 6), 4, 1e-12),
-        ((4, 12), 4, 1e-12),
-        ((4, 12), 3, 1e-4),  # flat, and one singular value leads alone
-    ],
-)
-def test_the_end_of_the_path_is_stationary_from_far_away(shape, seed, residual):
-    matrix = normal(shape, seed)
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (4, 12)])
+def test_the_end_of_the_path_is_stationary_from_far_away(shape):
+    matrix = normal(shape, 4)
     begun = van_loan(matrix, (2, 2), 2)
     found = barrier.descend(ClusterProblem.of(matrix, (begun,)))
     assert found.gap < 2 * barrier.END
-    assert found.residual < residual
+    assert found.residual < 1e-12
     assert np.linalg.eigvalsh(found.x)[0] > 0
     assert np.trace(found.x) == pytest.approx(1, abs=1e-9)
     # So much a change of all left, or of all right, factors could gain.
@@ -39,6 +31,46 @@ def test_the_end_of_the_path_is_stationary_from_far_away(shape, seed, residual):
         norm_of(found) / found.space.scale, rel=1e-7
     )
     assert norm_of(found) < np.linalg.norm(matrix - total((begun,)), 2)
+
+
+def test_a_flat_end_of_the_path_is_reached_as_far_as_rounding_lets_it():
+    """One singular value leads alone, and the last search for a step may fail.
+
+    For matrices that differ by one rounding the gap is from 1e-8 to 5e-8, the trace
+    within 3e-8 of one, and the residual from 2e-10 to 7e-5.
+    """
+    matrix = normal((4, 12), 3)
+    begun = van_loan(matrix, (2, 2), 2)
+    found = barrier.descend(ClusterProblem.of(matrix, (begun,)))
+    assert found.gap < 20 * barrier.END
+    # As far as a step of decrement μ changes a gradient.
+    assert found.residual < 10 * barrier.END**0.5
+    assert np.linalg.eigvalsh(found.x)[0] > 0
+    trace = np.trace(found.x)
+    assert trace == pytest.approx(1, abs=20 * barrier.END)
+    nuclear = np.linalg.svd(found.dual, compute_uv=False).sum()
+    assert nuclear <= trace * (1 + 1e-12)
+    norm = norm_of(found) / found.space.scale
+    assert 0 < 1 - np.sum(found.dual * found.error) / norm / trace < 20 * barrier.END
+    closer = newton.finish(matrix, (begun,))
+    assert norm_of(found) == pytest.approx(closer.spectral_error, rel=20 * barrier.END)
+
+
+def test_systems_that_are_singular_to_rounding_are_solved_all_the_same(monkeypatch):
+    solve, calls = np.linalg.solve, []
+
+    def sometimes(matrix, right):
+        calls.append(len(right))
+        if len(calls) % 3 == 0:
+            raise np.linalg.LinAlgError("Singular matrix")
+        return solve(matrix, right)
+
+    monkeypatch.setattr(barrier.np.linalg, "solve", sometimes)
+    matrix = normal((6, 8), 4)
+    found = barrier.descend(ClusterProblem.of(matrix, (van_loan(matrix, (2, 2), 2),)))
+    assert len(calls) > 3
+    assert found.gap < 2 * barrier.END
+    assert found.residual < 1e-9
 
 
 def test_columns_and_products_are_those_of_the_form():
