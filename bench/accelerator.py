@@ -91,7 +91,7 @@ class Timed(Pool):
 def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
     """Solve matrices in one pool, some or all at once; the fastest run of some."""
     count, *shape = matrices.shape
-    problem = Problem.of(tuple(shape), configuration, starts=1)
+    problem = Problem.of(tuple(shape), configuration, num_starts=1)
     pool = Timed(
         problem,
         np.dtype(np.float32),

@@ -21,9 +21,13 @@ SPEEDUP = 50
 
 SETTINGS = {
     "defaults": {},
-    "starts=1, tolerance=2e-3": {"starts": 1, "tolerance": 2e-3},
-    "starts=1, tolerance=0.2": {"starts": 1, "tolerance": 0.2, "schedule": "fixed"},
-    "the same to p = 258": {"starts": 1, "tolerance": 0.2, "norm": "schatten:258"},
+    "num_starts=1, tolerance=2e-3": {"num_starts": 1, "tolerance": 2e-3},
+    "num_starts=1, tolerance=0.2": {
+        "num_starts": 1,
+        "tolerance": 0.2,
+        "schedule": "fixed",
+    },
+    "the same to p = 258": {"num_starts": 1, "tolerance": 0.2, "norm": "schatten:258"},
 }
 
 HALF_SWEEPS = 10

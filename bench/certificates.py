@@ -58,7 +58,7 @@ def certified(
 ):
     """One matrix before and after the finish."""
     if approximation is None:
-        approximation = approximate(matrix, configuration, starts=1, progress=False)
+        approximation = approximate(matrix, configuration, num_starts=1, progress=False)
     terms = approximation.terms
     if place is not None:
         terms = tuple(KroneckerTerms(one.a[place], one.b[place]) for one in terms)
@@ -136,7 +136,7 @@ def proven_in_float32(path):
                 matrix,
                 Configuration((24, 32), rank),
                 tolerance=1.5e-3,
-                budget=BUDGET,
+                max_products=BUDGET,
                 progress=False,
             )
             row = {

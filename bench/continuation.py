@@ -53,12 +53,12 @@ QUICK = Experiment(layouts=(Layout((12, 8), (3, 4)),), ranks=(2,), samples=1)
 def compared(labels, matrices, configuration):
     """Both continuations on a batch: a row for each label and tolerance."""
     full = approximate(
-        matrices, configuration, starts=1, schedule=DOUBLING, progress=False
+        matrices, configuration, num_starts=1, schedule=DOUBLING, progress=False
     )
     rows = []
     for tolerance in TOLERANCES:
         short = approximate(
-            matrices, configuration, starts=1, tolerance=tolerance, progress=False
+            matrices, configuration, num_starts=1, tolerance=tolerance, progress=False
         )
         gaps = np.ravel(short.certificate.local_gap)
         for i, (label, gap) in enumerate(zip(labels, gaps, strict=True)):

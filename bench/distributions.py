@@ -68,7 +68,7 @@ class Experiment:
     ranks: tuple[int, ...] = (1, 3, 6)
     regression_ranks: tuple[int, ...] = (1, 3, 6)
     samples: int = 2
-    starts: int = STARTS
+    num_starts: int = STARTS
 
 
 QUICK = Experiment(
@@ -76,7 +76,7 @@ QUICK = Experiment(
     ranks=(2,),
     regression_ranks=(1,),
     samples=1,
-    starts=3,
+    num_starts=3,
 )
 
 
@@ -97,14 +97,14 @@ def draw_suite(layout, samples):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def from_starts(problem, matrices, tolerance, starts):
+def from_starts(problem, matrices, tolerance, num_starts):
     """Take each start through the whole continuation; spectral errors [n, starts].
 
     Args:
         problem: `continuation.Problem` with one start.
         matrices: [n, m, n], in the dtype of the computation.
         tolerance: As for `kronjax.solve`.
-        starts: How many; the first is Van Loan's solution.
+        num_starts: How many; the first is Van Loan's solution.
     """
     schedule = jax.tree.map(lambda *x: jnp.array(x), *problem.schedule())
 
@@ -123,14 +123,14 @@ def from_starts(problem, matrices, tolerance, starts):
         return continuation.finish(problem, setting, path, trace).spectral_error
 
     every = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
-    return every(matrices, jnp.arange(starts))
+    return every(matrices, jnp.arange(num_starts))
 
 
-def best_of_starts(matrices, configuration, starts):
+def best_of_starts(matrices, configuration, num_starts):
     """Smallest spectral error [n] over all starts, each run alone, float32."""
-    problem = continuation.Problem.of(matrices.shape[1:], configuration, starts=1)
+    problem = continuation.Problem.of(matrices.shape[1:], configuration, num_starts=1)
     tolerance = np.float32(2e-4)
-    errors = from_starts(problem, jnp.float32(matrices), tolerance, starts)
+    errors = from_starts(problem, jnp.float32(matrices), tolerance, num_starts)
     return np.asarray(errors, np.float64).min(1)
 
 
@@ -141,8 +141,8 @@ def run_cell(layout, rank, experiment):
     flat = matrices.reshape(-1, *layout.shape)
     script.say(f"{layout.name}, rank {rank}: defaults")
     found = script.solve(flat, configuration, repeats=1, dtype="float32").approximation
-    script.say(f"{layout.name}, rank {rank}: {experiment.starts} starts")
-    best = best_of_starts(flat, configuration, experiment.starts)
+    script.say(f"{layout.name}, rank {rank}: {experiment.num_starts} starts")
+    best = best_of_starts(flat, configuration, experiment.num_starts)
     ours = np.asarray(found.error.spectral)
     van_loan = [peers.van_loan(x, layout.a_shape, rank).spectral_error for x in flat]
     svd = [peers.truncated_svd(x, found.num_parameters).spectral_error for x in flat]
@@ -249,7 +249,7 @@ def targets_of(rows, regression):
     return result
 
 
-def draw(rows, starts):
+def draw(rows, num_starts):
     """Gap to the best start, and errors of both closed forms over those of kronjax."""
     chart, axes = script.figure(11, 4.6, columns=2)
     left, right = axes[0]
@@ -289,7 +289,7 @@ def draw(rows, starts):
     left.axhline(0, color="black", lw=0.5)
     right.axhline(1, color=script.COLORS["kronjax"], label="kronjax")
     left.set_yscale("symlog", linthresh=0.1)
-    left.set_ylabel(f"error above the best of {starts} starts, %")
+    left.set_ylabel(f"error above the best of {num_starts} starts, %")
     right.set_ylabel("spectral error over that of kronjax")
     for each in axes[0]:
         each.set_xticks(range(len(DISTRIBUTIONS)), DISTRIBUTIONS, rotation=20)
@@ -311,7 +311,7 @@ def main():
         for row in run_cell(layout, rank, experiment)
     ]
     script.table(
-        f"Defaults, float32: gap in % to the best of {experiment.starts} starts, and "
+        f"Defaults, float32: gap in % to the best of {experiment.num_starts} starts, and "
         "matrices on which a peer is nearer",
         ("", "matrices", "median", "90 %", "largest", "Van Loan", "SVD"),
         table_rows(rows),
@@ -328,12 +328,14 @@ def main():
     script.print_targets(targets)
     results = {
         "quick": given.quick,
-        "starts": experiment.starts,
+        "starts": experiment.num_starts,
         "targets": [target.plain() for target in targets],
         "regression": regression,
         "cases": rows,
     }
-    script.publish("distributions", results, draw(rows, experiment.starts), given.out)
+    script.publish(
+        "distributions", results, draw(rows, experiment.num_starts), given.out
+    )
 
 
 if __name__ == "__main__":

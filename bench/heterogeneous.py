@@ -209,7 +209,7 @@ def _names(path):
         return [n for n in names if len(file.get_slice(n).get_shape()) == 2]
 
 
-def _fits(matrix, share, weight, starts):
+def _fits(matrix, share, weight, num_starts):
     """SVD, one near-square configuration, and half of each, at equal parameters."""
     m, n = shape = matrix.shape
     total = int(share * m * n)
@@ -221,7 +221,7 @@ def _fits(matrix, share, weight, starts):
     rest = total - mixture[0].rank * price_columns
     mixture.append(Configuration(square.a_shape, rest // price))
     few = Configuration(square.a_shape, min(alone.rank, ORDER_TERMS))
-    order = permute(matrix, few, right_weight=weight, starts=starts)
+    order = permute(matrix, few, right_weight=weight, num_starts=num_starts)
     permuted, turned = order.apply(matrix), order.apply_to_weights(None, weight)[1]
     wanted = {
         "SVD": (Configuration((m, 1), total // price_columns), matrix, weight),
@@ -237,8 +237,8 @@ def _fits(matrix, share, weight, starts):
             configuration,
             norm="frobenius",
             right_weight=right,
-            starts=1,
-            budget=EVALUATIONS,
+            num_starts=1,
+            max_products=EVALUATIONS,
             progress=False,
         )
         relative = found.weighted_relative or found.relative

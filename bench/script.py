@@ -119,10 +119,10 @@ def solve_alone(matrices, configuration, tolerance):
         configuration: A `kronjax.Configuration`.
         tolerance: Of the solves.
     """
-    problem = Problem.of(matrices[0].shape, configuration, starts=1)
+    problem = Problem.of(matrices[0].shape, configuration, num_starts=1)
 
     def one(matrix):
-        found = solve_purely(matrix, configuration, starts=1, tolerance=tolerance)
+        found = solve_purely(matrix, configuration, num_starts=1, tolerance=tolerance)
         return found.terms, found.trace
 
     @jax.jit

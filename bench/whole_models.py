@@ -71,7 +71,7 @@ from kronjax.runs.pool import Pool
 from kronjax.solver.problem import Problem
 count, lanes = int(sys.argv[1]), 8
 matrices = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
-problem = Problem.of((36, 36), Configuration((6, 6), 3), starts=1)
+problem = Problem.of((36, 36), Configuration((6, 6), 3), num_starts=1)
 seconds, found = {}, {}
 for devices in (1, 8):
     pool = Pool(
@@ -105,7 +105,7 @@ drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.floa
 made = plan.make(
     recipe.loads(rules),
     {f"w.{i}": x for i, x in enumerate(drawn)},
-    settings=plan.SolveSettings(tolerance, starts=1),
+    settings=plan.SolveSettings(tolerance, num_starts=1),
 )
 (group,), devices = engine.groups(made.tasks, made.settings), jax.devices()
 kept = store.Store(storage.find("memory://thousands"), made)
@@ -307,7 +307,9 @@ def measure(experiment, real, tolerance, folder):
     like = next(one for one in records if one["name"] == names[0])
     own = np.sum([flops_of({**like, **one})[:2] for one in loop.efforts])
     # All squares one by one would take as much longer as they take more products.
-    squares = {x["name"]: x["products"] for x in records if x["name"].startswith("square")}
+    squares = {
+        x["name"]: x["products"] for x in records if x["name"].startswith("square")
+    }
     longer = sum(squares.values()) / sum(squares[name] for name in names)
     alone = sum(loop.runs) * longer
     proofs = float(np.mean(loop.proofs)) * len(squares)

@@ -121,8 +121,8 @@ def approximate(
     left_weight=None,
     right_weight=None,
     dtype: str | None = None,
-    starts: int = 4,
-    budget: int | None = None,
+    num_starts: int = 4,
+    max_products: int | None = None,
     tolerance: float = 2e-4,
     schedule: str | Sequence[float] = "adaptive",
     seed: int = 0,
@@ -147,8 +147,9 @@ def approximate(
             `x`. `weighted.RIDGE` of the mean eigenvalue is added to each weight.
         dtype: "float32" or "float64" (or NumPy's) to compute in. By default that of
             the matrix; integers and shorter floats are computed in float32.
-        starts: Starting points in the race of `continuation.solve`.
-        budget: Products of the size of `TᵀT` per stage; chosen from the size if None.
+        num_starts: Starting points in the race of `continuation.solve`.
+        max_products: Products of the size of `TᵀT` per stage; chosen from the size if
+            None.
         tolerance: Gap to the local bound at which a matrix is good enough. Without
             `certify` it is estimated: on random matrices what could be proven was at
             most about twice as much. For other norms a stage ends when it can gain less
@@ -190,7 +191,7 @@ def approximate(
     )
     left, right = (weight is not None for weight in weights)
     problem = Problem.of(
-        (m, n), configuration, norm, starts, budget, (left, right), schedule
+        (m, n), configuration, norm, num_starts, max_products, (left, right), schedule
     )
     _note_caps(configuration, problem, notes)
     count = math.prod(batch)

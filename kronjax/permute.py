@@ -15,7 +15,7 @@ elementwise powers of the matrix have the same order. The rest are random. Of 40
 36×36 sums all are recovered if they have one term, half if they have two in the ratio
 1 : 0.3, and one in twenty if both are equally strong.
 
-Set `starts` for large matrices: every start takes as long as the first.
+Set `num_starts` for large matrices: every start takes as long as the first.
 
 Weights enter through their diagonals. The solver, in any norm, is then applied to the
 permuted matrix with the permuted weights.
@@ -98,7 +98,7 @@ def permute(
     columns: bool = True,
     left_weight=None,
     right_weight=None,
-    starts: int = 60,
+    num_starts: int = 60,
     seed: int = 0,
 ) -> Permutation:
     """Find an order of rows and columns that a Kronecker sum approximates better.
@@ -111,7 +111,7 @@ def permute(
         left_weight: Weight of the rows, `[m, m]`, as for `approximate`; only its
             diagonal is used.
         right_weight: Weight of the columns, `[n, n]`; only its diagonal is used.
-        starts: Limit on orders to start from; the given order is the first.
+        num_starts: Limit on orders to start from; the given order is the first.
         seed: Seed of the random orders.
 
     Returns:
@@ -124,10 +124,10 @@ def permute(
             or a weight is not symmetric positive semidefinite.
     """
     target = validation.matrix(matrix, "float64", [])
-    if target.ndim != 2 or starts < 1:
+    if target.ndim != 2 or num_starts < 1:
         raise ValueError(
             f"permute takes one matrix [m, n] and at least one start; got shape "
-            f"{target.shape} and starts={starts}."
+            f"{target.shape} and num_starts={num_starts}."
         )
     if not isinstance(configuration, Configuration):
         raise ValueError(
@@ -148,7 +148,7 @@ def permute(
     given = _fit(target, a_shape, rank)[1]
     best = given, np.arange(m), np.arange(n)
     orders = _starts(target, a_shape, (rows, columns), np.random.default_rng(seed))
-    for order in itertools.islice(orders, starts):
+    for order in itertools.islice(orders, num_starts):
         # The order of the strongest term is that of all terms, so fit it first.
         for terms in dict.fromkeys((1, rank)):
             order = _alternate(target, a_shape, terms, order, rows, columns)[1:]

@@ -158,7 +158,7 @@ def search(
         left_weight: Weight of the rows, `[m, m]`, as for `approximate`.
         right_weight: Weight of the columns, `[n, n]`, as for `approximate`.
         dtype: Precision of the computation, as for `approximate`.
-        **options: `starts`, `budget`, `tolerance`, `seed` and `progress`, passed on to
+        **options: `num_starts`, `max_products`, `tolerance`, `seed` and `progress`, for
             `approximate`.
 
     Returns:
@@ -362,8 +362,12 @@ def _solve(matrix, kind, configurations, options, is_reduced=False):
     )
     is_reduced = is_reduced and bool(problem.squarings)
     if is_reduced:
-        budget = options.get("budget") or problem.budget
-        options = {**options, "starts": 1, "budget": max(1, budget // REDUCTION)}
+        max_products = options.get("max_products") or problem.max_products
+        options = {
+            **options,
+            "num_starts": 1,
+            "max_products": max(1, max_products // REDUCTION),
+        }
     solved = approximate(matrix, configurations, **options)
     errors, relative = solved.error, solved.relative
     if solved.weighted is not None and solved.weighted_relative is not None:

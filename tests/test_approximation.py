@@ -228,8 +228,10 @@ def test_other_starts_leave_a_critical_point():
     corner[0, 0], rest[0, 0] = 1, 0
     matrix = np.kron(corner, corner) + 1.05 / 2 * np.kron(rest, rest)
     alone, raced = (
-        approximate(matrix, Configuration((3, 3), 1), starts=starts).error.spectral
-        for starts in (1, 4)
+        approximate(
+            matrix, Configuration((3, 3), 1), num_starts=num_starts
+        ).error.spectral
+        for num_starts in (1, 4)
     )
     assert alone == pytest.approx(1, abs=1e-6)
     assert raced < 0.5
@@ -238,9 +240,9 @@ def test_other_starts_leave_a_critical_point():
 def test_more_starts_share_what_was_compiled():
     matrix = np.float32(draw(0))
     options = {"norm": "schatten:6", "progress": False}
-    approximate(matrix, SMALL, starts=1, budget=30, **options)
+    approximate(matrix, SMALL, num_starts=1, max_products=30, **options)
     compiled = pool_programs.compiled.cache_info().misses
-    again = approximate(matrix, SMALL, starts=3, budget=60, **options)
+    again = approximate(matrix, SMALL, num_starts=3, max_products=60, **options)
     assert pool_programs.compiled.cache_info().misses == compiled
     assert again.compile_seconds == 0
 
@@ -258,7 +260,7 @@ def test_the_tolerance_is_a_gap_that_can_be_proven():
     for schedule in ("doubling", [6, 4], [4, 5], []):
         with pytest.raises(ValueError, match="schedule|p = 5"):
             approximate(matrices, SMALL, schedule=schedule)
-    own = approximate(matrices, SMALL, schedule=[4, 18, 130], starts=1)
+    own = approximate(matrices, SMALL, schedule=[4, 18, 130], num_starts=1)
     assert own.trace.p[0].tolist() == [2, 4, 18, 130]
 
 
@@ -296,7 +298,7 @@ def test_gaps_are_those_of_the_matrix_as_given():
 
 def test_a_tolerance_out_of_reach_is_reported():
     found = approximate(
-        np.float64(draw(5, 4)), SMALL, tolerance=1e-12, certify=True, starts=1
+        np.float64(draw(5, 4)), SMALL, tolerance=1e-12, certify=True, num_starts=1
     )
     assert "above the tolerance 1e-12" in found.notes[-1]
     assert np.isfinite(found.error.spectral).all()
@@ -309,5 +311,5 @@ def test_large_sums_that_are_exact_are_found():
     for decay in (1.0, 0.97, 0.93):
         falling = decay ** np.arange(100)
         exact = multiply_out(a * falling[:, None, None], b).astype(np.float32)
-        found = approximate(exact, Configuration((16, 16), 100), starts=1)
+        found = approximate(exact, Configuration((16, 16), 100), num_starts=1)
         assert found.relative.spectral < 100 * np.finfo(np.float32).eps

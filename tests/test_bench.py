@@ -25,7 +25,7 @@ KEYS = {
     "certificates": {"targets", "cases", "regression", "large"},
     "continuation": {"targets", "tolerance", "random", "gpt2"},
     "compression": {"targets", "points books", "books 0.8", "uniform 0.8"},
-    "distributions": {"targets", "regression", "cases", "starts"},
+    "distributions": {"targets", "regression", "cases", "num_starts"},
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},

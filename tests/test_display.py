@@ -145,7 +145,7 @@ def test_a_finish_prints_its_status_and_no_factors():
 
 def test_a_search_prints_the_best_sum_and_a_table_of_trials():
     matrix = np.random.default_rng(0).normal(size=(12, 12))
-    found = search(matrix, 48, norm="frobenius", starts=1, progress=False)
+    found = search(matrix, 48, norm="frobenius", num_starts=1, progress=False)
     check_text(str(found))
     best = found.trials[0]
     assert f"best of {len(found.trials)} sums for a 12x12 matrix" in str(found)

@@ -110,7 +110,7 @@ def certify_stage(matrix, a, b):
 
 def pooled(function, *given, configuration=ONE):
     """A program of a pool, as one device has it: its function, and its arguments."""
-    problem = Problem.of(SHAPE, configuration, starts=2)
+    problem = Problem.of(SHAPE, configuration, num_starts=2)
     assert problem.is_factored == (configuration == HIGH)
     stage = jax.tree.map(
         lambda x: array((1,), bool if isinstance(x, bool) else int),

@@ -52,7 +52,7 @@ def test_one_side_alone_may_be_permuted(rows, columns):
 def test_it_is_a_permutation_never_worse_than_what_was_given(seed, rank):
     matrix = np.random.default_rng(seed).standard_normal((6, 8))
     configuration = Configuration((3, 2), rank)
-    found = permute(matrix, configuration, starts=4)
+    found = permute(matrix, configuration, num_starts=4)
     assert sorted(found.rows) == list(range(6))
     assert sorted(found.columns) == list(range(8))
     permuted = found.apply(matrix)

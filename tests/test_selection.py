@@ -6,7 +6,7 @@ import kronjax
 from kronjax import Configuration, search, selection
 from kronjax.norm import Norm
 
-FAST = {"norm": "frobenius", "starts": 1, "progress": False}
+FAST = {"norm": "frobenius", "num_starts": 1, "progress": False}
 
 
 def draw(seed, *shape):
@@ -44,7 +44,7 @@ def test_never_worse_than_low_rank_and_homogeneous(seed, parameters):
 
 def test_mixing_pays_in_the_spectral_norm():
     matrix = draw(1, 6, 6)
-    found = search(matrix, 24, starts=1, dtype="float32", progress=False)
+    found = search(matrix, 24, num_starts=1, dtype="float32", progress=False)
     assert len(found.configurations) > 1
     alone = [t.error for t in found.trials if t.kind in ("low rank", "homogeneous")]
     assert found.trials[0].error < 0.99 * min(alone)
@@ -112,7 +112,12 @@ def test_one_product_of_expensive_terms_is_proposed():
 
 def test_large_matrices_are_tried_in_haste_and_the_best_solved_in_full(monkeypatch):
     monkeypatch.setattr(selection.greedy, "THOROUGH", 40)
-    options = {"norm": "schatten:4", "starts": 2, "budget": 40, "dtype": "float32"}
+    options = {
+        "norm": "schatten:4",
+        "num_starts": 2,
+        "max_products": 40,
+        "dtype": "float32",
+    }
     found = search(draw(7, 8, 8), 32, progress=False, **options)
     best, *others = found.trials
     assert best.is_full

@@ -35,7 +35,7 @@ def approximate(
         Literal["float32", "float64"] | None, option("float32|float64")
     ] = None,
     seed: Seed = 0,
-    starts: Annotated[int, option("N")] = 4,
+    num_starts: Annotated[int, option("N")] = 4,
     tolerance: Annotated[float, option("X")] = 2e-4,
     finish: Flag = False,
     certify: Flag = False,
@@ -63,7 +63,7 @@ def approximate(
         norm: Norm of the error that is made small.
         dtype: Precision of the computation; follows the file by default.
         seed: Seed of the perturbed starts.
-        starts: Number of starts; the best is taken to the end.
+        num_starts: Number of starts; the best is taken to the end.
         tolerance: Gap to the local bound that is good enough: 0.01 is one per cent.
             An estimate, and proven with --certify.
         finish: Take the answer to machine precision by Newton's method; in float64.
@@ -83,7 +83,7 @@ def approximate(
     source = matrices.read(file, tensor=tensor, **part)
     weights = [one and matrices.read(one).matrix for one in (left_weight, right_weight)]
     options: dict[str, Any] = {"norm": norm, "dtype": dtype}
-    options |= {"starts": starts, "seed": seed, "finish": finish}
+    options |= {"num_starts": num_starts, "seed": seed, "finish": finish}
     options["tolerance"] = tolerance
     if finish and dtype is None:
         options["dtype"] = "float64"

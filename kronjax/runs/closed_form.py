@@ -112,7 +112,7 @@ def truncated(
 def _decompose(matrix, left, right):
     """Return all low-rank terms, the singular values, and the unit of errors."""
     whole = Configuration((len(matrix), 1), min(matrix.shape))
-    problem = Problem.of(matrix.shape, whole, 2, starts=1)
+    problem = Problem.of(matrix.shape, whole, 2, num_starts=1)
     setting, _ = prepare(problem, matrix, left, right)
     u, s, vt = jnp.linalg.svd(setting.target, full_matrices=False)
     root = jnp.sqrt(s) * jnp.sqrt(setting.scale)

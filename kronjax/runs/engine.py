@@ -455,8 +455,8 @@ def _whole(task: MatrixTask, settings: SolveSettings) -> Problem:
         shape,
         configurations,
         task.norm,
-        starts=settings.num_starts,
-        budget=settings.max_products,
+        num_starts=settings.num_starts,
+        max_products=settings.max_products,
         weighted=weighted,
         schedule=settings.schedule,
     )

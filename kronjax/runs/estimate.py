@@ -119,7 +119,7 @@ def _seconds(group, inputs, pools, settings) -> float:
     # The first slices wait for the beginnings, of which there is one for each matrix.
     (first, _), *rest = ticks[len(pools) - 1 :]
     each = (rest[-1][0] - first) / max(sum(products for _, products in rest), 1)
-    allowed = sum(int(stage.budget) for stage in group.problem.schedule())
+    allowed = sum(int(stage.max_products) for stage in group.problem.schedule())
     decades = max(math.log10(1e-2 / settings.tolerance), 0)
     usual = PRODUCTS + DECADE * decades + START * (settings.num_starts - 1)
     beginning = (first - begun) / len(taken)

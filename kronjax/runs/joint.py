@@ -195,7 +195,7 @@ def program(
             break
     else:
         largest = tuple(configurations)
-    return Problem.of(shape, largest, 2, starts=1, weighted=weighted)
+    return Problem.of(shape, largest, 2, num_starts=1, weighted=weighted)
 
 
 def _largest(shape, one, fraction):

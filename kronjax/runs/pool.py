@@ -14,7 +14,7 @@ only one. No device talks to another one.
 
 >>> from kronjax.kronecker import Configuration
 >>> from kronjax.solver.problem import Problem
->>> problem = Problem.of((4, 6), Configuration((2, 3), 1), starts=1)
+>>> problem = Problem.of((4, 6), Configuration((2, 3), 1), num_starts=1)
 >>> pool = Pool(Kind(problem, np.dtype(np.float32)), lanes=2, slots=4)
 >>> matrices = [Matrix(f"no. {i}", np.eye(4, 6, i, np.float32)) for i in range(3)]
 >>> sorted(found.key for found in pool.solve(iter(matrices)))

@@ -211,8 +211,10 @@ class Kind:
         Programs depend neither on the budget nor on the number of starts, so that a
         search tries with one start by the programs that solve with all of them.
         """
-        starts = self.problem.starts if self.proves else 2
-        alike = dataclasses.replace(self.problem, starts=min(starts, 2), budget=1)
+        num_starts = self.problem.num_starts if self.proves else 2
+        alike = dataclasses.replace(
+            self.problem, num_starts=min(num_starts, 2), max_products=1
+        )
         return dataclasses.replace(self, problem=alike)
 
 

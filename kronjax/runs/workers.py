@@ -8,7 +8,7 @@ the gaps. The result for a matrix does not depend on the pool that solves it.
 >>> from kronjax.kronecker import Configuration
 >>> from kronjax.runs.pool_programs import Kind
 >>> from kronjax.solver.problem import Problem
->>> problem = Problem.of((4, 6), Configuration((2, 3), 1), "frobenius", starts=1)
+>>> problem = Problem.of((4, 6), Configuration((2, 3), 1), "frobenius", num_starts=1)
 >>> pools = [Pool(Kind(problem, np.dtype(np.float32)), lanes=1, slots=1)]
 >>> matrices = [(f"no. {i}", np.eye(4, 6, i, np.float32), 0) for i in range(3)]
 >>> sorted(found.key for found in solve(pools, iter(matrices)))

@@ -44,16 +44,16 @@ def solve(
     norm: float | str | Norm = "spectral",
     left_weight: jax.Array | None = None,
     right_weight: jax.Array | None = None,
-    starts: int = 4,
-    budget: int | None = None,
+    num_starts: int = 4,
+    max_products: int | None = None,
     tolerance: float | jax.Array = 2e-4,
     schedule: str | Sequence[float] = "adaptive",
     seed: int | jax.Array = 0,
 ) -> Solution:
     """Minimise `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for one matrix; pure.
 
-    The Frobenius solution and `starts - 1` perturbations of it race through the first
-    few stages and share the budget of a single start (with at least four evaluations
+    The Frobenius solution and `num_starts - 1` perturbations of it race through the
+    first few stages and share the budget of a single start (with at least four evaluations
     each); the best start goes through the remaining stages. Under `jax.shard_map` pass
     `check_vma=False`: the loops begin from constants, which that check treats as
     unvarying.
@@ -66,10 +66,10 @@ def solve(
             the matrix; the identity by default. Singular weights are regularised by
             `weighted.RIDGE`; negative eigenvalues count as zero.
         right_weight: `R`, `[n, n]`, likewise.
-        starts: Number of starts, at least 1; 1 is the Frobenius solution alone, which
-            can be a critical point for every p.
-        budget: Largest number of products of the size of `EᵀE` per stage; by default
-            `problem.default_budget`.
+        num_starts: Number of starts, at least 1; 1 is the Frobenius solution alone,
+            which can be a critical point for every p.
+        max_products: Largest number of products of the size of `EᵀE` per stage; by
+            default `problem.default_max_products`.
         tolerance: Relative tolerance of the error, may be traced. The continuation ends
             when larger p are expected to lower the error by less than half of it, which
             leaves the other half for the unexpected: see `proof.certificate`. A stage
@@ -99,8 +99,8 @@ def solve(
         matrix.shape,
         configuration,
         norm,
-        starts,
-        budget,
+        num_starts,
+        max_products,
         weighted=tuple(weight is not None for weight in weights),
         schedule=schedule,
     )
@@ -245,7 +245,7 @@ def descend(
     rounding = 10 * float(jnp.finfo(setting.target.dtype).eps)
     limits = descent.Limits(
         tolerance=tolerance / 200,
-        max_evaluations=jnp.maximum(stage.budget // products, 4),
+        max_evaluations=jnp.maximum(stage.max_products // products, 4),
         floor=rounding**2 / 2,
     )
     return descent.minimize(

@@ -6,7 +6,7 @@ stages for the best start. Because stages run one after the other, the race need
 more memory, and no more compiled code, than a single start.
 
 >>> from kronjax.kronecker import Configuration
->>> problem = Problem.of((36, 36), Configuration((6, 6), 3), "schatten:6", starts=2)
+>>> problem = Problem.of((36, 36), Configuration((6, 6), 3), "schatten:6", num_starts=2)
 >>> [(stage.squarings, stage.origin.name) for stage in problem.schedule()]
 [(0, 'START'), (0, 'START'), (1, 'CHAMPION')]
 """
@@ -41,7 +41,7 @@ class Stage:
 
     Attributes:
         squarings: Number of squarings `j`, which determines p.
-        budget: Largest number of products of the size of `EᵀE`.
+        max_products: Largest number of products of the size of `EᵀE`.
         origin: `Origin`: the points from which the stage begins.
         begins: Number of the start that begins with this stage, or -1.
         ends: Whether a start ends with this stage and is compared with the champion.
@@ -49,7 +49,7 @@ class Stage:
     """
 
     squarings: int | jax.Array
-    budget: int | jax.Array
+    max_products: int | jax.Array
     origin: int | jax.Array
     begins: int | jax.Array
     ends: bool | jax.Array
@@ -67,8 +67,8 @@ class Problem:
         squarings: Squarings of the stages, ascending; empty if the start is the
             solution.
         is_adaptive: Whether stages are predicted, and the last ones left out.
-        starts: Number of starts in the race.
-        budget: Largest number of products of the size of `EᵀE` per stage.
+        num_starts: Number of starts in the race.
+        max_products: Largest number of products of the size of `EᵀE` per stage.
     """
 
     shape: tuple[int, int]
@@ -76,8 +76,8 @@ class Problem:
     norm: Norm
     squarings: tuple[int, ...]
     is_adaptive: bool
-    starts: int
-    budget: int
+    num_starts: int
+    max_products: int
 
     @classmethod
     def of(
@@ -85,8 +85,8 @@ class Problem:
         shape: tuple[int, ...],
         configuration: Configuration | Sequence[Configuration],
         norm: float | str | Norm = "spectral",
-        starts: int = 4,
-        budget: int | None = None,
+        num_starts: int = 4,
+        max_products: int | None = None,
         weighted: tuple[bool, ...] = (False, False),
         schedule: str | Sequence[float] = "adaptive",
     ) -> "Problem":
@@ -110,7 +110,10 @@ class Problem:
                     f"{entry!r}."
                 )
         _refuse_duplicates(configuration, shape)
-        for name, number in (("starts", starts), ("budget", budget)):
+        for name, number in (
+            ("num_starts", num_starts),
+            ("max_products", max_products),
+        ):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1; got {number}.")
         size = shape[0], shape[1]
@@ -119,7 +122,7 @@ class Problem:
         solved = _FROBENIUS.has_closed_form(size, configuration, weighted)
         stages = norm.stages(schedule, starts_at_frobenius=solved)
         # At p = 2 products are cheap, and half-converged weighted fits are poor.
-        default = default_budget(size, adaptive) * (6 if stages == (-1,) else 1)
+        default = default_max_products(size, adaptive) * (6 if stages == (-1,) else 1)
         return cls(
             shape=size,
             configurations=tuple(
@@ -129,8 +132,8 @@ class Problem:
             norm=norm,
             squarings=stages,
             is_adaptive=adaptive,
-            starts=starts,
-            budget=budget or default,
+            num_starts=num_starts,
+            max_products=max_products or default,
         )
 
     @property
@@ -162,7 +165,7 @@ class Problem:
         """
         stages = len(self.squarings)
         race = 4 if self.is_adaptive else 3
-        return min(race, max(stages - 1, 1), stages) if self.starts > 1 else 0
+        return min(race, max(stages - 1, 1), stages) if self.num_starts > 1 else 0
 
     def schedule(self) -> list[Stage]:
         """Return all stages in order: every start's part of the race, then the rest.
@@ -172,16 +175,18 @@ class Problem:
         race = self.squarings[: self.num_race_stages]
         rest = self.squarings[len(race) :] or self.squarings[-1:]
         # A single long stage is cut into slices that show its progress.
-        slices = min(SLICES, -(-self.budget // 100)) if self.is_least_squares else 1
-        share = self.budget // self.starts
+        slices = (
+            min(SLICES, -(-self.max_products // 100)) if self.is_least_squares else 1
+        )
+        share = self.max_products // self.num_starts
         stages = []
-        for start in range(self.starts if race else 0):
+        for start in range(self.num_starts if race else 0):
             for j in race:
                 begins = j == race[0]
                 stages.append(
                     Stage(
                         squarings=j,
-                        budget=share,
+                        max_products=share,
                         origin=Origin.START if begins else Origin.PREVIOUS,
                         begins=start if begins else -1,
                         ends=j == race[-1],
@@ -194,7 +199,7 @@ class Problem:
             stages.append(
                 Stage(
                     squarings=j,
-                    budget=-(-self.budget // slices),
+                    max_products=-(-self.max_products // slices),
                     origin=first if begins else Origin.PREVIOUS,
                     begins=0 if begins and not race else -1,
                     ends=False,
@@ -221,7 +226,7 @@ def _refuse_duplicates(configurations, shape):
         seen[key] = configuration
 
 
-def default_budget(shape: tuple[int, int], adaptive: bool = False) -> int:
+def default_max_products(shape: tuple[int, int], adaptive: bool = False) -> int:
     """Return the products per stage: 1,000 where they are cheap, falling to 165.
 
     The adaptive schedule has more stages; its budget falls to 100.

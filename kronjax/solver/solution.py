@@ -116,12 +116,12 @@ def gather(
     if not problem.squarings:
         return first
     count = problem.num_race_stages
-    cut = count * problem.starts
+    cut = count * problem.num_starts
     race = jax.tree.map(lambda x: x[:cut], lines)
     rest = jax.tree.map(lambda x: x[cut:], lines)
     if not count:
         return jax.tree.map(lambda *x: concatenate(x), first, rest)
-    race = jax.tree.map(lambda x: x.reshape(problem.starts, count), race)
+    race = jax.tree.map(lambda x: x.reshape(problem.num_starts, count), race)
     won = jax.tree.map(lambda x: x[winner], race)
     won = dataclasses.replace(won, products=race.products.sum(0))
     return jax.tree.map(lambda *x: concatenate(x), first, won, rest)

@@ -41,10 +41,10 @@ def side_by_side(function, *arguments):
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-@pytest.mark.parametrize("starts", [1, 2])
-def test_decompositions_wait_for_each_other(rank, starts):
+@pytest.mark.parametrize("num_starts", [1, 2])
+def test_decompositions_wait_for_each_other(rank, num_starts):
     configurations = Configuration((3, 4), rank), Configuration((12, 1), rank)
-    problem = Problem.of((12, 12), configurations, starts=starts)
+    problem = Problem.of((12, 12), configurations, num_starts=num_starts)
     assert problem.is_factored == (rank == 4)
     matrix = jnp.ones((12, 12))
 

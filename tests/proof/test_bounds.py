@@ -92,7 +92,7 @@ def test_no_bound_is_violated_from_any_sum(case, seed, scale):
         norm = np.linalg.norm(np.asarray(matrix / scale - other.to_matrix()), 2)
         assert norm >= found.global_bound / scale
     best = kronjax.approximate(
-        np.asarray(matrix), Configuration(layout[0], rank), starts=1, progress=False
+        np.asarray(matrix), Configuration(layout[0], rank), num_starts=1, progress=False
     )
     assert best.error.spectral >= found.global_bound * (1 - 1e-12)
 
@@ -102,7 +102,7 @@ def test_solutions_have_small_gaps_and_a_finish_closes_them(dtype):
     matrix = np.random.default_rng(0).normal(size=(12, 12)).astype(dtype)
     finish = dtype == np.float64
     found = kronjax.approximate(
-        matrix, Configuration((3, 4), 2), starts=1, finish=finish, progress=False
+        matrix, Configuration((3, 4), 2), num_starts=1, finish=finish, progress=False
     )
     proven = found.certificate
     assert proven.error == pytest.approx(found.error.spectral, rel=1e-12)
@@ -152,7 +152,7 @@ def test_weights_and_their_norms(sides):
     roots = [None if x is None else Root.of(x) for x in (left, right)]
     roots = [None if x is None else np.asarray(x.factor * x.scale) for x in roots]
     found = kronjax.approximate(
-        np.asarray(matrix), Configuration((2, 3), 2), starts=1, progress=False,
+        np.asarray(matrix), Configuration((2, 3), 2), num_starts=1, progress=False,
         left_weight=left, right_weight=right,
     )  # fmt: skip
     proven = found.certificate
@@ -171,7 +171,9 @@ def test_several_configurations_have_a_local_bound_alone():
     rng = np.random.default_rng(4)
     matrix = rng.normal(size=(12, 12))
     wanted = [Configuration((3, 4), 1), Configuration((12, 1), 1)]
-    found = kronjax.approximate(matrix, wanted, starts=1, finish=True, progress=False)
+    found = kronjax.approximate(
+        matrix, wanted, num_starts=1, finish=True, progress=False
+    )
     proven = found.certificate
     assert proven.global_bound == 0
     assert proven.local_gap < 1e-8
@@ -347,7 +349,7 @@ def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
     matrix = jnp.asarray(rng.normal(size=(12, 18)), dtype)
     one = Configuration((3, 6), 2)
     # From where a change of A alone lowers the norm.
-    options = {"norm": "schatten:10", "starts": 1, "tolerance": 1.0}
+    options = {"norm": "schatten:10", "num_starts": 1, "tolerance": 1.0}
     found = kronjax.approximate(np.asarray(matrix), one, progress=False, **options)
     (terms,) = jax.tree.map(jnp.asarray, found.terms)
     certified = jax.jit(bounds.certify_stage)(matrix, (terms,), 10.0)
@@ -367,7 +369,7 @@ def test_a_balanced_gradient_proves_what_it_does_not_as_it_is():
     rng = np.random.default_rng(4)
     matrix = rng.normal(size=(24, 24))
     found = kronjax.approximate(
-        matrix, Configuration((4, 6), 6), starts=1, tolerance=1e-2, progress=False
+        matrix, Configuration((4, 6), 6), num_starts=1, tolerance=1e-2, progress=False
     )
     last = float(found.trace.p[-1])
     program = jax.jit(bounds.certify_stage)
@@ -385,7 +387,7 @@ def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
     rng = np.random.default_rng(4)
     matrix = rng.normal(size=(24, 24))
     found = kronjax.approximate(
-        matrix, Configuration((4, 6), 6), starts=1, tolerance=1e-2, progress=False
+        matrix, Configuration((4, 6), 6), num_starts=1, tolerance=1e-2, progress=False
     )
 
     def gap():

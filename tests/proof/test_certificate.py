@@ -15,7 +15,7 @@ def draw(*shape):
 
 
 def solved(matrix, **options):
-    options = {"starts": 1, "progress": False, "norm": "frobenius", **options}
+    options = {"num_starts": 1, "progress": False, "norm": "frobenius", **options}
     return kronjax.approximate(matrix, SMALL, **options)
 
 

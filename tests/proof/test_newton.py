@@ -23,7 +23,7 @@ def test_regression_values_to_ten_digits_within_eight_steps(rank):
 
     matrix = normal((36, 36))
     near = kronjax.approximate(
-        matrix, kronjax.Configuration((6, 6), rank), starts=1, progress=False
+        matrix, kronjax.Configuration((6, 6), rank), num_starts=1, progress=False
     )
     found = finish(matrix, near.terms)
     assert found.spectral_error == pytest.approx(REGRESSION[rank], rel=1e-12)

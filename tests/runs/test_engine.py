@@ -357,7 +357,7 @@ def test_weighted_solutions_are_those_of_approximate(weighted):
             left_weight=left,
             right_weight=right,
             tolerance=1e-3,
-            starts=1,
+            num_starts=1,
         )
         record = records(kept)[task.index]
         name, key = "relative_weighted", "frobenius"

@@ -35,7 +35,7 @@ dtype = np.dtype(np.float32)
 rng = np.random.default_rng(0)
 matrices = rng.standard_normal((20, 12, 18)).astype(dtype)
 low, high = (
-    Problem.of((12, 18), Configuration((3, 6), rank), starts=1) for rank in (2, 6)
+    Problem.of((12, 18), Configuration((3, 6), rank), num_starts=1) for rank in (2, 6)
 )
 found = {}
 for count in (1, 8):
@@ -91,7 +91,7 @@ def make_pool(problem, **options):
 
 @pytest.fixture(scope="module")
 def problem():
-    return Problem.of(SHAPE, ONE, starts=2)
+    return Problem.of(SHAPE, ONE, num_starts=2)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_every_matrix_is_solved_as_by_itself(pool):
     found = {one.key: one for one in pool.solve(given(matrices))}
     assert sorted(found) == list(range(11))
     for i, matrix in enumerate(matrices):
-        alone = approximate(matrix, ONE, starts=2, seed=i)
+        alone = approximate(matrix, ONE, num_starts=2, seed=i)
         one = found[i]
         assert one.status == alone.status
         # Rounding leads both on different ways to within their tolerance, or about it.
@@ -121,7 +121,7 @@ def test_every_matrix_is_solved_as_by_itself(pool):
 
 
 def test_coarse_answers_of_high_rank_by_one_lane():
-    problem = Problem.of(SHAPE, Configuration((3, 6), 6), starts=1)
+    problem = Problem.of(SHAPE, Configuration((3, 6), 6), num_starts=1)
     assert problem.is_factored
     one_slot, two_slots = (
         make_pool(problem, lanes=1, slots=slots, tolerance=0.03) for slots in (1, 2)
@@ -246,7 +246,7 @@ def test_weighted_matrices_are_proven_in_the_weighted_norm(problem):
 
 
 def test_a_closed_form_needs_no_stage():
-    problem = Problem.of(SHAPE, ONE, "frobenius", starts=1)
+    problem = Problem.of(SHAPE, ONE, "frobenius", num_starts=1)
     pool = make_pool(problem, lanes=2, slots=2)
     found = {one.key: one for one in pool.solve(given(draw(3)))}
     for i, matrix in enumerate(draw(3)):

@@ -18,7 +18,7 @@ from kronjax.solver.problem import Problem
 
 @pytest.fixture(scope="module")
 def pools():
-    problem = Problem.of((12, 18), Configuration((3, 6), 2), starts=2)
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), num_starts=2)
     return [
         Pool(Kind(problem, np.dtype(np.float32)), lanes=3, slots=7) for _ in range(3)
     ]
@@ -105,7 +105,7 @@ def test_who_has_seen_enough_may_leave(pools):
 
 
 def test_what_has_no_stages_stops_as_well():
-    problem = Problem.of((12, 18), Configuration((3, 6), 2), "frobenius", starts=1)
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), "frobenius", num_starts=1)
     pools = [
         Pool(Kind(problem, np.dtype(np.float32)), lanes=1, slots=1) for _ in range(2)
     ]
@@ -116,7 +116,7 @@ def test_what_has_no_stages_stops_as_well():
 
 
 def test_threads_compute_in_the_precision_of_who_calls():
-    problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", starts=1)
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", num_starts=1)
     jax.config.update("jax_enable_x64", False)
     try:
         with jax.enable_x64(True):
@@ -134,7 +134,7 @@ def test_threads_compute_in_the_precision_of_who_calls():
 
 def test_several_pools_solve_small_matrices_and_one_large_ones(monkeypatch):
     monkeypatch.setattr(workers, "size", lambda devices: 2)
-    problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", starts=1)
+    problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", num_starts=1)
     kind = Kind(problem, np.dtype(np.float32))
     for lanes, count in ((3, 2), (1, 1)):
         pools, chosen = workers.pools_of(kind, 90, lanes, jax.devices()[:1], 1e-2)

@@ -17,10 +17,10 @@ SMALL = Configuration((3, 4), 2)
 
 
 @functools.cache
-def solver(configuration, norm="spectral", starts=4):
+def solver(configuration, norm="spectral", num_starts=4):
     """Solve a batch, compiled once for each problem."""
     return jax.jit(
-        jax.vmap(lambda x: solve(x, configuration, norm=norm, starts=starts))
+        jax.vmap(lambda x: solve(x, configuration, norm=norm, num_starts=num_starts))
     )
 
 
@@ -49,17 +49,19 @@ def test_regression_values(rank, expected):
     assert errors(matrix, solution)[0] <= expected * (1 + 2e-4)
     assert solution.status[0] == Status.CONVERGED
     # From Van Loan's start alone: the very minimum of the published value.
-    alone = solver(Configuration((6, 6), rank), starts=1)(jnp.asarray(matrix))
+    alone = solver(Configuration((6, 6), rank), num_starts=1)(jnp.asarray(matrix))
     assert errors(matrix, alone)[0] == pytest.approx(expected, rel=2e-4)
 
 
-@pytest.mark.parametrize(("schedule", "starts"), [("fixed", 1), ("adaptive", 2)])
-def test_factors_find_what_points_of_the_manifold_find(schedule, starts, monkeypatch):
+@pytest.mark.parametrize(("schedule", "num_starts"), [("fixed", 1), ("adaptive", 2)])
+def test_factors_find_what_points_of_the_manifold_find(
+    schedule, num_starts, monkeypatch
+):
     configuration, matrices = Configuration((3, 4), 5), jnp.asarray(draw(5))
     assert Problem.of((12, 12), configuration).is_factored
 
     def run(matrix):
-        return solve(matrix, configuration, starts=starts, schedule=schedule)
+        return solve(matrix, configuration, num_starts=num_starts, schedule=schedule)
 
     found = {}
     for is_factored in (True, False):
@@ -72,7 +74,7 @@ def test_factors_find_what_points_of_the_manifold_find(schedule, starts, monkeyp
             solution.spectral_error, found[is_factored], rtol=1e-5
         )
     # Two starts may end in two minima.
-    close = 5e-4 if starts == 1 else 3e-2
+    close = 5e-4 if num_starts == 1 else 3e-2
     np.testing.assert_allclose(found[True], found[False], rtol=close)
 
 
@@ -90,7 +92,7 @@ def test_factors_of_several_configurations_under_a_weight(seed, close, monkeypat
         monkeypatch.setattr(Problem, "is_factored", is_factored)
         found = jax.jit(
             lambda x, weight: solve(
-                x, configurations, norm="schatten:6", right_weight=weight, starts=1
+                x, configurations, norm="schatten:6", right_weight=weight, num_starts=1
             )
         )(jnp.asarray(matrix), weight)
         error = matrix - sum(
@@ -105,7 +107,7 @@ def test_factors_of_several_configurations_under_a_weight(seed, close, monkeypat
 def test_one_exponent_alone_with_a_race_ends_at_numbers(rank):
     # The champion walks where it has walked: no line leads beyond.
     matrix = jnp.asarray(draw(0, 1, (4, 6))[0])
-    found = solve(matrix, Configuration((2, 3), rank), starts=2, schedule=[4])
+    found = solve(matrix, Configuration((2, 3), rank), num_starts=2, schedule=[4])
     assert jnp.isfinite(found.spectral_error)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found.terms))
 
@@ -118,7 +120,7 @@ def test_van_loans_critical_point_is_left():
     solution = solver(Configuration((6, 6), 1))(target)
     assert solution.trace.spectral_error[0, 0] == pytest.approx(1, abs=1e-9)
     assert errors(target, solution)[0] <= 0.1736
-    alone = solver(Configuration((6, 6), 1), starts=1)(target)
+    alone = solver(Configuration((6, 6), 1), num_starts=1)(target)
     assert errors(target, alone)[0] == pytest.approx(1, abs=1e-6)
 
 
@@ -275,7 +277,7 @@ def test_other_norms(norm, p, ps):
     matrices = np.random.default_rng(10).standard_t(2, (8, 12, 12))
     solution = solver(SMALL, norm=norm)(jnp.asarray(matrices))
     np.testing.assert_array_equal(solution.trace.p[0], ps)
-    alone = solver(SMALL, norm=norm, starts=1)(jnp.asarray(matrices))
+    alone = solver(SMALL, norm=norm, num_starts=1)(jnp.asarray(matrices))
 
     def value(solution, i):
         terms = solution.terms[0]
@@ -329,10 +331,10 @@ def test_the_seed_reaches_the_perturbed_starts():
 
 def test_vmap_scan_and_shard_map_agree():
     matrices = jnp.asarray(draw(15, 2))
-    expected = solver(SMALL, starts=1)(matrices).spectral_error
+    expected = solver(SMALL, num_starts=1)(matrices).spectral_error
 
     def one(x):
-        return solve(x, SMALL, starts=1).spectral_error
+        return solve(x, SMALL, num_starts=1).spectral_error
 
     scanned = jax.jit(lambda xs: jax.lax.map(one, xs))(matrices)
     np.testing.assert_allclose(scanned, expected, rtol=2e-4)
@@ -402,8 +404,8 @@ def test_every_product_asks_for_full_precision():
         (dict(norm="nuclear"), 'norm must be "spectral"'),
         (dict(norm="schatten:5"), "p = 2, 4, 6"),
         (dict(norm=7), "p = 2, 4, 6"),
-        (dict(starts=0), "starts must be at least 1"),
-        (dict(budget=0), "budget must be at least 1"),
+        (dict(num_starts=0), "starts must be at least 1"),
+        (dict(max_products=0), "budget must be at least 1"),
         (dict(configuration=()), "at least one Configuration"),
         (dict(configuration=((3, 4), 2)), r"got \(3, 4\)"),
         (dict(norm="-inf"), "p = 2, 4, 6"),

@@ -63,7 +63,7 @@ def test_one_program_agrees_with_solves_of_their_own():
             norm=2,
             left_weight=left,
             right_weight=right,
-            starts=1,
+            num_starts=1,
             tolerance=1e-12,
         )
         # The same start; neighbouring minima are a few per cent apart.

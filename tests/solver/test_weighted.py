@@ -42,7 +42,7 @@ def solver(configuration, norm="frobenius", sides=(False, True)):
     def run(matrix, left, right):
         weights = {"left_weight": left, "right_weight": right}
         given = {k: v for (k, v), on in zip(weights.items(), sides, strict=True) if on}
-        return solve(matrix, configuration, norm=norm, starts=1, **given)
+        return solve(matrix, configuration, norm=norm, num_starts=1, **given)
 
     return jax.jit(run)
 
@@ -160,7 +160,7 @@ def test_a_batch_shares_its_weights_or_has_one_for_each(shared):
     matrices = draw(17, 2, 12, 12)
     rights = np.stack([weight(18), weight(18 if shared else 19)])
     given = rights[0] if shared else rights
-    options = {"norm": "frobenius", "starts": 1}
+    options = {"norm": "frobenius", "num_starts": 1}
     found = approximate(matrices, SMALL, right_weight=given, **options)
     for i in range(2):
         alone = approximate(matrices[i], SMALL, right_weight=rights[i], **options)
@@ -182,7 +182,7 @@ def test_a_weight_that_is_not_finite_spoils_its_lane_alone():
     matrices = draw(22, 2, 12, 12)
     rights = np.stack([weight(23), np.full((12, 12), np.nan)])
     found = jax.jit(
-        jax.vmap(lambda w, c: solve(w, SMALL, norm=2, right_weight=c, starts=1))
+        jax.vmap(lambda w, c: solve(w, SMALL, norm=2, right_weight=c, num_starts=1))
     )(matrices, rights)
     assert found.status.tolist()[1] == Status.NONFINITE
     assert np.isnan(found.spectral_error[1]) and np.isfinite(found.spectral_error[0])
