@@ -311,8 +311,8 @@ def main():
         for row in run_cell(layout, rank, experiment)
     ]
     script.table(
-        f"Defaults, float32: gap in % to the best of {experiment.num_starts} starts, and "
-        "matrices on which a peer is nearer",
+        f"Defaults, float32: gap in % to the best of {experiment.num_starts} starts, "
+        "and matrices on which a peer is nearer",
         ("", "matrices", "median", "90 %", "largest", "Van Loan", "SVD"),
         table_rows(rows),
     )

@@ -1,7 +1,7 @@
 """Settings of every test run.
 
-The core is tested where mistakes cannot hide: 64-bit, and with an error wherever jax
-would promote a rank or a dtype in silence. Child processes (the command line, the
+The core is tested with 64 bits, and with an error wherever jax would promote a rank
+or a dtype implicitly. Child processes (the command line, the
 notebooks) inherit none of this and see what a user sees.
 """
 
@@ -12,13 +12,13 @@ from importlib import metadata
 
 from kronjax.runs import cpu_threads
 
-# Threads of OpenBLAS wait actively: those of one worker slow those of the other by
-# factors of ten and more. It reads this when it is loaded.
+# OpenBLAS threads busy-wait: those of one worker slow the other down tenfold and
+# more. OpenBLAS reads the variable when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-# Compilation is what the tests spend their time on: half of it goes without LLVM's
-# passes, and of the rest two thirds without the fusion emitters. Later versions of XLA
-# have no others, and end the process that asks.
+# The tests spend most of their time on compilation. Without LLVM's passes it takes
+# half as long, and without the fusion emitters a third of that. Later versions of XLA
+# have no other emitters and abort on this flag.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0"
@@ -78,10 +78,10 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-    """Drop what a file compiled, once it is done.
+    """Drop the compiled programs of a test file once it is done.
 
     Every compiled program takes memory mappings, of which a process may have some
-    65,000 on Linux. A worker that keeps all of this run's ends in a segmentation fault.
+    65,000 on Linux. A worker that keeps all programs ends in a segmentation fault.
     """
     yield
     jax.clear_caches()

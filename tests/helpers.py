@@ -1,4 +1,4 @@
-"""Independent references in float64 NumPy: slow, and obvious enough to be believed."""
+"""Independent references in float64 NumPy: slow and simple."""
 
 import contextlib
 import socket
@@ -46,7 +46,7 @@ KRONY_PT = {
 
 
 def rearrange_reference(matrix, a_shape):
-    """The rearrangement, one block of `matrix` at a time: [m1 n1, m2 n2]."""
+    """Return the rearrangement `[m1 n1, m2 n2]`, one block of `matrix` at a time."""
     matrix = np.asarray(matrix, dtype=np.float64)
     m1, n1 = a_shape
     m2, n2 = matrix.shape[0] // m1, matrix.shape[1] // n1
@@ -60,14 +60,14 @@ def rearrange_reference(matrix, a_shape):
 
 
 def kronecker_sum_reference(a, b):
-    """The matrix `sum_k A_k ⊗ B_k` of `a: [r, m1, n1]` and `b: [r, m2, n2]`."""
+    """Return `sum_k A_k ⊗ B_k` of `a: [r, m1, n1]` and `b: [r, m2, n2]`."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     assert len(a) == len(b)
     return sum(np.kron(left, right) for left, right in zip(a, b, strict=True))
 
 
 def van_loan(matrix, a_shape, rank):
-    """The sum that is nearest in the Frobenius norm."""
+    """Return the nearest sum in the Frobenius norm."""
     (m, n), (m1, n1) = matrix.shape, a_shape
     m2, n2 = m // m1, n // n1
     blocks = matrix.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3)
@@ -78,14 +78,14 @@ def van_loan(matrix, a_shape, rank):
 
 
 def total(terms):
-    """The matrix of several sums, one for each configuration."""
+    """Return the matrix of several sums, one for each configuration."""
     return sum(
         np.kron(a, b) for one in terms for a, b in zip(one.a, one.b, strict=True)
     )
 
 
 def schatten_reference(matrix, p):
-    """The Schatten p-norm `(sum_i sigma_i^p)^(1/p)`; the spectral norm at p = inf."""
+    """Return the Schatten p-norm `(Σ σ_i^p)^(1/p)`; the spectral norm at p = inf."""
     matrix = np.asarray(matrix, dtype=np.float64)
     scale = np.max(np.abs(matrix), initial=0.0)
     if scale == 0.0:
@@ -100,13 +100,13 @@ def schatten_reference(matrix, p):
 
 
 def tolerance(dtype, factor=100.0):
-    """A relative tolerance of `factor` roundings in `dtype`."""
+    """Return a relative tolerance of `factor` roundings in `dtype`."""
     return factor * float(jnp.finfo(dtype).eps)
 
 
 def losses_reference(model, tokens):
-    """Losses of all tokens `[n]` but the first, and whether each was the likeliest."""
-    # One shape for all lengths: a causal model does not see what stands on the right.
+    """Return losses of all tokens `[n]` but the first, and which were the likeliest."""
+    # One shape for all lengths: a causal model does not see later tokens.
     read = np.zeros((1, model.config.context), np.int32)
     read[0, : len(tokens) - 1] = tokens[:-1]
     logits = np.asarray(_logits(model, read))[0, : len(tokens) - 1].astype(np.float64)
@@ -124,7 +124,7 @@ def _logits(model, tokens):
 
 @contextlib.contextmanager
 def as_users_run_it():
-    """32 bits, and promotion of dtypes and ranks as flax needs it."""
+    """Use 32 bits, and the promotion of dtypes and ranks that flax needs."""
     with (
         jax.enable_x64(False),
         jax.numpy_dtype_promotion("standard"),
@@ -134,7 +134,7 @@ def as_users_run_it():
 
 
 def free_port():
-    """Return a port of this machine that nobody listens to."""
+    """Return a free TCP port of this machine."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]

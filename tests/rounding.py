@@ -1,7 +1,7 @@
-"""Products whose sums run backwards: what else a processor may make of them.
+"""Matrix products with another order of summation.
 
-Libraries sum in an order that depends on the processor and its caches. Of the tests
-that compare numbers, those fail in another order that hang on the last digits.
+Libraries sum in an order that depends on the processor and its caches. Tests that
+depend on the last digits of a product fail in another order.
 """
 
 import functools

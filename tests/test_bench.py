@@ -1,4 +1,4 @@
-"""The benchmarks run, and the peers are what they claim to be."""
+"""Tests that the benchmarks run and that the peers solve known problems."""
 
 import json
 import math
@@ -402,7 +402,7 @@ def test_unknown_solver():
         peers.alternating_sdp(np.eye(4), (2, 2), 1, solver="MOSEK")
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path):
+def test_results_are_written_atomically(tmp_path):
     path = timing.write_results(
         "x", {"a": np.arange(2), "b": np.float32(0.5)}, tmp_path
     )

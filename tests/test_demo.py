@@ -18,7 +18,7 @@ def settings():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Matrices 9×9 with 3×3 factors, one rank; one way, little text."""
+    """Reduce the demo to 9×9 matrices with 3×3 factors, one rank and little text."""
     monkeypatch.setattr(matrices, "SIZE", 9)
     monkeypatch.setattr(matrices, "FACTOR", 3)
     monkeypatch.setattr(matrices, "RANKS", (2,))
@@ -29,7 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(language, "TOKENS", 2048)
 
 
-def test_demo_shows_matrices_and_the_model_and_writes_all_it_names(
+def test_demo_shows_matrices_and_the_model_and_writes_its_files(
     small, tmp_path, capsys
 ):
     out = tmp_path / "shown"
@@ -78,7 +78,7 @@ def terms(rules):
             yield term, size + m * n // size
 
 
-def test_demo_finds_out_first_that_it_cannot_write(tmp_path, capsys):
+def test_demo_checks_first_that_it_can_write(tmp_path, capsys):
     (tmp_path / "taken").write_text("")
     assert main(["demo", "--out", str(tmp_path / "taken")]) == 2
     assert "taken" in capsys.readouterr().err
@@ -86,7 +86,7 @@ def test_demo_finds_out_first_that_it_cannot_write(tmp_path, capsys):
     assert "at least 1" in capsys.readouterr().err
 
 
-def test_title_says_what_is_seen():
+def test_title_states_the_outcome():
     ours, theirs = np.array([1.0, 3.0]), np.array([2.0, 2.0])
     errors = matrices.Errors(1, ours, theirs, theirs, 0.0, 0.0)
     assert errors.wins == 1

@@ -18,7 +18,7 @@ def settings():
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """A standard library of few words."""
+    """Replace the standard library by a few short files."""
     files = {
         "statistics.py": '"""Means."""\n# A comment of the length that counts here.\n',
         "heapq/__init__.py": '"""Heaps."""\n',

@@ -12,7 +12,7 @@ def draw(seed, *shape):
 
 
 def planted(seed, configurations, shape=(24, 24), noise=1e-3):
-    """A sum of unit sums of the given configurations, and noise."""
+    """Return a sum of unit sums of the given configurations, plus noise."""
     rng = np.random.default_rng(seed)
     matrix = np.zeros(shape)
     for c in configurations:
@@ -53,7 +53,7 @@ def test_planted_sums_are_recovered(pair, is_told):
     assert found == greedy.choose(matrix, budget, greedy.candidates((24, 24)))
 
 
-def test_the_criterion_takes_nothing_from_noise():
+def test_the_criterion_selects_no_terms_from_noise():
     assert greedy.choose(draw(2, 24, 24), None, greedy.candidates((24, 24))) == ()
 
 
@@ -68,7 +68,7 @@ def test_the_budget_is_kept_and_used(seed, parameters):
 
 
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_tails_are_those_of_the_rearrangement(is_weighted):
+def test_tails_agree_with_the_rearrangement(is_weighted):
     matrix, configuration = draw(3, 12, 12), Configuration((3, 4), 2)
     roots = [np.eye(12), np.eye(12)]
     weights = ()
@@ -86,8 +86,8 @@ def _squares():
     return [(k, draw(k + i, k, k)) for i, k in enumerate((3, 4, 4, 3))]
 
 
-def test_weights_turn_the_choice():
-    # What the second half of the columns holds is of no account.
+def test_weights_change_the_choice():
+    # The weight makes the second half of the columns negligible.
     pair = Configuration((4, 6), 1), Configuration((3, 8), 1)
     matrix = planted(4, pair[:1], noise=1e-6)
     matrix[:, 12:] += 5 * planted(5, pair[1:], (24, 24), 1e-6)[:, 12:]
@@ -112,7 +112,7 @@ def test_large_matrices_are_sketched():
 
 
 def test_planted_sums_are_recovered_under_weights():
-    """Noise that is white only after whitening, by weights that are no products."""
+    """The noise is white only after whitening by weights that are not products."""
     pair = (Configuration((4, 6), 2), Configuration((24, 1), 1))
     matrix, weights, roots = planted(1, pair, noise=0), [], []
     for seed in (7, 8):

@@ -80,7 +80,7 @@ def test_matmul_agrees_with_the_dense_product(dtype, seed, shapes):
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_matmul_spends_what_its_cost_says(shapes):
+def test_matmul_costs_what_matmul_cost_returns(shapes):
     terms = draw(0, *shapes, rank=4)
     (m1, n1), (m2, n2) = shapes
     orders = [m2 * n1 * (m1 + n2), m1 * n2 * (m2 + n1)]
@@ -132,7 +132,7 @@ def test_divisors(number):
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (12, 5), (1, 6)])
-def test_interpolative_ranks_fill_what_is_there(shape):
+def test_interpolative_ranks_use_the_available_parameters(shape):
     m, n = shape
     for parameters in range(1, m * n + 1):
         rank = interpolative_rank(shape, parameters)

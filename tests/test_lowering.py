@@ -229,7 +229,7 @@ platforms = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 
 @platforms
 @pytest.mark.parametrize("case", SOLVES)
-def test_solve_decomposes_in_loops_what_the_rank_makes_small(case, platform):
+def test_solve_decomposes_only_small_matrices_in_loops(case, platform):
     found = exported(case, platform)
     inside = [one for one in found.decompositions if one.loops]
     # The basis of a Krylov space: twice the rank and two more vectors, in four blocks.
@@ -242,7 +242,7 @@ def test_solve_decomposes_in_loops_what_the_rank_makes_small(case, platform):
 
 @platforms
 @pytest.mark.parametrize("case", SOLVES)
-def test_solve_decomposes_in_full_nothing_but_weights(case, platform):
+def test_solve_fully_decomposes_only_weights(case, platform):
     found = exported(case, platform)
     assert found.full(loops=True) == []
     weights = [("eigh", (M, M)), ("eigh", (N, N))] if "weighted" in case else []
@@ -251,9 +251,7 @@ def test_solve_decomposes_in_full_nothing_but_weights(case, platform):
 
 @platforms
 @pytest.mark.parametrize("case", POOLS)
-def test_what_a_pool_calls_decomposes_in_loops_what_is_small_at_any_rank(
-    case, platform
-):
+def test_pool_programs_decompose_only_small_matrices_in_loops(case, platform):
     found = exported(case, platform)
     inside = [one for one in found.decompositions if one.loops]
     # At high rank there are the norm's Krylov spaces alone, and none in the descent.
@@ -270,7 +268,7 @@ def test_the_descent_at_high_rank_decomposes_nothing(platform):
 
 @platforms
 @pytest.mark.parametrize("case", POOLS)
-def test_what_a_pool_calls_decomposes_in_full_for_proofs_and_starts(case, platform):
+def test_pool_programs_fully_decompose_only_for_proofs_and_starts(case, platform):
     found = exported(case, platform)
     gram = "eigh", (LANES, M, M)
     wanted = {
@@ -359,7 +357,7 @@ def test_nothing_leaves_the_device(case, platform):
 
 @platforms
 @pytest.mark.parametrize("case", CASES)
-def test_float32_has_no_float64_in_it(case, platform):
+def test_float32_programs_contain_no_float64(case, platform):
     assert exported(case, platform).doubles == frozenset()
 
 

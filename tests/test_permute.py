@@ -17,7 +17,7 @@ def shuffled(matrix, seed, rows=True, columns=True):
 
 
 def relative(matrix, configuration):
-    """Relative Frobenius error of the nearest sum."""
+    """Return the relative Frobenius error of the nearest sum."""
     m, n = matrix.shape
     m1, n1 = configuration.a_shape
     blocks = matrix.reshape(m1, m // m1, n1, n // n1).swapaxes(1, 2)
@@ -49,7 +49,7 @@ def test_one_side_alone_may_be_permuted(rows, columns):
 
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(seed=st.integers(0, 2**20), rank=st.integers(1, 3))
-def test_it_is_a_permutation_never_worse_than_what_was_given(seed, rank):
+def test_the_result_is_a_permutation_never_worse_than_the_input(seed, rank):
     matrix = np.random.default_rng(seed).standard_normal((6, 8))
     configuration = Configuration((3, 2), rank)
     found = permute(matrix, configuration, num_starts=4)
@@ -66,7 +66,7 @@ def test_it_is_a_permutation_never_worse_than_what_was_given(seed, rank):
     np.testing.assert_array_equal(found.undo(found.apply(jnp.asarray(matrix))), matrix)
 
 
-def test_a_random_matrix_gains_and_is_the_same_every_time():
+def test_random_matrices_improve_reproducibly():
     matrix = np.random.default_rng(4).standard_normal((12, 12))
     found, again = (permute(matrix, Configuration((3, 4), 2)) for _ in range(2))
     assert found.error < 0.95 * found.given_error

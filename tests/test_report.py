@@ -11,7 +11,7 @@ from kronjax.solver.continuation import Trace
 
 
 def approximation(ours, van_loan, **changes):
-    """An approximation with given spectral errors and nothing behind it."""
+    """Return an approximation that has the given spectral errors only."""
     ours, van_loan = np.asarray(ours, float), np.asarray(van_loan, float)
     line = np.zeros((*ours.shape, 2), int)
     result = Approximation(
@@ -106,7 +106,7 @@ def test_effort_counts_statuses():
     assert "converged (2), max_steps (1); 40 products per matrix" in line
 
 
-def test_summary_is_plain_and_knows_no_nan():
+def test_summary_is_plain_and_contains_no_nan():
     batch = approximation([1, np.nan], [1, np.inf], status=np.array([0, 4]))
     found = report.summary(batch, baseline([1, 1]))
     assert found["spectral_error"] == [1.0, None]

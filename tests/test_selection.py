@@ -13,7 +13,7 @@ def draw(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def test_planted_sums_come_out_with_the_table_of_what_was_tried():
+def test_planted_sums_are_found_and_trials_are_listed():
     pair = Configuration((4, 3), 1), Configuration((12, 1), 1)
     found = search(planted(0, pair, (12, 12)), 48, **FAST)
     assert set(found.configurations) == set(pair)
@@ -103,14 +103,14 @@ def test_a_budget_is_a_whole_number(parameters):
 
 
 def test_one_product_of_expensive_terms_is_proposed():
-    """Its price is many times the least, and one term is all it takes."""
+    """One term of the most expensive configuration is exact."""
     rng = np.random.default_rng(0)
     matrix = np.kron(rng.normal(size=(2, 2)), rng.normal(size=(36, 36)))
     proposed = selection._proposals(matrix, 1300, (None, None), Norm(2))
     assert ("homogeneous", (Configuration((2, 2), 1),)) in proposed
 
 
-def test_large_matrices_are_tried_in_haste_and_the_best_solved_in_full(monkeypatch):
+def test_large_matrices_are_tried_quickly_and_the_best_solved_fully(monkeypatch):
     monkeypatch.setattr(selection.greedy, "THOROUGH", 40)
     options = {
         "norm": "schatten:4",

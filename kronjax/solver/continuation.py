@@ -53,8 +53,8 @@ def solve(
     """Minimise `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for one matrix; pure.
 
     The Frobenius solution and `num_starts - 1` perturbations of it race through the
-    first few stages and share the budget of a single start (with at least four evaluations
-    each); the best start goes through the remaining stages. Under `jax.shard_map` pass
+    first few stages and share the products of a single start (with at least four
+    evaluations each); the best start goes through the remaining stages. Under `jax.shard_map` pass
     `check_vma=False`: the loops begin from constants, which that check treats as
     unvarying.
 

@@ -385,16 +385,16 @@ def test_doctor_checks_itself(run):
 def test_a_mixture_is_written_and_read_again(weights, solve, tmp_path):
     out = tmp_path / "mixed.safetensors"
     asked = weights, "--tensor", "query", *ASKED, "--low-rank", "1", "--norm=frobenius"
-    found = solve(*asked, "--starts", "1", "--out", out)
+    found = solve(*asked, "--num-starts", "1", "--out", out)
     ranks = [(one["a_shape"], one["rank"]) for one in found["configurations"]]
     assert ranks == [([3, 4], 2), ([12, 1], 1)]
     assert found["num_parameters"] == 72
     error = random_matrix() - matrices.read(out).matrix
     assert np.linalg.norm(error) == pytest.approx(found["frobenius_error"], rel=1e-5)
-    again = solve(out, "--norm=frobenius", "--starts", "1")
+    again = solve(out, "--norm=frobenius", "--num-starts", "1")
     assert again["configurations"] == found["configurations"]
     assert again["relative_frobenius_error"] < 1e-2
-    more = solve(out, "--low-rank", "2", "--norm=frobenius", "--starts", "1")
+    more = solve(out, "--low-rank", "2", "--norm=frobenius", "--num-starts", "1")
     ranks = [(one["a_shape"], one["rank"]) for one in more["configurations"]]
     assert ranks == [([3, 4], 2), ([12, 1], 2)]
     alone = solve(*asked[:3], "--low-rank", "2", "--norm=frobenius")
@@ -405,7 +405,7 @@ def test_a_budget_is_searched_with_weights(weights, run, tmp_path):
     moment = tmp_path / "moment.npy"
     np.save(moment, np.diag(np.arange(1.0, 13)))
     asked = weights, "--tensor", "query", "--parameters", 48, "--right-weight", moment
-    asked = "approximate", *asked, "--norm", "frobenius", "--starts", 1
+    asked = "approximate", *asked, "--norm", "frobenius", "--num-starts", 1
     code, out, err = run(*asked, "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)

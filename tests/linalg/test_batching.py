@@ -14,7 +14,7 @@ LAPACK = {"cholesky", "eigh", "geqrf", "householder_product", "lu", "qr", "svd"}
 
 
 def decomposes(equation):
-    """Whether an equation of a jaxpr, or what it calls, decomposes a matrix."""
+    """Return whether an equation of a jaxpr, or its callees, decomposes a matrix."""
     called = jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns"))
     inner = [getattr(x, "jaxpr", x) for x in called]
     return equation.primitive.name in LAPACK or any(
@@ -23,7 +23,7 @@ def decomposes(equation):
 
 
 def side_by_side(function, *arguments):
-    """Return the pairs of decompositions of which neither waits for the other."""
+    """Return the pairs of decompositions without a dependency between them."""
     made_by, before = {}, []
     traced = jax.make_jaxpr(function)(*arguments).jaxpr
 
@@ -34,7 +34,7 @@ def side_by_side(function, *arguments):
     for i, equation in enumerate(traced.eqns):
         before.append(wanted(equation.invars))
         made_by |= {id(v): i for v in equation.outvars}
-    # What nobody asks for is not computed.
+    # Unused results are not computed.
     found = [i for i in sorted(wanted(traced.outvars)) if decomposes(traced.eqns[i])]
     assert len(found) > 1
     return [(i, j) for i, j in itertools.combinations(found, 2) if i not in before[j]]
@@ -42,7 +42,7 @@ def side_by_side(function, *arguments):
 
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("num_starts", [1, 2])
-def test_decompositions_wait_for_each_other(rank, num_starts):
+def test_decompositions_are_sequenced(rank, num_starts):
     configurations = Configuration((3, 4), rank), Configuration((12, 1), rank)
     problem = Problem.of((12, 12), configurations, num_starts=num_starts)
     assert problem.is_factored == (rank == 4)
@@ -64,18 +64,18 @@ def test_decompositions_wait_for_each_other(rank, num_starts):
     assert not side_by_side(prove, *given)
 
 
-def test_any_lane_is_the_flag_itself_without_a_batch():
+def test_any_lane_returns_the_flag_without_a_batch():
     assert not any_lane(jnp.array(False))
     assert any_lane(jnp.array(True))
 
 
-def test_any_lane_asks_all_lanes_of_nested_batches():
+def test_any_lane_covers_all_lanes_of_nested_batches():
     flags = jnp.array([[False, False], [False, True]])
     assert jax.vmap(jax.vmap(any_lane))(flags).all()
     assert not jax.vmap(jax.vmap(any_lane))(jnp.zeros((2, 2), bool)).any()
 
 
-def test_any_lane_keeps_a_branch_a_branch():
+def test_any_lane_keeps_conditionals_under_vmap():
     def branch(x):
         return jax.lax.cond(any_lane(x > 0), jnp.sin, jnp.cos, x)
 
@@ -83,7 +83,7 @@ def test_any_lane_keeps_a_branch_a_branch():
     assert any(eqn.primitive.name == "cond" for eqn in jaxpr.eqns)
 
 
-def test_pick_is_a_branch_alone_and_a_selection_in_a_batch():
+def test_pick_branches_on_scalars_and_selects_in_batches():
     condition, x = jnp.array([True, False]), {"a": jnp.ones((2, 3))}
 
     def picked(condition, x, y):
@@ -110,7 +110,7 @@ def test_after_changes_nothing_and_is_not_simplified_away():
     assert "multiply" in compiled or "reduce" in compiled
 
 
-def test_in_turn_maps_and_chains():
+def test_in_turn_maps_sequentially():
     x = (jnp.ones(2), 2 * jnp.ones(2))
     one, two = in_turn(jnp.multiply, x, x)
     assert (one == 1).all()

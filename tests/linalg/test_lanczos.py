@@ -36,7 +36,7 @@ def matrices(dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", matrices(np.float32))
-def test_the_norm_is_between_the_bounds_whatever_the_seed(dtype, name):
+def test_the_bounds_enclose_the_norm_for_every_seed(dtype, name):
     matrix = matrices(dtype)[name]
     true = np.linalg.norm(matrix.astype(np.float64), 2)
     for seed in range(20):
@@ -46,8 +46,8 @@ def test_the_norm_is_between_the_bounds_whatever_the_seed(dtype, name):
         assert float(found.upper) <= float(found.lower) * (1 + 1e-3)
 
 
-def test_the_bound_fails_about_as_seldom_as_asked():
-    """Once in five times is allowed here, in few steps."""
+def test_the_failure_rate_is_at_most_the_requested_one():
+    """A failure rate of one in five is requested here, with few steps."""
     matrix = np.diag(np.linspace(0.5, 1, 70))
 
     def upper(key):
@@ -72,7 +72,7 @@ def test_zero_has_norm_zero(dtype):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_has_no_bounds(bad):
+def test_nonfinite_matrices_have_no_bounds(bad):
     matrix = np.ones((90, 70))
     matrix[3, 4] = bad
     found = bounds(jnp.asarray(matrix), jnp.ones(70))
@@ -80,7 +80,7 @@ def test_what_is_not_finite_has_no_bounds(bad):
     assert np.isnan(found.lower)
 
 
-def test_a_batch_takes_as_many_steps_as_each_needs():
+def test_the_bounds_of_a_batch_enclose_every_norm():
     stacked = jnp.asarray(np.stack(list(matrices(np.float64).values())))
     starts = jax.random.normal(jax.random.key(1), (len(stacked), 70))
     found = jax.jit(jax.vmap(bounds))(stacked, starts)

@@ -14,7 +14,7 @@ KINDS = ["normal", "decaying", "graded", "low rank", "cluster", "orthogonal", "n
 
 
 def matrix_of(kind, seed, shape):
-    """A matrix whose singular values are as bad as the name says."""
+    """Return a matrix with the kind of spectrum that the name describes."""
     rng = np.random.default_rng(seed)
     if kind == "normal":
         return rng.standard_normal(shape)
@@ -47,7 +47,7 @@ def check(matrix, found):
     kind=st.sampled_from(KINDS),
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 3.0, 1e30]),
 )
-def test_the_norm_is_between_the_bounds(dtype, seed, shape, kind, scale):
+def test_the_bounds_enclose_the_norm(dtype, seed, shape, kind, scale):
     matrix = (matrix_of(kind, seed, shape) * scale).astype(dtype)
     width = check(matrix, bounds(jnp.asarray(matrix)))
     assert width < 2e-2
@@ -56,21 +56,21 @@ def test_the_norm_is_between_the_bounds(dtype, seed, shape, kind, scale):
 @pytest.mark.parametrize(("dtype", "width"), [(np.float32, 1e-3), (np.float64, 1e-3)])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["decaying", "graded", "low rank", "noisy"])
-def test_bounds_of_norms_that_stand_out_are_narrow(dtype, width, shape, kind):
+def test_bounds_of_dominant_norms_are_narrow(dtype, width, shape, kind):
     for seed in range(3):
         matrix = matrix_of(kind, seed, shape).astype(dtype)
         assert check(matrix, bounds(jnp.asarray(matrix))) <= width
 
 
-def test_in_float64_bounds_are_as_narrow_as_asked():
+def test_float64_bounds_reach_the_requested_width():
     fine = jax.jit(lambda matrix: norms.norm_bounds(matrix, width=1e-7))
     for kind in ("normal", "decaying", "low rank"):
         matrix = matrix_of(kind, 0, (90, 70))
         assert check(matrix, fine(jnp.asarray(matrix))) <= 1e-7
 
 
-def test_what_the_start_hides_is_in_the_upper_bound():
-    """Leading vectors orthogonal to the start are known to the remainder."""
+def test_the_upper_bound_covers_vectors_orthogonal_to_the_start():
+    """Leading vectors orthogonal to the start enter the bound of the remainder."""
     start = np.array(jax.random.normal(jax.random.key(0), (70, 16), np.float64))
     hidden = np.linalg.qr(np.c_[start, np.eye(70)[:, :3]])[0][:, 16:]
     matrix = np.eye(70) + 9 * hidden @ hidden.T
@@ -93,7 +93,7 @@ def test_a_batch_is_bounded_lane_by_lane():
         assert float(here.lower) == pytest.approx(float(alone.lower), rel=1e-3)
 
 
-def test_vectors_are_a_start_for_a_matrix_nearby():
+def test_vectors_serve_as_a_start_for_a_nearby_matrix():
     matrix = matrix_of("decaying", 2, (90, 70))
     found = bounds(jnp.asarray(matrix))
     nearby = matrix + 1e-4 * matrix_of("normal", 3, (90, 70))
@@ -110,7 +110,7 @@ def test_zero_has_norm_zero(dtype, shape):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_has_no_bounds(bad):
+def test_nonfinite_matrices_have_no_bounds(bad):
     matrix = np.ones((90, 70))
     matrix[3, 4] = bad
     found = bounds(jnp.asarray(matrix))
@@ -132,7 +132,7 @@ def test_at_the_ends_of_float32(largest):
     assert check(matrix, bounds(jnp.asarray(matrix))) >= 0
 
 
-def test_short_dtypes_are_taken_as_float32():
+def test_short_dtypes_are_computed_in_float32():
     matrix = jnp.asarray(matrix_of("decaying", 6, (90, 70)), jnp.bfloat16)
     found = bounds(matrix)
     assert found.upper.dtype == jnp.float32

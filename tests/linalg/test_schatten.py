@@ -78,7 +78,7 @@ def test_no_scale_overflows(j, dtype, scale):
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
-def test_the_gradient_is_right_where_the_value_has_no_float32(scale):
+def test_the_gradient_is_right_where_the_value_leaves_float32(scale):
     matrix = draw(0, (8, 8))
     _, gradient = evaluate(jnp.asarray(matrix * scale, jnp.float32), 5)
     expected = gradient_reference(matrix, 66.0)

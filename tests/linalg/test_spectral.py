@@ -21,7 +21,7 @@ def test_never_above_and_close_to_the_true_value(dtype, seed, shape):
 
 
 @pytest.mark.parametrize("top", [1, 5, 40])
-def test_a_cluster_at_the_top_does_no_harm(top):
+def test_clustered_leading_values_are_estimated(top):
     rng = np.random.default_rng(0)
     u, _ = np.linalg.qr(rng.standard_normal((90, 90)))
     v, _ = np.linalg.qr(rng.standard_normal((90, 90)))
@@ -37,7 +37,7 @@ def test_a_batch_is_estimated_lane_by_lane():
     np.testing.assert_allclose(got, alone, rtol=1e-6)
 
 
-def test_a_linear_map_is_known_by_its_products():
+def test_a_linear_map_needs_only_its_products():
     rng = np.random.default_rng(2)
     a, b = (
         jnp.asarray(rng.standard_normal((8, 9))),
@@ -88,13 +88,13 @@ def spread(shape, low, dtype, seed=0):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 @pytest.mark.parametrize("low", [0.1, 1e-9])
-def test_triplets_by_the_gram_matrix_are_those_of_a_decomposition(shape, low, dtype):
+def test_triplets_by_the_gram_matrix_agree_with_an_svd(shape, low, dtype):
     matrix = 1e20 * spread(shape, low, dtype)
     eps = float(jnp.finfo(dtype).eps)
     u, s, vt = map(doubled, spectral.triplets_by_gram(matrix))
     exact = np.linalg.svd(doubled(matrix), compute_uv=False)
     np.testing.assert_allclose((u * s) @ vt, matrix, atol=20 * eps * exact[0])
-    # The large ones to the last digits, the small ones to the root of them.
+    # Large values agree to rounding, small ones to its square root.
     large = exact > eps**0.25 * exact[0]
     np.testing.assert_allclose(s[large], exact[large], rtol=20 * eps**0.5)
     np.testing.assert_allclose(s, exact, atol=20 * eps**0.5 * exact[0])
@@ -103,7 +103,7 @@ def test_triplets_by_the_gram_matrix_are_those_of_a_decomposition(shape, low, dt
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_what_leads_large_matrices_comes_by_the_gram_matrix(dtype):
+def test_leading_uses_the_gram_matrix_for_large_matrices(dtype):
     @jax.jit
     def leading(matrix):
         return spectral.leading(matrix, 100)
@@ -122,7 +122,7 @@ def test_what_leads_large_matrices_comes_by_the_gram_matrix(dtype):
 
 
 @pytest.mark.parametrize("low", [0.3, 1e-9, 0])
-def test_lengths_add_up_to_no_less_than_the_nuclear_norm(low):
+def test_lengths_sum_to_at_least_the_nuclear_norm(low):
     matrix = spread((40, 30), low or 1, jnp.float32) * np.float32(low > 0)
     total = float(jnp.sum(spectral.lengths_by_gram(matrix)))
     exact = float(np.linalg.norm(doubled(matrix), "nuc"))
@@ -135,7 +135,7 @@ def test_lengths_add_up_to_no_less_than_the_nuclear_norm(low):
     low=st.sampled_from([1, 0.3, 1e-3, 1e-9]),
     shape=st.sampled_from([(30, 20), (20, 30)]),
 )
-def test_what_leads_by_the_gram_matrix_is_nearest(dtype, seed, low, shape):
+def test_leading_by_gram_is_the_nearest_of_its_rank(dtype, seed, low, shape):
     matrix = spread(shape, low, dtype, seed)
     eps = float(jnp.finfo(dtype).eps)
     q, core, vt = map(doubled, leading_by_gram(matrix))
@@ -148,7 +148,7 @@ def test_what_leads_by_the_gram_matrix_is_nearest(dtype, seed, low, shape):
 
 
 @pytest.mark.parametrize("rank", [0, 2, 6])
-def test_what_leads_by_the_gram_matrix_has_bases_at_lower_rank(rank):
+def test_leading_by_gram_has_orthonormal_bases_at_lower_rank(rank):
     rng = np.random.default_rng(5)
     parts = rng.standard_normal((rank, 20, 1)), rng.standard_normal((rank, 1, 30))
     matrix = jnp.asarray(np.sum(parts[0] @ parts[1], axis=0))
@@ -159,7 +159,7 @@ def test_what_leads_by_the_gram_matrix_has_bases_at_lower_rank(rank):
     np.testing.assert_allclose(gram, np.stack([np.eye(6)] * 2), atol=1e-12)
 
 
-def test_zeros_do_not_send_a_batch_the_slow_way(monkeypatch):
+def test_zero_matrices_do_not_send_a_batch_to_the_svd(monkeypatch):
     called, decompose = [], spectral._leading_by_svd
 
     def slow(matrix, rank):

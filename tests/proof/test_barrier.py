@@ -11,12 +11,12 @@ def normal(shape, seed):
 
 
 def norm_of(inner):
-    """The norm of the error of a point, at the scale of the matrix."""
+    """Return the norm of the error of a point, at the scale of the matrix."""
     return np.linalg.norm(inner.error, 2) * inner.space.scale
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (8, 6), (4, 12)])
-def test_the_end_of_the_path_is_stationary_from_far_away(shape):
+def test_the_path_ends_stationary_from_a_distant_start(shape):
     matrix = normal(shape, 4)
     begun = van_loan(matrix, (2, 2), 2)
     found = barrier.descend(ClusterProblem.of(matrix, (begun,)))
@@ -33,7 +33,7 @@ def test_the_end_of_the_path_is_stationary_from_far_away(shape):
     assert norm_of(found) < np.linalg.norm(matrix - total((begun,)), 2)
 
 
-def test_a_flat_end_of_the_path_is_reached_as_far_as_rounding_lets_it():
+def test_a_flat_end_of_the_path_is_reached_up_to_rounding():
     """One singular value leads alone, and the last search for a step may fail.
 
     For matrices that differ by one rounding the gap is from 1e-8 to 5e-8, the trace
@@ -56,7 +56,7 @@ def test_a_flat_end_of_the_path_is_reached_as_far_as_rounding_lets_it():
     assert norm_of(found) == pytest.approx(closer.spectral_error, rel=20 * barrier.END)
 
 
-def test_systems_that_are_singular_to_rounding_are_solved_all_the_same(monkeypatch):
+def test_numerically_singular_systems_are_solved(monkeypatch):
     solve, calls = np.linalg.solve, []
 
     def sometimes(matrix, right):
@@ -73,7 +73,7 @@ def test_systems_that_are_singular_to_rounding_are_solved_all_the_same(monkeypat
     assert found.residual < 1e-9
 
 
-def test_columns_and_products_are_those_of_the_form():
+def test_the_form_agrees_with_its_products():
     matrix = normal((8, 9), 6)
     square = van_loan(matrix, (2, 3), 1)
     low = van_loan(matrix - total((square,)), (8, 1), 1)
@@ -99,7 +99,7 @@ def test_columns_and_products_are_those_of_the_form():
         assert xi @ form @ xi == pytest.approx(wanted, rel=1e-8)
 
 
-def test_without_a_matrix_it_gets_as_far(monkeypatch):
+def test_conjugate_gradients_reach_the_same_gap(monkeypatch):
     matrix = normal((8, 9), 1)
     space = ClusterProblem.of(matrix, (van_loan(matrix, (2, 3), 1),))
     dense = barrier.descend(space, end=1e-4)
@@ -109,7 +109,7 @@ def test_without_a_matrix_it_gets_as_far(monkeypatch):
     assert norm_of(free) == pytest.approx(norm_of(dense), rel=1e-3)
 
 
-def test_large_problems_come_back_lower_and_with_a_certificate(monkeypatch):
+def test_large_problems_end_lower_with_a_certificate(monkeypatch):
     matrix = normal((8, 9), 2)
     begun = van_loan(matrix, (2, 3), 1)
     monkeypatch.setattr(barrier, "LARGEST", 0)

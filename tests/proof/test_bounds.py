@@ -1,4 +1,4 @@
-"""Bounds against everything that tries to get below them."""
+"""Tests of lower bounds against sums and changes that could violate them."""
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ def weight(rng, n):
 
 
 def reached(matrix, terms, rng, roots=(None, None), size=1.0):
-    """The least norm that random changes of one side of all terms lead to."""
+    """Return the least norm after random changes of one side of all terms."""
     left, right = roots
     best = np.inf
     for side in ("a", "b") * 10:
@@ -47,7 +47,7 @@ def reached(matrix, terms, rng, roots=(None, None), size=1.0):
 
 
 def least_squares_of_a(matrix, terms, power):
-    """An A that lowers the norm: a gradient step on all of A in the Schatten norm."""
+    """Return the slope of a Schatten norm with respect to all of A."""
     rest = np.asarray(matrix - terms.to_matrix())
     u, s, vt = np.linalg.svd(rest)
     k = len(s)
@@ -58,7 +58,7 @@ def least_squares_of_a(matrix, terms, power):
 
 
 def least_along_slope(matrix, terms, power, lengths):
-    """The least norm after gradient steps on all of A, of the given lengths."""
+    """Return the least norm after gradient steps on all of A of the given lengths."""
     slope = least_squares_of_a(matrix, terms, power)
     slope /= np.linalg.norm(slope)
     moved = (KroneckerTerms(terms.a + x * slope, terms.b) for x in lengths)
@@ -71,7 +71,7 @@ def least_along_slope(matrix, terms, power, lengths):
     seed=st.integers(0, 999),
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
-def test_no_bound_is_violated_from_any_sum(case, seed, scale):
+def test_bounds_hold_for_arbitrary_sums(case, seed, scale):
     (layout, rank), rng = case, np.random.default_rng(seed)
     matrix = jnp.asarray(
         rng.normal(size=tuple(np.multiply(*map(np.array, layout)))) * scale
@@ -121,7 +121,7 @@ def test_solutions_have_small_gaps_and_a_finish_closes_them(dtype):
     assert single.local_bound.dtype == np.float32
     local, bound = float(single.local_bound), float(single.global_bound)
     assert 0.99 * proven.local_bound < local <= proven.local_bound + 1e-5 * proven.error
-    # The climb begins, and ends, elsewhere.
+    # The climb of the global bound takes another path in float32.
     assert 0.5 * proven.error < bound < proven.error
 
 
@@ -207,7 +207,7 @@ def test_the_tangent_map_and_its_adjoint_agree_and_the_normal_part_is_normal():
         assert abs(jnp.sum(change * rest)) < 1e-11 * jnp.linalg.norm(change)
 
 
-def test_what_is_not_regular_is_certified_all_the_same():
+def test_rank_deficient_sums_are_certified():
     rng = np.random.default_rng(6)
     matrix = jnp.asarray(rng.normal(size=(6, 6)))
     terms = draw(rng, ((2, 3), (3, 2)), 2)
@@ -226,7 +226,7 @@ def test_what_is_not_regular_is_certified_all_the_same():
     assert jax.tree.leaves(empty) == [0, 0, 0]
 
 
-def test_a_batch_is_its_matrices_one_by_one():
+def test_a_batch_agrees_with_its_matrices_alone():
     rng = np.random.default_rng(7)
     matrices = jnp.asarray(rng.normal(size=(3, 6, 6)))
     terms = jax.tree.map(
@@ -252,9 +252,7 @@ def test_a_batch_is_its_matrices_one_by_one():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("rows", [256, 512])
 @pytest.mark.parametrize("flat", [False, True])
-def test_large_matrices_are_proven_by_eigenvectors_as_well(
-    monkeypatch, dtype, rows, flat
-):
+def test_large_matrices_are_proven_by_eigenvectors(monkeypatch, dtype, rows, flat):
     rng = np.random.default_rng(0)
     terms = draw(rng, ((rows // 16, 16), (16, 16)), 2, dtype)
     rest = rng.normal(size=(rows, 256))
@@ -298,7 +296,7 @@ def test_large_matrices_are_proven_by_eigenvectors_as_well(
     assert 0 < max(proven, float(balanced.local_bound)) <= min(error, reachable)
 
 
-def test_proofs_are_computed_by_the_processor(monkeypatch):
+def test_proofs_are_computed_on_the_cpu(monkeypatch):
     program, asked = certificate._program(), []
 
     def on_what(*arguments):
@@ -311,7 +309,7 @@ def test_proofs_are_computed_by_the_processor(monkeypatch):
     assert [device.platform for device in asked] == ["cpu"]
 
 
-def test_proofs_are_computed_without_a_processor_too(monkeypatch):
+def test_proofs_work_without_a_cpu_backend(monkeypatch):
     def missing(**_):
         raise RuntimeError("Unknown backend cpu")
 
@@ -331,7 +329,7 @@ def test_a_finish_in_another_norm_or_precision_is_refused():
         kronjax.approximate(matrix, wanted, dtype="float32", finish=True)
 
 
-def test_unrearranged_duals_are_orthogonal_to_what_alternating_methods_reach():
+def test_normal_parts_are_orthogonal_to_both_factors():
     rng = np.random.default_rng(8)
     terms = draw(rng, ((2, 3), (3, 2)), 2)
     rest = TangentMap.of((6, 6), (terms,)).normal_part(
@@ -344,11 +342,11 @@ def test_unrearranged_duals_are_orthogonal_to_what_alternating_methods_reach():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
+def test_the_stage_bound_holds_for_changes_of_one_side(dtype):
     rng = np.random.default_rng(3)
     matrix = jnp.asarray(rng.normal(size=(12, 18)), dtype)
     one = Configuration((3, 6), 2)
-    # From where a change of A alone lowers the norm.
+    # A loose solution, from which a change of A alone still lowers the norm.
     options = {"norm": "schatten:10", "num_starts": 1, "tolerance": 1.0}
     found = kronjax.approximate(np.asarray(matrix), one, progress=False, **options)
     (terms,) = jax.tree.map(jnp.asarray, found.terms)
@@ -365,7 +363,7 @@ def test_the_cheap_bound_is_not_violated_by_changes_of_one_side(dtype):
     assert 0.5 * error < certified.local_bound <= reachable < 0.99 * error
 
 
-def test_a_balanced_gradient_proves_what_it_does_not_as_it_is():
+def test_balancing_a_gradient_narrows_the_gap():
     rng = np.random.default_rng(4)
     matrix = rng.normal(size=(24, 24))
     found = kronjax.approximate(
@@ -383,7 +381,7 @@ def test_a_balanced_gradient_proves_what_it_does_not_as_it_is():
     assert balanced < gap(multipliers.BALANCED // 2) < gap(0)
 
 
-def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
+def test_multipliers_narrow_the_gap_of_the_gradient(monkeypatch):
     rng = np.random.default_rng(4)
     matrix = rng.normal(size=(24, 24))
     found = kronjax.approximate(
@@ -403,11 +401,11 @@ def test_multipliers_prove_what_the_gradient_alone_does_not(monkeypatch):
     assert thorough < 2e-2 and 2 * thorough < gap()
 
 
-def test_the_cheap_bound_says_nothing_of_what_is_not_finite():
+def test_the_stage_bound_of_nonfinite_matrices_is_nan():
     terms = (KroneckerTerms(jnp.ones((1, 2, 2)), jnp.ones((1, 2, 2))),)
     found = bounds.certify_stage(jnp.eye(4).at[0, 0].set(jnp.nan), terms, 18.0)
     assert np.isnan([found.error, found.local_bound]).all()
-    # The exponent is of no dtype of its own.
+    # The exponent may have another dtype.
     short = jax.tree.map(jnp.float32, (2 * jnp.eye(4), terms))
     found = bounds.certify_stage(*short, jnp.float64(18))
     assert found.local_bound.dtype == jnp.float32

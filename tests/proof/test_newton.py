@@ -10,7 +10,7 @@ from kronjax.proof.cluster import ClusterProblem
 from kronjax.proof.newton import finish
 
 REGRESSION = {1: 9.267008995043, 3: 7.419063837001, 6: 5.953099929932}
-"""Local minima reached from Van Loan's start, of the first 36x36 normal matrix."""
+"""Local minima reached from Van Loan's start for the 36x36 normal matrix of seed 0."""
 
 
 def normal(shape, seed=0):
@@ -38,7 +38,7 @@ SHAPES = [((6, 6), (2, 3)), ((6, 8), (3, 2)), ((8, 6), (2, 3)), ((4, 12), (2, 3)
 
 
 @given(st.sampled_from(SHAPES), st.integers(1, 2), st.integers(0, 10_000))
-def test_it_never_ends_above_where_it_began(shapes, rank, seed):
+def test_a_finish_never_raises_the_error(shapes, rank, seed):
     shape, a_shape = shapes
     matrix = normal(shape, seed)
     begun = van_loan(matrix, a_shape, rank)
@@ -81,7 +81,7 @@ def test_weighted_errors_are_those_of_the_weighted_problem():
     def error(terms):
         return np.linalg.norm(g.T @ (matrix - total(terms)) @ f, 2)
 
-    # But for the ridge that makes weights regular.
+    # The ridge that makes weights regular accounts for the difference.
     assert found.spectral_error == pytest.approx(error(found.terms), rel=1e-4)
     assert error(found.terms) < error((begun,))
     assert found.status == "converged"
@@ -99,14 +99,14 @@ def test_a_sum_of_two_configurations_is_finished_jointly():
     assert found.spectral_error == pytest.approx(measured, rel=1e-12)
 
 
-def test_an_exact_sum_is_left_alone():
+def test_an_exact_sum_is_returned_unchanged():
     one = KroneckerTerms(normal((2, 2, 3)), normal((2, 3, 2), 1))
     found = finish(total((one,)), (one,))
     assert (found.status, found.steps) == ("exact", 0)
     assert found.spectral_error < 1e-13
 
 
-def test_terms_that_depend_on_each_other_come_back_as_they_are():
+def test_linearly_dependent_terms_are_returned_unchanged():
     one = KroneckerTerms(np.ones((2, 2, 3)), np.ones((2, 3, 2)))
     found = finish(normal((6, 6)), (one,))
     assert found.status == "rank_deficient"
@@ -128,7 +128,7 @@ def test_the_hessian_and_the_constraints_are_the_derivatives():
         assert xi @ view.hessian @ xi == pytest.approx(bend, rel=1e-3, abs=1e-5)
 
 
-def test_rounds_limit_the_steps_and_nothing_else_is_tried():
+def test_rounds_limit_the_steps():
     matrix = normal((6, 8), 1)
     begun = van_loan(matrix, (3, 2), 1)
     runs = [finish(matrix, (begun,), rounds=rounds) for rounds in (0, 1)]
@@ -139,7 +139,7 @@ def test_rounds_limit_the_steps_and_nothing_else_is_tried():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_path_leads_on_where_newton_alone_does_not(seed, monkeypatch):
+def test_the_central_path_converges_without_newton_first(seed, monkeypatch):
     matrix = normal((8, 9), seed)
     begun = van_loan(matrix, (2, 3), 2)
     monkeypatch.setattr(newton, "QUICK", 0)

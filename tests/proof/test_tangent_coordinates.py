@@ -11,7 +11,7 @@ SHAPES = [((2, 3), (3, 2), 1), ((3, 2), (2, 4), 2), ((1, 4), (5, 2), 1)]
 
 
 def draw(case, seed):
-    """A sheet of a shape, and random numbers."""
+    """Return a sheet of the given shape and a random generator."""
     (m1, n1), (m2, n2), r = case
     draws = np.random.default_rng(seed)
     a = draws.standard_normal((r, m1 * n1))

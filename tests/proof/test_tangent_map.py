@@ -9,7 +9,7 @@ from kronjax.solver import manifold
 
 @pytest.mark.parametrize(("dtype", "eps"), [(np.float32, 1e-6), (np.float64, 1e-14)])
 @pytest.mark.parametrize("rank", [20, 50])
-def test_the_normal_part_has_no_tangential_one(dtype, eps, rank):
+def test_the_normal_part_has_no_tangential_component(dtype, eps, rank):
     # In float32 conjugate gradients that went on beyond rounding grew again: at rank
     # 50 what was left was a three thousandth, and at rank 192 of 768 x 768 a half.
     matrix = jnp.asarray(np.random.default_rng(0).standard_normal((64, 64)), dtype)

@@ -54,7 +54,7 @@ def test_regression_values(rank, expected):
 
 
 @pytest.mark.parametrize(("schedule", "num_starts"), [("fixed", 1), ("adaptive", 2)])
-def test_factors_find_what_points_of_the_manifold_find(
+def test_factors_and_manifold_points_reach_the_same_errors(
     schedule, num_starts, monkeypatch
 ):
     configuration, matrices = Configuration((3, 4), 5), jnp.asarray(draw(5))
@@ -104,8 +104,8 @@ def test_factors_of_several_configurations_under_a_weight(seed, close, monkeypat
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_one_exponent_alone_with_a_race_ends_at_numbers(rank):
-    # The champion walks where it has walked: no line leads beyond.
+def test_a_single_exponent_with_several_starts_stays_finite(rank):
+    # The best start repeats its own path, so no line search leads beyond it.
     matrix = jnp.asarray(draw(0, 1, (4, 6))[0])
     found = solve(matrix, Configuration((2, 3), rank), num_starts=2, schedule=[4])
     assert jnp.isfinite(found.spectral_error)
@@ -124,13 +124,13 @@ def test_van_loans_critical_point_is_left():
     assert errors(target, alone)[0] == pytest.approx(1, abs=1e-6)
 
 
-def test_the_diagonal_that_hides_max_norm_approximation():
+def test_the_diagonal_example_reaches_one_half():
     matrix = jnp.diag(jnp.array([1.0, 0.0, 0.0, 1.0]))
     solution = jax.jit(lambda x: solve(x, Configuration((2, 2), 1)))(matrix)
     assert float(solution.spectral_error) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_sum_of_the_rank_asked_for_is_found_exactly():
+def test_an_exact_sum_of_the_requested_rank_is_found():
     rng = np.random.default_rng(1)
     matrices = np.stack(
         [
@@ -143,7 +143,7 @@ def test_a_sum_of_the_rank_asked_for_is_found_exactly():
     solution = solver(SMALL)(jnp.asarray(matrices))
     assert errors(matrices, solution).max() < 1e-12
     assert (solution.status == Status.CONVERGED).all()
-    # Only the perturbed starts have to find their way.
+    # Only the perturbed starts spend products.
     assert solution.trace.products[:, 4:].sum(1).max() <= 7 + 9 + 11 + 13
 
 
@@ -210,7 +210,7 @@ def test_bad_lanes_do_not_disturb_good_ones():
         )
 
 
-def test_never_worse_than_van_loan_and_honest_about_the_error():
+def test_never_worse_than_van_loan_and_the_reported_error_is_true():
     matrices = draw(8, 8)
     solution = solver(SMALL)(jnp.asarray(matrices))
     got = errors(matrices, solution)
@@ -225,7 +225,7 @@ def test_never_worse_than_van_loan_and_honest_about_the_error():
     np.testing.assert_allclose(solution.spectral_error, got, rtol=1e-5)
 
 
-def test_the_trace_tells_what_happened():
+def test_the_trace_records_values_steps_and_products():
     matrices = draw(9)
     solve_fixed = jax.vmap(lambda x: solve(x, SMALL, schedule="fixed"))
     trace = jax.jit(solve_fixed)(jnp.asarray(matrices)).trace
@@ -240,7 +240,7 @@ def test_the_trace_tells_what_happened():
     assert (trace.products[:, 0] == 0).all()
 
 
-def test_each_matrix_ends_where_it_is_good_enough():
+def test_each_matrix_stops_at_its_own_exponent():
     matrices = np.concatenate([draw(11, 6), np.zeros((1, 12, 12))])
     loose, tight = (
         jax.jit(jax.vmap(lambda x, t=t: solve(x, SMALL, tolerance=t)))(
@@ -253,7 +253,7 @@ def test_each_matrix_ends_where_it_is_good_enough():
     assert ends[6] < ends[:6].min()  # exact from the start
     spent = np.asarray(loose.trace.products.sum(1) / tight.trace.products.sum(1))
     assert spent[:6].max() < 0.7
-    # What follows the end costs nothing and repeats it.
+    # Stages after the end cost nothing and repeat its values.
     idle = np.asarray(loose.trace.p[:, 1:] == loose.trace.p[:, :-1])
     assert (np.asarray(loose.trace.products)[:, 1:][idle] == 0).all()
     assert (errors(matrices, loose) <= errors(matrices, tight) * 1.01).all()
@@ -372,7 +372,7 @@ def test_a_tuple_is_fitted_jointly_in_the_frobenius_norm_too():
 
 
 def equations(jaxpr):
-    """All equations of a jaxpr, those of loops and branches included."""
+    """Yield all equations of a jaxpr, including those of loops and branches."""
     for eqn in jaxpr.eqns:
         yield eqn
         for inner in jax.tree.leaves(
@@ -405,7 +405,7 @@ def test_every_product_asks_for_full_precision():
         (dict(norm="schatten:5"), "p = 2, 4, 6"),
         (dict(norm=7), "p = 2, 4, 6"),
         (dict(num_starts=0), "starts must be at least 1"),
-        (dict(max_products=0), "budget must be at least 1"),
+        (dict(max_products=0), "max_products must be at least 1"),
         (dict(configuration=()), "at least one Configuration"),
         (dict(configuration=((3, 4), 2)), r"got \(3, 4\)"),
         (dict(norm="-inf"), "p = 2, 4, 6"),

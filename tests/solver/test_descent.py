@@ -53,7 +53,7 @@ def test_reaches_the_closed_form(seed):
     assert state.evaluations < 100
 
 
-def test_a_product_of_manifolds_is_searched_as_one():
+def test_a_product_of_manifolds_is_minimised_jointly():
     target, points = draw(0, count=2)
     state = run(target, points)
     s = np.linalg.svd(target, compute_uv=False)
@@ -82,7 +82,7 @@ def test_runs_out_of_evaluations():
     assert state.evaluations == 5
 
 
-def test_a_gradient_that_lies_ends_the_line_search():
+def test_a_wrong_gradient_fails_the_line_search():
     target, points = draw(3)
 
     def objective(points):
@@ -95,7 +95,7 @@ def test_a_gradient_that_lies_ends_the_line_search():
     assert state.steps == 0
 
 
-def test_a_trial_that_is_not_finite_is_a_failed_trial():
+def test_nonfinite_trials_are_rejected():
     target, points = draw(4)
 
     def objective(points):
@@ -122,7 +122,7 @@ def test_a_value_below_the_floor_has_converged():
     assert done.value <= halfway
 
 
-def test_a_start_that_is_not_finite_is_reported():
+def test_a_nonfinite_start_is_reported():
     target, points = draw(5)
     state = run(target * jnp.nan, points)
     assert state.status == Status.NONFINITE

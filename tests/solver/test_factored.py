@@ -66,7 +66,7 @@ def test_the_zero_matrix_splits_and_joins():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_descent_arrives_where_the_closed_form_is(seed):
+def test_descent_reaches_the_closed_form(seed):
     target = draw(seed, rank=D2)
     start = factored.split(manifold.nearest(draw(seed + 9), RANK))
     objective = distance_to(target)
@@ -79,7 +79,7 @@ def test_the_descent_arrives_where_the_closed_form_is(seed):
     np.testing.assert_allclose(2 * state.value, jnp.sum(s[RANK:] ** 2), rtol=1e-9)
 
 
-def test_projecting_is_the_gradient_and_a_way_leads_to_its_end():
+def test_project_is_the_gradient_and_displacements_reach_their_end():
     pair = factored.split(manifold.nearest(draw(3), RANK))
     ambient, other = draw(4), factored.split(manifold.nearest(draw(5), RANK))
     np.testing.assert_allclose(factored.to_ambient(pair), product(pair), atol=1e-14)
@@ -91,7 +91,7 @@ def test_projecting_is_the_gradient_and_a_way_leads_to_its_end():
     np.testing.assert_allclose(product(moved), product(other), atol=1e-12)
 
 
-def test_vectors_move_as_they_are():
+def test_transport_leaves_vectors_unchanged():
     x = Pair(jnp.ones((RANK, D1)), jnp.ones((RANK, D2)))
     moved = factored.transport(x, x)
     assert factored.inner(moved, moved) == RANK * (D1 + D2)

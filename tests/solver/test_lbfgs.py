@@ -11,7 +11,7 @@ D, MEMORY = 7, 3
 
 
 def draw(seed, count):
-    """Pairs of a quadratic function, whose curvature is positive."""
+    """Return pairs of positive curvature, from a quadratic function, and a gradient."""
     rng = np.random.default_rng(seed)
     half = rng.standard_normal((D, D))
     s = rng.standard_normal((count, D))
@@ -31,7 +31,7 @@ direction = jax.jit(lbfgs.direction)
 
 
 def two_loops(s, y, gradient):
-    """The textbook recursion, for the last `MEMORY` pairs of positive curvature."""
+    """Return the direction of the textbook two-loop recursion of `MEMORY` pairs."""
     s, y, q, weights = s[-MEMORY:], y[-MEMORY:], gradient.copy(), []
     for a, b in zip(s[::-1], y[::-1], strict=True):
         weights.append(a @ q / (a @ b))
@@ -53,7 +53,7 @@ def test_the_direction_is_that_of_the_two_loop_recursion(seed, count):
 
 
 @given(seed=st.integers(0, 99))
-def test_what_is_not_accepted_leaves_no_trace(seed):
+def test_rejected_pairs_leave_no_trace(seed):
     s, y, _ = draw(seed, 5)
     accepted = np.array([True, False, True, True, False])
     spoiled = np.where(accepted[:, None], y, np.nan)
@@ -65,7 +65,8 @@ def test_what_is_not_accepted_leaves_no_trace(seed):
     np.testing.assert_array_equal(found.vectors[places], exact)
     products = found.products[places][:, places]
     np.testing.assert_allclose(products, exact @ exact.T, rtol=1e-12)
-    assert np.isfinite(found.vectors).all()  # what is added up zero times
+    # Slots of rejected pairs hold no NaN: products add them up, times zero.
+    assert np.isfinite(found.vectors).all()
 
 
 @given(seed=st.integers(0, 99))
@@ -75,7 +76,7 @@ def test_the_newest_pair_satisfies_the_secant_equation(seed):
     np.testing.assert_allclose(direction(known, y[-1]), -s[-1], atol=1e-8)
 
 
-def test_useless_pairs_take_a_slot_and_are_left_out():
+def test_pairs_of_negative_curvature_are_ignored():
     s, y, gradient = draw(0, 3)
     y[1] = -y[1]  # negative curvature
     known = remember((s, y), np.full(3, True))
@@ -86,7 +87,7 @@ def test_useless_pairs_take_a_slot_and_are_left_out():
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_advancing_is_adding_and_asking(accepted):
+def test_advance_is_add_followed_by_direction(accepted):
     s, y, gradient = draw(1, 5)
     known = remember((s[:4], y[:4]), np.full(4, True))
     one, ahead = lbfgs.advance(known, s[4], y[4], gradient, accepted)
@@ -107,7 +108,7 @@ def test_lanes_fill_their_own_slots():
         np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
 
 
-def test_floats_stay_floats():
+def test_float32_is_kept():
     known = lbfgs.empty(jnp.zeros(D, jnp.float32), MEMORY)
     one = jnp.ones(D, jnp.float32)
     known = lbfgs.add(known, one, one, True)

@@ -49,7 +49,7 @@ def test_the_error_is_that_of_the_terms_and_the_ranks_are_kept(ranks):
     assert found.relative <= found.start * (1 + 1e-12)
 
 
-def test_one_program_agrees_with_solves_of_their_own():
+def test_one_program_for_all_ranks_agrees_with_separate_solves():
     matrix, left, right = draw(1)
     for ranks in ((1, 2), (2, 1)):
         found = fit(matrix, left, right, jnp.array(ranks))

@@ -165,7 +165,7 @@ def test_metric_retraction_finds_the_nearest_point():
 
 
 def svd_sides(function, *args):
-    """The smaller side of every matrix that `function` decomposes."""
+    """Return the smaller side of every matrix that `function` decomposes."""
     sides = []
 
     def visit(jaxpr):
@@ -206,7 +206,7 @@ def test_nearest_of_a_large_rearrangement_is_truncated_and_accurate(decay, dtype
 
 
 @pytest.mark.parametrize("shape", [(200, 150), (20, 30)])
-def test_what_leads_is_exact_where_the_rank_is_low(shape):
+def test_leading_is_exact_at_low_rank(shape):
     rng = np.random.default_rng(1)
     matrix = rng.standard_normal((shape[0], 3)) @ rng.standard_normal((3, shape[1]))
     q, core, vt = spectral.leading(jnp.asarray(matrix), 5)

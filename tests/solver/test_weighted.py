@@ -21,7 +21,7 @@ def draw(seed, *shape):
 
 
 def weight(seed, n=12, rank=24, decay=1.5):
-    """A second moment with a spectrum of a few decades."""
+    """Return a second moment with a spectrum of a few decades."""
     x = draw(seed, rank, n) * np.arange(1, n + 1) ** -decay
     return x.T @ x
 
@@ -48,7 +48,7 @@ def solver(configuration, norm="frobenius", sides=(False, True)):
 
 
 def block_optimum(matrix, left, right, a_shape, b):
-    """The least weighted error over all left factors, for given right factors."""
+    """Return the least weighted error over all left factors, right ones given."""
     m1, n1 = a_shape
     columns = []
     for one in b:
@@ -178,7 +178,7 @@ def test_singular_weights_are_made_regular():
     assert found.status == Status.CONVERGED
 
 
-def test_a_weight_that_is_not_finite_spoils_its_lane_alone():
+def test_a_nonfinite_weight_affects_only_its_lane():
     matrices = draw(22, 2, 12, 12)
     rights = np.stack([weight(23), np.full((12, 12), np.nan)])
     found = jax.jit(
@@ -225,13 +225,13 @@ def test_solve_names_a_weight_of_the_wrong_size():
 @pytest.mark.parametrize(
     "pair", [((12, 1), (1, 12)), ((3, 4), (3, 4)), ((1, 1), (12, 12))]
 )
-def test_configurations_that_express_the_same_are_refused(pair):
+def test_configurations_that_express_the_same_sums_are_refused(pair):
     configurations = [Configuration(shape, 1) for shape in pair]
     with pytest.raises(ValueError, match="express the same sums.*rank=2"):
         approximate(draw(26, 12, 12), configurations)
 
 
-def test_of_one_column_all_trivial_configurations_are_the_same():
+def test_trivial_configurations_of_one_column_are_equivalent():
     pair = [Configuration((1, 1), 1), Configuration((12, 1), 1)]
     with pytest.raises(ValueError, match="express the same sums"):
         approximate(draw(26, 12, 1), pair)
@@ -239,7 +239,7 @@ def test_of_one_column_all_trivial_configurations_are_the_same():
 
 @hypothesis.settings(max_examples=10)
 @hypothesis.given(seed=st.integers(0, 2**20), shape=st.sampled_from([(3, 4), (12, 1)]))
-def test_a_frame_is_linear_and_knows_its_adjoint_and_its_terms(seed, shape):
+def test_frames_are_linear_and_agree_with_their_adjoint_and_terms(seed, shape):
     left, right = weight(seed), weight(seed + 1)
     roots = [weighted.Root.of(jnp.asarray(x)) for x in (left, right)]
     configuration = Configuration(shape, 2)
