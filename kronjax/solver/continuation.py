@@ -54,9 +54,9 @@ def solve(
 
     The Frobenius solution and `num_starts - 1` perturbations of it race through the
     first few stages and share the products of a single start (with at least four
-    evaluations each); the best start goes through the remaining stages. Under `jax.shard_map` pass
-    `check_vma=False`: the loops begin from constants, which that check treats as
-    unvarying.
+    evaluations each); the best start goes through the remaining stages. Under
+    `jax.shard_map` pass `check_vma=False`: the loops begin from constants, which that
+    check treats as unvarying.
 
     Args:
         matrix: `T`, `[m, n]`, float32 or float64.
