@@ -1,18 +1,17 @@
-"""The commands that make models smaller: plan, compress, report.
+"""The commands that make models smaller: plan and compress.
 
 What they need is imported inside them, so that `kronjax --help` loads no jax.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
-from kronjax.cli.factorize import FAILURE, forecast
+from kronjax.cli.factorize import FAILURE, forecast, hosts_of, tell_overlaps
 from kronjax.cli.language import Dtype, Model
 from kronjax.cli.options import (
     Flag,
@@ -25,6 +24,9 @@ from kronjax.cli.options import (
 )
 from kronjax.runs import cpu_threads
 
+if TYPE_CHECKING:
+    from kronjax.io.storage import Storage
+
 Weighting = Annotated[
     Literal["none", "input", "input+gradient"] | None,
     option("none|input|input+gradient"),
@@ -32,6 +34,9 @@ Weighting = Annotated[
 
 HELD_OUT = 60_000
 """Characters of the text after the tokens of calibration, to measure perplexities."""
+
+PROTOCOL = "krony-pt"
+"""Protocol of perplexities by default."""
 
 WORK = ".kronjax-work"
 """Folder of the unfinished work, inside the folder of the model."""
@@ -46,7 +51,7 @@ def plan(
     budget: Annotated[str | None, option("B")] = None,
     recipe: Annotated[str | None, option("NAME|FILE")] = None,
     calibrate: Annotated[str | None, option("FILE")] = None,
-    tokens: Annotated[int, option("N")] = 32_768,
+    tokens: Annotated[int | None, option("N")] = None,
     weighting: Weighting = None,
     out: Annotated[Path | None, option("FILE.yaml")] = None,
     as_json: Json = False,
@@ -59,7 +64,7 @@ def plan(
         budget: 0.8 of the linear layers, or 81M parameters, 160MB, 170MFLOP in all.
         recipe: Rules instead of a budget: the name of a recipe or a .yaml file.
         calibrate: A text to weight errors by.
-        tokens: Of the text to read.
+        tokens: Number of tokens of the text to read; 32768 by default.
         weighting: What to weight by; all that the text allows by default.
         out: Write the plan as a recipe.
         as_json: Print one JSON object instead of the table.
@@ -69,31 +74,36 @@ def plan(
     from kronjax.lm.checkpoints import hugging_face
     from kronjax.lm.compression import pipeline, tables
     from kronjax.lm.compression import plan as planning
+    from kronjax.lm.compression.budget import Budget
     from kronjax.lm.compression.moments import measure_moments
+    from kronjax.lm.compression.options import TextOptions
     from kronjax.lm.models import sizes
     from kronjax.lm.models.reading import tokens_of
 
     _one_of(budget, recipe)
     if recipe is not None and (calibrate or weighting):
-        raise ValueError("a recipe says itself how layers are weighted")
+        raise ValueError(
+            "a recipe says itself how layers are weighted: leave out --calibrate and "
+            "--weighting"
+        )
+    rules = recipes.load(recipe) if recipe else Budget.parse(budget or "")
+    options = TextOptions(weighting, tokens)
+    options.check(rules, calibrate)
     if out is not None:
         atomic.check_output(out, ".yaml")
     made = None
-    if recipe is not None:
-        rules = recipes.load(recipe)
+    if isinstance(rules, recipes.Recipe):
         dense = hugging_face.outline(model)
     else:
-        assert budget is not None
         dense = hugging_face.load(model)
-        moments = None
-        if calibrate is not None:
-            text = _read(calibrate)
-            read = tokens_of(dense, text)[: tokens + 1]
-            gradients = weighting in (None, "input+gradient")
+        moments, needed = None, options.needed(rules, (), calibrate)
+        if needed != "none":
+            read = tokens_of(dense, _read(calibrate))[: options.num_tokens + 1]
+            gradients = needed == "input+gradient"
             moments = measure_moments(
                 pipeline.precise(dense), read, gradients=gradients
             )
-        made = planning.make(dense, budget, moments, weighting=weighting)
+        made = planning.make(dense, rules, moments, weighting=weighting)
         rules = made.recipe()
     smaller = planning.outline(dense, rules)
     before, after = sizes.count(dense), sizes.count(smaller)
@@ -113,7 +123,7 @@ def compress(
     budget: Annotated[str | None, option("B")] = None,
     recipe: Annotated[str | None, option("NAME|FILE")] = None,
     calibrate: Annotated[str | None, option("FILE")] = None,
-    tokens: Annotated[int, option("N")] = 32_768,
+    tokens: Annotated[int | None, option("N")] = None,
     weighting: Weighting = None,
     tolerance: Tolerance = 1e-2,
     num_starts: NumStarts = 1,
@@ -122,7 +132,7 @@ def compress(
     refine: Annotated[int, option("STEPS")] = 0,
     sequential: Flag = False,
     evaluate: Annotated[str | None, option("FILE")] = None,
-    protocol: Annotated[str, option("NAME")] = "krony-pt",
+    protocol: Annotated[str | None, option("NAME")] = None,
     dtype: Dtype | None = None,
     dry_run: Flag = False,
     distributed: Flag = False,
@@ -144,7 +154,7 @@ def compress(
         recipe: Rules instead of a budget: the name of a recipe or a .yaml file.
         calibrate: A text to weight errors by; perplexities are measured on the part
             after the tokens that are read, if no other text is given.
-        tokens: Number of tokens of the text to read.
+        tokens: Number of tokens of the text to read; 32768 by default.
         weighting: Moments to weight by; all that the text allows by default.
         tolerance: Gap at which a fit is good enough: 0.01 is one per cent.
         num_starts: Number of starts of each fit; the best is taken to the end.
@@ -155,7 +165,8 @@ def compress(
         sequential: Weight every block by the outputs of the compressed blocks before
             it.
         evaluate: A text to measure perplexities on; it changes no weight.
-        protocol: krony-pt, gptq-2048 or hf-strided.
+        protocol: Protocol of perplexities: krony-pt (default), gptq-2048 or
+            hf-strided.
         dtype: Precision of the written model; by default that of the given model. All
             fits are computed in float32.
         dry_run: Print matrices, memory and time of the fits, and stop.
@@ -172,57 +183,45 @@ def compress(
     """
     cpu_threads.reserve()  # before jax is there
     from kronjax import recipe as recipes
-    from kronjax.io import storage
     from kronjax.lm.checkpoints import hugging_face
     from kronjax.lm.compression import pipeline
     from kronjax.lm.compression import plan as planning
     from kronjax.lm.compression.budget import Budget
-    from kronjax.lm.evaluation import protocols
+    from kronjax.lm.compression.options import TextOptions, refuse_starts_of_budgets
     from kronjax.runs.plan import SolveSettings
-    from kronjax.runs.processes import Hosts, meet
 
     _one_of(budget, recipe)
-    if recipe is not None and weighting:
-        raise ValueError("a recipe says itself how layers are weighted")
     settings = SolveSettings(tolerance, num_starts, seed, max_products)
-    protocols.find(protocol)
-    place = storage.find(out)
-    if place.read(CONFIG) is not None and not force:
-        raise ValueError(f"{out} already holds a model; --force replaces it")
-    if storage.is_source(place, model):
-        raise ValueError(f"{out} holds the model: give --out another folder")
     rules = recipes.load(recipe) if recipe else Budget.parse(budget or "")
-    given = None if calibrate is None else _read(calibrate)
-    measured = None if evaluate is None else _read(evaluate)
-    hosts = Hosts(0, 1)
-    if not dry_run:
-        hosts = meet(distributed, coordinator, processes, process)
-    elif distributed:
-        raise ValueError("--dry-run is for one process: leave out --distributed")
+    options = TextOptions(weighting, tokens, refine, sequential)
+    options.check(rules, calibrate)
+    refuse_starts_of_budgets(rules, settings)
+    protocol = _protocol(protocol, is_measured=bool(calibrate or evaluate))
+    if dry_run and sequential:
+        raise ValueError("--dry-run cannot know the moments of --sequential")
+    place = _free(out, model, force)
+    given, measured = map(_read, (calibrate, evaluate))
+    hosts = hosts_of(dry_run, distributed, coordinator, processes, process)
     dense = hosts.together(lambda: hugging_face.load(model, dtype=dtype))
     planning.compressible(dense)
-    _tell_memory(dense, given, rules, weighting)
+    if hosts.process == 0:
+        _tell_overlaps(dense, rules)
+        _tell_memory(dense, given, rules, weighting)
+    work = f"{out.rstrip('/')}/{WORK}"
     prepared = hosts.together(
         lambda: pipeline.prepare(
             dense,
             rules,
             given,
-            weighting=weighting,
-            tokens=tokens,
             settings=settings,
-            refine=refine,
-            sequential=sequential,
-            work=None if dry_run else f"{out.rstrip('/')}/{WORK}",
+            work=None if dry_run else work,
             hosts=hosts,
             force=force,
-            progress=None,
+            **dataclasses.asdict(options),
         )
     )
     if dry_run:
-        if sequential:
-            raise ValueError("--dry-run cannot know the moments of --sequential")
-        plan, inputs = prepared.planned(dense, prepared.assignments, prepared.moments)
-        forecast(plan, inputs, as_json)
+        forecast(*prepared.planned(), as_json)
         return 0
     result = prepared.run()
     if hosts.process > 0:
@@ -230,16 +229,42 @@ def compress(
     if measured is None and given is not None:
         from kronjax.lm.models.reading import rest
 
-        measured = rest(dense, given, tokens, HELD_OUT)
-    found = _written(
-        result, dense, place, source=model, text=measured, protocol=protocol
-    )
-    _clear(place, f"{out.rstrip('/')}/{WORK}")
+        measured = rest(dense, given, options.num_tokens, HELD_OUT)
+    facts = {"source": model, "text": measured, "protocol": protocol}
+    found = _written(result, dense, place, **facts)
+    _clear(place, work)
     if as_json:
         print(json.dumps(found, allow_nan=False))
     else:
-        _tell(found, out)
+        show_model(found, out)
     return FAILURE if result.failed else 0
+
+
+def _protocol(name: str | None, *, is_measured: bool) -> str:
+    """Return the name of the protocol, after checking that something is measured."""
+    from kronjax.lm.evaluation import protocols
+
+    if name is None:
+        return PROTOCOL
+    protocols.find(name)
+    if not is_measured:
+        raise ValueError(
+            "--protocol says how perplexities are measured, and there is no text to "
+            "measure them on: give --evaluate FILE, or leave --protocol out"
+        )
+    return name
+
+
+def _free(out: str, model: str, force: bool) -> "Storage":
+    """Return the place for the model, after checking that it may be written to."""
+    from kronjax.io import storage
+
+    place = storage.find(out)
+    if place.read(CONFIG) is not None and not force:
+        raise ValueError(f"{out} already holds a model; --force replaces it")
+    if storage.is_source(place, model):
+        raise ValueError(f"{out} holds the model: give --out another folder")
+    return place
 
 
 def _written(result, dense, place, **facts) -> dict[str, Any]:
@@ -271,19 +296,29 @@ def _written(result, dense, place, **facts) -> dict[str, Any]:
         return record.read(folder)
 
 
-def _clear(place, where: str) -> None:
+def _clear(place, work: str) -> None:
     """Remove the folder of the work."""
-    from kronjax.io import storage
-    from kronjax.lm.compression.pipeline import FITS
+    from kronjax.io.storage import LocalFolder
+    from kronjax.lm.compression import fits
     from kronjax.runs.store import Store, read_plan
 
-    if isinstance(place, storage.LocalFolder):
+    if isinstance(place, LocalFolder):
         shutil.rmtree(place.path / WORK, ignore_errors=True)
         return
-    fits = storage.find(f"{where}/{FITS}")
-    plan = read_plan(fits)
-    if plan is not None:
-        Store(fits, plan).clear()
+    for store in fits.stores(work):
+        plan = read_plan(store)
+        if plan is not None:
+            Store(store, plan).clear()
+
+
+def _tell_overlaps(dense, rules) -> None:
+    """Print which rules match layers that other rules decide."""
+    from kronjax import nn
+    from kronjax.lm.compression import plan
+    from kronjax.recipe import Recipe
+
+    if isinstance(rules, Recipe):
+        tell_overlaps(rules, plan.compressible(dense), nn.tables(dense))
 
 
 def _tell_memory(dense, text, rules, weighting) -> None:
@@ -303,53 +338,16 @@ def _tell_memory(dense, text, rules, weighting) -> None:
     )
 
 
-def report(
-    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
-    *,
-    open_it: Annotated[bool, option(name="open")] = False,
-    as_json: Json = False,
-) -> int:
-    """Show the report of kronjax compress or kronjax factorize, finished or not.
+def show_model(found: dict[str, Any], folder: str) -> None:
+    """Print the layers and the sizes of a compressed model, from its record."""
+    from kronjax.io.atomic import printable
+    from kronjax.lm.compression import html, tables
 
-    Args:
-        folder: Folder or URL that one of them wrote, or is writing.
-        open_it: Open the page, or the figure, in a browser.
-        as_json: Print the record as one JSON object.
-    """
-    from kronjax.cli import factorize
-    from kronjax.io import storage
-    from kronjax.lm.compression import html, record
-    from kronjax.lm.compression.pipeline import FITS
-    from kronjax.runs import summary
-    from kronjax.runs.store import read_plan
-
-    path = storage.expanded(folder)
-    is_finished = "://" not in folder and (path / record.NAME).is_file()
-    if not is_finished:
-        for name in (folder, f"{folder.rstrip('/')}/{WORK}/{FITS}"):
-            place = storage.find(name)
-            if read_plan(place) is not None:
-                code = factorize.report(place, as_json)
-                if open_it:
-                    _open(storage.expanded(name) / summary.FIGURE)
-                return code
-    found = record.read(path)
-    if as_json:
-        print(json.dumps(found, allow_nan=False))
-        return 0
-    _tell(found, folder)
-    page = html.write(found, path)
-    if open_it:
-        _open(page)
-    return 0
-
-
-def _open(path: Path) -> None:
-    """Open a file in a browser."""
-    import webbrowser
-
-    if not path.is_file() or not webbrowser.open(path.resolve().as_uri()):
-        print(f"No browser could be opened; the file is {path}.", file=sys.stderr)
+    _show(tables.compressed(found), html.summary(found))
+    failed = [x for x in found["layers"] if x.get("status") == "failed"]
+    for layer in failed:
+        print(f"{printable(layer['name'])} {layer['reason']}.")
+    print(f"{folder.rstrip('/')}/{html.NAME} shows every layer.")
 
 
 def _one_of(budget: str | None, recipe: str | None) -> None:
@@ -357,17 +355,10 @@ def _one_of(budget: str | None, recipe: str | None) -> None:
         raise ValueError("give either --budget or --recipe")
 
 
-def _read(name: str) -> Any:
+def _read(name: str | None) -> Any:
     from kronjax.lm.text import documents
 
-    return documents.read_text(name)
-
-
-def _tell(found: dict[str, Any], folder: str) -> None:
-    from kronjax.lm.compression import html, tables
-
-    _show(tables.compressed(found), html.summary(found))
-    print(f"{folder.rstrip('/')}/{html.NAME} shows every layer.")
+    return None if name is None else documents.read_text(name)
 
 
 def _show(table: Any, verdict: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,9 +20,10 @@ from kronjax.cli.options import (
 from kronjax.runs import cpu_threads
 
 if TYPE_CHECKING:
-    from kronjax.io.storage import Storage
+    from kronjax.recipe import Recipe
     from kronjax.runs.engine import Inputs
     from kronjax.runs.plan import RunPlan
+    from kronjax.runs.processes import Hosts
     from kronjax.runs.summary import Factorization
 
 FAILURE = 3
@@ -73,21 +75,19 @@ def factorize(
     """
     cpu_threads.reserve()  # before jax is there
     from kronjax import recipe as recipes
+    from kronjax.io.tensors import map_all
     from kronjax.runs import factorize as runs
     from kronjax.runs.engine import Inputs
     from kronjax.runs.plan import SolveSettings
-    from kronjax.runs.processes import meet
 
     rules = recipes.load(recipe)
     settings = SolveSettings(tolerance, num_starts, seed, max_products)
+    hosts = hosts_of(dry_run, distributed, coordinator, processes, process)
     if dry_run:
-        if distributed:
-            raise ValueError("--dry-run is for one process: leave out --distributed")
         plan, tensors = runs.planned(source, rules, settings)
-        _tell_overlaps(rules, tensors)
+        tell_overlaps(rules, tensors)
         forecast(plan, Inputs(tensors), as_json)
         return 0
-    hosts = meet(distributed, coordinator, processes, process)
     found = runs.factorize(
         source,
         rules,
@@ -100,29 +100,36 @@ def factorize(
         force=force,
     )
     if hosts.process == 0:
-        _tell_overlaps(rules, runs.planned(source, rules, settings)[1])
-        _show(found, as_json)
+        tell_overlaps(rules, map_all(source))
+        show_matrices(found, as_json)
         if not as_json:
             print(f"The factors are in {out}.")
     return FAILURE if found.failed else 0
 
 
-def report(place: "Storage", as_json: bool) -> int:
-    """Print the finished matrices at a place, and draw their figure."""
-    from kronjax.runs import summary
-    from kronjax.runs.store import Store, read_plan
-    from kronjax.runs.summary import Factorization
+def hosts_of(
+    dry_run: bool,
+    distributed: bool,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+) -> "Hosts":
+    """Return the processes that share the work of a command.
 
-    plan = read_plan(place)
-    assert plan is not None
-    found = Factorization.of(Store(place, plan))
-    _show(found, as_json)
-    problem = summary.draw(found)
-    if problem is not None:
-        print(f"There is no figure: {problem}", file=sys.stderr)
-    elif not as_json:
-        print(f"{place}/{summary.FIGURE} shows every matrix.")
-    return FAILURE if found.failed else 0
+    Raises:
+        ValueError: If options about processes have no effect, or the others cannot be
+            found.
+    """
+    from kronjax.runs.processes import Hosts, meet
+
+    if not dry_run:
+        return meet(distributed, coordinator, processes, process)
+    if distributed or (coordinator, processes, process) != (None, None, None):
+        raise ValueError(
+            "--dry-run is for one process: leave out --distributed, --coordinator, "
+            "--processes and --process"
+        )
+    return Hosts(0, 1)
 
 
 def forecast(plan: "RunPlan", inputs: "Inputs", as_json: bool) -> None:
@@ -197,14 +204,22 @@ def _show_forecast(plan, found) -> None:
     )
 
 
-def _tell_overlaps(rules, names) -> None:
-    """Print which rules match names that other rules decide."""
+def tell_overlaps(
+    rules: "Recipe", names: Iterable[str], tables: Iterable[str] = ()
+) -> None:
+    """Print which rules match names that other rules decide.
+
+    Args:
+        rules: The rules.
+        names: Names of matrices.
+        tables: Names of embeddings.
+    """
     from kronjax import recipe as recipes
     from kronjax.io.atomic import printable
     from kronjax.runs.plan import pattern
 
     counts: dict[tuple[int, int], list[str]] = {}
-    for name, matched in recipes.matches(rules, names).items():
+    for name, matched in recipes.matches(rules, names, tables).items():
         for other in matched[1:]:
             counts.setdefault((matched[0], other), []).append(name)
     for (first, other), twice in sorted(counts.items()):
@@ -217,7 +232,8 @@ def _tell_overlaps(rules, names) -> None:
         )
 
 
-def _show(found: "Factorization", as_json: bool) -> None:
+def show_matrices(found: "Factorization", as_json: bool) -> None:
+    """Print the finished matrices of a run, as a table or as JSON."""
     from rich.console import Console
 
     from kronjax.runs import summary

@@ -21,6 +21,7 @@ from kronjax.cli import (
     factorize,
     language,
     new,
+    report,
     train,
 )
 from kronjax.cli.console import one_line
@@ -52,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 "factorize": factorize.factorize,
                 "plan": compress.plan,
                 "compress": compress.compress,
-                "report": compress.report,
+                "report": report.report,
                 "new": new.new,
                 "train": train.train,
                 "evaluate": language.evaluate,

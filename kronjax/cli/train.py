@@ -247,12 +247,12 @@ def _pattern(text: str) -> tuple[int, int]:
 
 def _moments(model: Any, name: str, *, gradients: bool) -> Any:
     """Return the moments of the inputs of layers, and of gradients, on a text."""
-    from kronjax.lm.compression import pipeline
+    from kronjax.lm.compression import options, pipeline
     from kronjax.lm.compression.moments import measure_moments
     from kronjax.lm.models.reading import tokens_of
     from kronjax.lm.text import documents as texts
 
-    tokens = tokens_of(model, texts.read_text(name))[: pipeline.TOKENS + 1]
+    tokens = tokens_of(model, texts.read_text(name))[: options.TOKENS + 1]
     return measure_moments(pipeline.precise(model), tokens, gradients=gradients)
 
 

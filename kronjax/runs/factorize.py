@@ -11,7 +11,7 @@ an interruption, and several hosts can share the work.
 ['w']
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from kronjax import recipe as recipes
 from kronjax.io import storage
 from kronjax.io.storage import MemoryFolder
 from kronjax.io.tensors import is_matrix, map_all
+from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Recipe
 from kronjax.runs import plan as planning
 from kronjax.runs import summary
@@ -113,8 +114,10 @@ def planned(
     else:
         path = storage.expanded(source)
         name, tensors = str(path), map_all(path)
+    assignments = assigned(rules, tensors)
+    refuse_unused_starts(assignments, settings)
     plan = planning.make(
-        assigned(rules, tensors),
+        assignments,
         tensors,
         source=name,
         parameters=sum(int(x.size) for x in tensors.values()),
@@ -154,6 +157,34 @@ def assigned(rules: Recipe, tensors: Mapping[str, np.ndarray]) -> list[Assignmen
                 f"tensor of shape {tensor.shape} and dtype {tensor.dtype}"
             )
     return recipes.resolve(rules, shapes)
+
+
+def refuse_unused_starts(
+    assignments: Sequence[Assignment], settings: SolveSettings
+) -> None:
+    """Refuse several starts, or a seed, where all fits that iterate begin at one start.
+
+    Fits at p = 2 have a single start. A closed form is exact with any settings.
+
+    Raises:
+        ValueError: If starts are asked for and have no effect.
+    """
+    if settings.num_starts == 1 and settings.seed == 0:
+        return
+    at_two = []
+    for assignment in assignments:
+        if not assignment.configurations:
+            continue
+        has_weights = assignment.rule.weighting != "none"
+        norm = Norm.for_weights(assignment.rule.norm, has_weights)
+        sides = (has_weights, assignment.rule.weighting == "input+gradient")
+        if not norm.has_closed_form(assignment.shape, assignment.configurations, sides):
+            at_two.append(norm.is_frobenius)
+    if at_two and all(at_two):
+        raise ValueError(
+            "all sums of this recipe are fitted at p = 2 from one start: a number of "
+            "starts and a seed would have no effect"
+        )
 
 
 def _refuse_model(store: Store, source) -> None:

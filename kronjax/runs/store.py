@@ -122,7 +122,7 @@ class Store:
             **facts,
         }
         if factors:
-            arrays = {key: np.ascontiguousarray(x) for key, x in factors.items()}
+            arrays = {key: np.array(x, order="C") for key, x in factors.items()}
             # A single entry: several would come in any order.
             format_ = {"format": matrices.FORMAT} if task.configurations else None
             content = safetensors.numpy.save(arrays, format_)

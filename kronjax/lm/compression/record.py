@@ -21,8 +21,10 @@ import numpy as np
 from kronjax import __version__, nn
 from kronjax.io import atomic
 from kronjax.io.json_values import jsonable
+from kronjax.io.storage import LocalFolder, Storage
 from kronjax.lm.compression.moments import is_foreign
-from kronjax.lm.compression.pipeline import Result, precise
+from kronjax.lm.compression.pipeline import precise
+from kronjax.lm.compression.result import Result
 from kronjax.lm.evaluation import latency, perplexity, spectra
 from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.models.sizes import Sizes
@@ -122,13 +124,19 @@ def read(folder: Path) -> dict[str, Any]:
         ValueError: If it is damaged or of a later version.
         OSError: If there is none; names the command that writes it.
     """
-    path = folder / NAME
-    if not path.is_file():
+    return load(LocalFolder(folder))
+
+
+def load(place: Storage) -> dict[str, Any]:
+    """Return the record in a folder or behind a URL; see `read`."""
+    content = place.read(NAME)
+    if content is None:
         raise FileNotFoundError(
-            f"{folder} has no {NAME}: kronjax compress writes one beside the weights"
+            f"{place} has no {NAME}: kronjax compress writes one beside the weights"
         )
+    path = f"{place}/{NAME}"
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(content)
         version = record["format"]
         if version == FORMAT:
             _ = [record[key] for key in ("source", "before", "after", "layers")]

@@ -1,0 +1,91 @@
+"""`kronjax report`: the results of kronjax compress or kronjax factorize."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from kronjax.cli.compress import WORK, show_model
+from kronjax.cli.factorize import FAILURE, show_matrices
+from kronjax.cli.options import Json, option
+
+if TYPE_CHECKING:
+    from kronjax.io.storage import Storage
+
+
+def report(
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")],
+    *,
+    open_it: Annotated[bool, option(name="open")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show the report of kronjax compress or kronjax factorize, finished or not.
+
+    Args:
+        folder: Folder or URL that one of them wrote, or is writing.
+        open_it: Open the page, or the figure, in a browser.
+        as_json: Print the record as one JSON object.
+
+    Returns:
+        0, or 3 if a layer or matrix failed and stays dense.
+    """
+    from kronjax.io import storage
+    from kronjax.lm.compression import fits, record
+    from kronjax.runs.store import read_plan
+
+    place = storage.find(folder)
+    if place.read(record.NAME) is None:
+        for run in (place, *reversed(fits.stores(f"{folder.rstrip('/')}/{WORK}"))):
+            if read_plan(run) is not None:
+                return _factorization(run, open_it, as_json)
+    return _model(place, open_it, as_json)
+
+
+def _model(place: "Storage", open_it: bool, as_json: bool) -> int:
+    """Print the record of a compressed model, and write its page."""
+    from kronjax.lm.compression import html, record
+
+    found = record.load(place)
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    else:
+        place.write(html.NAME, html.page(found).encode())
+        show_model(found, str(place))
+    if open_it:
+        _open(place, html.NAME)
+    failed = [x for x in found["layers"] if x.get("status") == "failed"]
+    return FAILURE if failed else 0
+
+
+def _factorization(place: "Storage", open_it: bool, as_json: bool) -> int:
+    """Print the finished matrices at a place, and draw their figure."""
+    from kronjax.runs import summary
+    from kronjax.runs.store import Store, read_plan
+    from kronjax.runs.summary import Factorization
+
+    plan = read_plan(place)
+    assert plan is not None
+    found = Factorization.of(Store(place, plan))
+    show_matrices(found, as_json)
+    problem = summary.draw(found)
+    if problem is not None:
+        print(f"There is no figure: {problem}", file=sys.stderr)
+    elif not as_json:
+        print(f"{place}/{summary.FIGURE} shows every matrix.")
+    if open_it:
+        _open(place, summary.FIGURE)
+    return FAILURE if found.failed else 0
+
+
+def _open(place: "Storage", name: str) -> None:
+    """Open a file in a browser; say where it is if that is impossible."""
+    import webbrowser
+
+    path: Any = getattr(place, "path", None)
+    is_there = path is not None and (Path(path) / name).is_file()
+    if not is_there or not webbrowser.open((Path(path) / name).resolve().as_uri()):
+        print(
+            f"No browser could be opened; the file is {place}/{name}.", file=sys.stderr
+        )
