@@ -1,14 +1,16 @@
 import numpy as np
 
 from kronjax.io.cache import Cache
-from kronjax.lm.compression import candidates, fit
+from kronjax.lm.compression import candidates
+from kronjax.runs.closed_form import LowRank
+from kronjax.runs.joint import Target
 
 SHAPE = (48, 64)
 
 
 def _probes(kernel):
-    prepared = fit.Prepared(fit.Target("h.0.x", kernel.astype(np.float32)))
-    return candidates.probe(prepared, Cache(), 40)
+    target = Target("h.0.x", kernel.astype(np.float32))
+    return candidates.probe(target, LowRank.of(target), Cache(), 80)
 
 
 def test_probes_of_a_kronecker_sum_try_all_sizes_and_find_it():

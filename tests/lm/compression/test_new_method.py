@@ -135,7 +135,6 @@ def test_the_command_line_plans_with_the_method(dense, tmp_path, capsys):
     assert layers["h.0.mlp.c_fc"]["parameters"] == 5 * 8 + 32
 
 
-@pytest.mark.skip(reason="the engine")
 def test_compression_and_reports_work_with_the_method(dense, tmp_path, capsys):
     rules = recipe.loads(RULES)
     done = pipeline.run(dense, rules)
