@@ -25,7 +25,8 @@ import numpy as np
 from bench import script, spectral_norms, timing
 from bench.products import is_gpu
 from kronjax import Configuration
-from kronjax.runs.pool import Pool
+from kronjax.runs.pool import Matrix, Pool
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 
 
@@ -93,8 +94,7 @@ def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
     count, *shape = matrices.shape
     problem = Problem.of(tuple(shape), configuration, num_starts=1)
     pool = Timed(
-        problem,
-        np.dtype(np.float32),
+        Kind(problem, np.dtype(np.float32)),
         lanes=lanes or count,
         slots=count,
         devices=jax.devices()[:1],
@@ -106,7 +106,7 @@ def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
     for _ in range(repeats + 1):
         pool.seconds = {}
         begun = time.perf_counter()
-        found = list(pool.solve((i, x, 0) for i, x in enumerate(matrices)))
+        found = list(pool.solve(Matrix(i, x) for i, x in enumerate(matrices)))
         seconds = time.perf_counter() - begun
         parts = ", ".join(f"{k} {x:.3f}" for k, x in pool.seconds.items())
         script.say(f"{count} of {shape[0]}: {seconds:.3f} s; {parts}")

@@ -162,7 +162,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
         "fraction": fraction,
         "refine": refine,
         "added": experiment.added(done.model, name),
-        "predicted": sum(layer.damage for layer in done.layers),
+        "predicted": sum(layer.damage or 0.0 for layer in done.layers),
         "parameters": done.after.parameters,
         "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "seconds": seconds,
@@ -192,7 +192,7 @@ def uniform(experiment: Experiment, fraction: float):
     return {
         "fraction": fraction,
         "added": experiment.added(done.model, "books"),
-        "predicted": sum(layer.damage for layer in done.layers),
+        "predicted": sum(layer.damage or 0.0 for layer in done.layers),
         "parameters": done.after.parameters,
     }
 
@@ -224,7 +224,9 @@ def mixtures(experiment: Experiment, weighting: Any):
         )
         rows[way] = {
             "added": experiment.added(done.model, "books"),
-            "relative": float(np.mean([layer.relative for layer in done.layers])),
+            "relative": float(
+                np.mean([layer.relative or 0.0 for layer in done.layers])
+            ),
             "parameters": done.after.parameters,
         }
     return {"weighting": weighting, **rows}

@@ -119,7 +119,7 @@ def from_starts(problem, matrices, tolerance, num_starts):
             path,
             stages,
         )
-        trace = continuation.gather(problem, path, first, lines)
+        trace = continuation.gather(problem, path.winner, first, lines)
         return continuation.finish(problem, setting, path, trace).spectral_error
 
     every = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))

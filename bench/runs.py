@@ -1,4 +1,4 @@
-"""Runs of `kronjax compress` in processes of their own: timed, or killed."""
+"""Runs of `kronjax factorize` in processes of their own: timed, or killed."""
 
 import json
 import os
@@ -25,13 +25,13 @@ rules:
 
 
 def line(name, out, tolerance):
-    """The command line that compresses `name.safetensors` by `name.yaml`."""
+    """The command that factorizes `name.safetensors` by `name.yaml`."""
     given = [f"{name}.safetensors", "--recipe", f"{name}.yaml", "--out", out]
     more = ["--tolerance", str(tolerance)]
-    return [sys.executable, "-m", "kronjax", "compress", *given, *more]
+    return [sys.executable, "-m", "kronjax", "factorize", *given, *more]
 
 
-def compress(folder, name, out, tolerance, environment=None):
+def factorize(folder, name, out, tolerance, environment=None):
     """Run the command in a folder; its report, wall seconds and peak memory in GiB."""
     begun = time.perf_counter()
     run = subprocess.Popen(
@@ -45,7 +45,7 @@ def compress(folder, name, out, tolerance, environment=None):
     _, status, usage = os.wait4(run.pid, 0)
     run.returncode = os.waitstatus_to_exitcode(status)
     if run.returncode:
-        raise RuntimeError(f"kronjax compress ended with {run.returncode}")
+        raise RuntimeError(f"kronjax factorize ended with {run.returncode}")
     seconds = time.perf_counter() - begun
     return json.loads(told), seconds, usage.ru_maxrss / 2**20
 
@@ -73,8 +73,8 @@ def kill(folder, count, kills):
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    compress(folder, "small", "undisturbed", TOLERANCE, cache)
-    _, undisturbed, _ = compress(folder, "small", "again", TOLERANCE, cache)
+    factorize(folder, "small", "undisturbed", TOLERANCE, cache)
+    _, undisturbed, _ = factorize(folder, "small", "again", TOLERANCE, cache)
     folders, at, finished = [folder / "killed 0"], [], []
     before, lost, seen, twice = 0, 0, {}, set()
     while len(at) < kills:
@@ -99,7 +99,7 @@ def kill(folder, count, kills):
             look(folders[-1], seen, twice)
             folders.append(folder / f"killed {len(folders)}")
             before = 0
-    compress(folder, "small", folders[-1].name, TOLERANCE, cache)
+    factorize(folder, "small", folders[-1].name, TOLERANCE, cache)
     look(folders[-1], seen, twice)
     wanted = contents(folder / "undisturbed")
     found = [contents(one) for one in folders]

@@ -220,7 +220,7 @@ def quick(work: Path) -> Study:
     """A study of seconds: a random model of one block, one seed, a few steps."""
     bundled = demo.model()
     small = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    config = dataclasses.replace(bundled.config, **small)
+    config: Any = dataclasses.replace(bundled.config, **small)
     model = gpt2.Model(config, rngs=nnx.Rngs(0))
     model.tokenizer = bundled.tokenizer
     tokens = tokens_of(model, demo.held_out()[:9_000])

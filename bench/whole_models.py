@@ -2,7 +2,7 @@
 
 Matrices of the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of 768 x 3072;
 `--counts` for a part of them) in float32: real ones from `--weights` as far as they go,
-then random ones as in `spectral_norms`, as one safetensors file.  `kronjax compress`
+then random ones as in `spectral_norms`, as one safetensors file.  `kronjax factorize`
 in a process of its own makes them half as large, by near-square configurations in the
 spectral norm; its wall time, file work and compilation included, is compared with the
 products that it spent at the rate of plain ones, its memory is the peak that the system
@@ -67,7 +67,8 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 from kronjax import Configuration
-from kronjax.runs.pool import Pool
+from kronjax.runs.pool import Matrix, Pool
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 count, lanes = int(sys.argv[1]), 8
 matrices = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
@@ -75,11 +76,11 @@ problem = Problem.of((36, 36), Configuration((6, 6), 3), num_starts=1)
 seconds, found = {}, {}
 for devices in (1, 8):
     pool = Pool(
-        problem, np.dtype(np.float32), lanes=lanes, slots=64 // devices * 8,
+        Kind(problem, np.dtype(np.float32)), lanes=lanes, slots=64 // devices * 8,
         devices=jax.devices()[:devices], tolerance=1e-2,
     )
     def run(some):
-        given = ((i, x, 0) for i, x in enumerate(some))
+        given = (Matrix(i, x) for i, x in enumerate(some))
         return {x.key: x.terms[0].a.tobytes() for x in pool.solve(given)}
     run(matrices[:lanes])
     seconds[devices] = []
@@ -98,22 +99,23 @@ cpu_threads.reserve()
 import jax
 import numpy as np
 from kronjax import recipe
-from kronjax.io import storage
-from kronjax.runs import engine, plan, store, workers
+from kronjax.io.storage import MemoryFolder
+from kronjax.runs import engine, factorize, plan, store, workers
+from kronjax.runs.pool import Matrix
 count, tolerance, rules = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
-made = plan.make(
-    recipe.loads(rules),
+made, _ = factorize.planned(
     {f"w.{i}": x for i, x in enumerate(drawn)},
-    settings=plan.SolveSettings(tolerance, num_starts=1),
+    recipe.loads(rules),
+    plan.SolveSettings(tolerance, num_starts=1),
 )
 (group,), devices = engine.groups(made.tasks, made.settings), jax.devices()
-kept = store.Store(storage.find("memory://thousands"), made)
+kept = store.Store(MemoryFolder(), made)
 (lanes,) = engine.lanes_of(kept, devices).values()
-pools, lanes = engine.pools_of(group, lanes, devices, made.settings)
-list(workers.solve(pools, ((i, x, 0) for i, x in enumerate(drawn[:lanes]))))
+pools, lanes = workers.pools_of(group.kind, group.count, lanes, devices, tolerance)
+list(workers.solve(pools, (Matrix(i, x) for i, x in enumerate(drawn[:lanes]))))
 begun = time.perf_counter()
-list(workers.solve(pools, ((i, x, 0) for i, x in enumerate(drawn))))
+list(workers.solve(pools, (Matrix(i, x) for i, x in enumerate(drawn))))
 seconds = (time.perf_counter() - begun) / count
 print(json.dumps({"batch": seconds, "pools": len(pools), "lanes": lanes}))
 """
@@ -291,7 +293,7 @@ def measure(experiment, real, tolerance, folder):
     size = min(experiment.shapes[0])
     rates = [timing.gemm_rate(size)]
     script.say(f"compressing {sum(experiment.counts)} matrices, {used} of them real")
-    told, seconds, memory = runs.compress(folder, "model", "out", tolerance)
+    told, seconds, memory = runs.factorize(folder, "model", "out", tolerance)
     script.say(f"compressed in {seconds:.0f} s")
     rates.append(timing.gemm_rate(size))
     records, batch = told["matrices"], runs.span(folder / "out", "square")

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -83,9 +82,11 @@ def _open(place: "Storage", name: str) -> None:
     """Open a file in a browser; say where it is if that is impossible."""
     import webbrowser
 
-    path: Any = getattr(place, "path", None)
-    is_there = path is not None and (Path(path) / name).is_file()
-    if not is_there or not webbrowser.open((Path(path) / name).resolve().as_uri()):
+    from kronjax.io.storage import LocalFolder
+
+    path = place.path / name if isinstance(place, LocalFolder) else None
+    is_there = path is not None and path.is_file()
+    if not is_there or not webbrowser.open(path.resolve().as_uri()):
         print(
             f"No browser could be opened; the file is {place}/{name}.", file=sys.stderr
         )

@@ -151,7 +151,7 @@ def prepare(
     budget = rules if isinstance(rules, Budget) else None
     plan.compressible(model)
     # A mistake in the rules shows before anything takes time.
-    assignments = [] if budget else plan.resolve(rules, model)
+    assignments = plan.resolve(rules, model) if isinstance(rules, Recipe) else []
     refuse_unused_starts(assignments, settings)
     needed = options.needed(rules, assignments, calibration)
     read = options.read(model, calibration)
