@@ -1,16 +1,64 @@
-"""Plan, compress and report, as a user types them."""
+"""`kronjax plan`, `compress` and `report` of language models, as a user types them."""
 
+import functools
 import json
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import KRONY_PT
+from flax import nnx
+from helpers import KRONY_PT, free_port
 
 from kronjax import lm, nn, recipe
 from kronjax.cli.main import main
-from kronjax.lm.compression import candidates
+from kronjax.io import heartbeat, storage
+from kronjax.lm.compression import candidates, record
+from kronjax.runs.store import Store
 
 TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n" * 90
+
+RULES = """
+rules:
+- {match: "*.c_fc", method: interpolative, fraction: 0.5, weighting: none}
+- match: "wte"
+  method: kronecker
+  terms: [{a_shape: [300, 1], rank: 6}]
+  weighting: none
+- match: "h.1.attn.c_proj"
+  method: kronecker
+  terms: [{a_shape: [32, 1], rank: 3}]
+  scalars: true
+  weighting: none
+- {match: "*", method: low-rank, rank: 4, weighting: none}
+"""
+SPECTRAL = """
+rules:
+- match: "h.*.attn.c_proj"
+  method: kronecker
+  terms: [{a_shape: [8, 8]}]
+  norm: spectral
+  weighting: none
+- {match: "*", method: keep}
+"""
+WEIGHTED = """
+rules:
+- match: "h.*.attn.c_proj"
+  method: kronecker
+  terms: [{a_shape: [8, 8]}]
+  norm: spectral
+  weighting: input
+- {match: "h.*.mlp.c_fc", method: low-rank, rank: 4, weighting: input+gradient}
+- {match: "*", method: keep}
+"""
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Records without speeds, whose programs take long to compile."""
+    monkeypatch.setattr(record, "of", functools.partial(record.of, timed=False))
 
 
 @pytest.fixture
@@ -26,6 +74,31 @@ def run(capsys, *args):
     code = main([str(x) for x in args])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def compress(folder, *more, rules=RULES, out="out"):
+    """The arguments of a compression by rules, which are written to a file."""
+    (folder / "rules.yaml").write_text(rules)
+    given = ("compress", folder / "dense", "--recipe", folder / "rules.yaml")
+    return (*given, "--out", folder / out, *more)
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def interrupt_after(monkeypatch, count):
+    """Let the store raise KeyboardInterrupt after some results; return their names."""
+    put, names = Store.put, []
+
+    def interrupted(self, task, *rest):
+        if len(names) == count:
+            raise KeyboardInterrupt
+        names.append(task.name)
+        put(self, task, *rest)
+
+    monkeypatch.setattr(Store, "put", interrupted)
+    return names
 
 
 def test_a_budget_and_a_text_make_a_smaller_model_with_a_report(folder, capsys):
@@ -125,3 +198,275 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(folder, capsys):
     code, _, err = run(capsys, *given, "--out", folder / "text.txt" / "small")
     assert code == 2
     assert "text.txt" in err
+
+
+@pytest.mark.parametrize("rules", [SPECTRAL, WEIGHTED])
+def test_measuring_changes_no_weight_and_both_doors_agree(
+    folder, capsys, untimed, rules
+):
+    text = ("--calibrate", folder / "text.txt", "--tokens", "600")
+    plain = text if rules is WEIGHTED else ()
+    code, _, err = run(capsys, *compress(folder, *plain, rules=rules, out="alone"))
+    assert code == 0, err
+    layers = {x["name"]: x for x in record.read(folder / "alone")["layers"]}
+    for name in ("h.0.attn.c_proj", "h.1.attn.c_proj"):
+        assert 0 <= layers[name]["gap"] < 0.5
+        assert layers[name]["relative"] > 0
+    assert "gap" not in layers["h.0.mlp.c_proj"]
+    given = compress(
+        folder, *text, "--evaluate", folder / "text.txt", rules=rules, out="measured"
+    )
+    code, _, err = run(capsys, *given)
+    assert code == 0, err
+    assert record.read(folder / "measured")["perplexity"]["compressed"]
+    assert weights(folder / "measured") == weights(folder / "alone")
+    options = {"calibration": folder / "text.txt", "tokens": 600} if plain else {}
+    dense = lm.load(folder / "dense")
+    small = lm.compress(dense, folder / "rules.yaml", **options, progress=False)
+    lm.save(small, folder / "function")
+    assert weights(folder / "function") == weights(folder / "alone")
+
+
+def test_a_model_comes_out_as_its_best_sums(folder, tiny, capsys, untimed):
+    code, out, err = run(capsys, *compress(folder))
+    assert code == 0, err
+    assert "report.html shows every layer" in out
+    assert "both match h.0.mlp.c_fc and 1 more: the first decides" in err
+    small = lm.load(folder / "out")
+    dense = {**nn.linear_layers(tiny), **nn.tables(tiny)}
+    kinds = {}
+    for name, layer in {**nn.linear_layers(small), **nn.tables(small)}.items():
+        kinds[name] = nn.describe(layer)["kind"]
+        if name in ("wpe", "lm_head"):
+            continue
+        kernel = np.float64(nn.materialize(dense[name]))
+        left = kernel - np.float64(layer.materialize())
+        s = np.linalg.svd(kernel, compute_uv=False)
+        rank = {"wte": 6, "h.1.attn.c_proj": 3}.get(name, 4)
+        if kinds[name] == "interpolative":
+            rank = layer.rest.shape[0]
+        assert np.linalg.norm(left, 2) == pytest.approx(s[rank], rel=1e-4)
+    assert kinds["h.0.mlp.c_fc"] == "interpolative" and kinds["wpe"] == "dense"
+    assert kinds["wte"] == "kronecker-embedding"
+    assert small.h[1].attn.c_proj.scales is not None
+    assert "low-rank" in small.recipe and small.tokenizer is not None
+    code, out, _ = run(capsys, "report", folder / "out", "--json")
+    found = json.loads(out)
+    assert code == 0 and sum("relative" in x for x in found["layers"]) == 9
+    state = nnx.state(small, nnx.Param)
+    count = sum(int(x.size) for x in jax.tree.leaves(state))
+    assert found["after"]["parameters"] == count
+    # With --force the same model is made again; a compressed one cannot be compressed.
+    before = weights(folder / "out")
+    assert run(capsys, *compress(folder))[0] == 2
+    assert run(capsys, *compress(folder, "--force"))[0] == 0
+    assert weights(folder / "out") == before
+    (folder / "out").rename(folder / "dense2")
+    given = ("compress", folder / "dense2", "--recipe", folder / "rules.yaml", "--out")
+    code, _, err = run(capsys, *given, folder / "out")
+    assert code == 2 and "compressed already" in err
+    code, _, err = run(capsys, *given, folder / "dense2", "--force")
+    assert code == 2 and "holds the model" in err
+
+
+def test_an_interrupted_compression_resumes(folder, capsys, monkeypatch, untimed):
+    spectral = SPECTRAL.rpartition("- {")[0].strip()
+    spectral = spectral.replace("h.*.attn.c_proj", "h.*.mlp.c_proj")
+    rules = RULES.replace("rules:", spectral)
+    assert run(capsys, *compress(folder, rules=rules, out="whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        done = interrupt_after(patch, 4)
+        code, _, err = run(capsys, *compress(folder, rules=rules))
+    assert code == 130 and "interrupted" in err and len(done) == 4
+    assert "mlp.c_proj" in done[-1]  # the other one of its pool is missing
+    assert not (folder / "out" / "config.json").exists()
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    code, out, _ = run(capsys, "report", folder / "out", "--open")
+    assert code == 0 and "4 of 9 matrices are finished" in out
+    work = folder / "out" / ".kronjax-work"
+    assert opened == [(work / "fits" / "report.png").as_uri()]
+    # Another seed would be another plan.
+    given = compress(folder, "--seed", "1", rules=rules)
+    code, _, err = run(capsys, *given)
+    assert code == 2 and "another plan (seed was 0, now 1)" in err and "--force" in err
+    with monkeypatch.context() as patch:
+        rest = interrupt_after(patch, None)
+        code, _, err = run(capsys, *compress(folder, rules=rules))
+    assert code == 0, err
+    assert len(rest) == 5 and not set(rest) & set(done)
+    assert weights(folder / "out") == weights(folder / "whole")
+    assert not work.exists()
+
+
+def test_the_work_of_the_former_engine_is_refused(folder, capsys, untimed):
+    work = folder / "out" / ".kronjax-work"
+    work.mkdir(parents=True)
+    former = work / "layer-00.safetensors"
+    former.write_bytes(b"of an earlier version")
+    code, _, err = run(capsys, *compress(folder))
+    assert code == 2 and "earlier version" in err and "start anew" in err
+    assert former.read_bytes() == b"of an earlier version"
+    code, _, err = run(capsys, *compress(folder, "--force"))
+    assert code == 0, err
+    assert not work.exists() and weights(folder / "out")
+
+
+def test_a_dry_run_plans_and_writes_nothing(folder, capsys, untimed):
+    code, out, err = run(capsys, *compress(folder, "--dry-run"))
+    assert code == 0, err
+    assert "Nothing was written" in out and not (folder / "out").exists()
+    code, out, _ = run(capsys, *compress(folder, "--dry-run", "--json"))
+    told = json.loads(out)
+    assert sum(group["matrices"] for group in told["groups"]) == 9
+    assert told["after"] < told["before"] and told["seconds"] > 0
+    run(capsys, *compress(folder))
+    assert record.read(folder / "out")["after"]["parameters"] == told["after"]
+
+
+def test_a_layer_that_fails_stays_dense(folder, tiny, capsys, untimed):
+    kernel = tiny.h[0].attn.c_proj.kernel
+    kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
+    lm.save(tiny, folder / "dense")
+    code, out, err = run(capsys, *compress(folder))
+    assert code == 3, err
+    assert "h.0.attn.c_proj stays dense: it holds NaN or infinite entries." in out
+    small = nn.linear_layers(lm.load(folder / "out"))
+    assert isinstance(small["h.0.attn.c_proj"], nnx.Linear)
+    assert isinstance(small["h.0.attn.c_attn"], nn.KroneckerLinear)
+    code, out, _ = run(capsys, "report", folder / "out")
+    assert code == 3 and "it holds NaN" in out
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_model_goes_to_a_url(folder, capsys, monkeypatch, untimed, scheme):
+    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
+    rules = WEIGHTED.partition("- {")[2]  # a weighted low-rank rule, in sequence
+    rules = "rules:\n- {" + rules
+    text = ("--calibrate", folder / "text.txt", "--tokens", "600", "--sequential")
+    url = f"{scheme}://{folder}/url"
+    given = compress(folder, *text, "--out", url, rules=rules)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        assert run(capsys, *given)[0] == 130
+    code, out, err = run(capsys, "report", url)
+    assert code == 0, err
+    assert "0 of 1 matrices are finished" in out  # of the second block
+    code, out, err = run(capsys, *given)
+    assert code == 0, err
+    place, fetched = storage.find(url), folder / "fetched"
+    fetched.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (fetched / name).write_bytes(place.read(name))
+    kinds = {
+        nn.describe(x)["kind"] for x in nn.linear_layers(lm.load(fetched)).values()
+    }
+    assert kinds == {"dense", "kronecker"}
+    assert not place.names(".kronjax-work/fits-2/matrices")
+    code, out, err = run(capsys, "report", url, "--open")
+    assert code == 0 and "report.html shows every layer" in out
+    assert opened == [f"{url}/report.html"] * (scheme == "file")
+    assert ("No browser" in err) == (scheme == "memory")
+    code, out, _ = run(capsys, "report", url, "--json")
+    assert json.loads(out)["source"] == str(folder / "dense")
+
+
+TEXT_OPTION = "needs the text"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokens", "600"), TEXT_OPTION),
+        (("--refine", "10"), TEXT_OPTION),
+        (("--sequential",), TEXT_OPTION),
+        (("--weighting", "none"), "says itself"),
+        (("--protocol", "krony-pt"), "no text to measure"),
+        (("--coordinator", "127.0.0.1:1"), "go with --distributed"),
+        (("--processes", "2", "--process", "1"), "go with --distributed"),
+        (("--dry-run", "--distributed"), "leave out --distributed"),
+        (("--dry-run", "--process", "1"), "leave out --distributed"),
+        (("--tolerance", "nan"), "must be positive"),
+        (("--refine", "-1"), "must not be negative"),
+    ],
+)
+def test_options_without_effect_are_refused(folder, capsys, more, message):
+    code, _, err = run(capsys, *compress(folder, *more))
+    assert code == 2 and message in err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--tokens", "0"), "at least 1"),
+        (("--sequential",), "no layer is weighted"),
+        (("--sequential", "--dry-run"), "cannot know the moments"),
+        (("--protocol", "krony"), "did you mean krony-pt"),
+    ],
+)
+def test_options_that_a_text_does_not_help_are_refused(folder, capsys, more, message):
+    given = compress(folder, "--calibrate", folder / "text.txt", *more)
+    code, _, err = run(capsys, *given)
+    assert code == 2 and message in err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--weighting", "input"), TEXT_OPTION),
+        (("--weighting", "none"), TEXT_OPTION),
+        (("--tokens", "600"), TEXT_OPTION),
+        (("--seed", "1"), "from one start"),
+        (("--num-starts", "4"), "from one start"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compress", "plan"])
+def test_a_budget_without_a_text_takes_no_options_of_one(
+    folder, capsys, command, more, message
+):
+    if command == "plan" and message != TEXT_OPTION:
+        return
+    out = folder / ("small" if command == "compress" else "small.yaml")
+    given = (command, folder / "dense", "--budget", "0.5", "--out", out, *more)
+    code, _, err = run(capsys, *given)
+    assert code == 2 and message in err
+    assert not out.exists()
+
+
+def test_starts_are_refused_where_every_fit_has_a_single_one(folder, capsys):
+    rules = SPECTRAL.replace("[8, 8]", "[8, 8], rank: 1}, {a_shape: [32, 1], rank: 1")
+    rules = rules.replace("norm: spectral", "norm: frobenius")
+    code, _, err = run(capsys, *compress(folder, "--num-starts", "2", rules=rules))
+    assert code == 2 and "from one start" in err
+    assert not (folder / "out").exists()
+
+
+def test_an_encoder_is_no_language_model(folder, capsys):
+    config = {"model_type": "bert", "hidden_size": 8}
+    (folder / "dense" / "config.json").write_text(json.dumps(config))
+    code, _, err = run(capsys, *compress(folder))
+    assert code == 2 and "bert" in err
+    assert not (folder / "out").exists()
+
+
+def test_processes_share_a_model(folder, capsys, untimed):
+    port = free_port()
+    command = [sys.executable, "-m", "kronjax", *map(str, compress(folder))]
+    command += ["--distributed", "--coordinator", f"127.0.0.1:{port}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    runs = [
+        subprocess.Popen([*command, "--processes", "2", "--process", str(i)], **pipes)
+        for i in range(2)
+    ]
+    ended = [process.communicate(timeout=300) for process in runs]
+    for process, (_, err) in zip(runs, ended, strict=True):
+        assert process.returncode == 0, err
+    assert "report.html shows every layer" in ended[0][0]
+    assert ended[1][0] == ""
+    shared = weights(folder / "out")
+    assert run(capsys, *compress(folder, out="alone"))[0] == 0
+    assert weights(folder / "alone") == shared

@@ -85,7 +85,7 @@ def of(
         "layers": _layers(result, model),
         "probes": [] if plan is None else [list(probe) for probe in plan.ratios],
         "predicted_nats": _predicted(result),
-        "analysis": spectra.compare(model, result.model).plain(),
+        "analysis": _analysis(result, model),
         "blocks": result.blocks
         and [block and dataclasses.asdict(block) for block in result.blocks],
         "perplexity": None,
@@ -163,6 +163,14 @@ def _predicted(result):
     return sum(layer.damage or 0.0 for layer in result.layers)
 
 
+def _analysis(result: Result, model: LanguageModel) -> dict[str, Any] | None:
+    """Return norms and ranks of both models, or None if a kernel holds NaN."""
+    try:
+        return spectra.compare(model, result.model).plain()
+    except ValueError:
+        return None
+
+
 def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
     """Return the facts about each layer, dense layers included."""
     after: dict[str, Any] = _all_layers(result.model)
@@ -184,7 +192,9 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
             "fraction": size.parameters / max(nn.cost(layer).parameters, 1),
             "flops": size.flops,
         }
-        if name in done:
+        if name in done and done[name].status == "failed":
+            row |= {k: getattr(done[name], k) for k in ("gap", "status", "reason")}
+        elif name in done:
             kernel = np.asarray(nn.materialize(layer), np.float64)
             left = kernel - np.asarray(nn.materialize(after[name]), np.float64)
             error, whole = (np.linalg.svd(x, compute_uv=False) for x in (left, kernel))

@@ -144,15 +144,44 @@ def test_compression_and_reports_work_with_the_method(dense, tmp_path, capsys):
         np.testing.assert_allclose(nn.materialize(new[name]), expected, atol=1e-6)
     assert [x.name for x in done.layers] == NAMES
     assert all(x.parameters == 5 * 8 and 0 < x.relative < 1 for x in done.layers)
+    assert all(x.gap is None and x.status == "columns" for x in done.layers)
+    assert "2 layers compressed" in repr(done) and "array" not in repr(done)
     compressed = lm.compress(dense, rules)
     assert sizes.count(compressed) == done.after
     rows = record.of(done, dense, source="model", timed=False)["layers"]
     kinds = {row["name"]: row["kind"] for row in rows}
     assert [name for name, kind in kinds.items() if kind == "masked"] == NAMES
+
+
+def test_the_command_line_compresses_with_the_method(dense, tmp_path, capsys):
     lm.save(dense, tmp_path / "dense")
     (tmp_path / "rules.yaml").write_text(RULES)
-    given = ["compress", tmp_path / "dense", "--recipe", tmp_path / "rules.yaml"]
-    given += ["--out", tmp_path / "small"]
-    assert main([str(x) for x in given]) == 0, capsys.readouterr().err
-    assert sizes.count(lm.load(tmp_path / "small")) == done.after
-    assert main(["report", str(tmp_path / "small")]) == 0
+    out = tmp_path / "small"
+
+    def run(*args):
+        code = main([str(x) for x in args])
+        found = capsys.readouterr()
+        assert code == 0, found.err
+        return found.out
+
+    given = ("--recipe", tmp_path / "rules.yaml", "--out", out)
+    plan = json.loads(
+        run("compress", tmp_path / "dense", *given, "--dry-run", "--json")
+    )
+    assert [group["names"] for group in plan["groups"]] == [NAMES]
+    found = json.loads(run("compress", tmp_path / "dense", *given, "--json"))
+    assert found["after"]["parameters"] == plan["after"]
+    rows = {x["name"]: x for x in found["layers"]}
+    assert all(rows[x]["kind"] == "masked" and rows[x]["gap"] is None for x in NAMES)
+    assert json.loads(run("report", out, "--json")) == found
+    assert "report.html shows every layer" in run("report", out)
+    small = lm.load(out)
+    assert recipe.loads(small.recipe) == recipe.loads(RULES)
+    whole = lm.compress(dense, recipe.loads(RULES))
+    tokens = np.arange(12)[None]
+    expected = np.asarray(whole(tokens))
+    np.testing.assert_array_equal(np.asarray(small(tokens)), expected)
+    run("export", out, tmp_path / "export")
+    again = lm.load(tmp_path / "export")
+    assert all(isinstance(x, nnx.Linear) for x in nn.linear_layers(again).values())
+    np.testing.assert_allclose(again(tokens), expected, atol=1e-5)

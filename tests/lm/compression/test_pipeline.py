@@ -2,6 +2,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import ports
 import pytest
 from flax import nnx
 
@@ -21,6 +22,7 @@ from kronjax.lm.compression.moments import is_foreign, measure_moments
 from kronjax.lm.models import gpt2, sizes
 from kronjax.runs import closed_form, engine
 from kronjax.runs.plan import SolveSettings
+from kronjax.runs.processes import Hosts
 from kronjax.runs.store import Store
 
 CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
@@ -79,6 +81,18 @@ def test_a_budget_is_kept_and_every_layer_accounted_for(model, result):
         for name, layer in layers(done.model).items()
         if not isinstance(layer, nnx.Linear)
     }
+
+
+def test_a_result_is_printed_in_few_lines(result):
+    done, _ = result
+    lines = repr(done).splitlines()
+    assert len(lines) <= 10 and "array" not in repr(done)
+    assert f"{done.after.parameters:,} of {done.before.parameters:,}" in lines[0]
+    assert "predicted damage" in repr(done) and "fit " in lines[-1]
+    failed = dataclasses.replace(done.layers[0], status="failed", relative=None)
+    several = dataclasses.replace(done, layers=(failed, *done.layers[1:]))
+    assert "1 layers failed and stay dense" in repr(several)
+    assert len(repr(several).splitlines()) <= 10
 
 
 def test_damages_are_those_of_the_weights_multiplied_out(model, result, moments):
@@ -248,6 +262,62 @@ def test_rules_and_what_they_need(model, moments, tokens):
         pipeline.run(model, 0.7, bare, weighting="input+gradient")
     with pytest.raises(ValueError, match="compressed already"):
         pipeline.run(done.model, rules, moments)
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "options", "message"),
+    [
+        (RULES, True, {"weighting": "input"}, "says itself how layers are weighted"),
+        (0.7, False, {"weighting": "input"}, "weighting needs the text"),
+        (0.7, False, {"tokens": 100}, "number of tokens needs the text"),
+        (0.7, None, {"tokens": 100}, "number of tokens needs the text"),
+        (0.7, None, {"refine": 10}, "refinement needs the text"),
+        (0.7, True, {"tokens": 0}, "at least 1"),
+        (0.7, True, {"refine": -1}, "must not be negative"),
+        (0.7, True, {"weighting": "none", "sequential": True}, "no layer is weighted"),
+        (0.7, True, {"num_starts": 2}, "from one start"),
+        (0.7, True, {"seed": 1}, "from one start"),
+        (RULES, True, {"hosts": Hosts(0, 2), "sequential": True}, "several processes"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    model, tokens, moments, rules, text, options, message
+):
+    given = {True: tokens, None: moments, False: None}[text]
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(model, rules, given, **options)
+
+
+@pytest.mark.parametrize("variant", ["opt", "llama", "gpt2-untied"])
+def test_kernels_of_every_port_become_their_best_sums(variant):
+    dense = ports.make(variant)
+    given = recipe.loads(
+        "rules: [{match: '*', method: low-rank, rank: 3, weighting: none}]"
+    )
+    done = pipeline.run(dense, given)
+    before = {k: w for k, w in kernels(dense).items() if k != "lm_head"}
+    after = kernels(done.model)
+    assert [layer.name for layer in done.layers] == list(before)
+    for layer in done.layers:
+        s = np.linalg.svd(np.float64(before[layer.name]), compute_uv=False)
+        error = np.linalg.norm(before[layer.name] - after[layer.name], 2)
+        assert error == pytest.approx(s[3], rel=1e-4)
+        assert layer.gap == pytest.approx(0, abs=1e-4)
+
+
+def test_the_work_of_the_former_engine_is_refused(model, tmp_path):
+    former = tmp_path / "layer-00.safetensors"
+    former.write_bytes(b"of an earlier version")
+    rules = recipe.loads(
+        "rules: [{match: h.0.attn.c_proj, method: low-rank, rank: 3, weighting: none},"
+        " {match: '*', method: keep}]"
+    )
+    with pytest.raises(ValueError, match="earlier version .* start anew"):
+        pipeline.run(model, rules, work=tmp_path)
+    assert former.exists()
+    pipeline.run(model, rules, work=tmp_path, force=True)
+    pipeline.run(model, rules, work=tmp_path)
+    assert not former.exists()
 
 
 @pytest.mark.parametrize("start", ["rescaled", "pruning", "random"])
