@@ -33,7 +33,7 @@ import jax
 import pytest
 import rounding
 
-from kronjax.runs import joint, pool_programs
+from kronjax.runs import pool_programs
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -85,5 +85,5 @@ def _forget_programs():
     """
     yield
     jax.clear_caches()
-    for cached in (pool_programs.compiled, joint._fitter, joint._preparer):
+    for cached in (pool_programs.compiled, pool_programs.jitted):
         cached.cache_clear()

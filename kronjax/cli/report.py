@@ -85,8 +85,11 @@ def _open(place: "Storage", name: str) -> None:
     from kronjax.io.storage import LocalFolder
 
     path = place.path / name if isinstance(place, LocalFolder) else None
-    is_there = path is not None and path.is_file()
-    if not is_there or not webbrowser.open(path.resolve().as_uri()):
+    if (
+        path is None
+        or not path.is_file()
+        or not webbrowser.open(path.resolve().as_uri())
+    ):
         print(
             f"No browser could be opened; the file is {place}/{name}.", file=sys.stderr
         )

@@ -23,6 +23,7 @@ several devices), not on what was finished before an interruption.
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -45,6 +46,10 @@ from kronjax.runs.pool_programs import Kind
 from kronjax.runs.store import Store
 from kronjax.solver.descent import Status
 from kronjax.solver.problem import Problem
+
+COPIES = 40
+"""Arrays of the size of a matrix that a joint fit may hold: those of quasi-Newton
+steps."""
 
 Tell = Callable[[str, int], None]
 """Called with what is being done, and the number of matrices that are just finished."""
@@ -303,23 +308,32 @@ def _solve(group: Group, work: Run) -> None:
 
 
 def _fit_jointly(group: Group, work: Run) -> None:
-    """Fit a group at p = 2, one matrix after the other."""
+    """Fit a group at p = 2: in batches on accelerators, else one after the other."""
     settings = work.settings
-    for task, target in work.targets(group.tasks):
+    size = 1
+    if work.devices[0].platform != "cpu":
+        m, n = group.tasks[0].shape
+        each = group.dtype.itemsize * (COPIES * m * n + 4 * (m * m + n * n))
+        size = max(workers.memory_limit(work.devices) // each, 1)
+    targets = work.targets(group.tasks)
+    while batch := list(itertools.islice(targets, size)):
         begun = time.perf_counter()
-        found = Prepared(target).fit(
-            task.configurations,
+        found = joint.fit_all(
+            [Prepared(target) for _, target in batch],
+            [task.configurations for task, _ in batch],
             max_products=settings.max_products,
             tolerance=settings.tolerance,
         )
-        effort = {
-            "solver": found.status.name.lower(),
-            "p": [2],
-            "products": found.products,
-            "seconds": time.perf_counter() - begun,
-            **_asked(task, work),
-        }
-        work.keep(task, target, found.terms, effort, relative=found.relative)
+        seconds = (time.perf_counter() - begun) / len(batch)
+        for (task, target), one in zip(batch, found, strict=True):
+            effort = {
+                "solver": one.status.name.lower(),
+                "p": [2],
+                "products": one.products,
+                "seconds": seconds,
+                **_asked(task, work),
+            }
+            work.keep(task, target, one.terms, effort, relative=one.relative)
 
 
 def _truncate(group: Group, work: Run) -> None:

@@ -219,6 +219,12 @@ class Kind:
 
 
 @functools.lru_cache(maxsize=64)
+def jitted(function: Callable, problem: Problem) -> Callable:
+    """Return a function of a problem and arrays, jitted for the problem."""
+    return jax.jit(functools.partial(function, problem))
+
+
+@functools.lru_cache(maxsize=64)
 def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
     """Compile the programs for the devices of a mesh; return them by name.
 

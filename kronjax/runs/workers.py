@@ -147,7 +147,7 @@ def pools_of(
         devices: Devices to use.
         tolerance: Tolerance of the solves.
     """
-    limit, most = _limit(devices), size(devices)
+    limit, most = memory_limit(devices), size(devices)
     share = -(-count // (len(devices) * most))
 
     def made(lanes):
@@ -183,12 +183,12 @@ def num_lanes(kind: Kind, devices: Sequence[Any], share: int) -> int:
     each = sum(
         math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(kind.shapes)
     )
-    most = min(most, _limit(devices) // (each * (WAVES + 4)), MOST_LANES)
+    most = min(most, memory_limit(devices) // (each * (WAVES + 4)), MOST_LANES)
     waves = -(-share // max(most, 1))
     return -(-share // waves)
 
 
-def _limit(devices) -> int:
+def memory_limit(devices) -> int:
     """Return the bytes that a device may be filled with."""
     facts = devices[0].memory_stats() or {}
     if "bytes_limit" in facts:

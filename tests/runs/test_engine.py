@@ -392,7 +392,7 @@ def test_lanes_shrink_where_memory_does_not_suffice(matrices, tmp_path, monkeypa
     kept = begin(tmp_path, matrices, POOLED)
     (key,) = kept.plan.lanes
     assert kept.plan.lanes[key] == 7
-    monkeypatch.setattr(workers, "_limit", lambda devices: 1)
+    monkeypatch.setattr(workers, "memory_limit", lambda devices: 1)
     assert set(engine.lanes_of(kept, jax.devices()[:1]).values()) == {7}
 
     class Small(workers.Pool):  # compiled for seven in any case
