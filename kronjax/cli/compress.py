@@ -81,9 +81,14 @@ def plan(
     from kronjax.lm.models.reading import tokens_of
 
     _one_of(budget, recipe)
-    if recipe is not None and (calibrate or weighting):
+    if recipe is not None and (calibrate or weighting or tokens is not None):
         raise ValueError(
-            "a recipe says itself how layers are weighted: leave out --calibrate and "
+            "a recipe says itself how layers are weighted: leave out --calibrate, "
+            "--tokens and --weighting"
+        )
+    if weighting == "none" and calibrate is not None:
+        raise ValueError(
+            "with --weighting none no text is read: leave out --calibrate, or "
             "--weighting"
         )
     rules = recipes.load(recipe) if recipe else Budget.parse(budget or "")
@@ -227,9 +232,7 @@ def compress(
     if hosts.process > 0:
         return 0
     if measured is None and given is not None:
-        from kronjax.lm.models.reading import rest
-
-        measured = rest(dense, given, options.num_tokens, HELD_OUT)
+        measured = _rest(dense, given, options.num_tokens)
     facts = {"source": model, "text": measured, "protocol": protocol}
     found = _written(result, dense, place, **facts)
     _clear(place, work)
@@ -265,6 +268,13 @@ def _free(out: str, model: str, force: bool) -> "Storage":
     if storage.is_source(place, model):
         raise ValueError(f"{out} holds the model: give --out another folder")
     return place
+
+
+def _rest(dense, text, tokens: int) -> Any:
+    """Return the part of a text after the tokens that are read, or None if short."""
+    from kronjax.lm.models.reading import rest
+
+    return rest(dense, text, tokens, HELD_OUT)
 
 
 def _written(result, dense, place, **facts) -> dict[str, Any]:

@@ -47,10 +47,11 @@ def _model(place: "Storage", open_it: bool, as_json: bool) -> int:
     from kronjax.lm.compression import html, record
 
     found = record.load(place)
+    if open_it or not as_json:
+        place.write(html.NAME, html.page(found).encode())
     if as_json:
         print(json.dumps(found, allow_nan=False))
     else:
-        place.write(html.NAME, html.page(found).encode())
         show_model(found, str(place))
     if open_it:
         _open(place, html.NAME)
@@ -84,12 +85,8 @@ def _open(place: "Storage", name: str) -> None:
 
     from kronjax.io.storage import LocalFolder
 
-    path = place.path / name if isinstance(place, LocalFolder) else None
-    if (
-        path is None
-        or not path.is_file()
-        or not webbrowser.open(path.resolve().as_uri())
-    ):
-        print(
-            f"No browser could be opened; the file is {place}/{name}.", file=sys.stderr
-        )
+    if isinstance(place, LocalFolder):
+        path = place.path / name
+        if path.is_file() and webbrowser.open(path.resolve().as_uri()):
+            return
+    print(f"No browser could be opened; the file is {place}/{name}.", file=sys.stderr)

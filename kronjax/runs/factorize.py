@@ -76,6 +76,8 @@ def factorize(
     """
     hosts = hosts or Hosts(0, 1)
     settings = SolveSettings(tolerance, num_starts, seed, max_products)
+    if out is None and hosts.processes > 1:
+        raise ValueError("several processes share their results in a folder: give out")
     plan, tensors = hosts.together(lambda: planned(source, recipe, settings))
     place = MemoryFolder() if out is None else storage.find(str(out))
 

@@ -148,7 +148,7 @@ class Prepared:
     def result(
         self, found: Any, configurations: Sequence[Configuration], products: int
     ) -> Joint:
-        """Return the result of a program, `least_squares.Fit`, as that of the target."""
+        """Return the result of a program, a `least_squares.Fit`, for the target."""
         terms = [
             jax.tree.map(lambda x, rank=one.rank: x[:rank], part)
             for part, one in zip(found.terms, configurations, strict=True)

@@ -369,7 +369,7 @@ def test_a_model_goes_to_a_url(folder, capsys, monkeypatch, untimed, scheme):
     assert code == 0 and "report.html shows every layer" in out
     assert opened == [f"{url}/report.html"] * (scheme == "file")
     assert ("No browser" in err) == (scheme == "memory")
-    code, out, _ = run(capsys, "report", url, "--json")
+    code, out, _ = run(capsys, "report", url, "--json", "--open")
     assert json.loads(out)["source"] == str(folder / "dense")
 
 
@@ -435,6 +435,19 @@ def test_a_budget_without_a_text_takes_no_options_of_one(
     code, _, err = run(capsys, *given)
     assert code == 2 and message in err
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--recipe", "svd-half", "--tokens", "9"), "leave out --calibrate, --tokens"),
+        (("--budget", "0.5", "--weighting", "none"), "no text is read"),
+    ],
+)
+def test_a_plan_refuses_options_without_effect(folder, capsys, more, message):
+    given = ("plan", folder / "dense", "--calibrate", folder / "text.txt", *more)
+    code, _, err = run(capsys, *given)
+    assert code == 2 and message in err
 
 
 def test_starts_are_refused_where_every_fit_has_a_single_one(folder, capsys):

@@ -8,6 +8,7 @@ import safetensors.numpy
 
 import kronjax
 from kronjax import methods, recipe
+from kronjax.runs.processes import Hosts
 from kronjax.runs.store import Store
 
 RULES = recipe.loads("""
@@ -163,6 +164,11 @@ def test_a_closed_form_takes_any_settings(tensors):
     options = {"num_starts": 3, "seed": 5, "max_products": 10, "tolerance": 1e-4}
     done = kronjax.factorize(tensors, LOW_RANK, **options, progress=False)
     assert done.names and dataclasses.asdict(done.plan.settings)["seed"] == 5
+
+
+def test_several_processes_need_a_folder(tensors):
+    with pytest.raises(ValueError, match="give out"):
+        kronjax.factorize(tensors, LOW_RANK, hosts=Hosts(0, 2))
 
 
 class Signs(methods.Method):

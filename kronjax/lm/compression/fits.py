@@ -233,7 +233,7 @@ def open_cache(work: str | None, force: bool = False) -> Cache:
             "which cannot be continued: start anew in another folder, or with --force"
         )
     for path in former:
-        path.unlink()
+        path.unlink(missing_ok=True)
     return Cache(place.path)
 
 

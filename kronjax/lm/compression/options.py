@@ -132,7 +132,7 @@ def understood(recipe: Recipe | Budget | str | Path | float) -> Recipe | Budget:
     if isinstance(recipe, Recipe | Budget):
         return recipe
     try:
-        return Budget.parse(str(recipe) if isinstance(recipe, Path) else recipe)
+        return Budget.parse(str(recipe))
     except ValueError:
         if isinstance(recipe, int | float):
             raise

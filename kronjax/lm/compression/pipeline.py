@@ -144,6 +144,8 @@ def prepare(
             "fits in sequence cannot be shared by several processes: every block needs "
             "the one before it"
         )
+    if work is None and hosts.processes > 1:
+        raise ValueError("several processes share their results in a folder: give work")
     rules = understood(recipe)
     options = TextOptions(weighting, tokens, refine, sequential)
     options.check(rules, calibration)
@@ -151,7 +153,9 @@ def prepare(
     budget = rules if isinstance(rules, Budget) else None
     plan.compressible(model)
     # A mistake in the rules shows before anything takes time.
-    assignments = plan.resolve(rules, model) if isinstance(rules, Recipe) else []
+    assignments = []
+    if isinstance(rules, Recipe):
+        assignments = plan.resolve(rules, model)
     refuse_unused_starts(assignments, settings)
     needed = options.needed(rules, assignments, calibration)
     read = options.read(model, calibration)

@@ -277,7 +277,8 @@ def test_rules_and_what_they_need(model, moments, tokens):
         (0.7, True, {"weighting": "none", "sequential": True}, "no layer is weighted"),
         (0.7, True, {"num_starts": 2}, "from one start"),
         (0.7, True, {"seed": 1}, "from one start"),
-        (RULES, True, {"hosts": Hosts(0, 2), "sequential": True}, "several processes"),
+        (RULES, True, {"hosts": Hosts(0, 2), "sequential": True}, "by several"),
+        (RULES, True, {"hosts": Hosts(0, 2)}, "give work"),
     ],
 )
 def test_options_without_effect_are_refused(
