@@ -1,15 +1,15 @@
-"""What does a GPU make of whole batches: against single solves, SVDs and its own rate?
+"""Whole batches on a GPU, compared with single solves, SVDs and its own product rate.
 
-Square matrices of the shape of OPT-125M's 48 (real ones from `--weights` as far as they
-go, then random ones with decaying singular values), float32, at half of their
-parameters, solved in one pool.  Rivals, in the same run: a jitted `kronjax.solve` for
-one after the other, and the device's own singular value decompositions of the same
-matrices.  Then small matrices, thousands at once, against one at a time.
+48 square matrices of a shape of OPT-125M (real ones from `--weights` first, then random
+ones with decaying singular values) are solved in float32 at half of their parameters in
+one pool.  The rivals in the same run are a jitted `kronjax.solve` for one matrix after
+the other, and the device's own singular value decompositions of the same matrices.
+Thousands of small matrices in one pool are then compared with single solves.
 
-All is compiled before it is timed.  The parts of a pool are told apart: the start (Van
-Loan's solution), the products, and the end, which makes factors and proves the gaps; a
-loop of `solve` makes factors, too, and its proofs are timed apart.  Runs anywhere;
-without a GPU the output and the JSON say so.
+Everything is compiled before it is timed.  The parts of a pool are timed separately:
+the start (Van Loan's solution), the products, and the end, which makes factors and
+proves the gaps.  A loop of `solve` makes factors as well; its proofs are timed
+separately.  The script runs anywhere; without a GPU the output and the JSON say so.
 """
 
 import itertools
@@ -25,6 +25,7 @@ import numpy as np
 from bench import script, spectral_norms, timing
 from bench.products import is_gpu
 from kronjax import Configuration
+from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.pool import Matrix, Pool
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
@@ -32,19 +33,19 @@ from kronjax.solver.problem import Problem
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run.
+    """Sizes and numbers of the matrices.
 
     Attributes:
-        side: Of the large matrices.
-        a_shape: Of their left factors.
-        rank: Of their sums.
-        count: How many there are.
-        loop: How many of them are solved one by one.
-        tolerance: Of all solves.
-        small: How many matrices of 36 x 36.
-        small_loop: How many of them are solved one by one.
-        repeats: Of what is timed; the best counts.
-        lanes: Large matrices in one call; all of them if zero.
+        side: Side of the large matrices.
+        a_shape: Shape of their left factors.
+        rank: Number of terms of their sums.
+        count: Number of large matrices.
+        loop: Number of large matrices that are solved one by one.
+        tolerance: Tolerance of all solves.
+        small: Number of matrices of 36 x 36.
+        small_loop: Number of small matrices that are solved one by one.
+        repeats: Number of timed runs; the best counts.
+        lanes: Number of large matrices in one call; all of them if zero.
     """
 
     side: int = 768
@@ -60,7 +61,7 @@ class Experiment:
 
     @property
     def shapes(self):
-        """What `spectral_norms.draw_groups` asks for."""
+        """Counts and shapes for `spectral_norms.draw_groups`."""
         return ((self.count, self.side, self.side),)
 
 
@@ -72,10 +73,10 @@ SMALL = Configuration((6, 6), 3)
 
 
 class Timed(Pool):
-    """A pool that knows the seconds of its programs."""
+    """A pool that records the seconds of its programs."""
 
     def __init__(self, *given, **options):
-        """Compile, and time that."""
+        """Compile the programs, and time the compilation."""
         begun = time.perf_counter()
         super().__init__(*given, **options)
         self.compile_seconds = time.perf_counter() - begun
@@ -83,14 +84,14 @@ class Timed(Pool):
 
     def _run(self, name, *arguments):
         begun = time.perf_counter()
-        told = super()._run(name, *arguments)
+        results = super()._run(name, *arguments)
         spent = time.perf_counter() - begun
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
-        return told
+        return results
 
 
 def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
-    """Solve matrices in one pool, some or all at once; the fastest run of some."""
+    """Solve matrices in one pool, `lanes` at once, and report the fastest run."""
     count, *shape = matrices.shape
     problem = Problem.of(tuple(shape), configuration, num_starts=1)
     pool = Timed(
@@ -106,27 +107,28 @@ def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
     for _ in range(repeats + 1):
         pool.seconds = {}
         begun = time.perf_counter()
-        found = list(pool.solve(Matrix(i, x) for i, x in enumerate(matrices)))
+        with one_blas_thread():
+            found = list(pool.solve(Matrix(i, x) for i, x in enumerate(matrices)))
         seconds = time.perf_counter() - begun
         parts = ", ".join(f"{k} {x:.3f}" for k, x in pool.seconds.items())
         script.say(f"{count} of {shape[0]}: {seconds:.3f} s; {parts}")
         if best is None or seconds < best["seconds"]:
             best = {"seconds": seconds, "parts": dict(pool.seconds)}
     assert best is not None
-    gaps = [one.local_gap for one in found]
+    gaps = [solution.local_gap for solution in found]
     return {
         **best,
         "compile_seconds": pool.compile_seconds,
         "memory": pool.memory,
         "gap": max(gaps),
         "median_gap": float(np.median(gaps)),
-        "products": sum(one.products for one in found),
-        "errors": [one.spectral_error for one in found],
+        "products": sum(solution.products for solution in found),
+        "errors": [solution.spectral_error for solution in found],
     }
 
 
 def run_svds(matrices):
-    """Seconds of all singular value decompositions, the quickest way there is."""
+    """Return the seconds of all singular value decompositions, by four ways."""
     ways = {
         "with vectors": lambda x: jnp.linalg.svd(x, full_matrices=False),
         "values alone": lambda x: jnp.linalg.svd(x, compute_uv=False),
@@ -141,7 +143,7 @@ def run_svds(matrices):
 
 
 def loop_over(pool, loop, count):
-    """How many times as long as the pool a loop over all matrices takes."""
+    """Return the time of a loop over all matrices over that of the pool."""
     each, proof = (float(np.mean(x)) * count for x in (loop.runs, loop.proofs))
     return {
         "the pool proves": each / pool["seconds"],
@@ -150,12 +152,12 @@ def loop_over(pool, loop, count):
 
 
 def large(experiment, weights):
-    """The large matrices: pool, loop, decompositions, and the rate of products."""
+    """Measure the large matrices: pool, loop, decompositions, rate of products."""
     real = spectral_norms.real_matrices(weights) if weights else {}
     ((names, matrices),) = spectral_norms.draw_groups(experiment, real)
     configuration = Configuration(experiment.a_shape, experiment.rank)
     tolerance = experiment.tolerance
-    rate = timing.gemm_rate(experiment.side, jnp.float32, experiment.count)
+    rate = timing.product_rate(experiment.side, jnp.float32, experiment.count)
     script.say(f"products: {rate / 1e12:.2f} TFLOP/s")
     pool = run_pool(
         matrices, configuration, tolerance, experiment.repeats, experiment.lanes
@@ -165,7 +167,7 @@ def large(experiment, weights):
     flops = 2 * experiment.side**3 * pool["products"]
     return {
         "real": sum(name in real for name in names),
-        "gemm_rate": rate,
+        "product_rate": rate,
         "pool": pool,
         "loop": asdict(loop),
         "svds": svds,
@@ -178,12 +180,12 @@ def large(experiment, weights):
 
 
 def small(experiment):
-    """The small ones: pool, and loop."""
+    """Measure the small matrices: pool and loop."""
     rng = np.random.default_rng(0)
     matrices = rng.standard_normal((experiment.small, 36, 36)).astype(np.float32)
     pool = run_pool(matrices, SMALL, experiment.tolerance, experiment.repeats)
-    some = matrices[: experiment.small_loop]
-    loop = script.solve_alone(some, SMALL, experiment.tolerance)
+    few = matrices[: experiment.small_loop]
+    loop = script.solve_alone(few, SMALL, experiment.tolerance)
     return {
         "pool": pool,
         "loop": asdict(loop),
@@ -192,11 +194,11 @@ def small(experiment):
 
 
 def targets_of(many, few):
-    """What was asked for on a GPU."""
+    """Return the targets, which were set for a GPU."""
     ratios = [
         script.Target(f"{size}: loop of solve / pool, {who}", ratio, wanted, True)
-        for size, one, wanted in (("large", many, 10), ("small", few, 100))
-        for who, ratio in one["loop_over_pool"].items()
+        for size, result, wanted in (("large", many, 10), ("small", few, 100))
+        for who, ratio in result["loop_over_pool"].items()
     ]
     return [
         *ratios,
@@ -206,17 +208,17 @@ def targets_of(many, few):
 
 
 def draw_figure(many, few):
-    """Where the time of a pool goes, and what the rivals take."""
+    """Draw the seconds of the parts of a pool and of the rivals."""
     chart, axes = script.figure(11, 3.6, columns=2)
-    for ax, one, title in zip(
+    for ax, result, title in zip(
         axes[0], (many, few), ("large matrices", "small matrices"), strict=True
     ):
         left = 0.0
         for name in ("start", "work", "turn", "finish"):
-            spent = one["pool"]["parts"].get(name, 0.0)
+            spent = result["pool"]["parts"].get(name, 0.0)
             ax.barh("pool", spent, left=left, label=name)
             left += spent
-        for name, spent in one.get("svds", {}).items():
+        for name, spent in result.get("svds", {}).items():
             ax.barh(f"SVD, {name}", spent, color="tab:gray")
         ax.set(xlabel="seconds", title=title)
         ax.legend(frameon=False)
@@ -224,10 +226,12 @@ def draw_figure(many, few):
 
 
 def main():
-    """Run it and write `accelerator.json` and `accelerator.png`."""
+    """Run the benchmark, and write `accelerator.json` and `accelerator.png`."""
     parser = script.parser(__doc__)
     parser.add_argument("--weights", type=Path, help="GPT-2 small as .safetensors")
-    parser.add_argument("--lanes", type=int, default=0, help="in one call; 0 is all")
+    parser.add_argument(
+        "--lanes", type=int, default=0, help="large matrices in one call; 0: all"
+    )
     given = parser.parse_args()
     experiment = QUICK if given.quick else Experiment()
     experiment = replace(experiment, lanes=min(given.lanes, experiment.count))
@@ -235,9 +239,9 @@ def main():
     note = f"run on a GPU: {kind}" if is_gpu() else f"NOT RUN ON A GPU but on {kind}"
     script.say(note)
     few, many = small(experiment), large(experiment, given.weights)
-    for name, one in (("small", few), ("large", many)):
-        keys = [key for key, x in one.items() if isinstance(x, float)]
-        script.table(name, keys, [[one[key] for key in keys]])
+    for name, result in (("small", few), ("large", many)):
+        keys = [key for key, x in result.items() if isinstance(x, float)]
+        script.table(name, keys, [[result[key] for key in keys]])
     targets = targets_of(many, few)
     script.print_targets(targets)
     report = {

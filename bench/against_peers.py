@@ -1,11 +1,12 @@
-"""How much faster and nearer than its peers is kronjax on fifty random matrices?
+"""Speed and errors of kronjax and its peers on fifty random matrices.
 
-36 x 36 matrices with N(0, 1) entries, 6 x 6 factors.  kronjax solves all of them as one
-batch, at four settings and in two precisions, compilation apart; the peers loop over
-them one by one in float64.  Slow peers loop over the first few matrices, and their time
-is scaled to fifty: the JSON says how many were run.  Errors are compared on the
-matrices that were run; "relative" is the mean of the error over that of kronjax at its
-defaults for the same matrix, so that few matrices tell as much as many.
+The matrices are 36 x 36 with N(0, 1) entries, the factors 6 x 6.  kronjax solves all of
+them as one batch, at four settings and in two precisions, compilation timed separately;
+the peers loop over them one by one in float64, with as many BLAS threads as is faster.
+Slow peers loop over the first few matrices, and their time is scaled to fifty: the JSON
+says how many were run.  Errors are compared on the matrices that were run; "relative"
+is the mean ratio of the error to that of kronjax at its defaults for the same matrix,
+so that few matrices say as much as many.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench import peers, script
+from bench import peers, script, timing
 from kronjax import Configuration
 
 SPEEDUP = 50
-"""The target: so many times faster, with a lower error on every matrix."""
+"""Target: this many times faster, with a lower error on every matrix."""
 
 SETTINGS = {
     "defaults": {},
@@ -35,7 +36,7 @@ HALF_SWEEPS = 10
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run: fifty matrices, or a small likeness for `--quick`."""
+    """Sizes and numbers of the matrices."""
 
     matrices: int = 50
     size: int = 36
@@ -64,15 +65,15 @@ QUICK = Experiment(
 
 @dataclass
 class Peer:
-    """A method, how many matrices it is given, and what came out.
+    """A method, the number of matrices that it solves, and its results.
 
     Attributes:
-        name: As printed.
-        run: From a matrix to a `PeerResult`.
-        count: Matrices.
-        rivals: Whether a target speaks of it.
-        stretch: Time of what is asked for over time of what was run.
-        note: What the scaling or the choice was.
+        name: Printed name.
+        run: Function from a matrix to a `PeerResult`.
+        count: Number of matrices.
+        rivals: Whether the target applies to it.
+        stretch: Time of the whole task over time of the part that is run.
+        note: Explanation of the scaling or of the choice.
     """
 
     name: str
@@ -85,13 +86,16 @@ class Peer:
     run_seconds: list[float] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    threads: int | None = 1
 
     def measure(self, matrices):
         script.say(f"  {self.name}, {self.count} matrices")
+        # This also loads libraries; a partial run takes too long to be repeated.
         if self.stretch == 1:
-            self.run(matrices[0])  # so that imports and buffers are not counted
+            self.threads = timing.best_threads(lambda: self.run(matrices[0]))
         for matrix in matrices[: self.count]:
-            result = self.run(matrix)
+            with timing.blas(self.threads):
+                result = self.run(matrix)
             self.errors.append(result.spectral_error)
             self.run_seconds.append(result.seconds)
             self.evaluations.append(result.evaluations)
@@ -104,6 +108,7 @@ class Peer:
             "measured_seconds": sum(self.run_seconds),
             "scaled_by": self.seconds / sum(self.run_seconds),
             "evaluations": self.evaluations,
+            "blas_threads": self.threads,
             "is_partial": self.stretch != 1,
             "mean_error": float(np.mean(self.errors)),
             "relative_error": relative(self.errors, reference),
@@ -113,12 +118,12 @@ class Peer:
 
 
 def relative(errors, reference):
-    """Mean error over the reference, on the matrices that were run."""
+    """Return the mean ratio of errors to the reference, on the matrices that ran."""
     return float(np.mean(np.asarray(errors) / reference[: len(errors)]))
 
 
 def peers_of(experiment, rank, with_clarabel):
-    """All opponents, in the order in which they run."""
+    """Return all peers in the order in which they run."""
     given = experiment.a_shape, rank
     every = experiment.matrices
     parameters = rank * (
@@ -148,7 +153,7 @@ def peers_of(experiment, rank, with_clarabel):
         pymanopt(
             "pymanopt, continued",
             experiment.continuation_matrices,
-            "handed the continuation of kronjax: p = 6 ... 4098, 100 iterations each; "
+            "with the continuation of kronjax: p = 6 ... 4098, 100 iterations each; "
             "time scaled to all matrices",
             max_iterations=100,
         ),
@@ -175,7 +180,7 @@ def peers_of(experiment, rank, with_clarabel):
 
 
 def solve_all(experiment, matrices, rank):
-    """kronjax at every setting in every precision: rows, and the reference errors."""
+    """Solve at every setting in every precision; return rows and reference errors."""
     configuration = Configuration(experiment.a_shape, rank)
     solves = {}
     for dtype in experiment.dtypes:
@@ -198,20 +203,20 @@ def _row(key, solved, reference):
         "seconds": solved.seconds,
         "runs": solved.runs,
         "compile_seconds": solved.compile_seconds,
-        "mean_gemms": float(np.mean(found.products)),
+        "mean_products": float(np.mean(found.products)),
         "mean_error": float(np.mean(found.error.spectral)),
         "relative_error": relative(found.error.spectral, reference),
         "errors": found.error.spectral,
         "trace": {
             "p": found.trace.p[0],
-            "mean_gemms": np.cumsum(found.trace.products, axis=1).mean(0),
+            "mean_products": np.cumsum(found.trace.products, axis=1).mean(0),
             "relative_error": (found.trace.spectral_error / reference[:, None]).mean(0),
         },
     }
 
 
 def compare(row, peer):
-    """One setting of kronjax against one peer, on the matrices that the peer ran."""
+    """Compare a setting of kronjax with a peer, on the matrices that the peer ran."""
     ours, theirs = np.asarray(row["errors"])[: peer.count], np.asarray(peer.errors)
     lower = int(np.sum(ours < theirs))
     ratio = peer.seconds / row["seconds"]
@@ -230,7 +235,7 @@ def compare(row, peer):
 
 
 def run_rank(experiment, matrices, rank, with_clarabel):
-    """Everything for one rank."""
+    """Run kronjax and all peers at one rank."""
     script.say(f"rank {rank}")
     rows, reference = solve_all(experiment, matrices, rank)
     opponents = peers_of(experiment, rank, with_clarabel)
@@ -239,7 +244,7 @@ def run_rank(experiment, matrices, rank, with_clarabel):
     rivals = [peer for peer in opponents if peer.rivals]
     sdps = [peer for peer in rivals if peer.name.startswith("SDP")]
     faster = min(sdps, key=lambda peer: peer.seconds)
-    # Of the solvers the faster counts, and it alone went through all half-sweeps.
+    # Only the faster SDP solver counts, which is the one that ran all half-sweeps.
     rivals = [peer for peer in rivals if peer not in sdps or peer is faster]
     return {
         "rank": rank,
@@ -259,7 +264,7 @@ def print_rank(result, matrices):
             row["relative_error"],
             len(row["errors"]),
             f"{row['seconds'] / unit:.1f}",
-            f"{row['mean_gemms']:.0f}",
+            f"{row['mean_products']:.0f}",
         )
         for row in result["kronjax"]
     ] + [
@@ -276,7 +281,7 @@ def print_rank(result, matrices):
     script.table(
         f"Rank {result['rank']}: {matrices} matrices, time over that of the fastest "
         "kronjax",
-        ("method", "mean error", "relative", "matrices", "time", "GEMMs"),
+        ("method", "mean error", "relative", "matrices", "time", "products"),
         rows,
     )
     script.table(
@@ -298,7 +303,7 @@ def print_rank(result, matrices):
 
 
 def verdicts(result):
-    """For every peer, the settings that meet the target."""
+    """Return the settings that meet the target, for every peer."""
     met = {}
     for each in result["comparisons"]:
         met.setdefault(each["peer"], [])
@@ -308,7 +313,7 @@ def verdicts(result):
 
 
 def draw(result, experiment):
-    """Error against GEMMs for kronjax, and against time for everybody."""
+    """Draw errors against products for kronjax, and against time for all methods."""
     chart, axes = script.figure(11, 4.8, columns=2, sharey=True)
     left, right = axes[0]
     unit = min(row["seconds"] for row in result["kronjax"])
@@ -319,7 +324,7 @@ def draw(result, experiment):
         style = {"color": colors[row["dtype"]], "marker": styles[row["setting"]]}
         path = row["trace"]
         left.plot(
-            path["mean_gemms"][1:],
+            path["mean_products"][1:],
             path["relative_error"][1:],
             label=label,
             **style,
@@ -354,7 +359,7 @@ def draw(result, experiment):
         )
     left.set_xscale("log")
     right.set_xscale("log")
-    left.set_xlabel("GEMMs per matrix, all starts and rejected trials included")
+    left.set_xlabel("products per matrix, all starts and rejected steps included")
     right.set_xlabel(
         f"time for {experiment.matrices} matrices over that of the fastest kronjax"
     )
@@ -373,6 +378,7 @@ def draw(result, experiment):
 
 
 def main():
+    """Run the benchmark, and write `against_peers.json` and `against_peers.png`."""
     given = script.parser(__doc__).parse_args()
     experiment = QUICK if given.quick else Experiment()
     shape = (experiment.matrices, experiment.size, experiment.size)

@@ -1,11 +1,11 @@
-"""How good are answers, provably, before and after the second-order finish?
+"""Certified gaps of solutions before and after the second-order finish.
 
-The random suite of `distributions`, solved with the defaults, finished and certified:
-local gaps, KKT residuals, steps, and value over global bound.  Then the regression
-values, and one larger matrix (144 x 144, N(0, 1), rank 6). With `--weights`, GPT-2's
-value matrices (768 x 768, rank 1), too: what the finish costs, in SVDs of that size;
-and six of its matrices at ranks 4 and 32 in float32, without a finish: which gaps a
-limited number of products can be proven to reach.
+The random suite of `distributions` is solved with the defaults, finished and certified:
+local gaps, KKT residuals, steps, and values over global bounds.  The regression values
+and a larger matrix (144 x 144, N(0, 1), rank 6) follow.  With `--weights` GPT-2's value
+matrices (768 x 768, rank 1) are finished as well, and the time of the finish is given
+in SVDs of that size; six matrices are solved at ranks 4 and 32 in float32 without a
+finish, to show which gaps are proven after a limited number of products.
 """
 
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import script
+from bench import script, timing
 from bench.continuation import real_matrices
 from bench.distributions import (
     LAYOUTS,
@@ -29,13 +29,13 @@ from kronjax.proof import certificate, newton
 
 LAYERS = 0, 5, 11
 
-BUDGET = 207
-"""Products per stage, of which there are twelve at most."""
+MAX_PRODUCTS = 207
+"""Products per stage; there are at most twelve stages."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run."""
+    """Sizes and numbers of the matrices."""
 
     layouts: tuple[Layout, ...] = LAYOUTS
     ranks: tuple[int, ...] = (1, 3, 6)
@@ -56,19 +56,20 @@ QUICK = Experiment(
 def certified(
     matrix, configuration, approximation=None, place=None, tell=lambda text: None
 ):
-    """One matrix before and after the finish."""
+    """Certify a matrix before and after the finish, and time the finish."""
     if approximation is None:
         approximation = approximate(matrix, configuration, num_starts=1, progress=False)
     terms = approximation.terms
     if place is not None:
-        terms = tuple(KroneckerTerms(one.a[place], one.b[place]) for one in terms)
+        terms = tuple(KroneckerTerms(x.a[place], x.b[place]) for x in terms)
     before = certificate.certificate_of(matrix, terms)
     begun = time.perf_counter()
     finish = newton.finish(matrix, terms, tell=tell)
     seconds = time.perf_counter() - begun
-    begun = time.perf_counter()
-    np.linalg.svd(matrix)
-    decomposition = time.perf_counter() - begun
+    with timing.blas(timing.best_threads(lambda: np.linalg.svd(matrix))):
+        begun = time.perf_counter()
+        np.linalg.svd(matrix)
+        decomposition = time.perf_counter() - begun
     after = certificate.certificate_of(matrix, finish.terms, finishes=[finish])
     return {
         "error": float(before.error),
@@ -88,7 +89,7 @@ def certified(
 
 
 def random_suite(experiment):
-    """All distributions, shapes and ranks."""
+    """Return the rows of all distributions, shapes and ranks."""
     cases = []
     for layout in experiment.layouts:
         names, flat = draw_suite(layout, experiment.samples)
@@ -105,7 +106,7 @@ def random_suite(experiment):
 
 
 def regression(experiment):
-    """The matrices whose local minima are known."""
+    """Return the rows of the matrices whose local minima are known, by rank."""
     matrix = np.random.default_rng(0).standard_normal((36, 36))
     rows = {}
     for rank in experiment.regression_ranks:
@@ -116,7 +117,7 @@ def regression(experiment):
 
 
 def real_values(path):
-    """Value matrices of the layers in a file, at rank 1, by name."""
+    """Return the rows of the value matrices in a file at rank 1, by name."""
     rows = {}
     for layer in LAYERS:
         joint = matrices.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
@@ -128,7 +129,7 @@ def real_values(path):
 
 
 def proven_in_float32(path):
-    """Gaps of 768 x 768 matrices by a limited number of products."""
+    """Return proven gaps of 768 x 768 matrices after a limited number of products."""
     rows = []
     for name, matrix in real_matrices(path, LAYERS):
         for rank in (4, 32):
@@ -136,7 +137,7 @@ def proven_in_float32(path):
                 matrix,
                 Configuration((24, 32), rank),
                 tolerance=1.5e-3,
-                max_products=BUDGET,
+                max_products=MAX_PRODUCTS,
                 progress=False,
             )
             proven = certify(found, matrix)
@@ -153,7 +154,7 @@ def proven_in_float32(path):
 
 
 def targets_of(cases, known, large, real, proven):
-    """What was asked for."""
+    """Return the targets."""
     gaps = np.array([case["gap_finished"] for case in cases])
     rises = max(case["error_finished"] / case["error"] - 1 for case in cases)
     found = [
@@ -184,7 +185,7 @@ def targets_of(cases, known, large, real, proven):
 
 
 def draw_figure(cases):
-    """Gaps before and after."""
+    """Draw the distribution of gaps before and after the finish."""
     chart, ((axes,),) = script.figure(6.5, 4)
     floor = 1e-15
     for name, key in (("before the finish", "gap"), ("after", "gap_finished")):
@@ -199,9 +200,9 @@ def draw_figure(cases):
 
 
 def main():
-    """Run it and write `certificates.json` and `certificates.png`."""
+    """Run the benchmark, and write `certificates.json` and `certificates.png`."""
     options = script.parser(__doc__)
-    options.add_argument("--samples", type=int, help="matrices of each kind")
+    options.add_argument("--samples", type=int, help="number of matrices of each kind")
     options.add_argument("--weights", type=Path, help="GPT-2 small as .safetensors")
     given = options.parse_args()
     experiment = QUICK if given.quick else Experiment()
@@ -245,7 +246,7 @@ def main():
     results = {
         "quick": given.quick,
         "samples": experiment.samples,
-        "targets": [one.plain() for one in targets],
+        "targets": [target.plain() for target in targets],
         "cases": cases,
         "regression": known,
         "large": large,

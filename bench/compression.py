@@ -1,15 +1,16 @@
-"""A language model at 0.8 and 0.9 of its linear layers: what does each choice save?
+"""Losses of a language model at 0.8 and 0.9 of the parameters of its linear layers.
 
 Losses are nats per token above the dense model, on eight windows spread over a text
-that calibration has not seen. Calibrated on books, and on the first half of the text
-itself (then the windows are those of its second half):
+that calibration has not seen. Calibration reads books, or the first half of the text
+itself; the windows are then those of the second half. The parts are:
 
-- planned budgets; the same method spread uniformly; with block refinement;
-- the MLP's last layer in all blocks but the first at half its parameters, each in the
-  same weights: weighted SVD against a mixture fitted jointly;
-- predicted against measured loss of single layers.
+- planned budgets, the same method spread uniformly, and plans with block refinement;
+- the MLP's last layer in all blocks but the first at half its parameters, with the same
+  weights: weighted SVD, and a mixture fitted jointly;
+- predicted and measured losses of single layers.
 
-Resumable: `--work FOLDER` keeps moments, fits and every finished part.
+`--work FOLDER` stores moments, fits and every finished part; run the same command again
+to resume.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import math
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from kronjax.recipe import Recipe, Rule, Term
 
 FRACTIONS = (0.8, 0.9)
 SIZES = (0.2, 0.4, 0.6)
-"""Of the single layers."""
+"""Fractions for the single layers."""
 
 LIMITS = {
     "books 0.8": 0.75,
@@ -51,19 +52,18 @@ SECONDS, BYTES = 45 * 60, 8 * 2**30
 
 @dataclasses.dataclass
 class Experiment:
-    """A model, its texts, and how much is measured.
+    """A model, its texts, and the amount of work.
 
     Attributes:
-        model: Dense.
+        model: The dense model.
         books: Tokens to calibrate on.
-        text: Tokens to test on; its first half is the calibration of the domain.
-        work: Folder in which everything is kept.
-        window: Tokens in a window.
-        windows: How many are scored.
-        few: How many are, for every single layer.
-        tokens: That calibration reads.
-        refine: Steps for every block.
-        evaluations: Of a fit of a mixture.
+        text: Tokens to test on; its first half calibrates the part "domain".
+        work: Folder in which everything is stored.
+        window: Number of tokens in a window.
+        windows: Number of windows that are scored.
+        few: Number of windows that are scored for every single layer.
+        tokens: Number of tokens that calibration reads.
+        refine: Steps of refinement for every block.
     """
 
     model: Any
@@ -75,33 +75,32 @@ class Experiment:
     few: int = 4
     tokens: int = 32_768
     refine: int = 60
-    evaluations: int = 120
 
     def __post_init__(self):
         self.halves = np.array_split(self.text, 2)
         self._dense: dict[tuple[str, int], float] = {}
 
     def calibration(self, name):
-        """Tokens to calibrate on, spread over the text of that name."""
+        """Return tokens to calibrate on, spread over the text of that name."""
         source = self.books if name == "books" else self.halves[0]
         return spread(source, self.window, self.tokens // self.window)
 
     def loss(self, model, name, windows):
-        """Nats per token on the windows that belong to a calibration."""
+        """Return nats per token on the windows that belong to a calibration."""
         source = self.text if name == "books" else self.halves[1]
         text = spread(source, self.window, windows)[:-1]
         rows = text.reshape(-1, self.window)
-        return float(np.mean([nll(model, one) for one in rows]))
+        return float(np.mean([nll(model, row) for row in rows]))
 
     def added(self, model, name, windows=None):
-        """Nats per token above the dense model, on all windows or on so many."""
+        """Return nats per token above the dense model, on all windows or on so many."""
         windows = windows or self.windows
         if (name, windows) not in self._dense:
             self._dense[name, windows] = self.loss(self.model, name, windows)
         return self.loss(model, name, windows) - self._dense[name, windows]
 
     def moments(self, name):
-        """Measured once, and kept."""
+        """Measure moments, or read those that are stored."""
         path = self.work / f"{name}.safetensors"
         if not path.exists():
             begun = time.perf_counter()
@@ -113,36 +112,39 @@ class Experiment:
         return load_moments(path)
 
     def calibration_seconds(self, name):
-        """What measuring the moments took when it was done."""
+        """Return the seconds that the moments took to measure."""
         return float(self._clock(name).read_text())
+
+    def fits(self, part):
+        """Return the folder for the fits of a part: a folder holds one plan."""
+        return self.work / "fits" / part
 
     def _clock(self, name):
         return self.work / f"{name}.seconds"
 
 
 def spread(tokens, window, count):
-    """Windows spread evenly over tokens `[n]`, one after the other, and one token."""
+    """Return windows spread evenly over tokens `[n]`, and a last token."""
     starts = np.linspace(0, len(tokens) - window - 1, count).astype(int)
     parts = [tokens[start : start + window] for start in starts]
     return np.concatenate([*parts, tokens[-1:]]).astype(np.int32)
 
 
 def nll(model, tokens):
-    """Nats per token of one window; its first token is not scored."""
-    found = perplexity.perplexity(model, tokens, "krony-pt", progress=False)
-    return found.nll
+    """Return nats per token of a window; its first token is not scored."""
+    return perplexity.perplexity(model, tokens, "krony-pt", progress=False).nll
+
+
+def known(values: Iterable[float | None]) -> list[float]:
+    """Leave out the values of layers whose fit has failed."""
+    return [value for value in values if value is not None]
 
 
 def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0):
-    """One compression as its users run it; seconds by stage, memory of the process."""
+    """Compress for a budget as users do; report seconds by stage, and memory."""
     given = experiment.moments(name)
-    done = pipeline.run(
-        experiment.model,
-        fraction,
-        given,
-        work=experiment.work / "fits",
-        progress=False,
-    )
+    folder = experiment.fits(f"{name} {fraction}")
+    done = pipeline.run(experiment.model, fraction, given, work=folder, progress=False)
     if refine:
         from kronjax.lm.compression import refine as refinement
 
@@ -151,7 +153,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
             experiment.model,
             experiment.calibration(name),
             steps=refine,
-            work=Cache(experiment.work / "fits"),
+            work=Cache(folder),
             progress=False,
         )
     seconds = {**done.seconds, "calibrate": experiment.calibration_seconds(name)}
@@ -162,7 +164,8 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
         "fraction": fraction,
         "refine": refine,
         "added": experiment.added(done.model, name),
-        "predicted": sum(layer.damage or 0.0 for layer in done.layers),
+        "predicted": sum(known(layer.damage for layer in done.layers)),
+        "failed": len(done.failed),
         "parameters": done.after.parameters,
         "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "seconds": seconds,
@@ -171,7 +174,7 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
 
 
 def uniform(experiment: Experiment, fraction: float):
-    """All layers interpolative at the same fraction."""
+    """Compress all layers by the method interpolative at the same fraction."""
     rules = Recipe(
         rules=(
             Rule(
@@ -186,19 +189,20 @@ def uniform(experiment: Experiment, fraction: float):
         experiment.model,
         rules,
         experiment.moments("books"),
-        work=experiment.work / "fits",
+        work=experiment.fits(f"uniform {fraction}"),
         progress=False,
     )
     return {
         "fraction": fraction,
         "added": experiment.added(done.model, "books"),
-        "predicted": sum(layer.damage or 0.0 for layer in done.layers),
+        "predicted": sum(known(layer.damage for layer in done.layers)),
+        "failed": len(done.failed),
         "parameters": done.after.parameters,
     }
 
 
 def mixtures(experiment: Experiment, weighting: Any):
-    """The last layers of the MLPs at half their parameters: SVD and mixtures."""
+    """Halve the parameters of the last MLP layers, by SVD and by mixtures."""
     layers = plan.compressible(experiment.model)
     names = [n for n in layers if n.endswith("mlp.down_proj")][1:]
     shape = layers[names[0]].kernel[...].shape
@@ -218,22 +222,21 @@ def mixtures(experiment: Experiment, weighting: Any):
             experiment.model,
             Recipe(rules=(*rules, Rule(match="*", method="keep"))),
             experiment.moments("books"),
-            max_products=2 * experiment.evaluations,
-            work=experiment.work / "fits",
+            work=experiment.fits(f"mixtures {weighting}, {way}"),
             progress=False,
         )
+        relative = known(layer.relative for layer in done.layers)
         rows[way] = {
             "added": experiment.added(done.model, "books"),
-            "relative": float(
-                np.mean([layer.relative or 0.0 for layer in done.layers])
-            ),
+            "relative": float(np.mean(relative)),
+            "failed": len(done.failed),
             "parameters": done.after.parameters,
         }
     return {"weighting": weighting, **rows}
 
 
 def points(experiment: Experiment, calibration: str):
-    """Predicted and measured loss of one layer at a time."""
+    """Return predicted and measured losses, one layer at a time."""
     layers = plan.compressible(experiment.model)
     given = experiment.moments(calibration)
     blocks = sorted({name.split(".")[1] for name in layers}, key=int)
@@ -251,9 +254,12 @@ def points(experiment: Experiment, calibration: str):
             experiment.model,
             Recipe(rules=(rule, Rule(match="*", method="keep"))),
             given,
-            work=experiment.work / "fits",
+            work=experiment.fits(f"points {calibration}, {name}"),
             progress=False,
         )
+        if done.failed:
+            script.say(f"{name}: the fit has failed")
+            continue
         rows.append(
             {
                 "layer": name,
@@ -266,7 +272,7 @@ def points(experiment: Experiment, calibration: str):
 
 
 def parts_of(experiment: Experiment) -> dict[str, Callable[[], Any]]:
-    """Everything that is measured, by name."""
+    """Return the functions that measure the parts, by name."""
     parts: dict[str, Callable[[], Any]] = {}
     for name in ("books", "domain"):
         for fraction in FRACTIONS:
@@ -286,7 +292,7 @@ def parts_of(experiment: Experiment) -> dict[str, Callable[[], Any]]:
 
 
 def run(experiment: Experiment, wanted: list[str]) -> dict[str, Any]:
-    """Measure what is not kept yet; all parts, or those named."""
+    """Measure the parts that are not stored yet; all of them, or those named."""
     kept = experiment.work / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name, part in parts_of(experiment).items():
@@ -298,7 +304,7 @@ def run(experiment: Experiment, wanted: list[str]) -> dict[str, Any]:
 
 
 def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
-    """What was asked for."""
+    """Return the targets."""
     targets = [
         script.Target(f"added nats, {name}", results[name]["added"], limit)
         for name, limit in LIMITS.items()
@@ -306,7 +312,7 @@ def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
     ]
     runs = [row for row in results.values() if "seconds" in row]
     if runs:
-        # The slowest: others may have found moments and decompositions done.
+        # The slowest counts: a resumed run is faster.
         seconds = max(row["seconds"]["all"] for row in runs)
         peak = max(row["peak_bytes"] for row in runs)
         targets.append(script.Target("seconds in all", seconds, SECONDS))
@@ -328,13 +334,13 @@ def targets_of(results: Mapping[str, Any]) -> list[script.Target]:
 
 
 def correlation(rows) -> float:
-    """Spearman's, of predicted and measured loss."""
-    found = spearmanr([r["predicted"] for r in rows], [r["measured"] for r in rows])
-    return float(found[0])  # type: ignore[arg-type]
+    """Return Spearman's rank correlation of predicted and measured losses."""
+    result = spearmanr([r["predicted"] for r in rows], [r["measured"] for r in rows])
+    return float(result[0])  # type: ignore[arg-type]
 
 
 def draw(results):
-    """Losses of the compressions, and predicted against measured loss."""
+    """Draw losses of the compressions, and measured against predicted losses."""
     chart, axes = script.figure(10, 4, columns=2)
     bars = {k: v["added"] for k, v in results.items() if "added" in v}
     for name, row in results.items():
@@ -356,13 +362,13 @@ def draw(results):
             ends = [min(predicted), max(predicted)]
             axes[0, 1].loglog(ends, ends, ":", color="black")
             axes[0, 1].legend(frameon=False)
-    axes[0, 1].set_xlabel("predicted nats of one layer")
+    axes[0, 1].set_xlabel("predicted nats of a layer")
     axes[0, 1].set_ylabel("measured")
     return chart
 
 
 def quick(folder):
-    """An experiment of seconds with random weights and random text."""
+    """Return an experiment of seconds with random weights and random text."""
     from bench import gguf_files
 
     model = gguf_files.random_model()
@@ -374,11 +380,14 @@ def quick(folder):
 
 
 def main():
+    """Run the benchmark, and write `compression.json` and `compression.png`."""
     parser = script.parser(__doc__)
-    parser.add_argument("--model", help="what kronjax.lm.load opens")
+    parser.add_argument("--model", help="a model that kronjax.lm.load reads")
     parser.add_argument("--books", type=Path, nargs="+", help="texts to calibrate on")
-    parser.add_argument("--text", type=Path, help="to test on, and for the domain")
-    parser.add_argument("--work", type=Path, help="keep here what is done")
+    parser.add_argument(
+        "--text", type=Path, help="text to test on; its first half calibrates, too"
+    )
+    parser.add_argument("--work", type=Path, help="folder for results; resumes")
     parser.add_argument("--only", nargs="+", default=[], help="names of parts")
     given = parser.parse_args()
     needed = given.model, given.books, given.text, given.work

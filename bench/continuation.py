@@ -1,9 +1,10 @@
-"""What does the adaptive continuation save, and how much does it lose?
+"""Products that the adaptive continuation saves, and the accuracy that it loses.
 
 The random suite of `distributions`, and 768 x 768 matrices of GPT-2 if a file with its
-weights is given, from one start: doubling p at every stage, up to 4098, against the
-adaptive continuation at three tolerances; targets are those of the largest.  Work is
-counted in products of the size of `EᵀE`; gaps to the local bound are proven in float64.
+weights is given, are solved from one start with p doubled at every stage up to 4098,
+and with the adaptive continuation at three tolerances; targets apply to the largest.
+Work is counted in products of the size of `EᵀE`; gaps to the local bound are proven in
+float64.
 """
 
 from dataclasses import dataclass, replace
@@ -17,24 +18,24 @@ from kronjax import Configuration, approximate, certify
 from kronjax.io import matrices
 
 DOUBLING = [4, *(2**j + 2 for j in range(2, 13))]
-"""Exponents of the schedule that every matrix goes through to its end."""
+"""Exponents of the schedule that every matrix completes."""
 
 TOLERANCE = 3e-3
-"""Of the adaptive continuation, where it is held to targets."""
+"""Tolerance of the adaptive continuation to which the targets apply."""
 
 TOLERANCES = (TOLERANCE, 2.5e-3, 2e-3)
-"""Those that show what an error costs."""
+"""All tolerances, which show the cost of a smaller error."""
 
 MATRICES = {
     "h.{}.attn.c_attn.weight": "1536:2304",
     "h.{}.attn.c_proj.weight": None,
 }
-"""Values and output projections: tensors and columns."""
+"""Tensors and columns of values and output projections."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run."""
+    """Sizes and numbers of the matrices."""
 
     layouts: tuple[Layout, ...] = LAYOUTS
     ranks: tuple[int, ...] = (1, 3, 6)
@@ -51,7 +52,7 @@ QUICK = Experiment(layouts=(Layout((12, 8), (3, 4)),), ranks=(2,), samples=1)
 
 
 def compared(labels, matrices, configuration):
-    """Both continuations on a batch: a row for each label and tolerance."""
+    """Run both continuations on a batch; return a row for each label and tolerance."""
     full = approximate(
         matrices, configuration, num_starts=1, schedule=DOUBLING, progress=False
     )
@@ -62,16 +63,14 @@ def compared(labels, matrices, configuration):
         )
         gaps = np.ravel(certify(short, matrices).local_gap)
         for i, (label, gap) in enumerate(zip(labels, gaps, strict=True)):
-            spent = [int(np.ravel(one.products)[i]) for one in (full, short)]
-            error, ours = (
-                float(np.ravel(one.error.spectral)[i]) for one in (full, short)
-            )
+            spent = [int(np.ravel(x.products)[i]) for x in (full, short)]
+            error, ours = (float(np.ravel(x.error.spectral)[i]) for x in (full, short))
             rows.append(
                 {
                     **label,
                     "rank": configuration.rank,
                     "tolerance": tolerance,
-                    "gemms_doubling": spent[0],
+                    "products_doubling": spent[0],
                     "products": spent[1],
                     "ratio": spent[1] / spent[0],
                     "excess": ours / error - 1,
@@ -83,7 +82,7 @@ def compared(labels, matrices, configuration):
 
 
 def random_suite(experiment):
-    """All distributions, shapes and ranks."""
+    """Return the rows of all distributions, shapes and ranks."""
     rows = []
     for layout in experiment.layouts:
         names, flat = draw_suite(layout, experiment.samples)
@@ -95,7 +94,7 @@ def random_suite(experiment):
 
 
 def real_matrices(path, layers):
-    """Names and matrices, float32, of some layers of GPT-2."""
+    """Yield names and matrices, float32, of some layers of GPT-2."""
     for layer in layers:
         for tensor, columns in MATRICES.items():
             name = tensor.format(layer)
@@ -104,23 +103,23 @@ def real_matrices(path, layers):
 
 
 def weight_matrices(experiment):
-    """Those of GPT-2, in float32, if there is a file."""
+    """Return the rows of GPT-2's matrices in float32, if there is a file."""
     rows = []
     if experiment.weights is None:
         return rows
     for name, matrix in real_matrices(experiment.weights, experiment.layers):
         for configuration in experiment.large:
-            found = compared([{"matrix": name}], matrix, configuration)
-            rows += found
-            told = ", ".join(
-                f"{x['ratio']:.2f}, {100 * x['excess']:.2f} %" for x in found
+            new = compared([{"matrix": name}], matrix, configuration)
+            rows += new
+            words = ", ".join(
+                f"{x['ratio']:.2f}, {100 * x['excess']:.2f} %" for x in new
             )
-            script.say(f"{name}, rank {configuration.rank}: {told}")
+            script.say(f"{name}, rank {configuration.rank}: {words}")
     return rows
 
 
 def targets_of(rows, name):
-    """What was asked for, of one set of matrices."""
+    """Return the targets of a set of matrices."""
     rows = [row for row in rows if row["tolerance"] == TOLERANCE]
     return [
         script.Target(
@@ -137,16 +136,20 @@ def targets_of(rows, name):
 
 
 def draw_figure(rows, large):
-    """Every matrix, what was saved against what was lost; medians by tolerance."""
+    """Draw excess error against saved products for every matrix, and medians."""
     chart, ((axes,),) = script.figure(6.5, 4)
-    for name, some in (("random", rows), ("GPT-2", large)):
-        if not some:
+    for name, group in (("random", rows), ("GPT-2", large)):
+        if not group:
             continue
         points = [
             np.transpose(
-                [[x["ratio"], 100 * x["excess"]] for x in some if x["tolerance"] == one]
+                [
+                    [x["ratio"], 100 * x["excess"]]
+                    for x in group
+                    if x["tolerance"] == tolerance
+                ]
             )
-            for one in TOLERANCES
+            for tolerance in TOLERANCES
         ]
         (line,) = axes.plot(*np.median(points, axis=2).T, "o-", label=name)
         axes.plot(*np.hstack(points), ".", color=line.get_color(), alpha=0.2)
@@ -157,14 +160,14 @@ def draw_figure(rows, large):
         xlabel="products, adaptive / doubling",
         ylabel="error above that of doubling, %",
         title="medians at tolerances "
-        + ", ".join(f"{100 * one:g} %" for one in TOLERANCES),
+        + ", ".join(f"{100 * tolerance:g} %" for tolerance in TOLERANCES),
     )
     axes.legend()
     return chart
 
 
 def summary(name, rows):
-    """One line of the table."""
+    """Return a row of the table."""
     excess = [100 * row["excess"] for row in rows]
     gaps = [100 * row["gap"] for row in rows]
     return (
@@ -180,9 +183,9 @@ def summary(name, rows):
 
 
 def main():
-    """Run it and write `continuation.json` and `continuation.png`."""
+    """Run the benchmark, and write `continuation.json` and `continuation.png`."""
     options = script.parser(__doc__)
-    options.add_argument("--samples", type=int, help="matrices of each kind")
+    options.add_argument("--samples", type=int, help="number of matrices of each kind")
     options.add_argument("--weights", type=Path, help="safetensors file of GPT-2")
     given = options.parse_args()
     experiment = QUICK if given.quick else Experiment()
@@ -192,10 +195,10 @@ def main():
     rows, large = random_suite(experiment), weight_matrices(experiment)
     groups = {
         f"{name}, rank {rank}, {100 * tolerance:g} %": [
-            row for row in some if (row["rank"], row["tolerance"]) == (rank, tolerance)
+            row for row in group if (row["rank"], row["tolerance"]) == (rank, tolerance)
         ]
-        for name, some in (("random", rows), ("GPT-2", large))
-        for rank in sorted({row["rank"] for row in some})
+        for name, group in (("random", rows), ("GPT-2", large))
+        for rank in sorted({row["rank"] for row in group})
         for tolerance in TOLERANCES
     }
     script.table(
@@ -210,7 +213,7 @@ def main():
             "gap %",
             "largest gap",
         ),
-        [summary(name, some) for name, some in groups.items()],
+        [summary(name, group) for name, group in groups.items()],
     )
     targets = targets_of(rows, "random")
     if large:
@@ -226,7 +229,7 @@ def main():
         "samples": experiment.samples,
         "tolerance": TOLERANCE,
         "tolerances": TOLERANCES,
-        "targets": [one.plain() for one in targets],
+        "targets": [target.plain() for target in targets],
         "random": rows,
         "gpt2": large,
     }

@@ -1,10 +1,9 @@
-"""Do the defaults hold on matrices that are not normal, and on other shapes?
+"""Errors of the defaults on six distributions, at three ranks and in three shapes.
 
-Six distributions, three ranks, three shapes.  The defaults are compared with Van Loan's
-solution, truncated SVD of equal parameter count, and the best of twenty starts: Van
-Loan's and nineteen perturbations, each taken through the whole continuation alone.
-Then the regression values, in float64, and a matrix for which Van Loan's solution is a
-critical point of every norm.
+The defaults are compared with Van Loan's solution, the truncated SVD with as many
+parameters, and the best of twenty starts: Van Loan's and nineteen perturbations, each
+taken through the whole continuation alone.  The regression values follow, in float64,
+and a matrix for which Van Loan's solution is a critical point of every norm.
 """
 
 import dataclasses
@@ -34,14 +33,14 @@ DISTRIBUTIONS = {
 }
 
 REGRESSION = {1: 9.267008995043, 3: 7.419063837001, 6: 5.953099929932}
-"""Rank and local minimum, 36 x 36 N(0, 1), seed 0, 6 x 6 factors."""
+"""Local minimum by rank, for the 36 x 36 N(0, 1) matrix of seed 0, 6 x 6 factors."""
 
 TRAP_LIMIT = 0.1736
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A shape, its left factors, and whether both kinds of factors are near-square."""
+    """The shapes of matrices and left factors; `is_square`: all factors near-square."""
 
     shape: tuple[int, int]
     a_shape: tuple[int, int]
@@ -62,7 +61,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run."""
+    """Sizes and numbers of the matrices."""
 
     layouts: tuple[Layout, ...] = LAYOUTS
     ranks: tuple[int, ...] = (1, 3, 6)
@@ -81,7 +80,7 @@ QUICK = Experiment(
 
 
 def draw_matrices(shape, samples):
-    """`samples` matrices of each distribution, [distributions, samples, m, n]."""
+    """Draw `samples` matrices of each distribution, [distributions, samples, m, n]."""
     return np.stack(
         [
             draw(np.random.default_rng(seed), (samples, *shape))
@@ -91,24 +90,27 @@ def draw_matrices(shape, samples):
 
 
 def draw_suite(layout, samples):
-    """Names of the distributions, one for each matrix, and matrices [n, m, n]."""
+    """Return the distribution of each matrix, and the matrices [count, m, n]."""
     matrices = draw_matrices(layout.shape, samples).reshape(-1, *layout.shape)
     return [name for name in DISTRIBUTIONS for _ in range(samples)], matrices
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def from_starts(problem, matrices, tolerance, num_starts):
-    """Take each start through the whole continuation; spectral errors [n, starts].
+    """Take each start through the whole continuation alone.
 
     Args:
         problem: `continuation.Problem` with one start.
-        matrices: [n, m, n], in the dtype of the computation.
-        tolerance: As for `kronjax.solve`.
-        num_starts: How many; the first is Van Loan's solution.
+        matrices: [count, m, n], in the dtype of the computation.
+        tolerance: Tolerance, as for `kronjax.solve`.
+        num_starts: Number of starts; the first is Van Loan's solution.
+
+    Returns:
+        Spectral errors, [count, num_starts].
     """
     schedule = jax.tree.map(lambda *x: jnp.array(x), *problem.schedule())
 
-    def one(matrix, number):
+    def from_start(matrix, number):
         begins = schedule.begins.at[0].set(number)
         stages = dataclasses.replace(schedule, begins=begins)
         setting, path, first = continuation.start(problem, matrix)
@@ -122,12 +124,12 @@ def from_starts(problem, matrices, tolerance, num_starts):
         trace = continuation.gather(problem, path.winner, first, lines)
         return continuation.finish(problem, setting, path, trace).spectral_error
 
-    every = jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))
+    every = jax.vmap(jax.vmap(from_start, in_axes=(None, 0)), in_axes=(0, None))
     return every(matrices, jnp.arange(num_starts))
 
 
 def best_of_starts(matrices, configuration, num_starts):
-    """Smallest spectral error [n] over all starts, each run alone, float32."""
+    """Return the smallest spectral error [count] over all starts, in float32."""
     problem = continuation.Problem.of(matrices.shape[1:], configuration, num_starts=1)
     tolerance = np.float32(2e-4)
     errors = from_starts(problem, jnp.float32(matrices), tolerance, num_starts)
@@ -135,7 +137,7 @@ def best_of_starts(matrices, configuration, num_starts):
 
 
 def run_cell(layout, rank, experiment):
-    """All distributions for one shape and rank: a list of rows."""
+    """Return a row for each distribution, for one shape and rank."""
     configuration = Configuration(layout.a_shape, rank)
     matrices = draw_matrices(layout.shape, experiment.samples)
     flat = matrices.reshape(-1, *layout.shape)
@@ -166,7 +168,7 @@ def run_cell(layout, rank, experiment):
 
 
 def losses(rows, peer):
-    """On how many matrices a peer is nearer, ties within rounding left out."""
+    """Count the matrices on which a peer is nearer by more than rounding."""
     return int(sum(np.sum(row["errors"] > row[peer] * (1 + 1e-6)) for row in rows))
 
 
@@ -175,7 +177,7 @@ def gaps(rows):
 
 
 def trap():
-    """`E11 (x) E11 + c (I - E11) (x) (I - E11) / 5`, 36 x 36, c = 1.05."""
+    """Return `E11 (x) E11 + c (I - E11) (x) (I - E11) / 5`, 36 x 36, c = 1.05."""
     corner = np.zeros((6, 6))
     corner[0, 0] = 1
     rest = np.eye(6) - corner
@@ -183,13 +185,13 @@ def trap():
 
 
 def regressions(ranks):
-    """Errors of the defaults in float64 for the regression matrix and the trap."""
+    """Return errors of the defaults in float64 for the regression matrix and `trap`."""
     matrix = np.random.default_rng(0).standard_normal((36, 36))
     rows = []
     for rank in ranks:
         script.say(f"regression value, rank {rank}, float64")
         configuration = Configuration((6, 6), rank)
-        # One batch, because a batch of another size would have to compile.
+        # A batch of another size would have to be compiled.
         batch = np.stack([matrix, trap()])
         found = script.solve(batch, configuration, repeats=1).approximation
         ours, trapped = (float(x) for x in found.error.spectral)
@@ -206,7 +208,7 @@ def regressions(ranks):
 
 
 def table_rows(rows):
-    """One row for each value of distribution, layout and rank, then all."""
+    """Yield a row for each value of distribution, layout and rank, then the total."""
     for key in ("distribution", "layout", "rank"):
         for value in dict.fromkeys(row[key] for row in rows):
             yield _summary(
@@ -230,7 +232,7 @@ def _summary(name, rows):
 
 
 def targets_of(rows, regression):
-    """What was asked for."""
+    """Return the targets."""
     square = [row for row in rows if row["is_square"]]
     lost, gap = losses(rows, "van_loan"), float(np.median(gaps(rows)))
     result = [
@@ -250,7 +252,7 @@ def targets_of(rows, regression):
 
 
 def draw(rows, num_starts):
-    """Gap to the best start, and errors of both closed forms over those of kronjax."""
+    """Draw gaps to the best start, and errors of closed forms over those of kronjax."""
     chart, axes = script.figure(11, 4.6, columns=2)
     left, right = axes[0]
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
@@ -301,6 +303,7 @@ def draw(rows, num_starts):
 
 
 def main():
+    """Run the benchmark, and write `distributions.json` and `distributions.png`."""
     given = script.parser(__doc__).parse_args()
     experiment = QUICK if given.quick else Experiment()
     regression = regressions(experiment.regression_ranks)
@@ -328,7 +331,7 @@ def main():
     script.print_targets(targets)
     results = {
         "quick": given.quick,
-        "starts": experiment.num_starts,
+        "num_starts": experiment.num_starts,
         "targets": [target.plain() for target in targets],
         "regression": regression,
         "cases": rows,

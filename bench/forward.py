@@ -1,8 +1,8 @@
-"""Forward passes of GPT-2 small, random weights: kronjax beside torch, in one run.
+"""Forward passes of GPT-2 small with random weights by kronjax and torch, in one run.
 
-Both compute the logits of 4 × 1024 tokens in float32, kronjax under jit, torch
-eager with transformers' model as it comes. Runs alternate, so that both see the same
-machine. Needs torch and transformers: pip install -e '.[parity]'.
+Both compute the logits of 4 × 1024 tokens in float32: kronjax under jit, torch eagerly
+with the unchanged model of transformers. Runs alternate, so that both meet the same
+load of the machine. Needs torch and transformers: pip install -e '.[parity]'.
 """
 
 import statistics
@@ -19,18 +19,18 @@ from bench import script
 from kronjax.lm.models import gpt2
 
 MAX_RATIO = 1.3
-"""Time of kronjax over that of torch, at most."""
+"""Largest allowed time of kronjax over that of torch."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run.
+    """Sizes of the model and its input.
 
     Attributes:
-        batch: Sequences.
-        length: Tokens of each.
-        config: Settings of GPT-2 that are not those of the small one.
-        repeats: Runs that are timed, of each.
+        batch: Number of sequences.
+        length: Number of tokens in a sequence.
+        config: Settings that differ from those of GPT-2 small.
+        repeats: Number of timed runs of each library.
     """
 
     batch: int
@@ -46,7 +46,7 @@ QUICK = Experiment(
 
 
 def measure(experiment):
-    """Return seconds of every run, by library, and what compiling took."""
+    """Return the seconds of every run by library, and those of the first run."""
     tokens = np.random.default_rng(0).integers(
         0, 500, (experiment.batch, experiment.length)
     )
@@ -78,7 +78,7 @@ def measure(experiment):
 
 
 def draw(seconds):
-    """Every run as a point, in units of torch's median."""
+    """Draw every run as a point, in units of torch's median."""
     chart, axes = script.figure(5, 3.4)
     unit = statistics.median(seconds["torch"])
     for place, (name, runs) in enumerate(seconds.items()):
@@ -93,6 +93,7 @@ def draw(seconds):
 
 
 def main():
+    """Run the benchmark, and write `forward.json` and `forward.png`."""
     given = script.parser(__doc__).parse_args()
     experiment = QUICK if given.quick else FULL
     seconds, compile_seconds = measure(experiment)

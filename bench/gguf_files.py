@@ -1,4 +1,4 @@
-"""Used by the scripts and the tests: small GGUF files, written as llama.cpp does."""
+"""Small GGUF files in llama.cpp's layout, for the scripts and the tests."""
 
 import gguf
 import jax
@@ -27,14 +27,14 @@ PARTS = {
 
 
 def vocabulary():
-    """Tokens and merges of a byte-level BPE: all bytes, and two common words."""
+    """Return tokens and merges of a byte-level BPE: all bytes, and two common words."""
     merges = ["Ġ t", "h e", "Ġt he", "a n", "an d"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     return [END, *letters, *(merge.replace(" ", "") for merge in merges)], merges
 
 
 def random_model(seed=0, **sizes):
-    """A Llama with random weights; by default one that `vocabulary` fits."""
+    """Return a Llama with random weights; its default vocabulary is `vocabulary`."""
     sizes = {
         "vocab_size": len(vocabulary()[0]),
         "hidden_size": 64,
@@ -51,7 +51,7 @@ def random_model(seed=0, **sizes):
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    leaves = [  # norms and biases, too, are random
+    leaves = [  # norms and biases are random, too
         x + 0.1 * jax.random.normal(key, x.shape, x.dtype)
         for x, key in zip(leaves, keys, strict=True)
     ]
@@ -59,7 +59,7 @@ def random_model(seed=0, **sizes):
 
 
 def tensors_of(model):
-    """The tensors of a model under llama.cpp's names, in its order of rows."""
+    """Return the tensors of a model with llama.cpp's names and order of rows."""
     config = model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.kv_heads}
     tensors = {}
@@ -69,7 +69,7 @@ def tensors_of(model):
         array = array.T if leaf == "kernel" else array
         block = f"blk.{place[1]}." if place[0] == "layers" else ""
         part = PARTS[".".join(place[2:] if block else place)]
-        if part in heads:  # from halves of a head to neighbours
+        if part in heads:  # halves of a head become neighbouring rows
             halves = array.reshape(heads[part], 2, -1, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
         ending = "bias" if leaf == "bias" else "weight"
@@ -78,14 +78,14 @@ def tensors_of(model):
 
 
 def write(path, model, quantization="F32", *, settings=None, tensors=None):
-    """Write a model, and the tokenizer of `vocabulary`.
+    """Write a model with the tokenizer of `vocabulary`.
 
     Args:
-        path: The file.
+        path: Path of the file.
         model: A `llama.Model`.
-        quantization: How matrices are stored, such as `"Q8_0"`.
-        settings: Further settings by key, or others; None leaves one out.
-        tensors: Further tensors by llama.cpp's name.
+        quantization: Format of the matrices, such as `"Q8_0"`.
+        settings: Settings by key that are added or replaced; None leaves a key out.
+        tensors: Further tensors by llama.cpp's names.
     """
     writer = gguf.GGUFWriter(path, "llama")
     tokens, merges = vocabulary()
@@ -127,7 +127,7 @@ def write(path, model, quantization="F32", *, settings=None, tensors=None):
 
 
 def add_setting(writer, key, value):
-    """Add one setting, of the kind that its Python type stands for."""
+    """Add a setting, in the GGUF type that belongs to its Python type."""
     kinds = {
         bool: writer.add_bool,
         int: writer.add_uint32,

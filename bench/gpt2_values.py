@@ -1,10 +1,10 @@
-"""How near do Kronecker sums come to GPT-2's value matrices, and at what rate?
+"""Errors of Kronecker sums for GPT-2's value matrices, and the rate of the solver.
 
-Value matrices of GPT-2 small, 768 x 768, left factors 24 x 32, float32, defaults.
-Layer 5 with 4 terms is solved alone; layers 0, 5 and 11 and the key matrix of layer 5,
-with 32 terms, as one batch of four.  The rate of that batch counts the products of the
-size of E^T E and nothing else, over all the time of the solve; it stands beside the
-rate of plain products of the same batch, measured right before and right after.
+The value matrices of GPT-2 small, 768 x 768, are solved in float32 with left factors
+24 x 32 and the defaults: layer 5 with 4 terms alone; layers 0, 5 and 11 and the key
+matrix of layer 5, with 32 terms, as one batch of four.  The rate of that batch counts
+only the products of the size of E^T E, over the whole time of the solve; it is compared
+with the rate of plain products of the same batch, measured right before and after.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from bench import peers, script, timing
 from kronjax import Configuration
 from kronjax.io import matrices
 
-MAX_GEMMS = 1200
+MAX_PRODUCTS = 1200
 MIN_RATE = 0.6
 
 
 @dataclass(frozen=True)
 class Case:
-    """A matrix, a rank, and the error to be reached; None where none was asked for."""
+    """A matrix, a rank, and the largest allowed error or None."""
 
     name: str
     matrix: np.ndarray
@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Cases to be solved one by one, and four of equal rank to be solved as a batch."""
+    """Cases that are solved one by one, and four of equal rank solved as a batch."""
 
     a_shape: tuple[int, int]
     alone: list[Case]
@@ -40,7 +40,7 @@ class Experiment:
 
 
 def from_weights(path):
-    """The real thing: c_attn is (768, 2304), its columns query, key, value."""
+    """Read the matrices of GPT-2: c_attn is (768, 2304), columns query, key, value."""
     attention = {
         layer: matrices.read(path, tensor=f"h.{layer}.attn.c_attn.weight").matrix
         for layer in (0, 5, 11)
@@ -60,7 +60,7 @@ def from_weights(path):
 
 
 def synthetic():
-    """A likeness of 48 x 48: singular values that decay, random directions."""
+    """Draw 48 x 48 matrices with decaying singular values in random directions."""
     rng = np.random.default_rng(0)
     decay = np.exp(-np.arange(48) / 12)
     left, right = np.linalg.qr(rng.standard_normal((2, 4, 48, 48)))[0]
@@ -70,7 +70,7 @@ def synthetic():
 
 
 def solve_cases(experiment, cases):
-    """Solve cases of equal rank as one batch; rows for the report, and the solve."""
+    """Solve cases of equal rank as one batch; return rows and the solve."""
     configuration = Configuration(experiment.a_shape, cases[0].rank)
     matrices = np.stack([case.matrix for case in cases]).astype(np.float32)
     script.say(f"kronjax, rank {configuration.rank}, batch of {len(cases)}")
@@ -102,13 +102,13 @@ def solve_cases(experiment, cases):
 
 
 def measure_rate(experiment):
-    """Solve the batch between two measurements of plain products: rows and rates."""
+    """Solve the batch between two measurements of plain products; rows and rates."""
     size, count = min(experiment.batch[0].matrix.shape), len(experiment.batch)
     script.say(f"rate of plain products, {count} of {size} x {size}")
-    before = timing.gemm_rate(size, np.float32, count)
+    before = timing.product_rate(size, np.float32, count)
     rows, solved = solve_cases(experiment, experiment.batch)
     script.say("rate of plain products again")
-    after = timing.gemm_rate(size, np.float32, count)
+    after = timing.product_rate(size, np.float32, count)
     products = sum(row["products"] for row in rows)
     rate = products * 2 * size**3 / solved.seconds
     return rows, {
@@ -118,14 +118,14 @@ def measure_rate(experiment):
         "runs": solved.runs,
         "compile_seconds": solved.compile_seconds,
         "flops_per_second": rate,
-        "gemm_flops_per_second_before": before,
-        "gemm_flops_per_second_after": after,
+        "product_flops_per_second_before": before,
+        "product_flops_per_second_after": after,
         "fraction": 2 * rate / (before + after),
     }
 
 
 def targets_of(rows, rate, real):
-    """What was asked for; the synthetic likeness has no errors or rates to reach."""
+    """Return the targets; synthetic matrices have none."""
     named = [(f"{row['name']}, r = {row['rank']}", row) for row in rows]
     errors = [
         script.Target(f"{name}: error", row["error"], row["target"])
@@ -133,7 +133,7 @@ def targets_of(rows, rate, real):
         if row["target"] is not None
     ]
     products = [
-        script.Target(f"{name}: GEMMs", row["products"], MAX_GEMMS)
+        script.Target(f"{name}: products", row["products"], MAX_PRODUCTS)
         for name, row in named
         if real
     ]
@@ -147,7 +147,7 @@ def targets_of(rows, rate, real):
 
 
 def draw(rows):
-    """Error against GEMMs, one panel per case, with both closed forms as lines."""
+    """Draw error against products for each case, with both closed forms as lines."""
     chart, axes = script.figure(11, 6, rows=2, columns=3)
     for each, row in zip(axes.flat, rows, strict=False):
         path = row["trace"]
@@ -167,7 +167,7 @@ def draw(rows):
         each.set_title(
             f"{row['name']}, r = {row['rank']}: {row['error']:.3f}", fontsize=10
         )
-        each.set_xlabel("GEMMs, all starts included")
+        each.set_xlabel("products, all starts included")
         each.set_ylabel("spectral error")
         each.set_xlim(left=0)
         each.set_ylim(bottom=0)
@@ -179,6 +179,7 @@ def draw(rows):
 
 
 def main():
+    """Run the benchmark, and write `gpt2_values.json` and `gpt2_values.png`."""
     parser = script.parser(__doc__)
     parser.add_argument(
         "--weights",
@@ -195,7 +196,7 @@ def main():
     script.table(
         f"{'Synthetic' if given.quick else 'GPT-2'} matrices, float32, left factors "
         f"{experiment.a_shape}",
-        ("matrix", "rank", "SVD", "Van Loan", "kronjax", "GEMMs"),
+        ("matrix", "rank", "SVD", "Van Loan", "kronjax", "products"),
         [
             (
                 row["name"],
@@ -211,8 +212,8 @@ def main():
     targets = targets_of(rows, rate, real=not given.quick)
     script.print_targets(targets)
     print(
-        f"Effective rate: {100 * rate['fraction']:.0f} % of plain products; those "
-        f"changed by {100 * _change(rate):+.0f} % in the meantime."
+        f"Effective rate: {100 * rate['fraction']:.0f} % of plain products, whose own "
+        f"rate changed by {100 * _change(rate):+.0f} % meanwhile."
     )
     results = {
         "quick": given.quick,
@@ -226,7 +227,7 @@ def main():
 
 def _change(rate):
     before, after = (
-        rate[f"gemm_flops_per_second_{when}"] for when in ("before", "after")
+        rate[f"product_flops_per_second_{when}"] for when in ("before", "after")
     )
     return after / before - 1
 

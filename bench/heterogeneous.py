@@ -1,13 +1,13 @@
-"""What do mixed configurations, budgets, weights and permutations buy?
+"""Gains of mixed configurations, budgets, weights and permutations.
 
-Planted sums of two configurations and planted permutations: how many are found again.
-Random 36 x 36 matrices and a structured suite: mixtures against the best homogeneous
-sum of equal size, in the spectral norm. Frobenius error against parameters for the SVD,
-one Kronecker configuration and a mixture, the last two with rows and columns permuted
-as well: on random matrices and, with `--weights FILE.safetensors ...`, on those of
-language models, plain and under input moments. Those are read from `--moments
-FILE.safetensors`, [n, n] under the names of the matrices. `--partial FILE` keeps what
-is done, and goes on from there.
+The script counts how many planted sums of two configurations and planted permutations
+are recovered. On random 36 x 36 matrices and a structured suite it compares mixtures
+with the best homogeneous sum of equal size, in the spectral norm. It compares Frobenius
+errors at equal parameters for the SVD, one Kronecker configuration and a mixture, the
+last two also with permuted rows and columns: on random matrices and, with `--weights
+FILE.safetensors ...`, on those of language models, unweighted and weighted by input
+moments, which are read from `--moments FILE.safetensors`, [n, n] under the names of the
+matrices. `--partial FILE` stores finished parts; run the same command again to resume.
 """
 
 import fnmatch
@@ -32,7 +32,7 @@ from kronjax.permute import permute
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run."""
+    """Sizes and numbers of the matrices."""
 
     size: int = 36
     cases: int = 40
@@ -46,10 +46,10 @@ class Experiment:
 
 
 ORDER_TERMS = 8
-"""The order is that for so many terms, at most: more take long."""
+"""Largest number of terms for which an order is sought: more take long."""
 
-EVALUATIONS = 300
-"""Of each fit without a closed form: not converged, so that mixtures come out worse."""
+PRODUCTS = 300
+"""Products of a fit without a closed form: not converged, to the cost of mixtures."""
 
 STYLES = {
     "SVD": ("tab:orange", "o-"),
@@ -59,12 +59,12 @@ STYLES = {
     "mixture, permuted": ("tab:blue", "s--"),
 }
 
-# One shape and one budget: compiling is what takes the time.
+# A single shape and budget, because compilation takes most of the time.
 QUICK = Experiment(12, 3, 1, 1, (0.5,), (0.5,), 2, 12, 72)
 
 
 def planted(rng, shape, configurations, noise, decay=1.0):
-    """Sums of equal norm, `decay` to the number of the term, and relative noise."""
+    """Return a sum of sums of equal norm, with terms that decay, and relative noise."""
     total = np.zeros(shape)
     for c in configurations:
         a = rng.standard_normal((c.rank, *c.a_shape))
@@ -76,7 +76,7 @@ def planted(rng, shape, configurations, noise, decay=1.0):
 
 
 def recover_sums(experiment):
-    """Cases of two configurations, and whether budget and criterion find them."""
+    """Plant two configurations, and report whether budget and criterion find them."""
     shape = (experiment.size, experiment.size)
     among = greedy.candidates(shape)
     fair = greedy.candidates(shape, spread=2.75)
@@ -91,22 +91,22 @@ def recover_sums(experiment):
         )
         matrix = planted(rng, shape, wanted, 1e-3)
         budget = sum(c.num_parameters(shape) for c in wanted)
-        told = greedy.choose(matrix, budget, among)
-        informed = greedy.choose(matrix, None, among)
+        by_budget = greedy.choose(matrix, budget, among)
+        by_criterion = greedy.choose(matrix, None, among)
         rows.append(
             {
                 "wanted": plain(wanted),
-                "by_budget": plain(told),
-                "by_criterion": plain(informed),
-                "found_by_budget": set(told) == set(wanted),
-                "found_by_criterion": set(informed) == set(wanted),
+                "by_budget": plain(by_budget),
+                "by_criterion": plain(by_criterion),
+                "found_by_budget": set(by_budget) == set(wanted),
+                "found_by_criterion": set(by_criterion) == set(wanted),
             }
         )
     return rows
 
 
 def recover_orders(experiment, rank, decay):
-    """Cases of permuted sums: error found over that of the planted order."""
+    """Permute planted sums, and report the error over that of the planted order."""
     n = experiment.size
     side = int(np.sqrt(n)) if int(np.sqrt(n)) ** 2 == n else n // 3
     rows = []
@@ -123,7 +123,7 @@ def recover_orders(experiment, rank, decay):
 
 
 def spectral_gains(matrices, parameters, square):
-    """Search each matrix; error over that of the square sum and the best alone."""
+    """Search each matrix, and compare with square sums and homogeneous sums."""
     rows = []
     for matrix in matrices:
         found = kronjax.search(matrix, parameters, dtype="float32", progress=False)
@@ -147,20 +147,20 @@ def spectral_gains(matrices, parameters, square):
 
 
 def search_time(matrix, parameters):
-    """Seconds of a search over those of a balanced homogeneous solve."""
+    """Return the seconds of a search over those of a balanced homogeneous solve."""
     found = kronjax.search(matrix, parameters, dtype="float32", progress=False)
     m, n = matrix.shape
     balanced = _near_square(m), n // _near_square(n)
     price = Configuration(balanced, 1).num_parameters(matrix.shape)
     alone = Configuration(balanced, parameters // price)
-    one = approximate(matrix, alone, dtype="float32", progress=False).seconds
+    single = approximate(matrix, alone, dtype="float32", progress=False).seconds
     trials = [
         [t.kind, plain(t.configurations), t.seconds, t.is_full] for t in found.trials
     ]
     return {
-        "ratio": found.seconds / one,
+        "ratio": found.seconds / single,
         "seconds": found.seconds,
-        "one_solve": one,
+        "one_solve": single,
         "compile_seconds": found.compile_seconds,
         "trials": trials,
     }
@@ -171,7 +171,7 @@ def _near_square(size):
 
 
 def curves(suites, experiment, kept):
-    """Relative Frobenius errors against parameters; what is in `kept` is done."""
+    """Add the relative Frobenius errors that `kept` lacks, and yield after each."""
     for suite, name, matrix, weight, shares in suites:
         for share in shares:
             key = f"{suite}, {name}, {share}"
@@ -210,7 +210,7 @@ def _names(path):
 
 
 def _fits(matrix, share, weight, num_starts):
-    """SVD, one near-square configuration, and half of each, at equal parameters."""
+    """Fit by SVD, a near-square configuration, and half of each, at equal sizes."""
     m, n = shape = matrix.shape
     total = int(share * m * n)
     square = Configuration((_near_square(m), n // _near_square(n)), 1)
@@ -238,7 +238,7 @@ def _fits(matrix, share, weight, num_starts):
             norm="frobenius",
             right_weight=right,
             num_starts=1,
-            max_products=EVALUATIONS,
+            max_products=PRODUCTS,
             progress=False,
         )
         relative = found.weighted_relative or found.relative
@@ -253,7 +253,7 @@ def plain(configurations):
 
 
 def structured(rng, n):
-    """Two different structures and noise, and the parameters of the structures."""
+    """Return a sum of two structures and noise, and the structures' parameters."""
     shapes = ((6, 6), (4, 9)) if n == 36 else ((3, 4), (12, 1))
     pair = [Configuration(shapes[0], 2), Configuration(shapes[1], 1 + (n == 36))]
     matrix = planted(rng, (n, n), pair, 0.05)
@@ -261,7 +261,7 @@ def structured(rng, n):
 
 
 def run(experiment, suites, partial=None):
-    """Everything, as a dictionary; part by part kept in the file `partial`."""
+    """Measure all parts; each finished part is stored in the file `partial`."""
     n = experiment.size
     square = (6, 6) if n == 36 else (3, 4)
     draws = [
@@ -274,8 +274,8 @@ def run(experiment, suites, partial=None):
     def spectral_structured():
         rows = []
         for seed in range(experiment.structured):
-            one, budget = structured(np.random.default_rng(seed), n)
-            rows += spectral_gains([one], budget, square)
+            target, budget = structured(np.random.default_rng(seed), n)
+            rows += spectral_gains([target], budget, square)
         return rows
 
     parts = {
@@ -309,7 +309,7 @@ def _keep(results, partial):
 
 
 def targets_of(results):
-    """What was asked for."""
+    """Return the targets."""
     sums, orders = results["planted_sums"], results["planted_orders"]["one term"]
     result = [
         script.Target(f"planted sums found, by {how}", _share(sums, how), 0.95, True)
@@ -340,7 +340,7 @@ def _share(rows, how):
 
 
 def draw(results):
-    """Gains in the spectral norm; for each suite, errors against parameters."""
+    """Draw gains in the spectral norm and, for each suite, errors by parameters."""
     suites = list(dict.fromkeys(row["suite"] for row in results["curves"]))
     columns = min(3, 1 + len(suites))
     rows = -(-(1 + len(suites)) // columns)
@@ -383,15 +383,16 @@ def _draw_suite(axis, suite, rows):
 
 
 def main():
+    """Run the benchmark, and write `heterogeneous.json` and `heterogeneous.png`."""
     parser = script.parser(__doc__)
     parser.add_argument(
         "--weights", type=Path, nargs="+", default=[], help="matrices [m, n], y = W x"
     )
     parser.add_argument("--moments", type=Path, help="second moments [n, n] of x")
     parser.add_argument(
-        "--match", nargs="+", default=["*"], help="which of them, as in *.mlp.*"
+        "--match", nargs="+", default=["*"], help="patterns of names, as *.mlp.*"
     )
-    parser.add_argument("--partial", type=Path, help="keep here what is done")
+    parser.add_argument("--partial", type=Path, help="file of finished parts; resumes")
     arguments = parser.parse_args()
     experiment = QUICK if arguments.quick else Experiment()
     suites = suites_of(

@@ -1,9 +1,9 @@
-"""What people would use instead of kronjax, in NumPy float64.
+"""Methods that people would use instead of kronjax, in NumPy float64.
 
-Two closed forms and two iterative methods, each given a target `T` of shape [m, n]
-with `m = m1 m2`, `n = n1 n2`, each returning a `PeerResult`.  They share no code with
-kronjax, so they are also independent references.  pymanopt, SCS and Clarabel are
-imported by the function that needs them; the closed forms need only NumPy.
+Two closed forms and two iterative methods are given a target `T` of shape [m, n] with
+`m = m1 m2`, `n = n1 n2`, and return a `PeerResult`.  They share no code with kronjax,
+and so are independent references as well.  pymanopt, SCS and Clarabel are imported by
+the function that needs them; the closed forms need only NumPy.
 
 References: Van Loan and Pitsianis (1993); Vandereycken (2013), arXiv:1209.3834;
 Townsend, Koep and Weichwald (2016), JMLR 17(137); Dressler, Uschmajew and
@@ -20,15 +20,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class PeerResult:
-    """What a peer found and what it cost.
+    """The approximation of a peer, and its cost.
 
     Attributes:
         matrix: The approximation, [m, n] float64.
         spectral_error: Largest singular value of `target - matrix`.
         frobenius_error: Frobenius norm of `target - matrix`.
-        num_parameters: Numbers stored by the factors.
+        num_parameters: Number of entries of the factors.
         seconds: Wall time, imports excluded.
-        evaluations: Costs with gradients (pymanopt), half-sweeps (SDP), or one.
+        evaluations: Number of costs with gradients (pymanopt) or of half-sweeps (SDP);
+            1 for closed forms.
     """
 
     matrix: np.ndarray
@@ -40,12 +41,12 @@ class PeerResult:
 
     @property
     def seconds_per_evaluation(self):
-        """Wall time of one cost and gradient, or of one half-sweep."""
+        """Wall time of a cost with its gradient, or of a half-sweep."""
         return self.seconds / max(self.evaluations, 1)
 
 
 def truncated_svd(target, num_parameters):
-    """The best low-rank matrix that stores at most `num_parameters` numbers."""
+    """Return the best low-rank matrix that stores at most `num_parameters` numbers."""
     target = np.asarray(target, np.float64)
     m, n = target.shape
     rank = min(int(num_parameters) // (m + n), m, n)
@@ -56,7 +57,7 @@ def truncated_svd(target, num_parameters):
 
 
 def van_loan(target, a_shape, rank):
-    """The best Kronecker sum in the Frobenius norm: an SVD of the rearrangement."""
+    """Return the best Kronecker sum in the Frobenius norm, from the rearranged SVD."""
     target = np.asarray(target, np.float64)
     b_shape = _b_shape(target.shape, a_shape)
     start = time.perf_counter()
@@ -73,11 +74,11 @@ def pymanopt_fixed_rank(
     max_iterations=300,
     beta_rule="HestenesStiefel",
 ):
-    """Schatten-p continuation by pymanopt's conjugate gradients on fixed-rank matrices.
+    """Run a Schatten-p continuation by pymanopt's conjugate gradients at fixed rank.
 
-    From Van Loan's start, each exponent warm-starts the next one; the best point seen
-    in the spectral norm is returned.  pymanopt has no such continuation: this is the
-    best we could make of it, with `||E||_p` and its gradient by NumPy products, one
+    From Van Loan's start, each exponent warm-starts the next one; the best point in the
+    spectral norm is returned.  pymanopt has no such continuation: this is the strongest
+    use of it that we found, with `||E||_p` and its gradient by NumPy products, and one
     evaluation shared by cost and gradient.  It is silent and deterministic.
 
     FixedRankEmbedded's own `euclidean_to_riemannian_gradient` expects derivatives
@@ -106,9 +107,9 @@ def pymanopt_fixed_rank(
         target: Matrix [m, n].
         a_shape: Shape (m1, n1) of the left factors.
         rank: Number of terms.
-        exponents: Even exponents p, in the order they are minimised.
+        exponents: Even exponents p, in the order of minimisation.
         max_iterations: Conjugate gradient iterations for each exponent.
-        beta_rule: One of pymanopt's rules for the next direction.
+        beta_rule: pymanopt's name of the rule for the next direction.
     """
     from pymanopt import Problem
     from pymanopt.function import numpy as in_numpy
@@ -156,37 +157,36 @@ def pymanopt_fixed_rank(
 
 
 def alternating_sdp(target, a_shape, rank, solver="SCS", half_sweeps=10, eps=1e-4):
-    """Alternate over `A` and `B`, each block solved exactly as a semidefinite program.
+    """Alternate over `A` and `B`, and solve each block as a semidefinite program.
 
     With one side fixed the spectral norm is a convex function of the other,
     `min t  subject to  [[t I, E], [E^T, t I]] >= 0`, where `E` is affine in the free
     factors: r m1 n1 (or r m2 n2) sparse coefficient matrices `e_i e_j^T (x) B_k`.
 
-    Made as fast as we know how, so that beating it means something.  The cone program
-    is handed to the solver directly, sparse: cvxpy's `sigma_max` gives SCS a program
-    of the same cost, but no start.  The fixed factors are orthonormalised (same span,
-    hence the same program, better conditioned) and the error is scaled to one.  SCS
-    starts from the factors and the multipliers of the previous half-sweep, which
-    belong to the same matrix `E` (10 to 20 % fewer iterations over ten half-sweeps),
-    with `scale=0.03` (another 5 %, and lower errors, than its 0.1; 0.01, 1,
-    no normalisation, other acceleration: not better).  Clarabel needs its supernodal
-    "faer" factorisation, which "auto" picks: the KKT matrix holds a dense block of
-    order (m + n)(m + n + 1) / 2, and "qdldl" takes ten times as long.  A half-sweep
-    that returns something worse keeps the factors it was given.
+    It is as fast as we could make it.  The sparse cone program is passed to the solver
+    directly: cvxpy's `sigma_max` gives SCS a program of the same cost, but no start.
+    The fixed factors are orthonormalised (same span, hence the same program, better
+    conditioned) and the error is scaled to one.  SCS starts from the factors and the
+    multipliers of the previous half-sweep, which belong to the same matrix `E` (10 to
+    20 % fewer iterations over ten half-sweeps), with `scale=0.03` (another 5 %, and
+    lower errors, than its 0.1; 0.01, 1, no normalisation, other acceleration: not
+    better).  Clarabel needs its supernodal "faer" factorisation, which "auto" picks:
+    the KKT matrix holds a dense block of order (m + n)(m + n + 1) / 2, and "qdldl"
+    takes ten times as long.  A half-sweep with a worse result keeps the old factors.
 
     On a 36 x 36 N(0, 1) matrix (seed 0), 6 x 6 factors, r = 1 / 3 / 6:
       10 half-sweeps, eps = 1e-4 (default)    9.5279   7.7771   6.2722
       10 half-sweeps, eps = 1e-5              9.5428   7.7851   6.2704
       40 half-sweeps, eps = 1e-4              9.5279   7.7609   6.2418
-    What is left is the alternation's, not the solver's.  Inexact blocks even help a
-    little, by not stopping where both exact blocks would.
+    The remaining error is due to the alternation, not to the solver.  Inexact blocks
+    even help a little, as they do not stop where both exact blocks would.
 
     Args:
         target: Matrix [m, n].
         a_shape: Shape (m1, n1) of the left factors.
         rank: Number of terms.
         solver: "SCS" (first order) or "CLARABEL" (interior point).
-        half_sweeps: How many blocks are solved, `A` first.
+        half_sweeps: Number of blocks that are solved, `A` first.
         eps: Absolute and relative tolerance of the solver (SCS's own default).
     """
     if solver == "SCS":
@@ -236,14 +236,14 @@ def _b_shape(shape, a_shape):
 
 
 def _rearrange(matrix, a_shape, b_shape):
-    """R(A (x) B) = vec(A) vec(B)^T, row-major vec: [m, n] -> [m1 n1, m2 n2]."""
+    """Return R, with R(A (x) B) = vec(A) vec(B)^T: [m, n] -> [m1 n1, m2 n2]."""
     (m1, n1), (m2, n2) = a_shape, b_shape
     blocks = matrix.reshape(m1, m2, n1, n2).transpose(0, 2, 1, 3)
     return blocks.reshape(m1 * n1, m2 * n2)
 
 
 def _restore(rearranged, a_shape, b_shape):
-    """The inverse of `_rearrange`: [m1 n1, m2 n2] -> [m, n]."""
+    """Invert `_rearrange`: [m1 n1, m2 n2] -> [m, n]."""
     (m1, n1), (m2, n2) = a_shape, b_shape
     blocks = rearranged.reshape(m1, n1, m2, n2).transpose(0, 2, 1, 3)
     return blocks.reshape(m1 * m2, n1 * n2)
@@ -255,7 +255,7 @@ def _van_loan_factors(target, a_shape, b_shape, rank):
 
 
 def _spectral_norm(matrix):
-    """Infinity for a matrix with NaN or inf in it, so that it is never preferred."""
+    """Return the norm, or infinity for a matrix that holds NaN or inf."""
     return np.linalg.norm(matrix, 2) if np.isfinite(matrix).all() else np.inf
 
 
@@ -281,10 +281,10 @@ def _result(target, matrix, num_parameters, start, evaluations):
 
 
 def _schatten_problem(goal, a_shape, b_shape, manifold, p):
-    """Cost, Riemannian gradient and a counter for `||E||_p` at points (u, s, vt).
+    """Return cost, Riemannian gradient and a counter for `||E||_p` at (u, s, vt).
 
-    The optimiser asks for the cost at a point again after the line search, then for
-    the gradient: one evaluation is remembered and serves all three.
+    The optimiser computes the cost at a point again after the line search, and then the
+    gradient: the last evaluation is cached, and serves all three.
     """
     counter = {"evaluations": 0}
     last: dict[str, Any] = {"u": None}
@@ -308,7 +308,7 @@ def _schatten_problem(goal, a_shape, b_shape, manifold, p):
 
 
 def _schatten(error, p):
-    """`||E||_p` for even p and its gradient `E M^(p/2 - 1)`, `M = E^T E / scale^2`."""
+    """Return `||E||_p` for even p, and `E M^(p/2 - 1)`, `M = E^T E / scale^2`."""
     scale = np.linalg.norm(error, 2)
     if scale == 0:
         return 0.0, error
@@ -320,10 +320,10 @@ def _schatten(error, p):
 
 
 def _cone_program(target, a_shape, b_shape, fixed, free_left, index):
-    """One half-sweep as `min c.x  subject to  b - A x in svec(PSD)`; x = (free, t).
+    """Return a half-sweep: `min c.x` subject to `b - A x in svec(PSD)`, x = (free, t).
 
-    `index(i, j, size)` with i <= j is where the solver's svec keeps entry (i, j).
-    `fixed` is [entries, rank]; the free side comes back as [entries, rank] too.
+    `index(i, j, size)` with i <= j is the position of entry (i, j) in the solver's
+    svec. `fixed` and the free side are [entries, rank].
     """
     from scipy import sparse
 
@@ -342,7 +342,7 @@ def _cone_program(target, a_shape, b_shape, fixed, free_left, index):
         )
     )
     columns = np.concatenate((free * rank + k, np.full(size, t)))
-    # svec scales off-diagonal entries by sqrt(2), so that it keeps inner products.
+    # svec scales off-diagonal entries by sqrt(2), which preserves inner products.
     values = np.concatenate((np.sqrt(2) * fixed[given, k], np.full(size, -1.0)))
     height = size * (size + 1) // 2
     a = sparse.csc_matrix((values, (rows, columns)), shape=(height, t + 1))
@@ -355,12 +355,12 @@ def _cone_program(target, a_shape, b_shape, fixed, free_left, index):
 
 
 def _lower_index(i, j, size):
-    """SCS: lower triangle, column by column; (i, j) is kept as (j, i)."""
+    """Return SCS's index: lower triangle by columns, (i, j) stored as (j, i)."""
     return i * size - i * (i - 1) // 2 + j - i
 
 
 def _upper_index(i, j, size):
-    """Clarabel: upper triangle, column by column."""
+    """Return Clarabel's index: upper triangle by columns."""
     return j * (j + 1) // 2 + i
 
 
@@ -384,14 +384,14 @@ def _solve_scs(scs, program, free, dual, eps):
 
 
 def _solve_clarabel(clarabel, program, free, dual, eps):
-    # An interior point method has no use for the start that `free` and `dual` offer.
+    # An interior point method cannot use `free` and `dual` as a start.
     from scipy import sparse
 
     a, b, c, size = program
     settings = clarabel.DefaultSettings()
     settings.verbose = False
     settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = eps
-    # Looking for chords costs time and the pattern has none to offer.
+    # Chordal decomposition costs time, and this pattern has no chordal structure.
     settings.chordal_decomposition_enable = False
     no_quadratic = sparse.csc_matrix((c.size, c.size))
     cones = [clarabel.PSDTriangleConeT(size)]

@@ -1,17 +1,18 @@
-"""How precise must matrix products be, and how much faster are those that are less so?
+"""Precision that matrix products need, and the speed of less precise ones.
 
-For a GPU.  Products of float32 by its tensor cores round the factors (TF32 to 10 bits,
-bfloat16 to 7) or split them (x3, x6: the sum of so many products of parts).  For every
-p of the continuation: the relative error of value and gradient in each mode, on random
-matrices and on what solutions leave, against singular values in float64.  A stage ends
-where a model predicts a relative decrease below `tolerance / 200`; a gradient that is
-off by `e` predicts decreases of `e^2` from nothing.  So a mode is surely good enough if
-the value is right to `tolerance / 200` and the gradient to its root; errors that
-neighbours share do no harm.  Hence whole solves, too, in which all stages up to some p
-use a mode: which gaps, proven in float64, stay within the tolerance?
+The script is meant for a GPU, whose tensor cores multiply float32 matrices by rounding
+the factors (TF32 to 10 bits, bfloat16 to 7) or by splitting them (x3, x6: the sum of so
+many products of parts).  For every p of the continuation it measures the relative error
+of value and gradient in each mode, on random matrices and on residuals of solutions,
+against singular values in float64.  A stage ends where a model predicts a relative
+decrease below `tolerance / 200`; a gradient with a relative error `e` predicts spurious
+decreases of `e^2`.  So a mode is certainly precise enough if the error of the value is
+below `tolerance / 200` and that of the gradient below its root.  Errors that neighbours
+share are harmless, and so whole solves are measured as well, in which all stages up to
+some p use a mode: for how many is the gap, proven in float64, within the tolerance?
 
-Without a GPU the modes are emulated, by rounding and splitting factors in float32,
-sizes are small, and no mode is timed.  Output and JSON say so.
+Without a GPU the modes are emulated by rounding and splitting factors in float32, sizes
+are small, and no mode is timed.  Output and JSON say so.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from kronjax.proof import certificate
 from kronjax.solver import continuation
 
 TOLERANCE = 2e-4
-"""Of a solve, by default."""
+"""Default tolerance of a solve."""
 
 NEEDED = {"value": TOLERANCE / 200, "gradient": (TOLERANCE / 200) ** 0.5}
 
@@ -42,14 +43,14 @@ EXACT = schatten.value_and_gradient
 
 @dataclass(frozen=True)
 class Experiment:
-    """Sizes; matrices are square, and sums have square factors.
+    """Sizes and numbers of the matrices, which are square, as are the factors.
 
     Attributes:
-        side: Of the matrices whose gradients are compared; a square.
-        count: How many of each kind.
-        solved: How many 36x36 matrices are solved and proven in each mode.
-        limits: Squarings up to which a mode is used there.
-        modes: That are used there.
+        side: Side of the matrices whose gradients are compared; a square number.
+        count: Number of matrices of each kind.
+        solved: Number of 36x36 matrices that are solved and proven in each mode.
+        limits: Numbers of squarings up to which these solves use a mode.
+        modes: Modes of these solves.
     """
 
     side: int = 256
@@ -64,7 +65,7 @@ QUICK = Experiment(side=36, count=1, solved=2, limits=(TOP,), modes=("float32", 
 
 
 def evaluation(mode):
-    """`schatten.value_and_gradient`, with products in a mode."""
+    """Return `schatten.value_and_gradient` with products in a mode."""
     multiply = multiplier(mode)
 
     def value_and_gradient(matrix, squarings):
@@ -75,21 +76,21 @@ def evaluation(mode):
 
 
 def draw(count, side):
-    """Matrices of normal entries, float32."""
+    """Draw matrices with normal entries, float32."""
     rng = np.random.default_rng(0)
     return rng.standard_normal((count, side, side)).astype(np.float32)
 
 
 def configuration_of(side, rank=3):
-    """Square factors for a side that is a square."""
+    """Return square factors for a side that is a square number."""
     k = round(side**0.5)
     return Configuration((k, k), rank)
 
 
 def kinds_of(experiment):
-    """Matrices by kind: random, and what the solutions for them leave."""
+    """Return matrices by kind: random ones, and residuals of their solutions."""
     random = draw(experiment.count, experiment.side)
-    script.say("what solutions leave")
+    script.say("residuals of solutions")
     found = approximate(
         random, configuration_of(experiment.side), dtype="float32", progress=False
     )
@@ -97,7 +98,7 @@ def kinds_of(experiment):
 
 
 def references(matrix):
-    """Value and gradient for every p, from singular values in float64."""
+    """Yield value and gradient for every p, from singular values in float64."""
     u, s, vt = np.linalg.svd(matrix.astype(np.float64))
     for j in STAGES:
         p = float(schatten.exponent(j))
@@ -106,7 +107,7 @@ def references(matrix):
 
 
 def compare(kinds):
-    """A row for each kind, mode and p: the worst relative errors."""
+    """Return the largest relative errors for each kind, mode and p."""
     rows = []
     for kind, matrices in kinds.items():
         exact = [list(references(matrix)) for matrix in matrices]
@@ -128,7 +129,7 @@ def compare(kinds):
 
 
 def served(rows):
-    """The largest p up to which a mode is as precise as a stage needs; 0 for none."""
+    """Return the largest p up to which a mode is precise enough; 0 if there is none."""
     found = {}
     for name in MODES:
         mine = [row for row in rows if row["mode"] == name]
@@ -141,7 +142,7 @@ def served(rows):
 
 
 def solver(mode, configuration):
-    """A batch solved with products in a mode up to some number of squarings."""
+    """Return a solver of batches with a mode up to some number of squarings."""
     rough = evaluation(mode)
 
     def run(matrices, limit):
@@ -158,7 +159,7 @@ def solver(mode, configuration):
 
 
 def prove(experiment):
-    """A row for each mode and limit: what is proven about whole solves."""
+    """Return the proven gaps of whole solves for each mode and limit."""
     matrices, rows = draw(experiment.solved, 36), []
     for name in experiment.modes:
         program = solver(MODES[name], configuration_of(36))
@@ -184,7 +185,7 @@ def prove(experiment):
 
 
 def speeds(experiment):
-    """Time of an evaluation in float32 over that in each mode; on a GPU only."""
+    """Return the time of an evaluation in float32 over that in each mode, on a GPU."""
     if not is_gpu():
         return {}
     matrices = jnp.asarray(draw(48, experiment.side))
@@ -197,7 +198,7 @@ def speeds(experiment):
 
 
 def targets_of(rows):
-    """What the highest precision promises."""
+    """Return the targets, which apply to float32."""
     exact = [row for row in rows if row["mode"] == "float32"]
     return [
         script.Target(f"float32: error of the {what}", max(r[what] for r in exact), x)
@@ -206,7 +207,7 @@ def targets_of(rows):
 
 
 def chart_of(rows, proven):
-    """Errors of gradients against p, and what whole solves in a mode can be proven."""
+    """Draw errors of gradients against p, and proven gaps of whole solves."""
     chart, ((left, right),) = script.figure(11, 4.2, columns=2)
     for name, mode in MODES.items():
         mine = [row for row in rows if (row["mode"], row["kind"]) == (name, "solved")]
@@ -237,7 +238,7 @@ def show(rows, proven, faster, serves):
                 [(p, *(errors[kind, m, p][what] for m in MODES)) for p in exponents],
             )
     script.table(
-        "Surely precise enough up to p",
+        "Certainly precise enough up to p",
         ("mode", *NEEDED, "times faster"),
         [
             (name, *p.values(), faster.get(name, "not timed"))
@@ -254,7 +255,7 @@ def show(rows, proven, faster, serves):
 
 
 def main():
-    """Run it and write `precision.json` and `precision.png`."""
+    """Run the benchmark, and write `precision.json` and `precision.png`."""
     given = script.parser(__doc__).parse_args()
     experiment = QUICK if given.quick else ON_GPU if is_gpu() else Experiment()
     where = jax.devices()[0].device_kind

@@ -1,9 +1,9 @@
-"""Products of float32 matrices as tensor cores make them, on a GPU or emulated.
+"""Products of float32 matrices in the modes of tensor cores, on a GPU or emulated.
 
 The factors are rounded to TF32 (10 bits of mantissa) or bfloat16 (7 bits), or split
-into parts of so many bits; sums are made in float32.  The emulation rounds and splits
-alike, and multiplies the parts in float32, which is exact for each product of entries;
-how tensor cores add, it does not show.
+into parts of so many bits; sums are accumulated in float32.  The emulation rounds and
+splits in the same way, and multiplies the parts in float32, which is exact for each
+product of entries; it does not reproduce the additions of tensor cores.
 """
 
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to multiply matrices of float32.
+    """A way to multiply float32 matrices.
 
     Attributes:
-        bits: Of the mantissa of a part.
-        parts: That each factor is split into; products of the smallest are left out.
-        preset: What the GPU knows it by.
-        color: In the figure.
+        bits: Number of bits in the mantissa of a part.
+        parts: Number of parts of each factor; products of the smallest are left out.
+        preset: The algorithm of the GPU.
+        color: Colour in the figure.
     """
 
     bits: int
@@ -41,12 +41,12 @@ MODES = {
 
 
 def is_gpu():
-    """Whether products are those of a GPU, or rounded factors stand for them."""
+    """Return whether jax computes on a GPU; otherwise the modes are emulated."""
     return jax.default_backend() == "gpu"
 
 
 def multiplier(mode):
-    """The function that multiplies in a mode: the device's, where it has one."""
+    """Return the function that multiplies in a mode, the device's where it has it."""
     if (mode.bits, mode.parts) == (23, 1):
         return lambda x, y: jnp.matmul(x, y, precision="highest")
     if is_gpu():
@@ -55,7 +55,7 @@ def multiplier(mode):
 
 
 def emulated(x, y, mode):
-    """Sums in float32 of products of parts, the smallest first."""
+    """Return the sum in float32 of products of parts, the smallest first."""
     left, right = split(x, mode), split(y, mode)
     total = jnp.zeros((), x.dtype)
     for order in reversed(range(mode.parts)):
@@ -66,7 +66,7 @@ def emulated(x, y, mode):
 
 
 def split(x, mode):
-    """Parts of `bits` bits each, the largest first."""
+    """Return parts of `bits` bits each, the largest first."""
     parts = []
     for _ in range(mode.parts):
         part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=mode.bits)

@@ -1,8 +1,8 @@
-"""What does a matrix cost in a batch, and how long until the first one is solved?
+"""Time per matrix by batch size, and times of compiling and starting.
 
-Time per matrix against batch size, 36 x 36, 6 x 6 factors, 6 terms, defaults, run apart
-from compilation.  Then, each in a process of its own and with no compilation cache:
-compiling one `kronjax.solve`, importing kronjax, and `kronjax --help`.
+Time per matrix is measured for 36 x 36, 6 x 6 factors, 6 terms and the defaults,
+without compilation.  Compiling a `kronjax.solve`, importing kronjax, and `kronjax
+--help` are timed in separate processes without a compilation cache.
 """
 
 import os
@@ -33,7 +33,7 @@ jax.jit(lambda x: solve(x, configuration)).lower(matrix).compile()
 print(time.perf_counter() - begun)
 """
 
-# `import kronjax` alone defers everything; the second line is what a user waits for.
+# `import kronjax` alone loads nothing; a user waits for the first use of a name.
 STARTUPS = {
     "import kronjax": ("import kronjax", MAX_IMPORT),
     "import kronjax and use a name": (
@@ -50,7 +50,7 @@ STARTUPS = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run: batch sizes for each dtype, and what is compiled."""
+    """Sizes of the matrices, batch sizes for each dtype, and programs to compile."""
 
     size: int = 36
     factor: int = 6
@@ -81,7 +81,7 @@ QUICK = Experiment(
 
 
 def run_python(code):
-    """Run code in a fresh process without a cache; its output and its wall time."""
+    """Run code in a new process without a cache; return its output and wall time."""
     environment = {
         **os.environ,
         "JAX_ENABLE_COMPILATION_CACHE": "false",
@@ -101,7 +101,7 @@ def run_python(code):
 
 
 def measure_startups(repeats):
-    """Wall times of whole processes, the interpreter's own start included."""
+    """Return the wall times of processes, the start of the interpreter included."""
     result = {}
     for name, (code, limit) in STARTUPS.items():
         script.say(name)
@@ -116,10 +116,10 @@ def measure_startups(repeats):
 
 
 def measure_compilations(cases):
-    """Seconds to trace and compile one `solve`, each in a fresh process."""
+    """Return the seconds to trace and compile a `solve`, each in a new process."""
     result = []
     for shape, a_shape, rank, dtype in cases:
-        script.say(f"compiling one solve, {shape}, rank {rank}, {dtype}")
+        script.say(f"compiling a solve, {shape}, rank {rank}, {dtype}")
         code = COMPILE.format(
             shape=shape, a_shape=a_shape, rank=rank, dtype=dtype, x64=dtype == "float64"
         )
@@ -130,7 +130,7 @@ def measure_compilations(cases):
 
 
 def measure_batches(experiment):
-    """Rows of seconds per matrix."""
+    """Return rows with the seconds per matrix."""
     largest = max(max(sizes) for sizes in experiment.batches.values())
     rng = np.random.default_rng(0)
     matrices = rng.standard_normal((largest, experiment.size, experiment.size))
@@ -150,7 +150,7 @@ def measure_batches(experiment):
                     "seconds_per_matrix": solved.seconds / size,
                     "runs": solved.runs,
                     "compile_seconds": solved.compile_seconds,
-                    "mean_gemms": float(np.mean(solved.approximation.products)),
+                    "mean_products": float(np.mean(solved.approximation.products)),
                 }
             )
     unit = rows[0]["seconds_per_matrix"]
@@ -160,7 +160,7 @@ def measure_batches(experiment):
 
 
 def draw(rows, targets, experiment):
-    """Time per matrix against batch size; everything else over its target."""
+    """Draw the time per matrix against batch size, and other times over targets."""
     chart, axes = script.figure(11, 4.4, columns=2)
     left, right = axes[0]
     for dtype, color in (("float32", "tab:blue"), ("float64", "tab:cyan")):
@@ -171,7 +171,7 @@ def draw(rows, targets, experiment):
     left.set_xscale("log", base=2)
     left.set_yscale("log")
     left.set_xlabel("matrices in the batch")
-    left.set_ylabel("time per matrix over that of one, float32")
+    left.set_ylabel("time per matrix over that of a single one, float32")
     size = f"{experiment.size}×{experiment.size}"
     left.set_title(f"{size}, {experiment.rank} terms, compiled before", fontsize=10)
     left.legend(frameon=False)
@@ -187,6 +187,7 @@ def draw(rows, targets, experiment):
 
 
 def main():
+    """Run the benchmark, and write `scaling.json` and `scaling.png`."""
     given = script.parser(__doc__).parse_args()
     experiment = QUICK if given.quick else Experiment()
     # First, while this process holds no accelerator.
@@ -194,14 +195,14 @@ def main():
     compilations = measure_compilations(experiment.compiled)
     rows = measure_batches(experiment)
     script.table(
-        "Time per matrix over that of a single one in float32",
-        ("dtype", "batch", "time", "GEMMs"),
+        "Time per matrix over that of a single matrix in float32",
+        ("dtype", "batch", "time", "products"),
         [
             (
                 row["dtype"],
                 row["batch"],
                 f"{row['relative']:.3f}",
-                f"{row['mean_gemms']:.0f}",
+                f"{row['mean_products']:.0f}",
             )
             for row in rows
         ],

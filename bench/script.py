@@ -1,4 +1,4 @@
-"""What the scripts share: arguments, progress, targets, tables, figures, results."""
+"""Helpers of the scripts: arguments, progress, targets, tables, figures, results."""
 
 import argparse
 import time
@@ -26,13 +26,13 @@ COLORS = {"kronjax": "tab:blue", "SVD": "tab:orange", "Van Loan": "tab:gray"}
 
 @dataclass(frozen=True)
 class Target:
-    """A figure to be reached.
+    """A measured value with its limit.
 
     Attributes:
-        what: What is measured.
-        value: What came out.
-        limit: What was asked for.
-        at_least: Whether larger is better.
+        what: The name of the quantity.
+        value: The measured value.
+        limit: The limit that the value has to keep.
+        at_least: Whether the limit is a lower one.
     """
 
     what: str
@@ -42,24 +42,24 @@ class Target:
 
     @property
     def met(self):
-        """Whether the value is on the right side of the limit, or on it."""
+        """Whether the value keeps the limit, or equals it."""
         wanted = self.value >= self.limit if self.at_least else self.value <= self.limit
         return bool(wanted)
 
     def plain(self):
-        """Everything as a dictionary."""
+        """Return the fields, and `met`, as a dictionary."""
         return {**asdict(self), "met": self.met}
 
 
 @dataclass(frozen=True)
 class Solved:
-    """A solve whose compilation and running were timed apart.
+    """A solve whose compilation and running were timed separately.
 
     Attributes:
-        approximation: What `kronjax.approximate` returned.
+        approximation: The result of `kronjax.approximate`.
         seconds: Median of the runs.
         runs: Seconds of each run that counts.
-        compile_seconds: Tracing and compiling, once; 0 when done for a solve before.
+        compile_seconds: Seconds of tracing and compiling; 0 if an earlier solve did it.
     """
 
     approximation: Approximation
@@ -69,15 +69,15 @@ class Solved:
 
 
 def solve(matrices, configuration, *, repeats=3, enough=4.0, **keywords):
-    """Run `kronjax.approximate`, again while that is quick, and time it warm.
+    """Run `kronjax.approximate` several times if it is quick, and time it warm.
 
     Args:
         matrices: `[..., m, n]`.
         configuration: A `kronjax.Configuration`.
-        repeats: How many runs count, at most.
+        repeats: Largest number of runs that count.
         enough: Seconds after which no further run is started. A first run that took
-            as long counts itself; a shorter one, which pays for loading, does not.
-        **keywords: Passed on.
+            at least as long counts; a shorter one does not, as it includes loading.
+        **keywords: Further arguments of `kronjax.approximate`.
     """
     keywords = {"progress": False, **keywords}
     found = approximate(matrices, configuration, **keywords)
@@ -91,16 +91,18 @@ def solve(matrices, configuration, *, repeats=3, enough=4.0, **keywords):
 
 @dataclass(frozen=True)
 class Alone:
-    """Matrices solved one after the other, by one program.
+    """Results for matrices that one program solved one after the other.
 
     Attributes:
-        runs: Seconds of each.
-        proofs: Seconds that the proofs of pools take for what was found, by a program
-            of their own.
-        errors: Spectral errors of what was found, in float64.
-        gaps: What was proven, relatively.
-        efforts: Steps, exponents and products of each, as records of runs have them.
-        compile_seconds: Tracing and compiling, once.
+        runs: Seconds of each solve.
+        proofs: Seconds of each proof, by a separate program that proves what the pools
+            prove.
+        errors: Spectral errors of the sums, in float64.
+        gaps: Proven relative gaps.
+        efforts: Steps, exponents and products of each solve, named as in the records of
+            runs.
+        compile_seconds: Seconds of tracing and compiling.
+        blas_threads: Number of BLAS threads that was faster; None is the default.
     """
 
     runs: list[float]
@@ -109,48 +111,50 @@ class Alone:
     gaps: list[float]
     efforts: list[dict]
     compile_seconds: float
+    blas_threads: int | None
 
 
 def solve_alone(matrices, configuration, tolerance):
-    """Solve matrices by a jitted `kronjax.solve` one after the other, warm; then prove.
+    """Solve and prove matrices one after the other by a jitted `kronjax.solve`, warm.
 
     Args:
         matrices: `[m, n]` each.
         configuration: A `kronjax.Configuration`.
-        tolerance: Of the solves.
+        tolerance: Tolerance of the solves.
     """
     problem = Problem.of(matrices[0].shape, configuration, num_starts=1)
 
-    def one(matrix):
-        found = solve_purely(matrix, configuration, num_starts=1, tolerance=tolerance)
-        return found.terms, found.trace
+    def solve_matrix(matrix):
+        path = solve_purely(matrix, configuration, num_starts=1, tolerance=tolerance)
+        return path.terms, path.trace
 
     @jax.jit
     def prove(matrix, terms, last):
-        p, rounds = (
-            pool_programs.proof_exponent(problem, last),
-            pool_programs.proof_rounds(tolerance),
-        )
+        p = pool_programs.proof_exponent(problem, last)
+        rounds = pool_programs.proof_rounds(tolerance)
         return certify_stage(matrix, terms, p, rounds)
 
-    some = [jax.device_put(matrix) for matrix in matrices]
+    on_device = [jax.device_put(matrix) for matrix in matrices]
+    first = on_device[0]
     begun = time.perf_counter()
-    program = jax.jit(one).lower(some[0]).compile()
+    program = jax.jit(solve_matrix).lower(first).compile()
     compiling = time.perf_counter() - begun
-    terms, trace = program(some[0])
-    jax.block_until_ready(prove(some[0], terms, trace.p[-1]))
-    told = []
-    for matrix in some:
-        begun = time.perf_counter()
-        terms, trace = jax.block_until_ready(program(matrix))
-        solved = time.perf_counter()
-        bounds = jax.block_until_ready(prove(matrix, terms, trace.p[-1]))
-        proven = time.perf_counter()
-        told.append((solved - begun, proven - solved, terms, trace, bounds))
-    runs, proofs, sums, traces, bounds = zip(*told, strict=True)
+    terms, trace = program(first)
+    jax.block_until_ready(prove(first, terms, trace.p[-1]))
+    threads = timing.best_threads(lambda: jax.block_until_ready(program(first)))
+    solved = []
+    with timing.blas(threads):
+        for matrix in on_device:
+            begun = time.perf_counter()
+            terms, trace = jax.block_until_ready(program(matrix))
+            ended = time.perf_counter()
+            bounds = jax.block_until_ready(prove(matrix, terms, trace.p[-1]))
+            proven = time.perf_counter()
+            solved.append((ended - begun, proven - ended, terms, trace, bounds))
+    runs, proofs, sums, traces, bounds = zip(*solved, strict=True)
     say(
         f"one by one: {np.mean(runs):.4f} s each, and {np.mean(proofs):.4f} s to prove;"
-        f" compiled in {compiling:.0f} s"
+        f" compiled in {compiling:.0f} s; BLAS threads: {threads or 'default'}"
     )
     return Alone(
         runs=list(runs),
@@ -159,44 +163,45 @@ def solve_alone(matrices, configuration, tolerance):
             float(measure(np.asarray(matrix), terms).spectral)
             for matrix, terms in zip(matrices, sums, strict=True)
         ],
-        gaps=[1 - float(one.local_bound / one.error) for one in bounds],
+        gaps=[1 - float(bound.local_bound / bound.error) for bound in bounds],
         efforts=[
             {
-                "steps": int(one.steps.sum()),
-                "p": np.unique(one.p).tolist(),
-                "products": int(one.products.sum()),
+                "steps": int(trace.steps.sum()),
+                "p": np.unique(trace.p).tolist(),
+                "products": int(trace.products.sum()),
             }
-            for one in traces
+            for trace in traces
         ],
         compile_seconds=compiling,
+        blas_threads=threads,
     )
 
 
 def parser(doc):
-    """The command line of a script: `--quick` and `--out`; a script may add more."""
+    """Return the argument parser of a script, with `--quick` and `--out`."""
     summary = doc.strip().splitlines()[0]
     result = argparse.ArgumentParser(description=summary)
     result.add_argument(
         "--quick",
         action="store_true",
-        help="seconds instead of minutes: small matrices, no claim attached",
+        help="run small matrices for seconds instead of minutes; proves nothing",
     )
     result.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).parent / "results",
-        help="folder of the JSON file and the figure",
+        help="folder for the JSON file and the figure",
     )
     return result
 
 
 def say(text):
-    """Report progress at once, with the seconds since the script began."""
+    """Print progress at once, with the seconds since the script began."""
     print(f"[{time.perf_counter() - BEGUN:4.0f} s] {text}", flush=True)
 
 
 def table(title, header, rows):
-    """Print rows in columns, words to the left and numbers to the right."""
+    """Print rows in columns; words are aligned left, numbers right."""
     cells = [[str(x) for x in header], *([_cell(x) for x in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     print(f"\n{title}")
@@ -222,12 +227,12 @@ def print_targets(targets):
 
 
 def yes(condition):
-    """The word for a condition."""
+    """Return the word for a condition."""
     return "yes" if condition else "NO"
 
 
 def figure(width, height, rows=1, columns=1, **keywords):
-    """A figure and its axes, [rows, columns], without pyplot's global state."""
+    """Return a figure and its axes, [rows, columns], without pyplot's global state."""
     chart = Figure(figsize=(width, height), layout="constrained")
     axes = chart.subplots(rows, columns, squeeze=False, **keywords)
     for each in axes.flat:
@@ -237,7 +242,7 @@ def figure(width, height, rows=1, columns=1, **keywords):
 
 
 def publish(name, results, chart, out):
-    """Write `name.json`, with the machine and its state, and `name.png`."""
+    """Write `name.json`, with facts about the machine, and `name.png`."""
     path = timing.write_results(name, {"machine": timing.machine(), **results}, out)
     picture = path.with_suffix(".png")
     FigureCanvasAgg(chart).print_png(picture)

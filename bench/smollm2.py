@@ -1,10 +1,10 @@
-"""Does SmolLM2, read from a GGUF file, compute what torch computes?
+"""SmolLM2 read from a GGUF file, compared with the same model in torch.
 
-Greedy continuation of a prompt, and the perplexity of the windows of a text, by kronjax
-and by transformers on torch with the same dequantised weights, window by window; and
-the largest difference of their logits, relative to the largest logit. The windows do
-not overlap, the first token of each is not scored, and the perplexity is that of the
-mean over tokens. Control-C ends it early with the windows so far.
+The script continues a prompt greedily, and computes the perplexity of a text by kronjax
+and by transformers on torch with the same dequantised weights, window by window, and
+the largest difference of their logits relative to the largest logit. The windows do not
+overlap, the first token of each is not scored, and the perplexity is that of the mean
+over tokens. Control-C ends the run early with the windows so far.
 """
 
 import math
@@ -26,7 +26,7 @@ MAX_PERPLEXITY_DIFFERENCE = 1e-5
 
 
 def in_jax(model):
-    """A function from a window `[t]` to its logits `[t, vocab]`, compiled."""
+    """Return a compiled function from a window `[t]` to its logits `[t, vocab]`."""
     graph, state = nnx.split(model)
 
     @jax.jit
@@ -38,9 +38,9 @@ def in_jax(model):
 
 
 def in_torch(path):
-    """The same by transformers, or None where it is not installed.
+    """Return the same function by transformers, or None if it is not installed.
 
-    Only the dequantised tensors are shared: neither the model nor the key map.
+    Only the dequantised tensors are shared, not the model and the map of names.
     """
     try:
         import torch
@@ -65,7 +65,7 @@ def in_torch(path):
 
 
 def loss(logits, tokens):
-    """Mean negative log-likelihood of all tokens but the first, in float64."""
+    """Return the mean negative log-likelihood of all tokens but the first."""
     logits = logits[:-1]
     top = logits.max(axis=1)
     total = np.exp(logits - top[:, None]).sum(axis=1, dtype=np.float64)
@@ -74,13 +74,13 @@ def loss(logits, tokens):
 
 
 def compare(windows, ours, theirs):
-    """Losses and seconds of every window, and how far the logits are apart."""
+    """Return losses and seconds of every window, and the difference of the logits."""
     rows, begun = [], time.perf_counter()
     for i, tokens in enumerate(windows):
         try:
-            rows.append(compare_one(tokens, ours, theirs))
+            rows.append(compare_window(tokens, ours, theirs))
         except KeyboardInterrupt:
-            script.say(f"interrupted after {len(rows)} windows; those count")
+            script.say(f"interrupted: {len(rows)} windows count")
             break
         if i == 0 or time.perf_counter() - begun > 30 or i + 1 == len(windows):
             begun = time.perf_counter()
@@ -88,8 +88,8 @@ def compare(windows, ours, theirs):
     return rows
 
 
-def compare_one(tokens, ours, theirs):
-    """The row of one window."""
+def compare_window(tokens, ours, theirs):
+    """Return the row of a window."""
     row, found = {}, {}
     for name, forward in (("kronjax", ours), ("torch", theirs)):
         if forward is not None:
@@ -105,7 +105,7 @@ def compare_one(tokens, ours, theirs):
 
 
 def summary_of(rows):
-    """Perplexities over the windows so far, and the largest difference."""
+    """Return perplexities over the windows so far, and the largest difference."""
     result = {}
     for name in ("kronjax", "torch"):
         losses = [row[f"{name}_loss"] for row in rows if f"{name}_loss" in row]
@@ -117,7 +117,7 @@ def summary_of(rows):
 
 
 def targets_of(summary, continuation, real):
-    """What was asked for; of random weights only that both compute the same."""
+    """Return the targets; with random weights only those of agreement."""
     targets = []
     if "difference" in summary:
         ours, theirs = (summary[f"{name}_perplexity"] for name in ("kronjax", "torch"))
@@ -140,7 +140,7 @@ def targets_of(summary, continuation, real):
 
 
 def draw(rows):
-    """The running perplexity, and the difference of the logits."""
+    """Draw the running perplexity, and the difference of the logits."""
     chart, axes = script.figure(9, 3.5, columns=2)
     counts = np.arange(1, len(rows) + 1)
     for name, color, style in (("kronjax", "tab:blue", "-"), ("torch", "black", ":")):
@@ -160,11 +160,11 @@ def draw(rows):
 
 
 def run(path, text, size, count, *, real):
-    """Measure everything; results and rows."""
+    """Measure everything; return results and rows."""
     model = lm.load(path)
     assert model.tokenizer is not None
     continuation = lm.generate(model, PROMPT, max_new_tokens=12)
-    script.say(f"{PROMPT!r} is continued by {continuation!r}")
+    script.say(f"{PROMPT!r} continues with {continuation!r}")
     tokens = model.tokenizer.encode(text, special=False)
     windows = tokens[: len(tokens) // size * size].reshape(-1, size)[:count]
     rows = compare(windows, in_jax(model), in_torch(path))
@@ -185,10 +185,13 @@ def run(path, text, size, count, *, real):
 
 
 def main():
+    """Run the benchmark, and write `smollm2.json` and `smollm2.png`."""
     parser = script.parser(__doc__)
     parser.add_argument("--model", type=Path, help="SmolLM2-135M as .gguf")
     parser.add_argument("--text", type=Path, help="English, such as WikiText-2")
-    parser.add_argument("--windows", type=int, default=250, help="the first so many")
+    parser.add_argument(
+        "--windows", type=int, default=250, help="number of windows, from the first"
+    )
     given = parser.parse_args()
     if not given.quick and (given.model is None or given.text is None):
         parser.error("--model and --text are needed unless --quick is given")

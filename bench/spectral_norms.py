@@ -1,12 +1,13 @@
-"""What do spectral norms with bounds on both sides cost, beside singular values?
+"""Cost of spectral norms with two-sided bounds, compared with singular values.
 
-72 matrices of the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of
-768 x 3072) in float32: real ones from `--weights` as far as they go, then random ones
-with singular values `i^-a`, `0.4 <= a <= 1`, in random directions, plus white noise of
-norm 0.1 to 0.5.  `kronjax.linalg.norms.norm_bounds`, whose bounds are certain, and
+72 matrices have the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of
+768 x 3072) in float32: real ones from `--weights` first, then random ones with singular
+values `i^-a`, `0.4 <= a <= 1`, in random directions, plus white noise of norm 0.1 to
+0.5.  The methods are `kronjax.linalg.norms.norm_bounds`, whose bounds are certain,
 `kronjax.linalg.lanczos.map_norm_bounds`, whose upper bound fails with probability 1e-9,
-beside all singular values by `jnp.linalg.svd` and the Gram matrix with
-`jnp.linalg.eigvalsh`, which bound nothing.  The truth is NumPy's SVD in float64.
+and two without bounds: all singular values by `jnp.linalg.svd`, and the Gram matrix
+with `jnp.linalg.eigvalsh`.  Each runs with as many BLAS threads as is faster.  The
+reference is NumPy's SVD in float64.
 """
 
 import time
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import script
+from bench import script, timing
 from kronjax.io import matrices
 from kronjax.linalg import lanczos, norms
 
@@ -27,7 +28,7 @@ FAILURE = 1e-9
 
 @dataclass(frozen=True)
 class Experiment:
-    """How many matrices of which shape, and how many timed rounds."""
+    """Number of matrices of each shape, `(count, m, n)`, and of timed rounds."""
 
     shapes: tuple[tuple[int, int, int], ...] = (
         (48, 768, 768),
@@ -41,7 +42,7 @@ QUICK = Experiment(shapes=((3, 48, 48), (2, 96, 48), (2, 48, 96)), rounds=1)
 
 
 def random_matrix(rng, shape):
-    """Decaying singular values in random directions, and noise."""
+    """Draw a matrix with decaying singular values in random directions, and noise."""
     k = min(shape)
     u, v = (np.linalg.qr(rng.standard_normal((side, k)))[0] for side in shape)
     decay = np.arange(1, k + 1) ** -rng.uniform(0.4, 1)
@@ -50,7 +51,7 @@ def random_matrix(rng, shape):
 
 
 def real_matrices(path):
-    """Attention weights of GPT-2 small: queries, keys, values, outputs by layer."""
+    """Return attention weights of GPT-2 small by name."""
     found = {}
     for layer in range(12):
         name = f"h.{layer}.attn"
@@ -58,7 +59,7 @@ def real_matrices(path):
             joint = matrices.read(path, tensor=f"{name}.c_attn.weight").matrix
             last = matrices.read(path, tensor=f"{name}.c_proj.weight").matrix
         except (KeyError, ValueError):
-            continue  # a file may hold some layers only
+            continue  # a file may lack layers
         parts = [*np.split(joint, 3, axis=1), last]
         names = ("query", "key", "value", "output")
         for part, each in zip(names, parts, strict=True):
@@ -67,7 +68,7 @@ def real_matrices(path):
 
 
 def draw_groups(experiment, real):
-    """Names and matrices `[count, m, n]`, one pair for each shape."""
+    """Return names and matrices `[count, m, n]` for each shape."""
     rng = np.random.default_rng(0)
     groups = []
     for count, *shape in experiment.shapes:
@@ -82,7 +83,7 @@ def draw_groups(experiment, real):
 
 
 def certain(matrices):
-    """Deterministic bounds, one matrix after the other."""
+    """Return deterministic bounds, one matrix after the other."""
 
     def bounds(matrix):
         found = norms.norm_bounds(matrix, width=WIDTH)
@@ -92,7 +93,7 @@ def certain(matrices):
 
 
 def probable(matrices):
-    """Bounds by products with vectors only."""
+    """Return bounds that need only products with vectors."""
 
     def bounds(given):
         matrix, key = given
@@ -111,12 +112,12 @@ def probable(matrices):
 
 
 def singular_values(matrices):
-    """All of them, as a batch: faster than one after the other."""
+    """Return all singular values, as a batch, which is faster than a loop."""
     return jnp.linalg.svd(matrices, compute_uv=False)
 
 
 def gram_eigenvalues(matrices):
-    """Eigenvalues of the smaller Gram matrices, as a batch."""
+    """Return the eigenvalues of the smaller Gram matrices, as a batch."""
     flipped = matrices.mT
     pair = (flipped, matrices) if matrices.shape[1] >= matrices.shape[2] else None
     left, right = pair or (matrices, flipped)
@@ -132,24 +133,30 @@ METHODS = {
 
 
 def race(groups, rounds):
-    """Seconds of each method over all groups, in turns; compilations; last results."""
+    """Time each method over all groups, the methods in turns.
+
+    Returns:
+        Seconds of all rounds, seconds of compiling, numbers of BLAS threads, and the
+        last results, each by method.
+    """
     inputs = [jax.device_put(matrices) for _, matrices in groups]
-    programs, compiling, results = {}, {}, {}
+    programs, compiling, threads, results = {}, {}, {}, {}
     for name, method in METHODS.items():
         script.say(f"compiling: {name}")
         begun = time.perf_counter()
-        # A function of its own for each shape: nothing is remembered between methods.
+        # A new jitted function for each shape, so that methods share no traces.
         programs[name] = [jax.jit(method).lower(x).compile() for x in inputs]
         compiling[name] = time.perf_counter() - begun
-        results[name] = run(programs[name], inputs)
+        threads[name] = timing.best_threads(lambda n=name: run(programs[n], inputs))
     seconds = {name: [] for name in METHODS}
     for i in range(rounds):
         script.say(f"round {i + 1} of {rounds}")
         for name in METHODS:
-            begun = time.perf_counter()
-            results[name] = run(programs[name], inputs)
-            seconds[name].append(time.perf_counter() - begun)
-    return seconds, compiling, results
+            with timing.blas(threads[name]):
+                begun = time.perf_counter()
+                results[name] = run(programs[name], inputs)
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds, compiling, threads, results
 
 
 def run(programs, inputs):
@@ -161,7 +168,7 @@ def run(programs, inputs):
 
 
 def judge(groups, results):
-    """One row for each matrix: the truth and both pairs of bounds."""
+    """Return a row for each matrix, with its norm and both pairs of bounds."""
     rows = []
     for i, (names, group) in enumerate(groups):
         found = {
@@ -182,7 +189,7 @@ def judge(groups, results):
 
 
 def targets_of(rows, ratios):
-    """What was asked for, of both kinds of bounds."""
+    """Return the targets of both kinds of bounds."""
     found = []
     for kind in ("certain", "probable"):
         unit = ratios[f"kronjax, {kind}"]
@@ -203,7 +210,7 @@ def targets_of(rows, ratios):
 
 
 def draw(rows, seconds):
-    """Bounds around the truth, and times over that of the certain bounds."""
+    """Draw bounds relative to the norm, and times over that of the certain bounds."""
     chart, ((left, right),) = script.figure(11, 4.2, columns=2)
     order = np.argsort([row["width_certain"] for row in rows])
     for kind, color in (("certain", "tab:blue"), ("probable", "tab:cyan")):
@@ -226,7 +233,7 @@ def draw(rows, seconds):
 
 
 def main():
-    """Run it and write `spectral_norms.json` and `spectral_norms.png`."""
+    """Run the benchmark, and write `spectral_norms.json` and `spectral_norms.png`."""
     parser = script.parser(__doc__)
     parser.add_argument(
         "--weights", type=Path, help="GPT-2 small as .safetensors, some layers or all"
@@ -238,10 +245,10 @@ def main():
         parser.error(f"{given.weights} holds no h.*.attn.c_attn.weight")
     groups = draw_groups(experiment, real)
     used = sum(not name.startswith("random") for names, _ in groups for name in names)
-    seconds, compiling, results = race(groups, experiment.rounds)
+    seconds, compiling, threads, results = race(groups, experiment.rounds)
     script.say("singular values in float64")
     rows = judge(groups, results)
-    # Of each round by itself: what else the machine does changes slowly.
+    # Ratios are taken within each round, as the load of the machine changes slowly.
     base = np.array(seconds["kronjax, certain"])
     ratios = {name: float(np.median(np.array(x) / base)) for name, x in seconds.items()}
     script.table(
@@ -261,6 +268,7 @@ def main():
         "ratios": ratios,
         "seconds": seconds,
         "compile_seconds": compiling,
+        "blas_threads": threads,
         "failure": FAILURE,
         "matrices": rows,
     }
@@ -268,7 +276,7 @@ def main():
 
 
 def widths(rows, kind):
-    """The widest and the median pair of bounds, where there are any."""
+    """Return the widest and the median width of bounds, or "-" without bounds."""
     if f"width_{kind}" not in rows[0]:
         return "-", "-"
     found = [row[f"width_{kind}"] for row in rows]

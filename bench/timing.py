@@ -1,7 +1,7 @@
 """Timing that keeps compilation apart from running, and what ran where.
 
 Absolute times belong to one machine at one moment.  What may be quoted is a ratio of
-two times of one run, or a rate as a fraction of `gemm_rate` in the same run.
+two times of one run, or a rate as a fraction of `product_rate` in the same run.
 """
 
 import json
@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Timing:
         compile: Tracing, lowering and compiling, together.
         best: Fastest run.
         median: Median run.
-        repeats: How many runs were timed, after one that was not.
+        repeats: Number of timed runs; they follow a run that is not timed.
     """
 
     compile: float
@@ -38,13 +39,13 @@ class Timing:
 def measure(function, *args, repeats=5):
     """Time compiling and running `function(*args)`.
 
-    JAX remembers traces, so `compile` means something the first time a function
-    object meets these shapes; and nothing when a persistent compilation cache is on.
+    JAX caches traces, so `compile` is meaningful only the first time that a function
+    object is given these shapes, and never with a persistent compilation cache.
 
     Args:
-        function: Jitted, or it will be; static arguments must be closed over.
+        function: A function, jitted or not; it must close over static arguments.
         *args: Pytrees of arrays, moved to the device before the clock starts.
-        repeats: Runs to time.
+        repeats: Number of timed runs.
     """
     if not hasattr(function, "lower"):
         function = jax.jit(function)
@@ -62,8 +63,40 @@ def measure(function, *args, repeats=5):
     return Timing(compile_seconds, min(runs), statistics.median(runs), repeats)
 
 
-def gemm_rate(shape, dtype=jnp.float32, batch=1, repeats=5):
-    """FLOP/s of `jnp.matmul(..., precision="highest")` on [batch, n, n].
+def blas(threads):
+    """Return a context in which BLAS and LAPACK use so many threads; None: the default.
+
+    Args:
+        threads: A number, or None.
+    """
+    return threadpool_limits(threads, "blas")
+
+
+def best_threads(run):
+    """Return the number of BLAS threads with which a function is faster: 1 or None.
+
+    The threads of OpenBLAS wait actively. Beside a program with threads of its own, and
+    for small matrices, one is often faster than the default. `kronjax.approximate` and
+    the runs of `kronjax factorize` use one; rivals get the faster of the two.
+
+    Args:
+        run: Called without arguments, four times, so that libraries are loaded first.
+
+    Returns:
+        An argument for `blas`.
+    """
+    seconds = {}
+    for threads in (1, None):
+        with blas(threads):
+            run()
+            begun = time.perf_counter()
+            run()
+            seconds[threads] = time.perf_counter() - begun
+    return min(seconds, key=lambda threads: seconds[threads])
+
+
+def product_rate(shape, dtype=jnp.float32, batch=1, repeats=5):
+    """Return the FLOP/s of `jnp.matmul(..., precision="highest")` on [batch, n, n].
 
     The products are chained inside one program, so that small matrices are not
     charged for dispatch: the chain is about 2e9 FLOP long, at most 256 products.
@@ -71,8 +104,8 @@ def gemm_rate(shape, dtype=jnp.float32, batch=1, repeats=5):
     Args:
         shape: n, or (n, n).
         dtype: Floating type; float64 needs `jax_enable_x64`.
-        batch: How many products at once.
-        repeats: Runs to time; the best counts.
+        batch: Number of products at once.
+        repeats: Number of timed runs; the best counts.
     """
     n = int(shape) if np.ndim(shape) == 0 else int(shape[0])
     if np.ndim(shape) and tuple(shape) != (n, n):
@@ -95,7 +128,7 @@ def gemm_rate(shape, dtype=jnp.float32, batch=1, repeats=5):
 
 
 def machine():
-    """What a reader needs in order to judge a ratio: processor, versions, devices."""
+    """Return what a reader needs to judge a ratio: processor, versions, devices."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -133,7 +166,7 @@ def write_results(name, results, out_dir):
 
 
 def _cpu_model():
-    """The processor's name; where the system does not say, its architecture."""
+    """Return the processor's name, or its architecture where the name is unknown."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,9 +1,9 @@
-"""A step of the training loop beside a minimal loop written by hand, same model.
+"""Overhead of the training loop over a minimal loop written by hand, on one model.
 
-The loop by hand is what one writes first: `nnx.split`, one jitted and donating step,
-optax, random windows. It runs inside of the other, a few steps of each in turn, so that
-both see the same machine. What the loop does beside (shuffled blocks, guards against
-numbers that are none, a line of metrics for every step) has to cost next to nothing.
+The loop by hand has `nnx.split`, a jitted and donating step, optax and random windows.
+It runs inside of the other loop, a few steps of each in turn, so that both meet the
+same load of the machine. The further work of the training loop (shuffled blocks, guards
+against NaN, a line of metrics for every step) should cost almost nothing.
 """
 
 import statistics
@@ -26,23 +26,23 @@ from kronjax.lm.training.optimizer import schedule
 from kronjax.lm.training.settings import Optimizer, Settings
 
 MAX_OVERHEAD = 0.05
-"""Of the time of a step by hand, at most."""
+"""Largest allowed overhead over the time of a step by hand."""
 
 SMALL = gpt2.Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-"""A model whose steps are over at once: what is left is the loop."""
+"""A model whose steps take almost no time, so that the loop dominates."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is run.
+    """A model, its text, and the number of steps.
 
     Attributes:
-        name: Of the model.
-        model: To train.
-        tokens: Text.
-        batch: Windows of its context in a step.
-        steps: In each turn.
-        turns: Of both loops.
+        name: Name of the model.
+        model: The model to train.
+        tokens: Tokens of the text, `[n]`.
+        batch: Number of windows in a step.
+        steps: Number of steps in a turn.
+        turns: Number of turns of both loops.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Experiment:
 
 
 class ByHand:
-    """A hook that runs the minimal loop between two turns of the other."""
+    """A hook that runs the minimal loop between two turns of the training loop."""
 
     def __init__(self, experiment):
         self.experiment = experiment
@@ -120,7 +120,7 @@ class ByHand:
 
 
 def measure(experiment):
-    """Return seconds of a step, by hand and by the loop, for every turn."""
+    """Return the seconds of a step by hand and by the loop, for every turn."""
     hook = ByHand(experiment)
     steps = experiment.steps
     settings = Settings(
@@ -136,7 +136,7 @@ def measure(experiment):
 
 
 def draw(cases):
-    """Overhead of every turn, by model."""
+    """Draw the overhead of every turn by model."""
     chart, axes = script.figure(5, 3.4)
     for place, case in enumerate(cases.values()):
         ratios = np.array(case["loop"]) / np.array(case["by_hand"]) - 1
@@ -150,6 +150,7 @@ def draw(cases):
 
 
 def main():
+    """Run the benchmark, and write `training.json` and `training.png`."""
     given = script.parser(__doc__).parse_args()
     small = gpt2.Model(SMALL, rngs=nnx.Rngs(0))
     counted = np.arange(4096, dtype=np.int32) % 64
@@ -159,10 +160,11 @@ def main():
         tokens = tokenizer_of(model).encode(corpus.training()[:400_000])
         experiments.append(Experiment("bundled", model, tokens, 2, 5, 24))
     cases = {}
-    for one in experiments:
-        script.say(f"{one.name}: {one.turns} turns of {one.steps} steps")
-        by_hand, ours = measure(one)
-        cases[one.name] = {
+    for experiment in experiments:
+        turns, steps = experiment.turns, experiment.steps
+        script.say(f"{experiment.name}: {turns} turns of {steps} steps")
+        by_hand, ours = measure(experiment)
+        cases[experiment.name] = {
             "by_hand": by_hand,
             "loop": ours,
             "overhead": statistics.median(ours / by_hand) - 1,

@@ -1,4 +1,4 @@
-"""Methods that halve the parameters of linear layers, and the model they work on."""
+"""Methods that halve the parameters of linear layers, and the model for them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,37 +25,38 @@ from kronjax.lm.training.settings import Optimizer, Pruning, Settings, Weights
 from kronjax.recipe import Recipe, Rule, Term
 
 HALF = 0.5
-"""Of the parameters of linear layers, what is left."""
+"""Fraction of the parameters of linear layers that remains."""
 
 WAYS = {
     "vanilla": None,
     "distillation": Weights(next_token=0.0, logits=1.0),
 }
-"""What is made small: the next-token loss, or the divergence from the dense model."""
+"""Objectives: the next-token loss, or the divergence from the dense model."""
 
 NEAR_RATE, FAR_RATE = 2e-4, 1e-3
-"""Largest learning rates: of what begins near the dense model, and of Kronecker terms,
-which begin two nats away. With 1e-3 the dense model, trained on, became worse by 0.09
-nats in 40 steps: it had ended with a fiftieth of that."""
+"""Largest learning rates, for models that begin near the dense model and for Kronecker
+terms, which begin two nats away. With 1e-3 the loss of the dense model rose by 0.09
+nats in 40 steps of further training: its own training had ended with a fiftieth of that
+rate."""
 
 
 @dataclasses.dataclass
 class Study:
-    """What is studied on what.
+    """The model, the texts, and the amount of training.
 
     Attributes:
-        model: Dense.
-        tokens: `[n]`, to train on.
-        held_out: To judge by.
-        work: The folder that keeps what is finished.
-        steps: Of a training.
-        long_steps: Of the long ones.
-        batch: Windows in a step.
-        length: Of a window.
-        seeds: Orders of the data.
-        calibration: Tokens for moments.
-        only: Names of methods; all of them if there are none.
-        long: What is trained for long, too.
+        model: The dense model.
+        tokens: Tokens to train on, `[n]`.
+        held_out: Text to measure losses on.
+        work: Folder of finished parts.
+        steps: Number of steps of a training.
+        long_steps: Number of steps of a long training.
+        batch: Number of windows in a step.
+        length: Number of tokens in a window.
+        seeds: Seeds of the order of the data.
+        calibration: Number of tokens for moments.
+        only: Names of methods; all methods if empty.
+        long: Names of methods that are also trained for long.
     """
 
     model: LanguageModel
@@ -73,7 +74,7 @@ class Study:
     _moments: Any = None
 
     def moments(self) -> Moments:
-        """What layers see, and what the loss asks of them; measured once."""
+        """Return moments of inputs and gradients, measured once."""
         path = self.work / "moments.safetensors"
         if self._moments is None:
             if not path.exists():
@@ -86,14 +87,14 @@ class Study:
         return self._moments
 
     def loss(self, model: LanguageModel) -> float:
-        """Nats per held-out token; dense models of one kind share a program."""
+        """Return nats per held-out token; dense models of one kind share a program."""
         dense = nn.multiplied_out(model)
         dense.recipe, dense.tokenizer = None, self.model.tokenizer
         found = perplexity.perplexity(dense, self.held_out, "krony-pt", progress=False)
         return found.nll
 
     def compressed(self, name: str, rules: Recipe) -> LanguageModel:
-        """The model that rules make, kept in a folder."""
+        """Return the model compressed by rules, which is stored in a folder."""
         folder = self.work / "models" / name.replace(" ", "-").replace(",", "")
         if not (folder / "config.json").exists():
             made = pipeline.run(self.model, rules, self.moments(), progress=False).model
@@ -102,7 +103,7 @@ class Study:
         return lm.load(folder, dtype="float32")
 
     def settings(self, rate: float, way: str, seed: int, steps: int) -> Settings:
-        """How all methods are trained, but for the rate."""
+        """Return the settings of training, which differ only in the rate by method."""
         return Settings(
             steps=steps,
             batch=self.batch,
@@ -115,17 +116,17 @@ class Study:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A way to half the parameters.
+    """A way to halve the parameters.
 
     Attributes:
-        name: In words.
-        start: Returns the smaller model before any training.
-        begin: Where training starts from, if it is somewhere else.
-        hook: Returns what happens between steps, given how many there are.
-        in_stages: Returns the stages, if there are several.
-        ways: Of training.
-        is_extra: Whether one seed has to do.
-        rate: The largest learning rate.
+        name: Name in words.
+        start: Function that returns the smaller model before any training.
+        begin: Function that returns the model to train, if that is another one.
+        hook: Function from the number of steps to the hook of the training.
+        in_stages: Function that returns the stages, if there are several.
+        ways: Names of the objectives that it is trained by.
+        is_extra: Whether it is trained with one seed only.
+        rate: Largest learning rate.
     """
 
     name: str
@@ -139,7 +140,7 @@ class Method:
 
 
 def halves(model: LanguageModel, **options: Any) -> Recipe:
-    """Rules for one term (n_in / 2, n_out) ⊗ (2, 1) in every linear layer."""
+    """Return rules for one term (n_in / 2, n_out) ⊗ (2, 1) in every linear layer."""
     rules = []
     for name, layer in nn.linear_layers(model).items():
         m, n = nn.shape_of(layer)
@@ -149,7 +150,7 @@ def halves(model: LanguageModel, **options: Any) -> Recipe:
 
 
 def low_rank(weighting: Any) -> Recipe:
-    """Rules for low rank in every linear layer."""
+    """Return rules for low rank in every linear layer."""
     rule = Rule(
         match="*",
         method="low-rank",
@@ -161,7 +162,7 @@ def low_rank(weighting: Any) -> Recipe:
 
 
 def methods_of(study: Study) -> list[Method]:
-    """All methods, at one number of parameters."""
+    """Return all methods, at equal numbers of parameters."""
     plain: Any = {"norm": "frobenius", "weighting": "none"}
     kinds = {
         "low rank, data-aware": low_rank("input+gradient"),
@@ -231,7 +232,7 @@ def methods_of(study: Study) -> list[Method]:
 def trained(
     study: Study, method: Method, way: str, seed: int, steps: int
 ) -> LanguageModel:
-    """The model of a method after training."""
+    """Return the model of a method after training."""
     settings = study.settings(method.rate, way, seed, steps)
     given: Any = {
         "teacher": None if WAYS[way] is None else study.model,

@@ -1,18 +1,18 @@
 """Methods × {no training, vanilla, distillation} at equal parameters and tokens.
 
-All linear layers of the bundled model are brought to half of their parameters, by low
+All linear layers of the bundled model are reduced to half of their parameters: by low
 rank, by one Kronecker term (n_in / 2, n_out) ⊗ (2, 1) from several starts, or by
-pruning; then trained on the text that the dense model was trained on, for equally many
-tokens, with the same settings. Losses are those of held-out text, by the protocol
-`krony-pt`; `recovered` is the part of the loss (in log-perplexity) that compression
-added and training took away. It may exceed one: the dense model itself is not fully
-trained, and is trained on for comparison.
+pruning. They are then trained on the text that the dense model was trained on, for
+equally many tokens, with the same settings. Losses are those of held-out text, by the
+protocol `krony-pt`; `recovered` is the part of the loss (in log-perplexity) added by
+compression that training removes. It may exceed one: the dense model itself is not
+fully trained, and is trained further for comparison.
 
 A few methods are also trained five times as long, for 2.5 % of the tokens that the
 dense model saw.
 
-What is finished is kept in `--work`, and the same line goes on; `--minutes` ends the
-run in time.
+Finished parts are stored in `--work`; run the same command again to resume. `--minutes`
+ends a run in time.
 """
 
 import dataclasses
@@ -39,10 +39,10 @@ from kronjax.lm.models.reading import tokens_of
 from kronjax.lm.text import documents as texts
 
 SEEN = 4_096_000
-"""Tokens that the bundled model saw: see its data sheet."""
+"""Number of tokens that the bundled model was trained on: see its data sheet."""
 
 CHARACTERS = 80_000
-"""Of the held-out text, to measure on: half of it."""
+"""Characters of the held-out text to measure on: half of it."""
 
 DENSE = "dense, trained on"
 
@@ -50,7 +50,7 @@ BASES = {
     "low rank, progressive": "low rank, data-aware",
     "Kronecker, layer by layer": "Kronecker, Van Loan",
 }
-"""What methods with stages would be at once: they recover what that has lost."""
+"""The methods without stages whose losses those with stages recover."""
 
 LONG = (
     "pruning, gradual",
@@ -58,15 +58,15 @@ LONG = (
     "low rank, data-aware",
     DENSE,
 )
-"""What is trained for `long_steps`, too, in this order."""
+"""Methods that are also trained for `long_steps`, in this order."""
 
 RECOVERED, NEAR = 0.8, 1.05
-"""Targets: of the loss of compression the part that the best method recovers, and the
+"""Targets: the part of the loss of compression that the best method recovers, and the
 perplexity of pruning over that of the dense model."""
 
 
 def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
-    """Everything that is measured, by name, in the order in which it is."""
+    """Return the functions that measure the parts, by name, in their order."""
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
 
     def measured(model: LanguageModel) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
     for method in methods:
         if method.name not in BASES:
             parts[f"{method.name}|none|0"] = lambda m=method: measured(m.start())
-    # From itself the dense model would learn nothing.
+    # The dense model would learn nothing by distillation from itself.
     whole = Method(DENSE, lambda: nnx.clone(study.model), ways=("vanilla",))
     methods = [whole, *methods]
     named = {method.name: method for method in methods}
@@ -115,7 +115,7 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
                 m, w, 0, study.long_steps
             )
 
-    # What matters most comes first, where time is short.
+    # The most important parts come first, as time may end a run.
     first, *others = study.seeds
     train_all(first)
     train_long(study.long[:1])
@@ -127,7 +127,7 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
 
 
 def run(study: Study, minutes: float = math.inf) -> tuple[dict[str, Any], bool]:
-    """Measure what is not kept yet; say whether that was all."""
+    """Measure the parts that are not stored yet; return whether all are done."""
     kept = study.work / "results.json"
     results = json.loads(kept.read_text()) if kept.exists() else {}
     begun = time.perf_counter()
@@ -145,7 +145,7 @@ def run(study: Study, minutes: float = math.inf) -> tuple[dict[str, Any], bool]:
 
 
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Mean, spread and recovered part, by method and way."""
+    """Return mean, spread and recovered part by method and way."""
     dense = results["dense"]["loss"]
     found: dict[tuple[str, str], list[float]] = {}
     for key, value in results.items():
@@ -172,7 +172,7 @@ def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def targets_of(results: dict[str, Any], rows: list[dict[str, Any]]):
-    """What was asked for."""
+    """Return the targets."""
     targets = []
     recovered = [x["recovered"] for x in rows if x.get("recovered") is not None]
     if recovered:
@@ -191,7 +191,7 @@ def targets_of(results: dict[str, Any], rows: list[dict[str, Any]]):
 
 
 def draw(results: dict[str, Any], rows: list[dict[str, Any]]):
-    """Nats above the dense model, by method and way."""
+    """Draw nats above the dense model by method and way."""
     dense = results["dense"]["loss"]
     names = list(dict.fromkeys(row["method"] for row in rows))
     ways = ["none", *WAYS, *(f"{way}, long" for way in WAYS)]
@@ -217,7 +217,7 @@ def draw(results: dict[str, Any], rows: list[dict[str, Any]]):
 
 
 def quick(work: Path) -> Study:
-    """A study of seconds: a random model of one block, one seed, a few steps."""
+    """Return a study of seconds: a random model of one block, one seed, few steps."""
     bundled = demo.model()
     small = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
     config: Any = dataclasses.replace(bundled.config, **small)
@@ -236,7 +236,7 @@ def quick(work: Path) -> Study:
 
 
 def full(work: Path) -> Study:
-    """The study."""
+    """Return the whole study."""
     model = demo.model()
     path = work / "tokens.npy"
     if not path.exists():
@@ -248,16 +248,19 @@ def full(work: Path) -> Study:
 
 
 def main():
+    """Run the study, and write `training_study.json` and `training_study.png`."""
     parser = script.parser(__doc__)
-    parser.add_argument("--work", type=Path, help="keep here what is done")
-    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--work", type=Path, help="folder of finished parts; resumes")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no part after these"
+    )
     given = parser.parse_args()
     if not given.quick and given.work is None:
         parser.error("--work FOLDER is needed, or --quick")
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary) if given.quick else given.work
         work.mkdir(parents=True, exist_ok=True)
-        # Three seeds, and several starts, share their programs.
+        # Seeds and starts share their programs.
         jax.config.update("jax_compilation_cache_dir", str(work / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         study = quick(work) if given.quick else full(work)

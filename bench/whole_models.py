@@ -1,27 +1,27 @@
-"""What does compressing a whole model take, and does it survive being killed?
+"""Time and memory of `kronjax factorize` on a whole model, and its safety when killed.
 
-Matrices of the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of 768 x 3072;
-`--counts` for a part of them) in float32: real ones from `--weights` as far as they go,
-then random ones as in `spectral_norms`, as one safetensors file.  `kronjax factorize`
-in a process of its own makes them half as large, by near-square configurations in the
-spectral norm; its wall time, file work and compilation included, is compared with the
-products that it spent at the rate of plain ones, its memory is the peak that the system
-reports.  The same square matrices one by one, by a jitted `kronjax.solve`, are the
-rival, with the seconds that proofs like those of the batch take apart.  Thousands of
-small matrices, compilation apart and files, too, have the same rival.  Then a run of
-small matrices is killed at random moments and begun again until it ends, and compared
-bit by bit with one that nobody disturbed; and eight simulated devices are compared with
-one.
+The matrices have the shapes of OPT-125M (48 of 768 x 768, 12 of 3072 x 768, 12 of
+768 x 3072; `--counts` takes a part of them) in float32, in one safetensors file: real
+ones from `--weights` first, then random ones as in `spectral_norms`.  `kronjax
+factorize` in a separate process halves their parameters by near-square configurations
+in the spectral norm.  Its wall time, file work and compilation included, is compared
+with the time of as many plain products; its memory is the peak that the system reports.
+The rival solves the same square matrices one by one with a jitted `kronjax.solve`; its
+proofs, the same as those of the batch, are timed separately.  Thousands of small
+matrices have the same rival, without compilation and files.  Then a run on small
+matrices is killed at random moments and repeated until it ends, and its files are
+compared bit by bit with those of an undisturbed run.  Finally eight simulated devices
+are compared with one.
 
-Products are counted low: of a tall matrix one evaluation has two tall products and the
-rest are small, and one of the rank r has three of `r` by what it approximates, but only
-accepted steps and beginnings of stages are known to have been evaluations; proofs have
-those of their rounds, and of one sweep that takes the tangential part out. Symmetric
-products count in full, though processors leave some of their operations out:
-"computed" is the share without those and without proofs, lower still, for products of
-evaluations that are not known count as symmetric. The rival's share is counted alike,
-by its own steps. The batch writes files and measures errors in float64, the rival does
-not.
+The count of products is a lower bound.  An evaluation of a tall matrix has two tall
+products, and the others are small; an evaluation at rank r has three products of `r`
+with the matrix.  Only accepted steps and beginnings of stages are known to be
+evaluations.  A proof has the products of its rounds, and those of one sweep that
+removes the tangential part.  Symmetric products count in full, although processors omit
+some of their operations: the share "computed" omits these, and the proofs; it is lower
+still, as products of unknown evaluations count as symmetric.  The rival's share is
+counted in the same way from its own steps.  The batch writes files and measures errors
+in float64; the rival does not.
 """
 
 import json
@@ -70,6 +70,7 @@ from kronjax import Configuration
 from kronjax.runs.pool import Matrix, Pool
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
+from kronjax.runs.cpu_threads import one_blas_thread
 count, lanes = int(sys.argv[1]), 8
 matrices = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
 problem = Problem.of((36, 36), Configuration((6, 6), 3), num_starts=1)
@@ -81,7 +82,8 @@ for devices in (1, 8):
     )
     def run(some):
         given = (Matrix(i, x) for i, x in enumerate(some))
-        return {x.key: x.terms[0].a.tobytes() for x in pool.solve(given)}
+        with one_blas_thread():
+            return {x.key: x.terms[0].a.tobytes() for x in pool.solve(given)}
     run(matrices[:lanes])
     seconds[devices] = []
     for _ in range(3):
@@ -113,9 +115,12 @@ made, _ = factorize.planned(
 kept = store.Store(MemoryFolder(), made)
 (lanes,) = engine.lanes_of(kept, devices).values()
 pools, lanes = workers.pools_of(group.kind, group.count, lanes, devices, tolerance)
-list(workers.solve(pools, (Matrix(i, x) for i, x in enumerate(drawn[:lanes]))))
+def run(some):
+    with cpu_threads.one_blas_thread():
+        list(workers.solve(pools, (Matrix(i, x) for i, x in enumerate(some))))
+run(drawn[:lanes])
 begun = time.perf_counter()
-list(workers.solve(pools, (Matrix(i, x) for i, x in enumerate(drawn))))
+run(drawn)
 seconds = (time.perf_counter() - begun) / count
 print(json.dumps({"batch": seconds, "pools": len(pools), "lanes": lanes}))
 """
@@ -123,19 +128,19 @@ print(json.dumps({"batch": seconds, "pools": len(pools), "lanes": lanes}))
 
 @dataclass(frozen=True)
 class Experiment:
-    """What to run.
+    """Sizes and numbers of the matrices.
 
     Attributes:
-        counts: Of square, tall and wide matrices.
-        shapes: Of them.
+        counts: Numbers of square, tall and wide matrices.
+        shapes: Their shapes.
         configurations: Shapes of their left factors.
-        ranks: Of the square ones, and of the others.
-        loop: How many square ones the rival solves.
-        kills: How often the small run is killed.
-        small: Its matrices of 36 x 36.
-        shared: Matrices that one device solves, and eight.
-        thousands: Matrices of 36 x 36 that are solved in pools.
-        some: How many of them the rival solves.
+        ranks: Number of terms for square matrices, and for the others.
+        loop: Number of square matrices that the rival solves.
+        kills: Number of times that the small run is killed.
+        small: Number of matrices of 36 x 36 in that run.
+        shared: Number of matrices that one device solves, and eight devices.
+        thousands: Number of matrices of 36 x 36 that are solved in pools.
+        few: Number of these that the rival solves.
     """
 
     counts: tuple[int, int, int] = (48, 12, 12)
@@ -147,7 +152,7 @@ class Experiment:
     small: int = 512
     shared: int = 512
     thousands: int = 4096
-    some: int = 128
+    few: int = 128
 
 
 QUICK = Experiment(
@@ -160,7 +165,7 @@ QUICK = Experiment(
     small=8,
     shared=8,
     thousands=4,
-    some=1,
+    few=1,
 )
 
 
@@ -182,15 +187,15 @@ def draw_model(experiment, real, path):
 
 
 def flops_of(record):
-    """Operations that the products of a matrix took, counted low.
+    """Return a lower bound of the operations in the products of a solve.
 
     Returns:
-        Of those of the size of `EᵀE`; of those with factors: the sum itself, and its
-        two gradients; of those of the proof; and what is left out of the first because
-        they are symmetric.
+        The operations of products of the size of `EᵀE`; those of products with factors,
+        for the sum itself and its two gradients; those of the proof; and the operations
+        of the first that are omitted because they are symmetric.
     """
     m, n = max(record["shape"]), min(record["shape"])
-    rank = sum(one["rank"] for one in record["configurations"])
+    rank = sum(each["rank"] for each in record["configurations"])
     evaluations = record["steps"] + len(record["p"]) - 1
     large = 2 * n**3 * record["products"] + 4 * n**2 * (m - n) * evaluations
     plain = 2 * n**2 * m * evaluations
@@ -202,10 +207,10 @@ def flops_of(record):
 
 
 def proof_flops(m, n, rank, rounds):
-    """Operations of the products in a proof: of its rounds, and of one sweep.
+    """Return the operations of the products in the rounds and the sweep of a proof.
 
     Each round of `multipliers.balance` multiplies by its multipliers and back, takes
-    the tangential part of the result, and makes a matrix of that.
+    the tangential part of the result, and multiplies it out.
     """
     multiplied = 2 * n**2 * (m + n)
     tangential = 2 * 2 * rank * m * n
@@ -213,7 +218,7 @@ def proof_flops(m, n, rank, rounds):
 
 
 def halved(n):
-    """Entries of a symmetric product `[n, n]` that are computed, on processors."""
+    """Return the number of entries of a symmetric `[n, n]` that processors compute."""
     if n < schatten.HALVED:
         return n**2
     half = n // 2
@@ -221,7 +226,7 @@ def halved(n):
 
 
 def run_python(code, *arguments, **environment):
-    """Run code in a process of its own; what it prints as JSON."""
+    """Run code in a separate process, and return the JSON that it prints."""
     run = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env={**os.environ, **environment},
@@ -235,18 +240,18 @@ def run_python(code, *arguments, **environment):
 
 
 def run_small(experiment, tolerance):
-    """Seconds of each small matrix in pools, and of some one by one, proofs apart."""
-    found = run_python(THOUSANDS, experiment.thousands, tolerance, runs.RULES)
+    """Return the seconds of a small matrix in pools, alone, and of its proof."""
+    pooled = run_python(THOUSANDS, experiment.thousands, tolerance, runs.RULES)
     rng = np.random.default_rng(0)
-    drawn = rng.standard_normal((experiment.some, 36, 36)).astype(np.float32)
+    drawn = rng.standard_normal((experiment.few, 36, 36)).astype(np.float32)
     loop = script.solve_alone(drawn, SMALL, tolerance)
     alone = {"loop": np.mean(loop.runs), "proof": np.mean(loop.proofs)}
-    return {**found, **{key: float(x) for key, x in alone.items()}}
+    return {**pooled, **{key: float(x) for key, x in alone.items()}}
 
 
 def targets_of(model, small, kills, devices):
-    """What was asked for."""
-    one, eight = (min(devices["seconds"][key]) for key in ("1", "8"))
+    """Return the targets."""
+    single, eight = (min(devices["seconds"][key]) for key in ("1", "8"))
     proven = small["loop"] + small["proof"]
     return [
         script.Target("largest certified gap", model["gap"], GAP),
@@ -271,12 +276,12 @@ def targets_of(model, small, kills, devices):
         script.Target("killed: lost", kills["lost"], 0),
         script.Target("killed: solved twice", kills["solved_twice"], 0),
         script.Target("eight devices: identical", devices["identical"], 1, True),
-        script.Target("eight devices / one", eight / one, 1.1),
+        script.Target("eight devices / one", eight / single, 1.1),
     ]
 
 
 def measure(experiment, real, tolerance, folder):
-    """Compress the model, and solve its square matrices one by one."""
+    """Factorize the model, and solve its square matrices one by one."""
     used = draw_model(experiment, real, folder / "model.safetensors")
     square, tall, wide = map(list, experiment.configurations)
     rules = RULES.format(square=square, tall=tall, wide=wide, ranks=experiment.ranks)
@@ -291,24 +296,24 @@ def measure(experiment, real, tolerance, folder):
         "rules:\n" + "".join(f"- match{part}" for part in kept)
     )
     size = min(experiment.shapes[0])
-    rates = [timing.gemm_rate(size)]
-    script.say(f"compressing {sum(experiment.counts)} matrices, {used} of them real")
-    told, seconds, memory = runs.factorize(folder, "model", "out", tolerance)
-    script.say(f"compressed in {seconds:.0f} s")
-    rates.append(timing.gemm_rate(size))
-    records, batch = told["matrices"], runs.span(folder / "out", "square")
+    rates = [timing.product_rate(size)]
+    script.say(f"factorizing {sum(experiment.counts)} matrices, {used} of them real")
+    result, seconds, memory = runs.factorize(folder, "model", "out", tolerance)
+    script.say(f"factorized in {seconds:.0f} s")
+    rates.append(timing.product_rate(size))
+    records, batch = result["matrices"], runs.span(folder / "out", "square")
     matrices = safetensors.numpy.load_file(folder / "model.safetensors")
     names = [f"square.{i}" for i in range(min(experiment.loop, experiment.counts[0]))]
     configuration = Configuration(experiment.configurations[0], experiment.ranks[0])
     loop = script.solve_alone([matrices[x] for x in names], configuration, tolerance)
-    rates.append(timing.gemm_rate(size))
-    counted = np.sum([flops_of(one) for one in records], axis=0)
+    rates.append(timing.product_rate(size))
+    counted = np.sum([flops_of(record) for record in records], axis=0)
     large, thin, proof, left_out = counted
-    rate = np.median(rates)  # one of which may meet a busy machine
+    rate = np.median(rates)  # a measurement may meet a busy machine
     plain = seconds * rate
-    like = next(one for one in records if one["name"] == names[0])
-    own = np.sum([flops_of({**like, **one})[:2] for one in loop.efforts])
-    # All squares one by one would take as much longer as they take more products.
+    like = next(record for record in records if record["name"] == names[0])
+    own = np.sum([flops_of({**like, **effort})[:2] for effort in loop.efforts])
+    # The time of all squares one by one is extrapolated by their products.
     squares = {
         x["name"]: x["products"] for x in records if x["name"].startswith("square")
     }
@@ -321,8 +326,8 @@ def measure(experiment, real, tolerance, folder):
         "seconds": seconds,
         "memory": memory,
         "rates": rates,
-        "gap": max(one["bounds"]["gap"] for one in records),
-        "parameters": told["after"]["parameters"] / told["before"]["parameters"],
+        "gap": max(record["bounds"]["gap"] for record in records),
+        "parameters": result["after"]["parameters"] / result["before"]["parameters"],
         "share": (large + thin + proof) / plain,
         "descent": (large + thin) / plain,
         "large": large / plain,
@@ -336,13 +341,13 @@ def measure(experiment, real, tolerance, folder):
 
 
 def draw(model, kills):
-    """Gaps by the shape of the matrices; what was finished when runs were killed."""
+    """Draw gaps by the shape of the matrices, and the progress of killed runs."""
     chart, ((left, right),) = script.figure(11, 4.2, columns=2)
     for name in ("square", "tall", "wide"):
-        some = [x for x in model["matrices"] if x["name"].startswith(name)]
-        label = "x".join(map(str, some[0]["shape"])) if some else name
-        gaps = [100 * one["bounds"]["gap"] for one in some]
-        errors = [one["errors"]["relative_spectral"] for one in some]
+        records = [x for x in model["matrices"] if x["name"].startswith(name)]
+        label = "x".join(map(str, records[0]["shape"])) if records else name
+        gaps = [100 * record["bounds"]["gap"] for record in records]
+        errors = [record["errors"]["relative_spectral"] for record in records]
         left.plot(errors, gaps, ".", label=label)
     left.axhline(100 * GAP, color="black", linestyle=":")
     left.set(xlabel="spectral error / norm", ylabel="certified gap, per cent")
@@ -354,15 +359,21 @@ def draw(model, kills):
 
 
 def main():
-    """Run it and write `whole_models.json` and `whole_models.png`."""
+    """Run the benchmark, and write `whole_models.json` and `whole_models.png`."""
     parser = script.parser(__doc__)
     parser.add_argument(
         "--weights", type=Path, help="GPT-2 small as .safetensors, some layers or all"
     )
     parser.add_argument(
-        "--counts", type=int, nargs=3, metavar="N", help="square, tall and wide ones"
+        "--counts",
+        type=int,
+        nargs=3,
+        metavar="N",
+        help="number of square, tall and wide matrices",
     )
-    parser.add_argument("--loop", type=int, help="how many the rival solves")
+    parser.add_argument(
+        "--loop", type=int, help="number of square matrices that the rival solves"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-2)
     given = parser.parse_args()
     experiment = QUICK if given.quick else Experiment()
@@ -381,7 +392,6 @@ def main():
         script.say(", ".join(f"36 x 36: {key} {x:.3g}" for key, x in small.items()))
         kills = runs.kill(folder, experiment.small, experiment.kills)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
-        # Of one device and of eight, in one process.
         devices = run_python(DEVICES, experiment.shared, **{cpu_threads.VARIABLE: "16"})
     targets = targets_of(model, small, kills, devices)
     script.print_targets(targets)

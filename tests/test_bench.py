@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import threadpoolctl
 
 from bench import peers, products, script, timing, whole_models
 from kronjax import KroneckerTerms
@@ -46,11 +46,9 @@ SCRIPTS = sorted(
 
 
 def run_script(name, *arguments):
-    # One thread for NumPy, as the README of the benchmarks says.
     return subprocess.run(
         [sys.executable, "-m", f"bench.{name}", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -67,27 +65,28 @@ def numbers_in(value):
         yield value
 
 
-def test_halves_of_symmetric_products_are_counted(monkeypatch):
+def test_flops_leave_out_half_of_symmetric_products(monkeypatch):
     monkeypatch.setattr(whole_models.jax, "default_backend", lambda: "cpu")
     assert whole_models.halved(383) == 383**2
-    # 768 is halved twice: of sixteen blocks six are left out.
+    # 768 is halved twice, which leaves out six of sixteen blocks.
     assert whole_models.halved(768) == 10 * 192**2
-    one = {"shape": [3072, 768], "configurations": [{"rank": 4}], "products": 8}
-    one |= {"steps": 1, "p": [2, 4], "tolerance": 3e-2}
-    large, thin, proof, left_out = whole_models.flops_of(one)
-    # Two evaluations by two tall products each, one of them symmetric, and four small
-    # squares in all.
+    record = {"shape": [3072, 768], "configurations": [{"rank": 4}], "products": 8}
+    record |= {"steps": 1, "p": [2, 4], "tolerance": 3e-2}
+    large, thin, proof, left_out = whole_models.flops_of(record)
+    # Two evaluations with two tall products each, of which one is symmetric, and four
+    # small squares in all.
     assert large == 2 * 768**2 * (2 * 2 * (3072 - 768) + 8 * 768)
     assert thin == 2 * 6 * 4 * 3072 * 768
     gram = 2 * 768**2 * (2 * 3072 + 4 * 768)
     assert left_out == pytest.approx(0.375 * gram)
     monkeypatch.setattr(whole_models.jax, "default_backend", lambda: "gpu")
-    assert whole_models.flops_of(one)[3] == 0
-    # A slope has four products with a basis of singular vectors and four with factors.
-    # Six rounds and the first slope, multipliers once more, and one sweep.
+    assert whole_models.flops_of(record)[3] == 0
+    # A gradient takes four products with singular vectors and four with factors. There
+    # are six rounds and the first gradient, a last pair of products with multipliers,
+    # and a sweep.
     weighted, thin = 2 * 768**2 * (3072 + 768), 2 * 4 * 3072 * 768
     assert proof == 7 * (2 * weighted + 4 * thin) + weighted + 8 * thin
-    finer = whole_models.flops_of({**one, "tolerance": 1e-3})[2]
+    finer = whole_models.flops_of({**record, "tolerance": 1e-3})[2]
     assert finer - proof == 6 * (2 * weighted + 4 * thin)
 
 
@@ -95,7 +94,7 @@ def test_every_script_is_tested():
     assert set(KEYS) == set(SCRIPTS)
 
 
-# The peer of these is torch.
+# Scripts that compare kronjax with torch.
 BESIDE_TORCH = {"forward"}
 
 
@@ -126,17 +125,17 @@ def test_script(name, tmp_path):
 
 def check_accelerator(results):
     assert results["on_gpu"] or results["note"].startswith("NOT RUN ON A GPU")
-    for one in (results["large"], results["small"]):
-        pool, alone = one["pool"], one["loop"]["errors"]
+    for result in (results["large"], results["small"]):
+        pool, alone = result["pool"], result["loop"]["errors"]
         assert set(pool["parts"]) == {"start", "work", "turn", "finish"}
         assert sum(pool["parts"].values()) <= pool["seconds"]
         assert 0 < pool["median_gap"] <= pool["gap"] < 1
-        assert all(0 < gap < 1 for gap in one["loop"]["gaps"])
-        parts = [np.mean(one["loop"][key]) for key in ("runs", "proofs")]
+        assert all(0 < gap < 1 for gap in result["loop"]["gaps"])
+        parts = [np.mean(result["loop"][key]) for key in ("runs", "proofs")]
         spent = np.cumsum(parts) * len(pool["errors"]) / pool["seconds"]
-        ratios = one["loop_over_pool"]
+        ratios = result["loop_over_pool"]
         assert [ratios["the pool proves"], ratios["both prove"]] == pytest.approx(spent)
-        # Both end within their tolerance.
+        # Both are within the tolerance of their minimum.
         for ours, theirs in zip(pool["errors"], alone, strict=False):
             assert ours == pytest.approx(theirs, rel=results["tolerance"])
 
@@ -146,11 +145,11 @@ def check_against_peers(results):
     assert len(result["kronjax"]) * 3 <= len(result["comparisons"])
     for row in result["kronjax"]:
         assert row["seconds"] > 0
-        assert np.all(np.diff(row["trace"]["mean_gemms"]) > 0)
+        assert np.all(np.diff(row["trace"]["mean_products"]) > 0)
     for each in result["comparisons"]:
         wanted = each["times_faster"] >= 50 and each["lower_error_on"] == each["of"]
         assert each["met"] == wanted
-    # Every method starts at Van Loan's solution or beats it.
+    # Every method begins at Van Loan's solution or has a lower error.
     worst = np.array(result["peers"]["Van Loan"]["errors"])
     for row in [*result["kronjax"], *result["peers"].values()]:
         errors = np.array(row["errors"])
@@ -169,7 +168,7 @@ def check_compression(results):
 def check_continuation(results):
     assert len(results["random"]) == 3 * 6
     for row in results["random"]:
-        assert 0 < row["products"] < row["gemms_doubling"]
+        assert 0 < row["products"] < row["products_doubling"]
         assert row["excess"] > -1 and -1e-12 < row["gap"] < 1
 
 
@@ -269,7 +268,7 @@ def check_training_study(results):
         for name, row in runs.items()
         if not name.startswith("dense")
     }
-    # Of the kernels all have half; biases are not pruned.
+    # All have half of the kernels' parameters; biases are not pruned.
     assert max(sizes.values()) < 1.05 * min(sizes.values())
     trained = [row for row in results["rows"] if row["way"] != "none"]
     assert {row["way"] for row in trained} >= {"vanilla", "distillation"}
@@ -288,13 +287,13 @@ def check_whole_models(results):
     assert len(model["matrices"]) == 2 and 0 < model["gap"] < 1
     assert 0 < model["computed"] <= model["descent"] < model["share"]
     loop, batch = model["loop"], model["batch_seconds"]
-    # Both squares are in the loop: nothing is scaled.
+    # The loop solves both squares, so that nothing is extrapolated.
     spent = np.cumsum([sum(loop["runs"]), sum(loop["proofs"])]) / batch
     ratios = [model["loop_ratio"], model["loop_ratio_both_proven"]]
     assert ratios == pytest.approx(spent)
     assert all(0 < gap < 1 for gap in loop["gaps"])
     for ours, theirs in zip(model["matrices"], loop["errors"], strict=True):
-        # Both end within their tolerance.
+        # Both are within the tolerance of their minimum.
         assert ours["errors"]["spectral"] == pytest.approx(theirs, rel=2e-2)
     assert kills["complete"] and kills["identical"]
     assert kills["lost"] == kills["solved_twice"] == 0
@@ -368,7 +367,7 @@ def test_van_loan_error_is_the_tail_of_the_rearrangement():
 
 
 @pytest.mark.parametrize("solver", ["SCS", "CLARABEL"])
-def test_half_sweeps_lower_the_error(solver):
+def test_half_sweeps_never_raise_the_error(solver):
     matrix = matrix_of(4, (6, 6))
     errors = [
         peers.alternating_sdp(matrix, (2, 3), 1, solver, count).spectral_error
@@ -397,7 +396,7 @@ def test_pymanopt_lowers_the_error():
     assert np.array_equal(result.matrix, again.matrix)
 
 
-def test_unknown_solver():
+def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match="SCS"):
         peers.alternating_sdp(np.eye(4), (2, 2), 1, solver="MOSEK")
 
@@ -413,19 +412,31 @@ def test_results_are_written_atomically(tmp_path):
     assert json.loads(path.read_text(encoding="utf-8"))["a"] == [0, 1]
 
 
+def test_best_threads_runs_with_each_number_of_threads():
+    limits = []
+
+    def run():
+        info = threadpoolctl.threadpool_info()
+        limits.append({x["num_threads"] for x in info if x["user_api"] == "blas"})
+
+    assert timing.best_threads(run) in (1, None)
+    assert limits[0] == limits[1] == {1}
+    assert limits[2] == limits[3]
+
+
 def test_timing_separates_compiling_from_running():
     measured = timing.measure(lambda x: x @ x, np.eye(8), repeats=3)
     assert 0 < measured.best <= measured.median
     assert measured.compile > 0
-    assert timing.gemm_rate(8, np.float32, batch=2, repeats=1) > 0
+    assert timing.product_rate(8, np.float32, batch=2, repeats=1) > 0
 
 
-def test_three_parts_of_bfloat16_are_a_float32():
+def test_three_bfloat16_parts_add_up_to_the_float32():
     x = matrix_of(6, (9, 9)).astype(np.float32)
     parts = products.split(jnp.asarray(x), products.MODES["bf16 x6"])
     assert len(parts) == 3
     np.testing.assert_array_equal(sum(parts), x)
-    # Eight bits each, one of them implicit.
+    # Each has eight bits, of which one is implicit.
     for part in parts:
         np.testing.assert_array_equal(part.astype(jnp.bfloat16), part)
 
@@ -440,12 +451,12 @@ def test_emulated_products_are_as_precise_as_their_parts(mode, bits):
     exact = x.astype(np.float64) @ y.astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(y)
     off = np.max(np.abs(np.asarray(found, np.float64) - exact) / size)
-    # Two factors are rounded; three of nine products of parts at most are left out.
+    # Two factors are rounded, and at most three of nine products of parts left out.
     assert 2.0**-bits / 100 < off < 4 * 2.0**-bits
 
 
 @pytest.mark.parametrize("m", [384, 768])
-def test_products_of_proofs_are_counted_as_compiled(m):
+def test_proof_flops_agree_with_those_of_the_compiled_program(m):
     n, a, b = 384, (48, m // 16, 16), (48, 16, 24)
     shapes = (m, n), (n, n), (n,), a, b
     given = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
@@ -454,7 +465,7 @@ def test_products_of_proofs_are_counted_as_compiled(m):
         space = TangentMap.of((m, n), (KroneckerTerms(a, b),))
         return multipliers.balance(space, u, vt, diagonal)
 
-    # Of a loop, which the rounds are, the analysis counts one pass.
+    # The rounds are a loop, of which the analysis counts one pass.
     compiled = jax.jit(balance).lower(*given).cost_analysis()["flops"]
     sweep = 4 * 4 * 48 * m * n
     counted = whole_models.proof_flops(m, n, 48, rounds=1) - sweep
@@ -465,7 +476,7 @@ def test_products_of_proofs_are_counted_as_compiled(m):
     ("value", "at_least", "met"),
     [(1.0, False, True), (2.0, False, False), (2.0, True, True), (0.5, True, False)],
 )
-def test_target(value, at_least, met):
+def test_a_target_is_met_on_its_side_of_the_limit(value, at_least, met):
     target = script.Target("x", value, 1.0, at_least)
     assert target.met is met
     assert target.plain()["met"] is met
