@@ -104,7 +104,7 @@ def test_solutions_have_small_gaps_and_a_finish_closes_them(dtype):
     found = kronjax.approximate(
         matrix, Configuration((3, 4), 2), num_starts=1, finish=finish, progress=False
     )
-    proven = found.certificate
+    proven = kronjax.certify(found, matrix)
     assert proven.error == pytest.approx(found.error.spectral, rel=1e-12)
     if finish:
         assert -1e-12 <= proven.local_gap < 1e-10 and proven.kkt_residual < 1e-11
@@ -155,7 +155,7 @@ def test_weights_and_their_norms(sides):
         np.asarray(matrix), Configuration((2, 3), 2), num_starts=1, progress=False,
         left_weight=left, right_weight=right,
     )  # fmt: skip
-    proven = found.certificate
+    proven = kronjax.certify(found, np.asarray(matrix), left, right)
     assert proven.error == pytest.approx(found.weighted.spectral, rel=1e-4)
     assert 0 <= proven.local_gap < 1e-2
     assert 0 < proven.global_bound < proven.error
@@ -174,7 +174,7 @@ def test_several_configurations_have_a_local_bound_alone():
     found = kronjax.approximate(
         matrix, wanted, num_starts=1, finish=True, progress=False
     )
-    proven = found.certificate
+    proven = kronjax.certify(found, matrix)
     assert proven.global_bound == 0
     assert proven.local_gap < 1e-8
     # The two tangent spaces share directions, along which nothing changes.

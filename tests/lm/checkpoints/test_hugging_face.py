@@ -253,7 +253,7 @@ HARM = {
     ),
     "NaN": (
         lambda x: (x / "config.json").write_text('{"model_type": NaN}'),
-        "NaN is no number of JSON",
+        "NaN is not a JSON number",
     ),
     "a recipe in bytes": (
         lambda x: (x / "recipe.yaml").write_bytes(b"\xff"),
