@@ -108,22 +108,22 @@ def run_pool(matrices, configuration, tolerance, repeats, lanes=0):
         pool.seconds = {}
         begun = time.perf_counter()
         with one_blas_thread():
-            found = list(pool.solve(Matrix(i, x) for i, x in enumerate(matrices)))
+            solutions = list(pool.solve(Matrix(i, x) for i, x in enumerate(matrices)))
         seconds = time.perf_counter() - begun
         parts = ", ".join(f"{k} {x:.3f}" for k, x in pool.seconds.items())
         script.say(f"{count} of {shape[0]}: {seconds:.3f} s; {parts}")
         if best is None or seconds < best["seconds"]:
             best = {"seconds": seconds, "parts": dict(pool.seconds)}
     assert best is not None
-    gaps = [solution.local_gap for solution in found]
+    gaps = [solution.local_gap for solution in solutions]
     return {
         **best,
         "compile_seconds": pool.compile_seconds,
         "memory": pool.memory,
         "gap": max(gaps),
         "median_gap": float(np.median(gaps)),
-        "products": sum(solution.products for solution in found),
-        "errors": [solution.spectral_error for solution in found],
+        "products": sum(solution.products for solution in solutions),
+        "errors": [solution.spectral_error for solution in solutions],
     }
 
 
@@ -134,12 +134,12 @@ def run_svds(matrices):
         "values alone": lambda x: jnp.linalg.svd(x, compute_uv=False),
     }
     orders = {"at once": jax.vmap, "in turn": lambda way: partial(jax.lax.map, way)}
-    found = {}
+    times = {}
     for (name, way), (order, over) in itertools.product(ways.items(), orders.items()):
         seconds = timing.measure(over(way), matrices, repeats=1).best
-        found[f"{name}, {order}"] = seconds
+        times[f"{name}, {order}"] = seconds
         script.say(f"SVD {name}, {order}: {seconds:.3f} s")
-    return found
+    return times
 
 
 def loop_over(pool, loop, count):

@@ -196,21 +196,23 @@ def solve_all(experiment, matrices, rank):
 
 def _row(key, solved, reference):
     name, dtype = key
-    found = solved.approximation
+    approximation = solved.approximation
     return {
         "setting": name,
         "dtype": dtype,
         "seconds": solved.seconds,
         "runs": solved.runs,
         "compile_seconds": solved.compile_seconds,
-        "mean_products": float(np.mean(found.products)),
-        "mean_error": float(np.mean(found.error.spectral)),
-        "relative_error": relative(found.error.spectral, reference),
-        "errors": found.error.spectral,
+        "mean_products": float(np.mean(approximation.products)),
+        "mean_error": float(np.mean(approximation.error.spectral)),
+        "relative_error": relative(approximation.error.spectral, reference),
+        "errors": approximation.error.spectral,
         "trace": {
-            "p": found.trace.p[0],
-            "mean_products": np.cumsum(found.trace.products, axis=1).mean(0),
-            "relative_error": (found.trace.spectral_error / reference[:, None]).mean(0),
+            "p": approximation.trace.p[0],
+            "mean_products": np.cumsum(approximation.trace.products, axis=1).mean(0),
+            "relative_error": (
+                approximation.trace.spectral_error / reference[:, None]
+            ).mean(0),
         },
     }
 

@@ -95,10 +95,10 @@ def random_suite(experiment):
         names, flat = draw_suite(layout, experiment.samples)
         for rank in experiment.ranks:
             configuration = Configuration(layout.a_shape, rank)
-            found = approximate(flat, configuration, progress=False)
+            solved = approximate(flat, configuration, progress=False)
             script.say(f"{layout.name}, rank {rank}: solved")
             for i, (name, matrix) in enumerate(zip(names, flat, strict=True)):
-                case = certified(matrix, configuration, found, i)
+                case = certified(matrix, configuration, solved, i)
                 about = {"layout": layout.name, "rank": rank, "distribution": name}
                 cases.append({**about, **case})
             script.say(f"{layout.name}, rank {rank}: finished and certified")
@@ -133,20 +133,20 @@ def proven_in_float32(path):
     rows = []
     for name, matrix in real_matrices(path, LAYERS):
         for rank in (4, 32):
-            found = approximate(
+            solved = approximate(
                 matrix,
                 Configuration((24, 32), rank),
                 tolerance=1.5e-3,
                 max_products=MAX_PRODUCTS,
                 progress=False,
             )
-            proven = certify(found, matrix)
+            proven = certify(solved, matrix)
             row = {
                 "matrix": name,
                 "rank": rank,
                 "error": float(proven.error),
                 "gap": float(proven.local_gap),
-                "products": int(np.sum(found.trace.products)),
+                "products": int(np.sum(solved.trace.products)),
             }
             rows.append(row)
             script.say(str(row))
@@ -157,7 +157,7 @@ def targets_of(cases, known, large, real, proven):
     """Return the targets."""
     gaps = np.array([case["gap_finished"] for case in cases])
     rises = max(case["error_finished"] / case["error"] - 1 for case in cases)
-    found = [
+    targets = [
         script.Target(
             "share of gaps <= 1e-8", float(np.mean(gaps <= 1e-8)), 0.95, True
         ),
@@ -167,21 +167,21 @@ def targets_of(cases, known, large, real, proven):
     if known:
         limits = {"difference": 1e-10, "kkt_residual": 1e-12}
         limits |= {"steps": 8, "path_steps": 0}
-        found += [
+        targets += [
             script.Target(f"regression, {key}", max(x[key] for x in known.values()), y)
             for key, y in limits.items()
         ]
     if large:
-        found.append(script.Target("144 x 144, gap", large["gap_finished"], 1e-8))
+        targets.append(script.Target("144 x 144, gap", large["gap_finished"], 1e-8))
     if real:
         gap = max(row["gap_finished"] for row in real.values())
-        found.append(script.Target("768 x 768 weights, largest gap", gap, 1e-6))
+        targets.append(script.Target("768 x 768 weights, largest gap", gap, 1e-6))
     if proven:
         what = "768 x 768 weights, float32"
         for key, limit in (("gap", 1e-2), ("products", 2500)):
             most = max(row[key] for row in proven)
-            found.append(script.Target(f"{what}, largest {key}", most, limit))
-    return found
+            targets.append(script.Target(f"{what}, largest {key}", most, limit))
+    return targets
 
 
 def draw_figure(cases):

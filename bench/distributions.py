@@ -142,12 +142,12 @@ def run_cell(layout, rank, experiment):
     matrices = draw_matrices(layout.shape, experiment.samples)
     flat = matrices.reshape(-1, *layout.shape)
     script.say(f"{layout.name}, rank {rank}: defaults")
-    found = script.solve(flat, configuration, repeats=1, dtype="float32").approximation
+    solved = script.solve(flat, configuration, repeats=1, dtype="float32").approximation
     script.say(f"{layout.name}, rank {rank}: {experiment.num_starts} starts")
     best = best_of_starts(flat, configuration, experiment.num_starts)
-    ours = np.asarray(found.error.spectral)
+    ours = np.asarray(solved.error.spectral)
     van_loan = [peers.van_loan(x, layout.a_shape, rank).spectral_error for x in flat]
-    svd = [peers.truncated_svd(x, found.num_parameters).spectral_error for x in flat]
+    svd = [peers.truncated_svd(x, solved.num_parameters).spectral_error for x in flat]
     columns = np.stack([ours, best, van_loan, svd]).reshape(
         4, len(DISTRIBUTIONS), experiment.samples
     )
@@ -193,8 +193,8 @@ def regressions(ranks):
         configuration = Configuration((6, 6), rank)
         # A batch of another size would have to be compiled.
         batch = np.stack([matrix, trap()])
-        found = script.solve(batch, configuration, repeats=1).approximation
-        ours, trapped = (float(x) for x in found.error.spectral)
+        solved = script.solve(batch, configuration, repeats=1).approximation
+        ours, trapped = (float(x) for x in solved.error.spectral)
         rows.append(
             {
                 "rank": rank,

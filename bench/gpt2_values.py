@@ -75,26 +75,26 @@ def solve_cases(experiment, cases):
     matrices = np.stack([case.matrix for case in cases]).astype(np.float32)
     script.say(f"kronjax, rank {configuration.rank}, batch of {len(cases)}")
     solved = script.solve(matrices, configuration, enough=10.0)
-    found = solved.approximation
+    approximation = solved.approximation
     rows = []
     for i, case in enumerate(cases):
         script.say(f"  truncated SVD and Van Loan of {case.name}")
-        svd = peers.truncated_svd(case.matrix, found.num_parameters)
+        svd = peers.truncated_svd(case.matrix, approximation.num_parameters)
         van_loan = peers.van_loan(case.matrix, experiment.a_shape, case.rank)
         rows.append(
             {
                 "name": case.name,
                 "rank": case.rank,
-                "num_parameters": found.num_parameters,
-                "error": float(found.error.spectral[i]),
+                "num_parameters": approximation.num_parameters,
+                "error": float(approximation.error.spectral[i]),
                 "target": case.limit,
-                "products": int(found.products[i]),
+                "products": int(approximation.products[i]),
                 "svd_error": svd.spectral_error,
                 "van_loan_error": van_loan.spectral_error,
                 "trace": {
-                    "p": found.trace.p[i],
-                    "products": np.cumsum(found.trace.products[i]),
-                    "spectral_error": found.trace.spectral_error[i],
+                    "p": approximation.trace.p[i],
+                    "products": np.cumsum(approximation.trace.products[i]),
+                    "spectral_error": approximation.trace.spectral_error[i],
                 },
             }
         )

@@ -116,9 +116,9 @@ def recover_orders(experiment, rank, decay):
         noise = float(rng.choice([1e-3, 1e-2]))
         matrix = planted(rng, (n, n), [configuration], noise, decay)
         mixed = matrix[rng.permutation(n)][:, rng.permutation(n)]
-        found = permute(mixed, configuration, seed=seed)
+        order = permute(mixed, configuration, seed=seed)
         [tail] = greedy.tails(matrix, [configuration])
-        rows.append({"noise": noise, "ratio": float(found.error / np.sqrt(tail))})
+        rows.append({"noise": noise, "ratio": float(order.error / np.sqrt(tail))})
     return rows
 
 
@@ -126,18 +126,18 @@ def spectral_gains(matrices, parameters, square):
     """Search each matrix, and compare with square sums and homogeneous sums."""
     rows = []
     for matrix in matrices:
-        found = kronjax.search(matrix, parameters, dtype="float32", progress=False)
-        alone = [t.error for t in found.trials if t.kind != "heterogeneous"]
+        search = kronjax.search(matrix, parameters, dtype="float32", progress=False)
+        alone = [t.error for t in search.trials if t.kind != "heterogeneous"]
         reference = min(
             t.error
-            for t in found.trials
+            for t in search.trials
             if len(t.configurations) == 1 and t.configurations[0].a_shape == square
         )
-        best = found.trials[0].error
+        best = search.trials[0].error
         rows.append(
             {
                 "error": best,
-                "configurations": plain(found.configurations),
+                "configurations": plain(search.configurations),
                 "below_square": 1 - best / reference,
                 "below_best_alone": 1 - best / min(alone),
             }
@@ -148,20 +148,20 @@ def spectral_gains(matrices, parameters, square):
 
 def search_time(matrix, parameters):
     """Return the seconds of a search over those of a balanced homogeneous solve."""
-    found = kronjax.search(matrix, parameters, dtype="float32", progress=False)
+    search = kronjax.search(matrix, parameters, dtype="float32", progress=False)
     m, n = matrix.shape
     balanced = _near_square(m), n // _near_square(n)
     price = Configuration(balanced, 1).num_parameters(matrix.shape)
     alone = Configuration(balanced, parameters // price)
     single = approximate(matrix, alone, dtype="float32", progress=False).seconds
     trials = [
-        [t.kind, plain(t.configurations), t.seconds, t.is_full] for t in found.trials
+        [t.kind, plain(t.configurations), t.seconds, t.is_full] for t in search.trials
     ]
     return {
-        "ratio": found.seconds / single,
-        "seconds": found.seconds,
+        "ratio": search.seconds / single,
+        "seconds": search.seconds,
         "one_solve": single,
-        "compile_seconds": found.compile_seconds,
+        "compile_seconds": search.compile_seconds,
         "trials": trials,
     }
 
@@ -232,7 +232,7 @@ def _fits(matrix, share, weight, num_starts):
     }
     errors, seconds = {}, {}
     for name, (configuration, target, right) in wanted.items():
-        found = approximate(
+        approximation = approximate(
             target,
             configuration,
             norm="frobenius",
@@ -241,9 +241,9 @@ def _fits(matrix, share, weight, num_starts):
             max_products=PRODUCTS,
             progress=False,
         )
-        relative = found.weighted_relative or found.relative
+        relative = approximation.weighted_relative or approximation.relative
         errors[name] = float(relative.frobenius)
-        seconds[name] = found.seconds
+        seconds[name] = approximation.seconds
     best = min(errors["SVD"], errors["Kronecker"])
     return {"errors": errors, "seconds": seconds, "gain": 1 - errors["mixture"] / best}
 
@@ -315,8 +315,8 @@ def targets_of(results):
         script.Target(f"planted sums found, by {how}", _share(sums, how), 0.95, True)
         for how in ("budget", "criterion")
     ]
-    found = float(np.mean([row["ratio"] <= 1.01 for row in orders]))
-    result.append(script.Target("planted orders found, one term", found, 0.9, True))
+    share = float(np.mean([row["ratio"] <= 1.01 for row in orders]))
+    result.append(script.Target("planted orders found, one term", share, 0.9, True))
     for name, limit in (("random", 0.015), ("structured", 0.2)):
         gains = [row["below_square"] for row in results[f"spectral_{name}"]]
         median = float(np.median(gains))

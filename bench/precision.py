@@ -91,10 +91,10 @@ def kinds_of(experiment):
     """Return matrices by kind: random ones, and residuals of their solutions."""
     random = draw(experiment.count, experiment.side)
     script.say("residuals of solutions")
-    found = approximate(
+    solved = approximate(
         random, configuration_of(experiment.side), dtype="float32", progress=False
     )
-    return {"random": random, "solved": random - found.matrix()}
+    return {"random": random, "solved": random - solved.matrix()}
 
 
 def references(matrix):
@@ -130,15 +130,15 @@ def compare(kinds):
 
 def served(rows):
     """Return the largest p up to which a mode is precise enough; 0 if there is none."""
-    found = {}
+    largest = {}
     for name in MODES:
         mine = [row for row in rows if row["mode"] == name]
-        found[name] = {}
+        largest[name] = {}
         for what, limit in NEEDED.items():
             first = min((row["p"] for row in mine if row[what] > limit), default=np.inf)
             good = [row["p"] for row in mine if row["p"] < first]
-            found[name][what] = max(good, default=0)
-    return found
+            largest[name][what] = max(good, default=0)
+    return largest
 
 
 def solver(mode, configuration):
@@ -166,8 +166,8 @@ def prove(experiment):
         for limit in experiment.limits if name != "float32" else (TOP,):
             p = int(schatten.exponent(limit))
             script.say(f"solving: {name} up to p = {p}")
-            found = jax.device_get(program(matrices, limit))
-            proven = certificate.certificate_of(matrices, found.terms)
+            solved = jax.device_get(program(matrices, limit))
+            proven = certificate.certificate_of(matrices, solved.terms)
             rows.append(
                 {
                     "mode": name,
@@ -176,7 +176,7 @@ def prove(experiment):
                     "gaps": proven.local_gap,
                     "median_gap": float(np.median(proven.local_gap)),
                     "within": int(np.sum(proven.local_gap <= TOLERANCE)),
-                    "products": int(found.trace.products.sum()),
+                    "products": int(solved.trace.products.sum()),
                 }
             )
     for row in rows:  # the first is float32

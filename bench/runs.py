@@ -102,14 +102,14 @@ def kill(folder, count, kills):
     factorize(folder, "small", folders[-1].name, TOLERANCE, cache)
     note_finished(folders[-1], seen, twice)
     wanted = contents(folder / "undisturbed")
-    found = [contents(each) for each in folders]
+    contents_of_runs = [contents(each) for each in folders]
     return {
         "kills": at,
         "finished": finished,
         "runs": len(folders),
         "undisturbed_seconds": undisturbed,
-        "complete": all(len(files) == count for files in found),
-        "identical": all(files == wanted for files in found),
+        "complete": all(len(files) == count for files in contents_of_runs),
+        "identical": all(files == wanted for files in contents_of_runs),
         "lost": lost,
         "solved_twice": len(twice),
     }
@@ -123,12 +123,12 @@ def note_finished(folder, seen, twice):
         seen: Times of writing by path, extended.
         twice: Paths that were written again, extended.
     """
-    found = factors(folder)
-    for path in found:
+    paths = factors(folder)
+    for path in paths:
         written = path.stat().st_mtime_ns
         if seen.setdefault(path, written) != written:
             twice.add(path)
-    return len(found)
+    return len(paths)
 
 
 def contents(folder):

@@ -80,13 +80,13 @@ def solve(matrices, configuration, *, repeats=3, enough=4.0, **keywords):
         **keywords: Further arguments of `kronjax.approximate`.
     """
     keywords = {"progress": False, **keywords}
-    found = approximate(matrices, configuration, **keywords)
-    compiling = found.compile_seconds
-    runs = [found.seconds] if found.seconds >= enough else []
+    approximation = approximate(matrices, configuration, **keywords)
+    compiling = approximation.compile_seconds
+    runs = [approximation.seconds] if approximation.seconds >= enough else []
     while len(runs) < repeats and sum(runs) < enough:
-        found = approximate(matrices, configuration, **keywords)
-        runs.append(found.seconds)
-    return Solved(found, float(np.median(runs)), runs, compiling)
+        approximation = approximate(matrices, configuration, **keywords)
+        runs.append(approximation.seconds)
+    return Solved(approximation, float(np.median(runs)), runs, compiling)
 
 
 @dataclass(frozen=True)

@@ -90,16 +90,16 @@ def compare(windows, ours, theirs):
 
 def compare_window(tokens, ours, theirs):
     """Return the row of a window."""
-    row, found = {}, {}
+    row, logits = {}, {}
     for name, forward in (("kronjax", ours), ("torch", theirs)):
         if forward is not None:
             start = time.perf_counter()
-            found[name] = forward(tokens)
+            logits[name] = forward(tokens)
             row[f"{name}_seconds"] = time.perf_counter() - start
-            row[f"{name}_loss"] = loss(found[name], tokens)
+            row[f"{name}_loss"] = loss(logits[name], tokens)
     if theirs is not None:
-        scale = float(np.abs(found["torch"]).max())
-        apart = float(np.abs(found["kronjax"] - found["torch"]).max())
+        scale = float(np.abs(logits["torch"]).max())
+        apart = float(np.abs(logits["kronjax"] - logits["torch"]).max())
         row["difference"] = apart / scale
     return row
 

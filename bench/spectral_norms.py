@@ -52,7 +52,7 @@ def random_matrix(rng, shape):
 
 def real_matrices(path):
     """Return attention weights of GPT-2 small by name."""
-    found = {}
+    parts_by_name = {}
     for layer in range(12):
         name = f"h.{layer}.attn"
         try:
@@ -63,8 +63,10 @@ def real_matrices(path):
         parts = [*np.split(joint, 3, axis=1), last]
         names = ("query", "key", "value", "output")
         for part, each in zip(names, parts, strict=True):
-            found[f"layer {layer} {part}"] = np.ascontiguousarray(each, np.float32)
-    return found
+            parts_by_name[f"layer {layer} {part}"] = np.ascontiguousarray(
+                each, np.float32
+            )
+    return parts_by_name
 
 
 def draw_groups(experiment, real):
@@ -86,8 +88,8 @@ def certain(matrices):
     """Return deterministic bounds, one matrix after the other."""
 
     def bounds(matrix):
-        found = norms.norm_bounds(matrix, width=WIDTH)
-        return found.lower, found.upper
+        norm = norms.norm_bounds(matrix, width=WIDTH)
+        return norm.lower, norm.upper
 
     return jax.lax.map(bounds, matrices)
 
@@ -97,14 +99,14 @@ def probable(matrices):
 
     def bounds(given):
         matrix, key = given
-        found = lanczos.map_norm_bounds(
+        norm = lanczos.map_norm_bounds(
             lambda x: jnp.matmul(matrix, x, precision="highest"),
             lambda y: jnp.matmul(y, matrix, precision="highest"),
             jax.random.normal(key, matrix.shape[1:], matrix.dtype),
             width=WIDTH,
             failure=FAILURE,
         )
-        return found.lower, found.upper
+        return norm.lower, norm.upper
 
     return jax.lax.map(
         bounds, (matrices, jax.random.split(jax.random.key(1), len(matrices)))
@@ -171,7 +173,7 @@ def judge(groups, results):
     """Return a row for each matrix, with its norm and both pairs of bounds."""
     rows = []
     for i, (names, group) in enumerate(groups):
-        found = {
+        bounds = {
             kind: np.array(results[f"kronjax, {kind}"][i], np.float64)
             for kind in ("certain", "probable")
         }
@@ -180,7 +182,7 @@ def judge(groups, results):
             row = {"name": name, "shape": matrix.shape, "norm": s[0]}
             row["stable_rank"] = np.sum(s**2) / s[0] ** 2
             row["second"] = s[1] / s[0]
-            for kind, (lower, upper) in found.items():
+            for kind, (lower, upper) in bounds.items():
                 row[f"lower_{kind}"], row[f"upper_{kind}"] = lower[j], upper[j]
                 row[f"width_{kind}"] = upper[j] / lower[j] - 1
                 row[f"wrong_{kind}"] = not lower[j] <= s[0] <= upper[j]
@@ -190,12 +192,12 @@ def judge(groups, results):
 
 def targets_of(rows, ratios):
     """Return the targets of both kinds of bounds."""
-    found = []
+    targets = []
     for kind in ("certain", "probable"):
         unit = ratios[f"kronjax, {kind}"]
         wrong = sum(row[f"wrong_{kind}"] for row in rows)
         widest = max(row[f"width_{kind}"] for row in rows)
-        found += [
+        targets += [
             script.Target(f"{kind}: widest bounds", widest, WIDTH),
             script.Target(f"{kind}: wrong sides", wrong, 0),
             script.Target(f"{kind}: svd / bounds", ratios["svd"] / unit, 4, True),
@@ -206,7 +208,7 @@ def targets_of(rows, ratios):
                 True,
             ),
         ]
-    return found
+    return targets
 
 
 def draw(rows, seconds):
@@ -279,8 +281,8 @@ def widths(rows, kind):
     """Return the widest and the median width of bounds, or "-" without bounds."""
     if f"width_{kind}" not in rows[0]:
         return "-", "-"
-    found = [row[f"width_{kind}"] for row in rows]
-    return max(found), float(np.median(found))
+    values = [row[f"width_{kind}"] for row in rows]
+    return max(values), float(np.median(values))
 
 
 if __name__ == "__main__":

@@ -126,11 +126,11 @@ def measure(experiment):
     settings = Settings(
         steps=steps * experiment.turns, batch=experiment.batch, held_out=0.0
     )
-    found = trainer.train(
+    trained = trainer.train(
         experiment.model, experiment.tokens, settings, hook=hook, progress=False
     )
     unit = experiment.batch * experiment.model.config.context
-    each = [unit / line["tokens_per_second"] for line in found.history.steps]
+    each = [unit / line["tokens_per_second"] for line in trained.history.steps]
     ours = np.array(each).reshape(experiment.turns, steps).sum(axis=1)
     return np.array(hook.seconds) / steps, ours / steps
 

@@ -194,7 +194,7 @@ def methods_of(study: Study) -> list[Method]:
             ),
         )
 
-    found = [
+    methods = [
         Method(
             name,
             start=lambda n=name, r=rules: study.compressed(n, r),
@@ -202,7 +202,7 @@ def methods_of(study: Study) -> list[Method]:
         )
         for name, rules in kinds.items()
     ]
-    aware_svd, van_loan = found[:2]
+    aware_svd, van_loan = methods[:2]
     progressive = Method(
         "low rank, progressive",
         start=aware_svd.start,
@@ -221,7 +221,7 @@ def methods_of(study: Study) -> list[Method]:
         is_extra=True,
     )
     return [
-        *found,
+        *methods,
         progressive,
         in_turn,
         pruning("pruning, gradual", Pruning(HALF), False),

@@ -72,13 +72,13 @@ def parts_of(study: Study) -> dict[str, Callable[[], dict[str, Any]]]:
     def measured(model: LanguageModel) -> dict[str, Any]:
         counted = sizes.count(model)
         linear = sum(x.parameters for x in counted.layers)
-        found = spectra.compare(study.model, model)
-        ranks = np.mean([(x.stable_rank, x.rank) for x in found.after], axis=0)
+        compared = spectra.compare(study.model, model)
+        ranks = np.mean([(x.stable_rank, x.rank) for x in compared.after], axis=0)
         return {
             "loss": study.loss(model),
             "linear_parameters": linear,
-            "log10_bound": found.log10_bound,
-            "log10_product": found.log10_product,
+            "log10_bound": compared.log10_bound,
+            "log10_product": compared.log10_product,
             "stable_rank": ranks[0],
             "rank": ranks[1],
         }
@@ -147,13 +147,13 @@ def run(study: Study, minutes: float = math.inf) -> tuple[dict[str, Any], bool]:
 def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return mean, spread and recovered part by method and way."""
     dense = results["dense"]["loss"]
-    found: dict[tuple[str, str], list[float]] = {}
+    losses_of: dict[tuple[str, str], list[float]] = {}
     for key, value in results.items():
         if key != "dense":
             name, way, _ = key.split("|")
-            found.setdefault((name, way), []).append(value["loss"])
+            losses_of.setdefault((name, way), []).append(value["loss"])
     rows = []
-    for (name, way), losses in found.items():
+    for (name, way), losses in losses_of.items():
         mean = float(np.mean(losses))
         row = {
             "method": name,

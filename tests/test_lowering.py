@@ -1,7 +1,7 @@
-"""What TPUs and GPUs are given: exported on any machine, and read as StableHLO.
+"""Tests of the programs for TPUs and GPUs, exported as StableHLO on any machine.
 
-Decompositions are those of jax: what it makes of them on a platform, which on a TPU are
-loops of their own, is its business. A law about loops is one about ours.
+Decompositions are those of jax, which implements them differently on every platform, on
+a TPU as loops. The loops that are counted here are those of kronjax.
 """
 
 import dataclasses
@@ -20,15 +20,16 @@ from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import lanczos, norms, spectral
 from kronjax.proof import bounds
 from kronjax.runs import pool_programs
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver import continuation
 from kronjax.solver.problem import Problem
 
 SHAPE = (96, 144)
 ONE = Configuration((8, 12), 2)
 TWO = (ONE, Configuration((96, 1), 1))
-# With nearly half the parameters: the unknowns are factors.
+# With nearly half the parameters the unknowns are factors.
 HIGH = Configuration((8, 12), 28)
-# Matrices in a call to a pool.
+# Number of matrices in a call of a pool.
 LANES = 3
 
 HIGHEST = "[{0}, {0}]".format("#stablehlo<precision HIGHEST>")
@@ -37,7 +38,7 @@ DECOMPOSITIONS = {"svd", "eigh", "eigvalsh", "qr", "cholesky", "inv"}
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A product, a decomposition or a call out of the program, in so many loops."""
+    """A product, a decomposition or an external call, and its number of loops."""
 
     name: str
     loops: int
@@ -52,30 +53,30 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """All that the tests ask about an exported program."""
+    """The operations of an exported program, and its types of float64."""
 
     operations: tuple[Operation, ...]
     doubles: frozenset[str]
 
     @property
     def products(self):
-        return [one for one in self.operations if one.name == "dot_general"]
+        return [x for x in self.operations if x.name == "dot_general"]
 
     @property
     def decompositions(self):
-        return [one for one in self.operations if one.name in DECOMPOSITIONS]
+        return [x for x in self.operations if x.name in DECOMPOSITIONS]
 
     def full(self, loops):
         """The decompositions of matrices as large as the problem, by name and shape."""
         return [
-            (one.name, one.shapes[0])
-            for one in self.decompositions
-            if one.size >= min(SHAPE) and bool(one.loops) == loops
+            (x.name, x.shapes[0])
+            for x in self.decompositions
+            if x.size >= min(SHAPE) and bool(x.loops) == loops
         ]
 
     @property
     def calls(self):
-        return {one.name for one in self.operations if one.name.startswith("@")}
+        return {x.name for x in self.operations if x.name.startswith("@")}
 
 
 def solve(configuration=ONE, schedule="adaptive"):
@@ -108,10 +109,11 @@ def certify_stage(matrix, a, b):
     return bounds.certify_stage(matrix, (KroneckerTerms(a, b),), 258.0)
 
 
-def pooled(function, *given, configuration=ONE):
-    """A program of a pool, as one device has it: its function, and its arguments."""
+def pooled(function, *given, configuration=ONE, **facts):
+    """Return the function and the arguments of a pool's program on one device."""
     problem = Problem.of(SHAPE, configuration, num_starts=2)
     assert problem.is_factored == (configuration == HIGH)
+    kind = Kind(problem, np.dtype(np.float32), **facts)
     stage = jax.tree.map(
         lambda x: array((1,), bool if isinstance(x, bool) else int),
         problem.schedule()[0],
@@ -120,21 +122,18 @@ def pooled(function, *given, configuration=ONE):
         "seeds": array((LANES,), int),
         "stage": stage,
         "trials": array((1,), int),
-        "matrices": array((LANES, *SHAPE)),
+        "matrices": jax.tree.map(lambda x: array((LANES, *x.shape)), kind.arrays),
         "last": array((LANES,), int),
         "ends": array((1,), bool),
     }
-    held = jax.tree.map(
-        lambda x: array((2 * LANES, *x.shape), x.dtype),
-        pool_programs.shapes(problem, np.dtype(np.float32)),
-    )
+    held = jax.tree.map(lambda x: array((2 * LANES, *x.shape), x.dtype), kind.shapes)
     order, tolerance = array((LANES,), int), array(())
     given = (held, tolerance, order, *(known[name] for name in given))
-    return functools.partial(function, problem), given
+    return functools.partial(function, kind), given
 
 
 def array(shape, dtype=float):
-    """An argument: numbers have 32 bits."""
+    """Return the shape of an argument, whose numbers have 32 bits."""
     short = {"i": jnp.int32, "f": jnp.float32}.get(np.dtype(dtype).kind, dtype)
     return jax.ShapeDtypeStruct(shape, short)
 
@@ -142,7 +141,7 @@ def array(shape, dtype=float):
 M, N = SHAPE
 BOTH = (M, M), (N, N)
 TERMS = (2, 8, 12), (2, 12, 12)
-# What is exported: a function, and its arguments or their shapes.
+# Functions to export, and the shapes of their arguments.
 SOLVES = {
     "plain": (solve(), (SHAPE,)),
     "fixed": (solve(schedule="fixed"), (SHAPE,)),
@@ -164,7 +163,7 @@ BOUNDS = {
 CERTIFICATES = {
     "certificate": (certify, (SHAPE, *TERMS)),
     "weighted certificate": (certify, (SHAPE, *TERMS, *BOTH)),
-    "certificate in haste": (certify_stage, (SHAPE, *TERMS)),
+    "certificate of a stage": (certify_stage, (SHAPE, *TERMS)),
 }
 PROGRAMS = {
     "work": (pool_programs._work, "stage", "trials"),
@@ -172,9 +171,16 @@ PROGRAMS = {
     "start": (pool_programs._start, "matrices", "seeds"),
     "finish": (pool_programs._finish, "matrices", "last"),
 }
-POOLS = {name: pooled(*one) for name, one in PROGRAMS.items()} | {
-    f"{name} at high rank": pooled(*one, configuration=HIGH)
-    for name, one in PROGRAMS.items()
+# The pools of runs with proofs, at low and at high rank, and those of `approximate`.
+POOLS = {
+    f"{name}{ending}": pooled(*given, **facts)
+    for name, given in PROGRAMS.items()
+    for ending, facts in {
+        "": {},
+        " at high rank": {"configuration": HIGH},
+        " without proofs": {"proves": False, "traces": True},
+        " with weights": {"proves": False, "weighted": (True, True)},
+    }.items()
 }
 SMALL = {"small": (solve(Configuration((3, 3), 2)), ((12, 18),))}
 CASES = SOLVES | BOUNDS | CERTIFICATES | POOLS | SMALL
@@ -190,19 +196,17 @@ def exported(case, platform, x64=False):
         ).mlir_module()
     with mlir.make_ir_context():
         module = ir.Module.parse(text)
-        functions = {
-            one.attributes["sym_name"].value: one for one in module.body.operations
-        }
+        functions = {x.attributes["sym_name"].value: x for x in module.body.operations}
         operations = tuple(walk(functions["main"], functions))
     return Program(operations, frozenset(re.findall(r"tensor<[^>]*f64>", text)))
 
 
 def walk(operation, functions, loops=0):
-    """All products, decompositions and calls out, also in functions that are called."""
+    """Yield products, decompositions and external calls, also in called functions."""
     for region in operation.regions:
         for block in region.blocks:
-            for one in block.operations:
-                yield from visit(one.operation, functions, loops)
+            for inner in block.operations:
+                yield from visit(inner.operation, functions, loops)
 
 
 def visit(operation, functions, loops):
@@ -230,33 +234,32 @@ platforms = pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @platforms
 @pytest.mark.parametrize("case", SOLVES)
 def test_solve_decomposes_only_small_matrices_in_loops(case, platform):
-    found = exported(case, platform)
-    inside = [one for one in found.decompositions if one.loops]
+    program = exported(case, platform)
+    inside = [x for x in program.decompositions if x.loops]
     # The basis of a Krylov space: twice the rank and two more vectors, in four blocks.
-    assert max(one.size for one in inside) == spectral.BLOCKS * 6
-    # Within that over the stages there are the descent, and the norm's Krylov spaces.
-    further = [one for one in inside if one.loops > 1]
-    assert max(one.size for one in further) == spectral.BLOCKS * 4
-    assert {one.size for one in further if one.name in ("svd", "cholesky")} <= {1, 2, 4}
+    assert max(x.size for x in inside) == spectral.BLOCKS * 6
+    # Inside the loop over stages there are the descent and the norm's Krylov spaces.
+    further = [x for x in inside if x.loops > 1]
+    assert max(x.size for x in further) == spectral.BLOCKS * 4
+    assert {x.size for x in further if x.name in ("svd", "cholesky")} <= {1, 2, 4}
 
 
 @platforms
 @pytest.mark.parametrize("case", SOLVES)
 def test_solve_fully_decomposes_only_weights(case, platform):
-    found = exported(case, platform)
-    assert found.full(loops=True) == []
+    program = exported(case, platform)
+    assert program.full(loops=True) == []
     weights = [("eigh", (M, M)), ("eigh", (N, N))] if "weighted" in case else []
-    assert sorted(found.full(loops=False)) == weights
+    assert sorted(program.full(loops=False)) == weights
 
 
 @platforms
 @pytest.mark.parametrize("case", POOLS)
 def test_pool_programs_decompose_only_small_matrices_in_loops(case, platform):
-    found = exported(case, platform)
-    inside = [one for one in found.decompositions if one.loops]
-    # At high rank there are the norm's Krylov spaces alone, and none in the descent.
+    program = exported(case, platform)
+    # At high rank there are only the norm's Krylov spaces, and none in the descent.
     width = 4 if "high" in case else 6
-    sizes = [one.size for one in inside]
+    sizes = [x.size for x in program.decompositions if x.loops]
     assert max(sizes, default=0) <= spectral.BLOCKS * width
     assert bool(sizes) == (case != "work at high rank")
 
@@ -268,64 +271,68 @@ def test_the_descent_at_high_rank_decomposes_nothing(platform):
 
 @platforms
 @pytest.mark.parametrize("case", POOLS)
-def test_pool_programs_fully_decompose_only_for_proofs_and_starts(case, platform):
-    found = exported(case, platform)
+def test_pool_programs_fully_decompose_in_proofs_starts_and_weights(case, platform):
+    program = exported(case, platform)
     gram = "eigh", (LANES, M, M)
     wanted = {
-        # The error, and the candidate for the dual: see `certify_stage`.
+        # The error and the candidate for the dual: see `certify_stage`.
         "finish": [gram, gram],
         "finish at high rank": [gram, gram],
-        # The start, rearranged, which is as large; singular values where its Gram
-        # matrix leaves doubt. At low rank there is a Krylov space for it.
+        # The rearranged matrix at the start, which is as large; singular values where
+        # the Gram matrix is not precise enough. At low rank a Krylov space replaces
+        # both.
         "start at high rank": [gram, ("svd", (LANES, N, M))],
+        # The roots of both weights.
+        "start with weights": [gram, ("eigh", (LANES, N, N))],
     }
-    assert found.full(loops=True) == []
-    assert sorted(found.full(loops=False)) == wanted.get(case, [])
-    # Else there are two bases at once, or that of a Krylov space with its four more.
+    assert program.full(loops=True) == []
+    assert sorted(program.full(loops=False)) == wanted.get(case, [])
+    # The others are of two bases at once, or of a Krylov space with four more vectors.
     rank = HIGH.rank if "high" in case else ONE.rank
-    rest = [one.size for one in found.decompositions if not one.loops and one.size < M]
+    rest = [x.size for x in program.decompositions if not x.loops and x.size < M]
     assert max(rest, default=0) <= max(2 * rank, rank + 4)
 
 
 @platforms
 def test_small_matrices_are_decomposed_once_a_stage_and_not_in_the_descent(platform):
-    found = exported("small", platform)
-    large = [one for one in found.decompositions if one.size > 4]
-    # The start, rearranged, and what estimates the norm: before, in each stage, after.
-    assert sorted({(one.name, one.loops, one.shapes[0]) for one in large}) == [
+    program = exported("small", platform)
+    large = [x for x in program.decompositions if x.size > 4]
+    # The rearranged matrix at the start, and estimates of the norm before, in and after
+    # the stages.
+    assert sorted({(x.name, x.loops, x.shapes[0]) for x in large}) == [
         ("eigh", 0, (9, 9)),
         ("eigvalsh", 0, (12, 12)),
         ("eigvalsh", 1, (12, 12)),
-        # Where its Gram matrix leaves doubt, which is asked when it runs.
+        # Runs only where the Gram matrix is not precise enough.
         ("svd", 0, (24, 9)),
     ]
-    assert max(one.loops for one in found.decompositions) == 2
+    assert max(x.loops for x in program.decompositions) == 2
 
 
 @platforms
 @pytest.mark.parametrize("case", BOUNDS)
-def test_bounds_of_norms_decompose_nothing_in_full(case, platform):
-    found = exported(case, platform)
-    sizes = {one.size for one in found.decompositions}
-    # Three blocks of vectors; or the tridiagonal matrix of 64 steps, once at the end.
+def test_bounds_of_norms_decompose_only_small_matrices(case, platform):
+    program = exported(case, platform)
+    sizes = {x.size for x in program.decompositions}
+    # Three blocks of vectors, or once at the end the tridiagonal matrix of 64 steps.
     assert sizes <= ({3, 16, 48} if "certain" in case else {64})
-    inside = {one.size for one in found.decompositions if one.loops}
+    inside = {x.size for x in program.decompositions if x.loops}
     assert inside == ({48} if "certain" in case else set())
 
 
 @platforms
 @pytest.mark.parametrize("case", CERTIFICATES)
 def test_certificates_decompose_what_their_docstring_says(case, platform):
-    found = exported(case, platform)
-    # Of all candidates for the dual, a handful, before the multipliers and after; and
-    # in the iteration for these the cluster, here all singular values. In haste there
-    # is one candidate, by Gram matrices, and no multipliers.
-    is_hasty = "haste" in case
-    candidates = [] if is_hasty else [("eigh", (M, M)), *[("svd", SHAPE)] * 2]
-    assert sorted(found.full(loops=True)) == candidates
-    singular = [one for one in found.decompositions if one.name == "svd"]
-    assert not (is_hasty and singular)
-    assert not any(one.loops > 1 for one in found.decompositions if one.name == "svd")
+    program = exported(case, platform)
+    # The loop over the few candidates for the dual, before and after the multipliers,
+    # and in the iteration for these the cluster, here all singular values. The
+    # certificate of a stage has one candidate, by Gram matrices, and no multipliers.
+    is_short = "stage" in case
+    candidates = [] if is_short else [("eigh", (M, M)), *[("svd", SHAPE)] * 2]
+    assert sorted(program.full(loops=True)) == candidates
+    singular = [x for x in program.decompositions if x.name == "svd"]
+    assert not (is_short and singular)
+    assert not any(x.loops > 1 for x in singular)
 
 
 @platforms
@@ -333,7 +340,7 @@ def test_certificates_decompose_what_their_docstring_says(case, platform):
 def test_all_products_ask_for_the_highest_precision(case, platform):
     products = exported(case, platform).products
     assert products
-    assert {one.precision for one in products} == {HIGHEST}
+    assert {x.precision for x in products} == {HIGHEST}
 
 
 @platforms
@@ -341,17 +348,17 @@ def test_all_products_ask_for_the_highest_precision(case, platform):
 def test_powers_are_taken_by_squarings_in_the_innermost_loop(case, platform):
     square = (M, M)
     squarings = {
-        one.loops
-        for one in exported(case, platform).products
-        if [shape[-2:] for shape in one.shapes] == [square, square]
+        x.loops
+        for x in exported(case, platform).products
+        if [shape[-2:] for shape in x.shapes] == [square, square]
     }
-    # Once a stage begins, and once in every iteration.
+    # At the beginning of a stage, and in every iteration.
     assert {2, 3} <= squarings
 
 
 @platforms
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_leaves_the_device(case, platform):
+def test_programs_make_no_external_calls(case, platform):
     assert exported(case, platform).calls == set()
 
 
@@ -364,7 +371,7 @@ def test_float32_programs_contain_no_float64(case, platform):
 @platforms
 @pytest.mark.parametrize("case", ["weighted batch of two", "certificate", *BOUNDS])
 def test_with_x64_on_float32_has_constants_of_float64_only(case, platform):
-    # Numbers, one for each matrix of a batch at most; jax's SVD on TPUs has a table.
+    # At most one number for each matrix of a batch; jax's SVD on TPUs has a table.
     constants = {"tensor<f64>", "tensor<3xf64>", "tensor<2x3xf64>"}
     doubles = exported(case, platform, x64=True).doubles
     assert doubles <= (set() if case in BOUNDS else constants)

@@ -1,4 +1,4 @@
-"""Every notebook runs from the first cell to the last, on a reduced size."""
+"""Tests that every notebook runs from the first cell to the last at a reduced size."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 class ThisInterpreter(AsyncKernelManager):
-    """Runs kernels by the interpreter of the tests.
+    """A kernel manager that runs kernels by the interpreter of the tests.
 
-    An installed kernel named python3 may belong to another environment; where no
-    kernel folder is searched, the native one is left.
+    An installed kernel named python3 may belong to another environment; if no folder of
+    kernels is searched, only the native kernel remains.
     """
 
     @default("kernel_spec_manager")
@@ -25,15 +25,15 @@ class ThisInterpreter(AsyncKernelManager):
         return KernelSpecManager(parent=self, kernel_dirs=[])
 
 
-def test_there_are_notebooks():
+def test_the_folder_holds_notebooks():
     assert NOTEBOOKS
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch):
+def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("KRONJAX_NOTEBOOK_QUICK", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    # Figures go into the notebook, as they do for a reader.
+    # Figures are drawn into the notebook, as for a reader.
     monkeypatch.delenv("MPLBACKEND", raising=False)
     working = tmp_path / "work"
     working.mkdir()

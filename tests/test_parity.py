@@ -1,4 +1,4 @@
-"""Agreement with torch, an independent implementation of everything used here."""
+"""Tests that norms, gradients and sums agree with torch."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.mark.parametrize("j", [-1, 0, 3, 7])
-def test_schatten_gradient_is_that_of_automatic_differentiation(j):
+def test_schatten_gradient_agrees_with_automatic_differentiation_by_torch(j):
     matrix = np.random.default_rng(0).standard_normal((9, 7))
     p = float(schatten.exponent(j))
     leaf = torch.tensor(matrix, requires_grad=True)
@@ -25,7 +25,7 @@ def test_schatten_gradient_is_that_of_automatic_differentiation(j):
     np.testing.assert_allclose(gradient, leaf.grad.numpy(), atol=1e-11)
 
 
-def test_kronecker_sums_agree():
+def test_kronecker_sums_agree_with_torch():
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((2, 3, 4)), rng.standard_normal((2, 5, 2))
     expected = sum(
