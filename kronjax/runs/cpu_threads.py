@@ -1,8 +1,8 @@
-"""The threads that jax computes with on processors; without jax.
+"""The threads of jax and of BLAS on processors; imports no jax.
 
-Their number is that of the cores, or what `VARIABLE` says when jax first computes. A
-decomposition of several matrices holds one of them while it waits for others: of what
-runs at the same time each needs `EACH`, or all may wait for ever.
+jax takes as many threads as there are cores, or as `VARIABLE` says when jax first
+computes. A decomposition of several matrices holds a thread while it waits for others:
+every program that runs at the same time needs `EACH`, or all may wait for ever.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ EACH = 2
 """Threads for each program, or simulated device, that runs at the same time."""
 
 MOST = 16
-"""Programs at the same time at most. A guess."""
+"""Largest number of programs at the same time. A guess."""
 
 
 def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
@@ -41,16 +41,16 @@ def count() -> int:
 def programs() -> int:
     """Return how many programs keep the cores busy: as many as there are cores.
 
-    Where one decomposes, on a single core, others multiply. At most as many as the
-    threads allow for, and at least one.
+    While one decomposes, on a single core, others multiply. There are at most as many
+    as the threads allow, and at least one.
     """
     return max(min(_cores(), MOST, count() // EACH), 1)
 
 
 def reserve() -> None:
-    """Ask for threads enough for as many `programs` as there are cores.
+    """Request enough threads for as many `programs` as there are cores.
 
-    Where jax is there already it may be too late, and nothing is done.
+    It has to come before jax is imported; later nothing is done.
     """
     if "jax" not in sys.modules:
         wanted = max(_cores(), EACH * min(_cores(), MOST))

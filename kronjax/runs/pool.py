@@ -1,16 +1,16 @@
 """Many continuations side by side, each matrix at its own stage, in slices of work.
 
 Every device has slots, each with the path of one matrix, and lanes that compute. One
-call gives every device some slots that are at the same stage, so that all lanes spend
-the same products on a trial, and so many trial points: a *slice*. Whoever ends a stage
-turns to the next one together with others, whoever ends the last one is taken out
-likewise, and a new matrix takes the slot: who is slow is left behind. What is behind
-at the end of a run does not fill the lanes.
+call gives every device slots that are at the same stage, so that all lanes spend the
+same products on a trial point, and a number of trial points: a *slice*. Slots whose
+stage has ended turn to the next one together; slots whose last stage has ended are
+emptied together, and new matrices fill them. Slow matrices do not delay the others,
+except at the end of a run, where they do not fill the lanes.
 
-Lanes do not know of each other. What comes of a matrix depends neither on the slot, the
-device and the others in the call, nor on how often the work was cut: only on the number
-of lanes, which decides how products are computed, and perhaps on whether a slot is the
-only one. No device talks to another one.
+Lanes are independent. The result for a matrix depends neither on its slot, its device,
+the other matrices in the call, nor on how the work is cut: only on the number of
+lanes, which decides how products are computed, and perhaps on whether there is a single
+slot. Devices do not communicate.
 
 >>> from kronjax.kronecker import Configuration
 >>> from kronjax.solver.problem import Problem
@@ -124,7 +124,7 @@ class _Slot:
 
 @dataclasses.dataclass
 class _Host:
-    """What the host knows of the slots of one device: free, at work, or done."""
+    """The slots of one device: free, at work, or done."""
 
     free: list[int]
     held: dict[int, _Slot] = dataclasses.field(default_factory=dict)
@@ -138,8 +138,8 @@ class _Host:
                 stages.setdefault(one.stage, []).append(slot)
         if not stages:
             return []
-        # Full lanes first, and of those what is nearest to its end. Where no lanes are
-        # full who is behind goes first, to be with others from then on.
+        # Full lanes first, and of those the latest stage. Where no lanes are full the
+        # earliest stage goes first, so that its slots join others from then on.
         full = [i for i, slots in stages.items() if len(slots) >= lanes]
         return stages[max(full) if full else min(stages)][:lanes]
 
@@ -164,7 +164,7 @@ class Pool:
         devices: list[Any] | None = None,
         tolerance: float = 2e-4,
     ) -> None:
-        """Compile, and make room.
+        """Compile the programs, and allocate the slots.
 
         Args:
             kind: The problem and precision (float64 only if jax computes in that).
@@ -183,7 +183,7 @@ class Pool:
         self.mesh = Mesh(np.array(devices), (programs.AXIS,))
         self._count = len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
-        # In the numbers that programs are compiled for.
+        # In the dtypes that programs are compiled for.
         self._stages = [
             jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), stage)
             for stage in problem.schedule()
@@ -234,10 +234,10 @@ class Pool:
                 yield from self._take(hosts)
 
     def _comes_first(self, hosts, turning, working):
-        """Return whether to turn slots whose stages have ended before more work.
+        """Return whether slots whose stages have ended turn before more work is done.
 
-        What fills the lanes comes first, then who is behind: who has ended a stage
-        waits there for the others.
+        Full lanes come first, then the earlier stage: slots that have ended a stage
+        wait there for the others.
         """
         full = [max(map(len, one)) >= self.lanes for one in (turning, working)]
         if full[0] or not any(working):
@@ -255,7 +255,7 @@ class Pool:
         return ended < behind
 
     def _fill(self, matrices, hosts):
-        """Begin with new matrices, as many as there are lanes; say if more may come."""
+        """Start new matrices in all lanes; return whether more may come."""
         chosen, new, given = [[] for _ in hosts], {}, None
         for lane, device in itertools.product(range(self.lanes), range(self._count)):
             host = hosts[device]
@@ -308,7 +308,7 @@ class Pool:
                 host.done[slot] = host.held.pop(slot)
 
     def _take(self, hosts):
-        """Yield what is done, and free its slots."""
+        """Yield finished matrices, and free their slots."""
         chosen = [list(host.done)[: self.lanes] for host in hosts]
         taken = {
             (device, lane): host.done.pop(slot)
@@ -342,7 +342,7 @@ class Pool:
         return gather(self.kind.problem, winner, first, stacked)
 
     def _places(self, chosen):
-        """Return the slots of a call, `[devices, lanes]`: the last one for nobody."""
+        """Return the slots `[devices, lanes]`; idle lanes get the last slot."""
         places = np.full((self._count, self.lanes), self.slots, np.int32)
         for device, slots in enumerate(chosen):
             places[device, : len(slots)] = slots
@@ -368,7 +368,7 @@ class Pool:
         return seeds
 
     def _concerned(self, hosts, chosen):
-        """Return device and lane, slot and matrix of all that a call concerns."""
+        """Return device and lane, slot, and matrix for every lane of a call."""
         return [
             ((device, lane), slot, host.held[slot])
             for device, (host, slots) in enumerate(zip(hosts, chosen, strict=True))
@@ -376,24 +376,24 @@ class Pool:
         ]
 
     def _stages_of(self, hosts, chosen):
-        """Return the stage that the chosen slots of every device are at."""
+        """Return the stage of the chosen slots of every device."""
         return [
             host.held[slots[0]].stage if slots else 0
             for host, slots in zip(hosts, chosen, strict=True)
         ]
 
     def _stacked(self, stages):
-        """Return stages by their numbers as one, with a leading axis."""
+        """Return stages by their numbers, stacked."""
         return jax.tree.map(lambda *x: np.array(x), *(self._stages[i] for i in stages))
 
     def _run(self, name, *arguments):
-        """Call a program, keep the paths, and return what it tells, as NumPy."""
+        """Call a program, keep the paths, and return its results as NumPy arrays."""
 
         def get(x):
             x = np.asarray(x)
             return x.reshape(self._count, self.lanes, *x.shape[1:])
 
-        # As NumPy: put on the devices one by one they would take as long as a trial.
+        # As NumPy: transferred one by one they would take as long as a trial point.
         given = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim > 1 else x, arguments
         )
@@ -404,7 +404,7 @@ class Pool:
 def _check_threads(devices) -> None:
     """Refuse simulated devices that would wait for each other's threads for ever.
 
-    Seen with eight devices and two threads: see `threads`.
+    It happened with eight devices and two threads: see `cpu_threads`.
     """
     wanted = cpu_threads.EACH * len(devices)
     if (

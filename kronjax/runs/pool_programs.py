@@ -1,15 +1,16 @@
-"""What one call to a pool computes, on every device for itself.
+"""The programs of a pool, run by every device on its own slots.
 
 A device holds the settings and paths of its slots as one pytree with a leading axis. A
 call gets the numbers of the slots it concerns, takes their lanes out, and puts them
-back; the last slot is that of lanes without a matrix. The only slot of the only device,
-as large matrices have it, stays where it is.
+back; the last slot serves lanes without a matrix. Where a device has a single slot, as
+for large matrices, it is not moved.
 
-- `start`: new matrices into slots, and into their first stage; tells spectral errors;
-- `work`: a slice of trial points; tells whether the stage has ended, and the products;
-- `turn`: from a stage that has ended to the next one; tells whether all is done, and
-  the line of the trace;
-- `finish`: tells factors, what is proven about them, and the status.
+- `start`: put new matrices into slots and into their first stage; return the first line
+  of their traces;
+- `work`: run a slice of trial points; return whether the stage has ended, and products;
+- `turn`: go from an ended stage to the next one; return whether all stages are done,
+  and the line of the trace;
+- `finish`: return factors, proven bounds and the status.
 
 >>> from kronjax.kronecker import Configuration
 >>> kind = Kind(Problem.of((4, 6), Configuration((2, 3), 1)), np.dtype(np.float32))
@@ -37,7 +38,7 @@ from kronjax.solver.problem import Problem
 from kronjax.solver.solution import Trace
 
 AXIS = "matrices"
-"""Of the mesh: what the matrices are divided over."""
+"""Axis of the mesh over which matrices are distributed."""
 
 COARSE = 0.01
 """Tolerance above which proofs have half the rounds: gaps of random 36×36, solved to
@@ -65,7 +66,7 @@ def _work(kind, held, tolerance, order, stage, trials):
     settings, paths = held
     each = schatten.num_products(stage.squarings)
 
-    # Of a path only the state changes, and only that is moved.
+    # Only the state of a path changes, and only the state is moved.
     def lane(setting, state):
         new = continuation.descend(problem, setting, state, stage, tolerance, trials)
         spent = each * (new.evaluations - state.evaluations)
@@ -86,7 +87,7 @@ def _turn(kind, held, tolerance, order, seeds, stage, following, ends):
         path = continuation.leave(problem, setting, path, stage, tolerance)
         line = continuation.trace_line(problem, setting, path, stage)
         done = path.done | ends
-        # What is done keeps its state, which tells how it ended.
+        # A finished path keeps its state, which holds its final status.
         new = continuation.enter(problem, setting, path, following, seed)
         return select(done, path, new), (done, line)
 
@@ -94,7 +95,7 @@ def _turn(kind, held, tolerance, order, seeds, stage, following, ends):
     new_paths, told = _each(lane)(own_settings, own_paths, seeds)
     turned = _put(paths, order, new_paths)
     if paths.champion is None:
-        # Between stages nothing is learnt of the curvature, which is not to be moved.
+        # Curvature pairs do not change between stages, and need not be moved.
         state = dataclasses.replace(turned.state, pairs=paths.state.pairs)
         turned = dataclasses.replace(turned, state=state)
     return (settings, turned), told
@@ -122,7 +123,7 @@ def _finish(kind, held, tolerance, order, matrices, last):
 
 
 def _each(function):
-    """Map over lanes: what `vmap` adds is left out where there is one."""
+    """Map over lanes; a single lane is computed without `vmap`."""
 
     def mapped(*lanes):
         if len(jax.tree.leaves(lanes)[0]) > 1:
@@ -156,16 +157,16 @@ def proof_rounds(tolerance: float | jax.Array) -> jax.Array:
 
 
 def proof_exponent(problem: Problem, last: jax.Array) -> jax.Array:
-    """Return the p whose gradient proves, given the last one that was minimised.
+    """Return the p whose gradient proves, given the last one minimised.
 
-    At high rank half of it: gaps are then 2.3 instead of 2.6 % at half the parameters
-    of 768×768, but would be 9.8 instead of 7.1 % with 8 terms.
+    At high rank it is half of that: gaps are then 2.3 instead of 2.6 % at half the
+    parameters of 768×768, but would be 9.8 instead of 7.1 % with 8 terms.
     """
     return last / 2 if problem.norm.is_spectral and problem.is_factored else last
 
 
 def rows(slots: int, devices: int) -> int:
-    """Return the slots of a device, with that of lanes without a matrix if need be."""
+    """Return the slots of a device, with one for idle lanes if needed."""
     return 1 if slots == devices == 1 else slots + 1
 
 
@@ -266,7 +267,7 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
             out_specs=own,
             check_vma=False,
         )
-        # What is not read is to be written over, too.
+        # Unread arguments can be overwritten, too.
         jitted = jax.jit(mapped, donate_argnums=0, keep_unused=True)
         return jitted.lower(held, scalar, order, *arguments).compile()
 
@@ -274,7 +275,7 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
 
 
 def peak(program: Any) -> int:
-    """Return the bytes that a program holds on a device at its peak."""
+    """Return the peak memory of a program on a device, in bytes."""
     facts = program.memory_analysis()
     if facts is None:
         return 0

@@ -1,8 +1,8 @@
-"""Several processes on one or many hosts that share the work.
+"""Several processes, on one or many hosts, that share the work.
 
-They speak to each other before the work: do all want the same, and may they? Those that
-solve matrices then part, so that none waits for another one, and none ends because
-another one did; those that train one model stay together.
+Before the work they compare what they are going to do. Processes that solve matrices
+then part: none waits for another one, and none ends because another one did. Processes
+that train one model stay together.
 
 >>> alone = Hosts(0, 1)
 >>> alone.exchange([3, 4])
@@ -27,24 +27,24 @@ import numpy as np
 from kronjax.io.storage import Storage
 
 POLL = 1.0
-"""Seconds between two looks at what the others have finished."""
+"""Seconds between two checks of the results of the other processes."""
 
 PATIENCE = 20.0
-"""Seconds that a process which failed waits for the others to have failed, too."""
+"""Seconds that a failed process waits for the others to fail, too."""
 
 WORDS = 8
-"""Of seven hexadecimal digits, by which processes compare what they want."""
+"""Number of words, of seven hexadecimal digits, by which processes compare digests."""
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Who this process is.
+    """The number of this process among those that share the work.
 
     Attributes:
-        process: Its number.
-        processes: How many there are.
+        process: Number of this process, from 0.
+        processes: Number of processes.
     """
 
     process: int
@@ -52,11 +52,11 @@ class Hosts:
 
     @classmethod
     def here(cls) -> "Hosts":
-        """Return who this process is to jax."""
+        """Return the number of this process in jax's distributed runtime."""
         return cls(jax.process_index(), jax.process_count())
 
     def exchange(self, words: Sequence[int]) -> list[list[int]]:
-        """Return the words of all processes, which give equally many, below 2^31."""
+        """Return the words of all processes; equally many from each, below 2^31."""
         if self.processes == 1:
             return [list(words)]
         from jax.experimental import multihost_utils
@@ -72,16 +72,16 @@ class Hosts:
         *,
         what: str = "was given something else",
     ) -> None:
-        """Go on if all processes are well and want the same.
+        """Return if all processes are ready and have the same digest.
 
         Args:
-            digest: Of what this one wants, hexadecimal.
-            problem: That keeps it from going on, or None.
-            what: Can be said of one that wants something else.
+            digest: Digest of the task of this process, hexadecimal.
+            problem: The exception that this process ends with, or None.
+            what: Description of a process with another digest, for the message.
 
         Raises:
-            Exception: `problem`, once the others know that there is one.
-            ValueError: If another one has a problem, or wants something else.
+            Exception: `problem`, once the other processes know of it.
+            ValueError: If another process has a problem or another digest.
         """
         digits = digest[: 7 * WORDS].ljust(7 * WORDS, "0")
         words = [int(digits[7 * i : 7 * i + 7], 16) for i in range(WORDS)]
@@ -90,7 +90,7 @@ class Hosts:
             raise problem
         for i, (is_well, *others) in enumerate(told):
             if not is_well:
-                raise ValueError(f"process {i} could not go on, and says why")
+                raise ValueError(f"process {i} has failed; its output says why")
             if others != words:
                 raise ValueError(
                     f"process {i} {what} than process {self.process}: give all of them "
@@ -98,7 +98,7 @@ class Hosts:
                 )
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return what some work returns, once it has been done everywhere.
+        """Return the result of some work, once it is done in all processes.
 
         Raises:
             Exception: As the work does.
@@ -113,9 +113,9 @@ class Hosts:
         return made[0]
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Return the same as `together`; process 0 does the work first.
+        """Return the same as `together`, with process 0 doing the work first.
 
-        What it leaves, in a file for example, the others find when they do the same.
+        The others then find its results, in a file for example.
         """
         if self.process > 0:
             self.together(lambda: None)
@@ -125,9 +125,9 @@ class Hosts:
         return found
 
     def leave(self, code: int) -> None:
-        """End this process soon, also if the others wait for it somewhere else.
+        """End this process soon, even if others wait for it.
 
-        Those that fail in the same way are given time to say so.
+        Processes that fail in the same way get the time to print their message.
         """
         if self.processes > 1:
             timer = threading.Timer(PATIENCE, os._exit, (code,))
@@ -135,7 +135,7 @@ class Hosts:
             timer.start()
 
     def part(self) -> None:
-        """Be on one's own from here on: nobody is told any longer who has ended."""
+        """Shut down the distributed runtime."""
         if self.processes > 1:
             jax.distributed.shutdown()
 
@@ -149,8 +149,8 @@ def meet(
     """Return the processes that share the work: this one alone, or those of `join`.
 
     Raises:
-        ValueError: If something is said of others that are not asked for, or if they
-            cannot be found.
+        ValueError: If options of other processes are given without `distributed`, or
+            the processes do not meet.
     """
     if distributed:
         return join(coordinator, processes, process)
@@ -166,26 +166,26 @@ def join(
     processes: int | None = None,
     process: int | None = None,
 ) -> Hosts:
-    """Meet the other processes.
+    """Connect to the other processes.
 
     Args:
         coordinator: `host:port` of process 0. On Cloud TPU, under Slurm and Open MPI 4
-            all three are found out.
-        processes: How many there are.
-        process: Number of this one.
+            all three are detected.
+        processes: Number of processes.
+        process: Number of this process.
 
     Raises:
-        ValueError: If the others cannot be found.
+        ValueError: If the processes do not meet.
     """
     try:
         handler = signal.getsignal(signal.SIGTERM)
         with _errors_only():
             jax.distributed.initialize(coordinator, processes, process)
-        # jax has SIGTERM noted and nothing else, for a protocol that is not used here.
+        # jax only notes SIGTERM, for a protocol that is not used here.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         met = Hosts.here()
-        met.exchange([0])  # who connects later than others waits for 30 seconds only
+        met.exchange([0])  # a late process waits for 30 seconds only
         return met
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -200,28 +200,28 @@ def wait(
     hosts: Hosts,
     missing: Callable[[], Sequence[int]],
 ) -> None:
-    """Wait until the others have finished what they own, as long as they live.
+    """Wait until the other processes have finished their tasks, while they live.
 
     Args:
-        place: That each of them holds.
-        hosts: All of them.
-        missing: Returns the indices of what is not finished.
+        place: The place that each of them holds.
+        hosts: The processes.
+        missing: Function that returns the indices of the missing tasks.
 
     Raises:
-        OSError: If one has ended before.
+        OSError: If a process has ended before its tasks were finished.
     """
     while owners := _owners(missing(), hosts):
-        # On some places this takes a while for each: one that lives is enough.
+        # This may take a while for each process: a single live one is enough.
         if any(place.is_held(i) for i in owners if i > 0):
             time.sleep(POLL)
             continue
-        rest = missing()  # who has let go has written all before
+        rest = missing()  # a process writes everything before it lets go
         if not rest:
             return
         names = ", ".join(map(str, _owners(rest, hosts)))
         raise OSError(
             f"{len(rest)} matrices are missing, of process {names}, which has ended: "
-            "the same line again goes on"
+            "run the same command again to resume"
         )
 
 
@@ -231,7 +231,7 @@ def _owners(indices: Sequence[int], hosts: Hosts) -> list[int]:
 
 @contextlib.contextmanager
 def _errors_only() -> Iterator[None]:
-    """Send what libraries print about connections to standard error."""
+    """Send the output of libraries about connections to standard error."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

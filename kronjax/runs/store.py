@@ -1,12 +1,13 @@
-"""The results of a plan: factors and a record for each matrix, one by one.
+"""The stored results of a plan: factors and a record for each matrix.
 
-    plan.json                     what is to be done; written first
+    plan.json                     the plan; written first
     matrices/00007.safetensors    the factors
-    matrices/00007.json           the record, written last: errors, bounds, effort
+    matrices/00007.json           the record: errors, bounds, effort; written last
 
-What has a record of this plan, sealed by a digest of its own and with that of the
-factors as they are there, is finished. Whatever else is there counts as absent: cut
-off, damaged, of another plan. Only a record of a later version is refused.
+A task is finished if it has a record of this plan, sealed by a digest of its own and
+with the digest of the factors as they are stored. Anything else counts as absent:
+truncated files, damaged ones, those of another plan. Only a record of a later version
+is refused.
 
 >>> file_names(7)
 ('matrices/00007.safetensors', 'matrices/00007.json')
@@ -35,29 +36,29 @@ PLAN = "plan.json"
 MATRICES = "matrices"
 
 SOLVED, FAILED = "solved", "failed"
-"""What became of a matrix: it has factors, or it stays dense."""
+"""Values of `status` in a record: the matrix has factors, or stays dense."""
 
 
 class Store:
-    """What is kept of one plan at a place.
+    """The results of one plan at a place.
 
     Attributes:
-        place: Where.
-        plan: Of which.
+        place: Storage location.
+        plan: The plan whose results are stored.
     """
 
     def __init__(self, place: Storage, plan: RunPlan) -> None:
-        """Look at nothing yet."""
+        """Keep both; nothing is read yet."""
         self.place, self.plan = place, plan
 
     def agree(self, lanes: Mapping[str, int] | None = None) -> None:
-        """Write the plan, or find that it is there, and take its lanes over.
+        """Write the plan, or find that it is stored already, and take over its lanes.
 
         Args:
-            lanes: Of groups, to be added where the plan knows none.
+            lanes: Lanes of groups, added where the stored plan has none.
 
         Raises:
-            ValueError: If the place belongs to another plan; says what differs.
+            ValueError: If the place belongs to another plan; names the differences.
         """
         content = self.place.read(PLAN)
         held = None
@@ -67,7 +68,7 @@ class Store:
                 lines = "; ".join(differences(held, self.plan)) or "their order"
                 raise ValueError(
                     f"{self.place} holds results of another plan ({lines}): give --out "
-                    "another folder, or --force to begin anew"
+                    "another folder, or --force to start anew"
                 )
         known = {**(lanes or {}), **(held.lanes if held else {})}
         if held is None or known != dict(held.lanes):
@@ -76,20 +77,20 @@ class Store:
         self.plan = dataclasses.replace(self.plan, lanes=known)
 
     def remember(self, key: str, lanes: int) -> None:
-        """Change how many matrices of a group a device computes at once."""
+        """Store a new number of lanes for a group."""
         known = {**self.plan.lanes, key: lanes}
         self.plan = dataclasses.replace(self.plan, lanes=known)
         self.place.write(PLAN, self.plan.to_json())
 
     def clear(self) -> None:
-        """Remove the plan, and then everything that was kept of it."""
+        """Remove the plan, and then all of its results."""
         self.place.remove(PLAN)
         for name in self.place.names(MATRICES):
             if re.fullmatch(r"\.?\d{5,}\.(json|safetensors)(\..*\.tmp)?", name):
                 self.place.remove(f"{MATRICES}/{name}")
 
     def sweep(self, owned: Sequence[MatrixTask]) -> None:
-        """Remove what writes of these tasks left behind that were cut off."""
+        """Remove temporary files that interrupted writes of these tasks left behind."""
         mine = {one.index for one in owned}
         for name in self.place.names(MATRICES):
             found = re.fullmatch(r"\.(\d{5,})\.\w+\..*\.tmp", name)
@@ -133,7 +134,7 @@ class Store:
         self.place.write(record, text.encode() + b"\n")
 
     def records(self, some: Sequence[MatrixTask]) -> dict[int, dict[str, Any]]:
-        """Return the records of what is finished among some tasks, by index.
+        """Return the records of the finished tasks among some, by index.
 
         Raises:
             ValueError: If a record is of a later version.
@@ -168,7 +169,7 @@ class Store:
             raise ValueError(f"{self.place}/{name} is damaged: {error}") from error
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """Return a record of this plan, or None for anything that is none."""
+        """Return a record of this plan, or None if the file is no such record."""
         try:
             told = parse_json(self.place.read(name) or b"")
             version = told["format"]
@@ -202,5 +203,5 @@ def read_plan(place: Storage) -> RunPlan | None:
 
 
 def _seal(told: Mapping[str, Any]) -> str:
-    """Return the digest of a record, by which a damaged one is told."""
+    """Return the digest of a record, which reveals damage."""
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

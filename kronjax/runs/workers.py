@@ -60,21 +60,21 @@ def solve(
     matrices: Iterator[Matrix],
     tick: Tick = lambda products, turned: None,
 ) -> Iterator[Finished]:
-    """Solve matrices as they come, by whoever has room, and yield what is done.
+    """Solve matrices in the pools that have room, and yield the finished ones.
 
     Args:
-        pools: At least one, of one problem; no more than `size`.
-        matrices: As for `Pool.solve`; read in the threads, by one at a time.
-        tick: As there; called in this thread.
+        pools: One or more pools of one kind; no more than `size`.
+        matrices: As for `Pool.solve`; read in the threads, by one thread at a time.
+        tick: As for `Pool.solve`; called in this thread.
 
     Raises:
-        BaseException: What a pool, the matrices or `tick` raised, once all have
-            stopped.
+        BaseException: The exception of a pool, of the matrices or of `tick`, once all
+            threads have stopped.
     """
     if len(pools) == 1:
         yield from pools[0].solve(matrices, tick)
         return
-    # Few: who finds more than can be kept has to wait.
+    # A short queue: pools wait if results are not stored as fast.
     events: queue.Queue = queue.Queue(len(pools))
     reading, stopped = threading.Lock(), threading.Event()
     wide = jnp.result_type(float) == jnp.float64  # every thread has its own
@@ -90,10 +90,10 @@ def solve(
             with reading:
                 if stopped.is_set():
                     raise _Stopped
-                one = next(matrices, None)
-            if one is None:
+                matrix = next(matrices, None)
+            if matrix is None:
                 return
-            yield one
+            yield matrix
 
     def work(pool):
         try:
@@ -105,11 +105,11 @@ def solve(
             with contextlib.suppress(_Stopped):
                 send(error)
 
-    crew = [threading.Thread(target=work, args=(pool,)) for pool in pools]
+    threads = [threading.Thread(target=work, args=(pool,)) for pool in pools]
     try:
-        for one in crew:
-            one.start()
-        working = len(crew)
+        for thread in threads:
+            thread.start()
+        working = len(threads)
         while working:
             event = events.get()
             if isinstance(event, Finished):
@@ -122,9 +122,9 @@ def solve(
                 tick(*event)
     finally:
         stopped.set()
-        for one in crew:
-            if one.ident is not None:
-                one.join()
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
 
 
 def pools_of(
