@@ -116,7 +116,7 @@ def from_starts(problem, matrices, tolerance, num_starts):
         setting, path, first = continuation.start(problem, matrix)
         path, lines = jax.lax.scan(
             lambda path, stage: continuation.advance(
-                problem, setting, path, stage, tolerance, 0
+                problem, setting, path, stage, tolerance, jax.random.key(0)
             ),
             path,
             stages,

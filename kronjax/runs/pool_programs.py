@@ -53,7 +53,8 @@ def _start(kind, held, tolerance, order, matrices, seeds):
         setting, path, line = continuation.start(problem, *matrix)
         if first is not None:
             first_stage = jax.tree.map(jnp.asarray, first)
-            path = continuation.enter(problem, setting, path, first_stage, seed)
+            key = jax.random.key(seed)
+            path = continuation.enter(problem, setting, path, first_stage, key)
         return (setting, path), line
 
     new, lines = _each(lane)(matrices, seeds)
@@ -88,7 +89,8 @@ def _turn(kind, held, tolerance, order, seeds, stage, following, ends):
         line = continuation.trace_line(problem, setting, path, stage)
         done = path.done | ends
         # A finished path keeps its state, which holds its final status.
-        new = continuation.enter(problem, setting, path, following, seed)
+        key = jax.random.key(seed)
+        new = continuation.enter(problem, setting, path, following, key)
         return select(done, path, new), (done, line)
 
     own_settings, own_paths = _get(held, order)

@@ -48,7 +48,7 @@ def solve(
     max_products: int | None = None,
     tolerance: float | jax.Array = 2e-4,
     schedule: str | Sequence[float] = "adaptive",
-    seed: int | jax.Array = 0,
+    key: jax.Array | None = None,
 ) -> Solution:
     """Minimise `‖L^{1/2} (T − Σ_k A_k ⊗ B_k) R^{1/2}‖` for one matrix; pure.
 
@@ -77,7 +77,7 @@ def solve(
         schedule: "adaptive", or the same p for every matrix without predictions:
             "fixed", seven values up to 4098, or a list of rising exponents. Larger
             exponents than that of the norm are not used.
-        seed: Seed of the perturbations, an integer, may be traced.
+        key: Random key of the perturbations, from `jax.random.key`; that of 0 if None.
 
     Returns:
         `Solution`. A matrix with NaN or infinite entries, or whose Frobenius norm
@@ -104,6 +104,7 @@ def solve(
         weighted=tuple(weight is not None for weight in weights),
         schedule=schedule,
     )
+    key = jax.random.key(0) if key is None else key
     setting, path, first = start(problem, matrix, *weights)
     stages = problem.schedule()
     if not stages:
@@ -111,7 +112,7 @@ def solve(
             problem, setting, path, gather(problem, path.winner, first, first)
         )
     path, lines = jax.lax.scan(
-        lambda path, stage: advance(problem, setting, path, stage, tolerance, seed),
+        lambda path, stage: advance(problem, setting, path, stage, tolerance, key),
         path,
         jax.tree.map(lambda *x: jnp.array(x), *stages),
     )
@@ -157,7 +158,7 @@ def start(
 
 
 def advance(
-    problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance, seed
+    problem: Problem, setting: Setting, path: Path, stage: Stage, tolerance, key
 ):
     """Return the path after one stage, and the line of the trace for that stage.
 
@@ -165,7 +166,7 @@ def advance(
     """
 
     def run():
-        return _run_stage(problem, setting, path, stage, tolerance, seed)
+        return _run_stage(problem, setting, path, stage, tolerance, key)
 
     if problem.is_adaptive:
         new = jax.lax.cond(
@@ -190,16 +191,16 @@ def trace_line(problem: Problem, setting: Setting, path: Path, stage: Stage) -> 
     )
 
 
-def _run_stage(problem, setting, path, stage, tolerance, seed):
-    path = enter(problem, setting, path, stage, seed)
+def _run_stage(problem, setting, path, stage, tolerance, key):
+    path = enter(problem, setting, path, stage, key)
     state = descend(problem, setting, path.state, stage, tolerance)
     path = dataclasses.replace(path, state=state)
     return leave(problem, setting, path, stage, tolerance)
 
 
-def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, seed) -> Path:
+def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, key) -> Path:
     """Return the path at the beginning of a stage, before the first step."""
-    state = _origin(problem, path, stage, seed)
+    state = _origin(problem, path, stage, key)
     continues = stage.origin == Origin.PREVIOUS
     from_start = stage.origin == Origin.START
     last_p = jnp.where(from_start, jnp.full_like(path.p, 2), path.p)
@@ -282,11 +283,11 @@ def leave(
     )
 
 
-def _origin(problem, path, stage, seed):
+def _origin(problem, path, stage, key):
     """Return the state from which a stage begins."""
     if path.champion is None:  # without a race the only start is that of the path
         return path.state
-    key = jax.random.fold_in(jax.random.key(seed), jnp.maximum(stage.begins, 0))
+    key = jax.random.fold_in(key, jnp.maximum(stage.begins, 0))
     size = jnp.minimum(stage.begins, 1).astype(path.error.dtype)
     return jax.lax.switch(
         stage.origin,

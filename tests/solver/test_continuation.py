@@ -312,19 +312,19 @@ def test_one_compilation_serves_every_matrix_and_every_p(monkeypatch):
 
     monkeypatch.setattr(continuation.schatten, "value_and_gradient", counted)
     run = jax.jit(
-        lambda x, seed, tolerance: solve(x, SMALL, seed=seed, tolerance=tolerance)
+        lambda x, key, tolerance: solve(x, SMALL, key=key, tolerance=tolerance)
     )
-    run(jnp.asarray(draw(12)[0]), 0, 1e-3)
+    run(jnp.asarray(draw(12)[0]), jax.random.key(0), 1e-3)
     first = len(traces)
     assert first <= 4  # restart and step, not once for each stage
-    run(jnp.asarray(draw(13)[0]), 1, 1e-4)
+    run(jnp.asarray(draw(13)[0]), jax.random.key(1), 1e-4)
     assert len(traces) == first
 
 
-def test_the_seed_reaches_the_perturbed_starts():
-    run = jax.jit(lambda x, seed: solve(x, SMALL, seed=seed))
+def test_the_key_reaches_the_perturbed_starts():
+    run = jax.jit(lambda x, key: solve(x, SMALL, key=key))
     matrix = jnp.asarray(draw(14)[0])
-    one, same, other = (run(matrix, seed).trace for seed in (0, 0, 1))
+    one, same, other = (run(matrix, jax.random.key(seed)).trace for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.products, same.products)
     assert (one.products != other.products).any()
 
