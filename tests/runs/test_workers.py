@@ -132,12 +132,12 @@ def test_threads_compute_in_the_precision_of_who_calls():
     assert all(one.terms[0].a.dtype == np.float64 for one in found)
 
 
-def test_several_pools_solve_small_matrices_and_one_large_ones(monkeypatch):
+def test_there_are_as_many_pools_as_are_useful(monkeypatch):
     monkeypatch.setattr(workers, "size", lambda devices: 2)
     problem = Problem.of((12, 18), Configuration((3, 6), 2), "schatten:4", num_starts=1)
     kind = Kind(problem, np.dtype(np.float32))
-    for lanes, count in ((3, 2), (1, 1)):
-        pools, chosen = workers.pools_of(kind, 90, lanes, jax.devices()[:1], 1e-2)
+    for number, lanes, count in ((90, 3, 2), (90, 1, 2), (3, 3, 1)):
+        pools, chosen = workers.pools_of(kind, number, lanes, jax.devices()[:1], 1e-2)
         assert (len(pools), chosen) == (count, lanes)
 
 
