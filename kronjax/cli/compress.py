@@ -22,7 +22,6 @@ from kronjax.cli.options import (
     Tolerance,
     option,
 )
-from kronjax.runs import cpu_threads
 
 if TYPE_CHECKING:
     from kronjax.io.storage import Storage
@@ -186,7 +185,6 @@ def compress(
     Returns:
         0, or 3 if a layer failed and stays dense.
     """
-    cpu_threads.reserve()  # before jax is there
     from kronjax import recipe as recipes
     from kronjax.lm.checkpoints import hugging_face
     from kronjax.lm.compression import pipeline

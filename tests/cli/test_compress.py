@@ -1,6 +1,5 @@
 """`kronjax plan`, `compress` and `report` of language models, as a user types them."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -9,40 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compressions import RULES, SPECTRAL, compress, run
 from flax import nnx
 from helpers import KRONY_PT, free_port
 
 from kronjax import lm, nn, recipe
-from kronjax.cli.main import main
 from kronjax.io import heartbeat, storage
-from kronjax.lm.compression import candidates, record
+from kronjax.lm.compression import record
 from kronjax.runs.store import Store
 
-TEXT = "The quick brown fox jumps over the lazy dog, and she sells sea shells.\n" * 90
-
-RULES = """
-rules:
-- {match: "*.c_fc", method: interpolative, fraction: 0.5, weighting: none}
-- match: "wte"
-  method: kronecker
-  terms: [{a_shape: [300, 1], rank: 6}]
-  weighting: none
-- match: "h.1.attn.c_proj"
-  method: kronecker
-  terms: [{a_shape: [32, 1], rank: 3}]
-  scalars: true
-  weighting: none
-- {match: "*", method: low-rank, rank: 4, weighting: none}
-"""
-SPECTRAL = """
-rules:
-- match: "h.*.attn.c_proj"
-  method: kronecker
-  terms: [{a_shape: [8, 8]}]
-  norm: spectral
-  weighting: none
-- {match: "*", method: keep}
-"""
 WEIGHTED = """
 rules:
 - match: "h.*.attn.c_proj"
@@ -53,34 +27,6 @@ rules:
 - {match: "h.*.mlp.c_fc", method: low-rank, rank: 4, weighting: input+gradient}
 - {match: "*", method: keep}
 """
-
-
-@pytest.fixture
-def untimed(monkeypatch):
-    """Records without speeds, whose programs take long to compile."""
-    monkeypatch.setattr(record, "of", functools.partial(record.of, timed=False))
-
-
-@pytest.fixture
-def folder(tiny, tmp_path, monkeypatch):
-    """A saved model and a text; mixtures, which take long to compile, are left out."""
-    monkeypatch.setattr(candidates, "probe", lambda *_: [])
-    lm.save(tiny, tmp_path / "dense")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
-
-
-def run(capsys, *args):
-    code = main([str(x) for x in args])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def compress(folder, *more, rules=RULES, out="out"):
-    """The arguments of a compression by rules, which are written to a file."""
-    (folder / "rules.yaml").write_text(rules)
-    given = ("compress", folder / "dense", "--recipe", folder / "rules.yaml")
-    return (*given, "--out", folder / out, *more)
 
 
 def weights(folder):
@@ -371,91 +317,6 @@ def test_a_model_goes_to_a_url(folder, capsys, monkeypatch, untimed, scheme):
     assert ("No browser" in err) == (scheme == "memory")
     code, out, _ = run(capsys, "report", url, "--json", "--open")
     assert json.loads(out)["source"] == str(folder / "dense")
-
-
-TEXT_OPTION = "needs the text"
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--tokens", "600"), TEXT_OPTION),
-        (("--refine", "10"), TEXT_OPTION),
-        (("--sequential",), TEXT_OPTION),
-        (("--weighting", "none"), "says itself"),
-        (("--protocol", "krony-pt"), "no text to measure"),
-        (("--coordinator", "127.0.0.1:1"), "go with --distributed"),
-        (("--processes", "2", "--process", "1"), "go with --distributed"),
-        (("--dry-run", "--distributed"), "leave out --distributed"),
-        (("--dry-run", "--process", "1"), "leave out --distributed"),
-        (("--tolerance", "nan"), "must be positive"),
-        (("--refine", "-1"), "must not be negative"),
-    ],
-)
-def test_options_without_effect_are_refused(folder, capsys, more, message):
-    code, _, err = run(capsys, *compress(folder, *more))
-    assert code == 2 and message in err
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--tokens", "0"), "at least 1"),
-        (("--sequential",), "no layer is weighted"),
-        (("--sequential", "--dry-run"), "cannot know the moments"),
-        (("--protocol", "krony"), "did you mean krony-pt"),
-    ],
-)
-def test_options_that_a_text_does_not_help_are_refused(folder, capsys, more, message):
-    given = compress(folder, "--calibrate", folder / "text.txt", *more)
-    code, _, err = run(capsys, *given)
-    assert code == 2 and message in err
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--weighting", "input"), TEXT_OPTION),
-        (("--weighting", "none"), TEXT_OPTION),
-        (("--tokens", "600"), TEXT_OPTION),
-        (("--seed", "1"), "from one start"),
-        (("--num-starts", "4"), "from one start"),
-    ],
-)
-@pytest.mark.parametrize("command", ["compress", "plan"])
-def test_a_budget_without_a_text_takes_no_options_of_one(
-    folder, capsys, command, more, message
-):
-    if command == "plan" and message != TEXT_OPTION:
-        return
-    out = folder / ("small" if command == "compress" else "small.yaml")
-    given = (command, folder / "dense", "--budget", "0.5", "--out", out, *more)
-    code, _, err = run(capsys, *given)
-    assert code == 2 and message in err
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--recipe", "svd-half", "--tokens", "9"), "leave out --calibrate, --tokens"),
-        (("--budget", "0.5", "--weighting", "none"), "no text is read"),
-    ],
-)
-def test_a_plan_refuses_options_without_effect(folder, capsys, more, message):
-    given = ("plan", folder / "dense", "--calibrate", folder / "text.txt", *more)
-    code, _, err = run(capsys, *given)
-    assert code == 2 and message in err
-
-
-def test_starts_are_refused_where_every_fit_has_a_single_one(folder, capsys):
-    rules = SPECTRAL.replace("[8, 8]", "[8, 8], rank: 1}, {a_shape: [32, 1], rank: 1")
-    rules = rules.replace("norm: spectral", "norm: frobenius")
-    code, _, err = run(capsys, *compress(folder, "--num-starts", "2", rules=rules))
-    assert code == 2 and "from one start" in err
-    assert not (folder / "out").exists()
 
 
 def test_an_encoder_is_no_language_model(folder, capsys):
