@@ -196,9 +196,9 @@ def small(experiment):
 def targets_of(many, few):
     """Return the targets, which were set for a GPU."""
     ratios = [
-        script.Target(f"{size}: loop of solve / pool, {who}", ratio, wanted, True)
+        script.Target(f"{size}: loop of solve / pool, {proofs}", ratio, wanted, True)
         for size, result, wanted in (("large", many, 10), ("small", few, 100))
-        for who, ratio in result["loop_over_pool"].items()
+        for proofs, ratio in result["loop_over_pool"].items()
     ]
     return [
         *ratios,

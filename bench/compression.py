@@ -30,6 +30,8 @@ from bench import script
 from kronjax import lm
 from kronjax.io.cache import Cache
 from kronjax.lm.compression import mixture, pipeline, plan
+from kronjax.lm.compression import refine as refinement
+from kronjax.lm.compression.candidates import Candidate
 from kronjax.lm.compression.moments import load_moments, measure_moments, save_moments
 from kronjax.lm.evaluation import perplexity
 from kronjax.lm.models.base import tokenizer_of
@@ -115,9 +117,19 @@ class Experiment:
         """Return the seconds that the moments took to measure."""
         return float(self._clock(name).read_text())
 
-    def fits(self, part):
+    def folder(self, part):
         """Return the folder for the fits of a part: a folder holds one plan."""
         return self.work / "fits" / part
+
+    def compress(self, recipe, calibration, part):
+        """Compress the model by moments of a calibration; the fits resume."""
+        return pipeline.run(
+            self.model,
+            recipe,
+            self.moments(calibration),
+            work=self.folder(part),
+            progress=False,
+        )
 
     def _clock(self, name):
         return self.work / f"{name}.seconds"
@@ -140,25 +152,27 @@ def known(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
 
 
+def kind_of(choice: Candidate) -> str:
+    """Return the method of a choice, or "mixture" for sums of two configurations."""
+    return "mixture" if len(choice.configurations) > 1 else choice.method.name
+
+
 def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0):
     """Compress for a budget as users do; report seconds by stage, and memory."""
-    given = experiment.moments(name)
-    folder = experiment.fits(f"{name} {fraction}")
-    done = pipeline.run(experiment.model, fraction, given, work=folder, progress=False)
+    part = f"{name} {fraction}"
+    done = experiment.compress(fraction, name, part)
     if refine:
-        from kronjax.lm.compression import refine as refinement
-
         refinement.refine(
             done.model,
             experiment.model,
             experiment.calibration(name),
             steps=refine,
-            work=Cache(folder),
+            work=Cache(experiment.folder(part)),
             progress=False,
         )
     seconds = {**done.seconds, "calibrate": experiment.calibration_seconds(name)}
     seconds["all"] = sum(seconds.values())
-    kinds = [choice.method.name for choice in done.plan.choices] if done.plan else []
+    kinds = [kind_of(choice) for choice in done.plan.choices] if done.plan else []
     return {
         "calibration": name,
         "fraction": fraction,
@@ -173,25 +187,18 @@ def planned(experiment: Experiment, name: str, fraction: float, refine: int = 0)
     }
 
 
+def interpolative(match: str, fraction: float) -> Rule:
+    """Return the rule for the method interpolative, weighted by all moments."""
+    weighting = "input+gradient"
+    return Rule(
+        match=match, method="interpolative", fraction=fraction, weighting=weighting
+    )
+
+
 def uniform(experiment: Experiment, fraction: float):
     """Compress all layers by the method interpolative at the same fraction."""
-    rules = Recipe(
-        rules=(
-            Rule(
-                match="*",
-                method="interpolative",
-                fraction=fraction,
-                weighting="input+gradient",
-            ),
-        )
-    )
-    done = pipeline.run(
-        experiment.model,
-        rules,
-        experiment.moments("books"),
-        work=experiment.fits(f"uniform {fraction}"),
-        progress=False,
-    )
+    rules = Recipe(rules=(interpolative("*", fraction),))
+    done = experiment.compress(rules, "books", f"uniform {fraction}")
     return {
         "fraction": fraction,
         "added": experiment.added(done.model, "books"),
@@ -218,12 +225,10 @@ def mixtures(experiment: Experiment, weighting: Any):
         )
         held = {"norm": "frobenius", "weighting": weighting, "terms": terms}
         rules = [Rule(match=name, method="kronecker", **held) for name in names]
-        done = pipeline.run(
-            experiment.model,
+        done = experiment.compress(
             Recipe(rules=(*rules, Rule(match="*", method="keep"))),
-            experiment.moments("books"),
-            work=experiment.fits(f"mixtures {weighting}, {way}"),
-            progress=False,
+            "books",
+            f"mixtures {weighting}, {way}",
         )
         relative = known(layer.relative for layer in done.layers)
         rows[way] = {
@@ -238,25 +243,14 @@ def mixtures(experiment: Experiment, weighting: Any):
 def points(experiment: Experiment, calibration: str):
     """Return predicted and measured losses, one layer at a time."""
     layers = plan.compressible(experiment.model)
-    given = experiment.moments(calibration)
     blocks = sorted({name.split(".")[1] for name in layers}, key=int)
     chosen = [blocks[int(x)] for x in np.linspace(0, len(blocks) - 1, 5)[1:-1]]
     rows = []
     for i, name in enumerate(n for n in layers if n.split(".")[1] in chosen):
         fraction = SIZES[(i + i // len(SIZES)) % len(SIZES)]
-        rule = Rule(
-            match=name,
-            method="interpolative",
-            fraction=fraction,
-            weighting="input+gradient",
-        )
-        done = pipeline.run(
-            experiment.model,
-            Recipe(rules=(rule, Rule(match="*", method="keep"))),
-            given,
-            work=experiment.fits(f"points {calibration}, {name}"),
-            progress=False,
-        )
+        rules = interpolative(name, fraction), Rule(match="*", method="keep")
+        part = f"points {calibration}, {name}"
+        done = experiment.compress(Recipe(rules=rules), calibration, part)
         if done.failed:
             script.say(f"{name}: the fit has failed")
             continue

@@ -24,7 +24,7 @@ TOLERANCE = 3e-3
 """Tolerance of the adaptive continuation to which the targets apply."""
 
 TOLERANCES = (TOLERANCE, 2.5e-3, 2e-3)
-"""All tolerances, which show the cost of a smaller error."""
+"""Tolerances of the adaptive continuation, which show the cost of a smaller error."""
 
 MATRICES = {
     "h.{}.attn.c_attn.weight": "1536:2304",

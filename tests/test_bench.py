@@ -466,7 +466,9 @@ def test_proof_flops_agree_with_those_of_the_compiled_program(m):
         return multipliers.balance(space, u, vt, diagonal)
 
     # The rounds are a loop, of which the analysis counts one pass.
-    compiled = jax.jit(balance).lower(*given).cost_analysis()["flops"]
+    analysis = jax.jit(balance).lower(*given).cost_analysis()
+    assert analysis is not None
+    compiled = analysis["flops"]
     sweep = 4 * 4 * 48 * m * n
     counted = whole_models.proof_flops(m, n, 48, rounds=1) - sweep
     assert 1 <= compiled / counted < 1.03
