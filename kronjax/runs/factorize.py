@@ -11,6 +11,13 @@ an interruption, and several hosts can share the work.
 ['w']
 """
 
+# ruff: noqa: E402
+from kronjax.runs import cpu_threads
+
+# Before jax is imported. The command line does the same: the last bits of products
+# depend on the number of threads.
+cpu_threads.reserve()
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,6 +72,9 @@ def factorize(
         hosts: The processes that share the work, from `processes.meet`.
         force: Whether to replace the results of another plan in `out`.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
+
+    On a CPU the last bits of the factors depend on the number of jax's threads, which
+    this module raises when it is imported before jax, as the command line does.
 
     Returns:
         `Factorization`: the plan, a record for each matrix, and the factors.
