@@ -58,8 +58,8 @@ def approximate(
         low_rank: Number of columns times rows to add to them, or to take alone.
         parameters: Numbers that may be stored: what to mix is then searched for.
         left_weight: A matrix file, symmetric positive semidefinite: weight of the rows,
-            of the gradients with respect to y = K x for example.
-        right_weight: Likewise of the columns: the second moment of x for example.
+            for a kernel K in y = x @ K the second moment of x.
+        right_weight: Weight of the columns: the second moment of the gradients at y.
         norm: Norm of the error that is made small.
         dtype: Precision of the computation; follows the file by default.
         seed: Seed of the perturbed starts.
