@@ -144,7 +144,8 @@ def approximate(
             `[..., m, m]`; the identity by default. For data-aware approximation of
             the kernel `K` of `y = x @ K` the second moment of `x`.
         right_weight: `R`, `[n, n]` or `[..., n, n]`, likewise: the second moment of the
-            gradients with respect to `y`. `weighted.RIDGE` of the mean eigenvalue is added to each weight.
+            gradients with respect to `y`. `weighted.RIDGE` of the mean eigenvalue is
+            added to each weight.
         dtype: "float32" or "float64" (or NumPy's) to compute in. By default that of
             the matrix; integers and shorter floats are computed in float32.
         num_starts: Starting points in the race of `continuation.solve`.
