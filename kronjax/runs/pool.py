@@ -42,6 +42,10 @@ from kronjax.solver.solution import Trace, gather
 SLICE = 24
 """Products of the size of `EᵀE` that a lane spends in one call, about."""
 
+OPERATIONS = 10**9
+"""Multiplications and additions of a slice, at least, in pools that prove nothing: few
+matrices are solved there, and a call should take longer than its overhead."""
+
 Tick = Callable[[int, int], None]
 """Called with the products spent since the last call, and the stages that ended."""
 
@@ -188,8 +192,12 @@ class Pool:
             jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), stage)
             for stage in problem.schedule()
         ]
+        products = SLICE
+        if not kind.proves:
+            m, n = problem.shape
+            products = max(SLICE, OPERATIONS // (2 * m * n * min(m, n) * lanes))
         self._trials = [
-            max(SLICE // int(schatten.num_products(stage.squarings)), 2)
+            max(products // int(schatten.num_products(stage.squarings)), 2)
             for stage in self._stages
         ]
         alike = kind.compiled
