@@ -42,7 +42,7 @@ def test_process_0_goes_first_and_nobody_goes_on_alone(monkeypatch, fault):
 
     monkeypatch.setattr(Hosts, "exchange", exchange)
     if fault == "there":
-        with pytest.raises(ValueError, match="process 0 could not go on"):
+        with pytest.raises(ValueError, match="process 0 has failed"):
             Hosts(1, 2).in_turn(work)
         assert not done
     elif fault == "here":
@@ -140,7 +140,7 @@ def test_who_is_killed_ends_nobody_else_and_the_same_line_goes_on(tmp_path, dead
     assert other <= finished < set(range(600))
     if dead == 1:
         assert runs[0].returncode == 2
-        assert "of process 1, which has ended: the same line again" in ended[0][1]
+        assert "of process 1, which has ended: run the same command" in ended[0][1]
     else:
         assert runs[1].returncode == 0, ended[1][1]
     written = {x: (records / f"{x:05d}.json").read_bytes() for x in finished}
