@@ -12,7 +12,6 @@ True
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 
@@ -27,9 +26,8 @@ from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.norm import Norm
 from kronjax.proof import newton
 from kronjax.proof.certificate import Certificate, certificate_of
-from kronjax.runs import pool_programs, workers
+from kronjax.runs.batch import Batch, replaced
 from kronjax.runs.cpu_threads import one_blas_thread
-from kronjax.runs.pool import Finished, Matrix
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 from kronjax.solver.solution import Trace
@@ -195,124 +193,49 @@ def approximate(
         (m, n), configuration, norm, num_starts, max_products, (left, right), schedule
     )
     _note_caps(configuration, problem, notes)
-    count = math.prod(batch)
+    given = np.asarray(matrix).reshape(-1, m, n)
     kind = Kind(problem, target.dtype, (left, right), proves=False, traces=True)
+    stages = len(given) * len(problem.schedule())
     certificate = finishes = None
     with (
         jax.enable_x64(target.dtype == np.float64),
         one_blas_thread(),
-        bar(
-            count * len(problem.schedule()), "compiling", unit="stages", wanted=progress
-        ) as tick,
+        bar(stages, "compiling", unit="stages", wanted=progress) as tick,
     ):
-        solves = _Solves(kind, target, weights, seed, tick)
-        solution = solves.run(range(count), tolerance)
+        flat = [None if x is None else _flat(x, batch) for x in weights]
+        solves = Batch(kind, target.reshape(-1, m, n), flat, seed, tick)
+        begun = time.perf_counter()
+        solution = solves.solve(range(len(given)), tolerance)
         if certify:
-            begun = time.perf_counter()
-            given = np.asarray(matrix).reshape(-1, m, n)
             solution, certificate = _certified(
                 solves, solution, tolerance, given, notes
             )
-            certificate = _reshaped(certificate, batch)
-            solves.seconds += time.perf_counter() - begun
-    solution = _reshaped(solution, batch)
-    seconds = solves.seconds
     if finish:
-        begun, certificate = time.perf_counter(), None
-        with bar(count, "finishing", unit="matrices", wanted=progress) as tick:
-            solution, finishes = _finished(target, weights, solution, tick)
-        seconds += time.perf_counter() - begun
+        with bar(len(given), "finishing", unit="matrices", wanted=progress) as tick:
+            solution, finishes = _finished(solves, solution, tick)
         if certify:
-            certificate = certificate_of(
-                np.asarray(matrix), solution.terms, *weights, finishes
-            )
-    found = _report((np.asarray(matrix), *weights), solution, notes)
+            left, right = solves.weights(np.arange(len(given)))
+            certificate = certificate_of(given, solution.terms, left, right, finishes)
+    seconds = time.perf_counter() - begun - solves.compile_seconds
+    found = _report((np.asarray(matrix), *weights), _shaped(solution, batch), notes)
     return dataclasses.replace(
         found,
         seconds=seconds,
         compile_seconds=solves.compile_seconds,
-        certificate=certificate,
+        certificate=certificate and _shaped(certificate, batch),
         finishes=finishes,
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Solution:
-    """Solutions of a batch, NumPy: terms, terms at p = 2, trace and status."""
-
-    terms: tuple[KroneckerTerms, ...]
-    frobenius: tuple[KroneckerTerms, ...]
-    trace: Trace
-    status: np.ndarray
+def _flat(weight, batch):
+    """Return a weight with one batch axis, or as it is if all matrices share it."""
+    if weight.ndim == 2:
+        return weight
+    size = weight.shape[-1]
+    return np.broadcast_to(weight, (*batch, size, size)).reshape(-1, size, size)
 
 
-class _Solves:
-    """Solves of matrices of one batch, and the seconds that they have taken."""
-
-    def __init__(self, kind, target, weights, seed, tick):
-        """Flatten the batch axes."""
-        self.kind, self.seed, self.tick = kind, seed, tick
-        self.seconds = self.compile_seconds = 0.0
-        m, n = target.shape[-2:]
-        self.matrices = target.reshape(-1, m, n)
-        self.weights = [
-            x if x is None or x.ndim == 2 else x.reshape(-1, *x.shape[-2:])
-            for x in weights
-        ]
-
-    def side(self, weight, number):
-        """Return the weight of a matrix."""
-        return weight if weight is None or weight.ndim == 2 else weight[number]
-
-    def run(self, numbers, tolerance) -> _Solution:
-        """Solve the matrices of these numbers."""
-        begun, kind = time.perf_counter(), self.kind
-        devices = jax.local_devices()
-        share = -(-len(numbers) // len(devices))
-        lanes = workers.num_lanes(kind, devices, share)
-        made = pool_programs.compiled.cache_info().misses
-        pools, _ = workers.pools_of(kind, len(numbers), lanes, devices, tolerance)
-        if pool_programs.compiled.cache_info().misses > made:
-            self.compile_seconds += time.perf_counter() - begun
-            begun = time.perf_counter()
-        given = (
-            Matrix(
-                number,
-                self.matrices[number],
-                self.seed,
-                *(self.side(weight, number) for weight in self.weights),
-            )
-            for number in numbers
-        )
-        stages = len(kind.problem.schedule())
-        told = spent = 0
-
-        def tick(products, turned):
-            nonlocal told, spent
-            told += turned
-            spent += products
-            self.tick(turned, f"{spent:,} products")
-
-        solved = {x.key: x for x in workers.solve(pools, given, tick)}
-        self.tick(max(len(numbers) * stages - told, 0))
-        self.seconds += time.perf_counter() - begun
-        return _stacked([solved[number] for number in numbers])
-
-
-def _stacked(solved: list[Finished]) -> _Solution:
-    """Return solutions as one batch."""
-    parts = [
-        _Solution(x.terms, x.frobenius or (), x.trace, np.asarray(x.status))
-        for x in solved
-    ]
-    longest = max(len(x.trace.p) for x in solved)
-    batches = [jax.tree.map(lambda x: np.asarray(x)[None], part) for part in parts]
-    batches = [_lengthened(batch, longest) for batch in batches]
-    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
-
-
-def _reshaped(tree, batch):
+def _shaped(tree, batch):
     """Return the arrays of a flat batch with its batch axes."""
     return jax.tree.map(lambda x: x.reshape((*batch, *x.shape[1:]))[()], tree)
 
@@ -323,18 +246,15 @@ def _certified(solves, solution, tolerance, given, notes):
     Only matrices whose gap misses the tolerance are solved again.
 
     Args:
-        solves: The solves of the batch.
-        solution: The first solutions, of a flat batch.
+        solves: The batch.
+        solution: Its first solutions.
         tolerance: The gap that is good enough.
         given: The matrices as given, `[count, m, n]`.
         notes: Extended by what was done.
     """
 
     def prove(solution, numbers):
-        weights = (
-            x if x is None or x.ndim == 2 else x[numbers] for x in solves.weights
-        )
-        return certificate_of(given[numbers], solution.terms, *weights)
+        return certificate_of(given[numbers], solution.terms, *solves.weights(numbers))
 
     proven = prove(solution, np.arange(len(given)))
     for attempt in range(1, ATTEMPTS):
@@ -342,12 +262,13 @@ def _certified(solves, solution, tolerance, given, notes):
         if not len(missing):
             break
         notes.append(f"{len(missing)} solved again, with tolerance / {4**attempt}")
-        again = solves.run(missing.tolist(), tolerance / 4**attempt)
+        again = solves.solve(missing.tolist(), tolerance / 4**attempt)
         # With larger p a limited number of products may prove less.
         new = prove(again, missing)
         better = new.local_gap < proven.local_gap[missing]
-        solution = _replaced(solution, again, missing, better)
-        proven = _replaced(proven, new, missing, better)
+        again, new = jax.tree.map(lambda x, keep=better: x[keep], (again, new))
+        solution = solution.replaced(missing[better], again)
+        proven = replaced(proven, new, missing[better])
     missing = int((~(proven.local_gap <= tolerance)).sum())
     if missing:
         notes.append(
@@ -357,53 +278,17 @@ def _certified(solves, solution, tolerance, given, notes):
     return solution, proven
 
 
-def _replaced(old, new, numbers, better):
-    """Return a batch with the better of some new entries in place of the old ones."""
-    if isinstance(old, _Solution):
-        longest = max(x.trace.p.shape[-1] for x in (old, new))
-        old, new = (_lengthened(x, longest) for x in (old, new))
-
-    def put(x, y):
-        x = np.array(x)
-        x[numbers[better]] = y[better]
-        return x
-
-    return jax.tree.map(put, old, new)
-
-
-def _lengthened(solution, length):
-    """Return solutions with a trace of so many stages."""
-    missing = length - solution.trace.p.shape[-1]
-    fields = {}
-    for field in dataclasses.fields(Trace):
-        x = getattr(solution.trace, field.name)
-        tail = np.repeat(x[:, -1:], missing, axis=1)
-        if field.name in ("steps", "products"):
-            tail = np.zeros_like(tail)
-        fields[field.name] = np.concatenate([x, tail], axis=1)
-    return dataclasses.replace(solution, trace=Trace(**fields))
-
-
-def _finished(target, weights, solution, tick):
-    """Return the solution with its terms taken to machine precision, and how."""
-    *batch, m, n = target.shape
-    matrices = target.reshape(-1, m, n)
-    sides = [
-        None if x is None else np.broadcast_to(x, (*batch, *x.shape[-2:]))
-        for x in weights
-    ]
-    sides = [None if x is None else x.reshape(-1, *x.shape[-2:]) for x in sides]
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), solution.terms)
+def _finished(solves, solution, tick):
+    """Return the solutions with terms taken to machine precision, and the finishes."""
     found = []
-    for i, matrix in enumerate(matrices):
-        terms = jax.tree.map(lambda x, i=i: x[i], flat)
-        own = (x if x is None else x[i] for x in sides)
+    for i, matrix in enumerate(solves.matrices):
+        terms = jax.tree.map(lambda x, i=i: x[i], solution.terms)
+        weights = solves.weights(i)
         found.append(
-            newton.finish(matrix, terms, *own, tell=lambda text: tick(0, text))
+            newton.finish(matrix, terms, *weights, tell=lambda text: tick(0, text))
         )
         tick(1)
     terms = jax.tree.map(lambda *x: np.stack(x), *(one.terms for one in found))
-    terms = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), terms)
     return dataclasses.replace(solution, terms=terms), tuple(found)
 
 

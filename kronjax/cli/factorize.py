@@ -17,7 +17,6 @@ from kronjax.cli.options import (
     Tolerance,
     option,
 )
-from kronjax.runs import cpu_threads
 
 if TYPE_CHECKING:
     from kronjax.recipe import Recipe
@@ -73,19 +72,19 @@ def factorize(
     Returns:
         0, or 3 if a matrix failed and stays dense.
     """
-    cpu_threads.reserve()  # before jax is there
     from kronjax import recipe as recipes
     from kronjax.io.tensors import map_all
-    from kronjax.runs import factorize as runs
+    from kronjax.runs import factorize as runs  # reserves threads before jax is there
     from kronjax.runs.engine import Inputs
     from kronjax.runs.plan import SolveSettings
 
     rules = recipes.load(recipe)
     settings = SolveSettings(tolerance, num_starts, seed, max_products)
     hosts = hosts_of(dry_run, distributed, coordinator, processes, process)
+    if hosts.process == 0:
+        tell_overlaps(rules, map_all(source))
     if dry_run:
         plan, tensors = runs.planned(source, rules, settings)
-        tell_overlaps(rules, tensors)
         forecast(plan, Inputs(tensors), as_json)
         return 0
     found = runs.factorize(
@@ -100,7 +99,6 @@ def factorize(
         force=force,
     )
     if hosts.process == 0:
-        tell_overlaps(rules, map_all(source))
         show_matrices(found, as_json)
         if not as_json:
             print(f"The factors are in {out}.")

@@ -347,9 +347,7 @@ def _truncate(group: Group, work: Run) -> None:
         else:
             found = closed_form.LowRank.kept(target, work.inputs.cache)
             sum_, relative = found.fit(configuration.rank)
-            if configuration.a_shape != sum_.a.shape[1:]:
-                sum_ = KroneckerTerms(sum_.b, sum_.a)
-            terms = (sum_,)
+            terms = (joint.as_wanted(sum_, configuration),)
         effort = {"solver": "svd", "seconds": time.perf_counter() - begun}
         if not terms:
             work.fail(task, "its singular values are out of range", effort)

@@ -91,16 +91,13 @@ def factorize(
     plan, tensors = hosts.together(lambda: planned(source, recipe, settings))
     place = MemoryFolder() if out is None else storage.find(str(out))
 
-    def check(store: Store) -> None:
-        _refuse_model(store, source)
-
     kept = execute(
         plan,
         Inputs(tensors),
         place,
         hosts=hosts,
         force=force,
-        check=check,
+        check=lambda store: _refuse_model(store, source),
         progress=progress,
     )
     found = Factorization.of(kept)

@@ -156,7 +156,7 @@ class Prepared:
         if self.is_wide:
             terms = [one.T for one in terms]
         return Joint(
-            tuple(map(_as_wanted, terms, configurations)),
+            tuple(map(as_wanted, terms, configurations)),
             float(found.relative),
             Status(int(found.status)),
             products,
@@ -262,7 +262,7 @@ def _largest(shape, one, fraction):
     return Configuration(one.a_shape, min(rank, one.max_rank(shape)))
 
 
-def _as_wanted(terms: KroneckerTerms, wanted: Configuration) -> KroneckerTerms:
+def as_wanted(terms: KroneckerTerms, wanted: Configuration) -> KroneckerTerms:
     """Return low rank as columns times rows, or as rows times columns."""
     if terms.a.shape[1:] == wanted.a_shape:
         return terms
