@@ -37,7 +37,8 @@ from kronjax.io.cache import Cache
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.proof.certificate import certificate_of
-from kronjax.runs import closed_form, joint, plan, store, workers
+from kronjax.runs import joint, plan, store, workers
+from kronjax.runs.closed_form import LowRank
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.joint import Prepared, Target
 from kronjax.runs.plan import MatrixTask, SolveSettings, Weights
@@ -62,12 +63,12 @@ class Inputs:
     Attributes:
         matrices: `[m, n]` each; read when there is room for them.
         weights: Left and right weights; matrices that are missing have none.
-        cache: Cache of decompositions that a plan has made already.
+        cache: Cache of decompositions that other stages of the run share, or None.
     """
 
     matrices: Mapping[str, np.ndarray]
     weights: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
-    cache: Cache = dataclasses.field(default_factory=Cache)
+    cache: Cache | None = None
 
     def read(self, task: MatrixTask) -> Target | None:
         """Return a matrix and its weights in the precision of the computation.
@@ -341,18 +342,25 @@ def _truncate(group: Group, work: Run) -> None:
     for task, target in work.targets(group.tasks):
         begun = time.perf_counter()
         (configuration,) = task.configurations
-        bound, relative = None, None
-        if target.weighted == (False, False):
-            terms, bound = closed_form.truncated(target.matrix, configuration)
-        else:
-            found = closed_form.LowRank.kept(target, work.inputs.cache)
-            sum_, relative = found.fit(configuration.rank)
-            terms = (joint.as_wanted(sum_, configuration),)
+        low_rank = _decomposed(target, work.inputs.cache)
         effort = {"solver": "svd", "seconds": time.perf_counter() - begun}
-        if not terms:
+        if low_rank is None:
             work.fail(task, "its singular values are out of range", effort)
             continue
+        sum_, relative = low_rank.fit(configuration.rank)
+        terms = (joint.as_wanted(sum_, configuration),)
+        bound = None if any(target.weighted) else low_rank.bound(configuration.rank)
         work.keep(task, target, terms, effort, bound, relative)
+
+
+def _decomposed(target: Target, cache: Cache | None) -> LowRank | None:
+    """Return the low-rank sums of a matrix, or None if its values overflow."""
+    try:
+        low_rank = LowRank.of(target) if cache is None else LowRank.kept(target, cache)
+    except np.linalg.LinAlgError:
+        return None
+    largest = np.finfo(target.matrix.dtype).max
+    return low_rank if low_rank.values[0] <= largest else None
 
 
 def _fit_by_method(group: Group, work: Run) -> None:
