@@ -41,9 +41,10 @@ from kronjax.runs import joint, plan, store, workers
 from kronjax.runs.closed_form import LowRank
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.joint import Prepared, Target
-from kronjax.runs.plan import MatrixTask, SolveSettings, Weights
+from kronjax.runs.plan import MatrixTask, Weights
 from kronjax.runs.pool import Matrix
 from kronjax.runs.pool_programs import Kind
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 from kronjax.solver.descent import Status
 from kronjax.solver.problem import Problem

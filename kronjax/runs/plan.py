@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,46 +30,13 @@ from kronjax.io.json_values import parse_json
 from kronjax.kronecker import Configuration
 from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Rule
+from kronjax.runs.settings import SolveSettings
 
 FORMAT = 2
 """Version of plans; a reader refuses any other."""
 
 Weights = tuple[np.ndarray | None, np.ndarray | None]
 """Weights of the rows `[m, m]` and of the columns `[n, n]` of a matrix, or None."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolveSettings:
-    """Settings of all solves of a run; they mean the same for every method.
-
-    Attributes:
-        tolerance: Relative gap at which a solution is good enough, as for
-            `continuation.solve`.
-        num_starts: Number of starting points in the race.
-        seed: Seed of the perturbed starts; each task adds its index.
-        max_products: Products of the size of `EᵀE` that a stage may spend; chosen from
-            the size of a matrix if None.
-        schedule: "adaptive", "fixed", or rising exponents p.
-    """
-
-    tolerance: float = 1e-2
-    num_starts: int = 1
-    seed: int = 0
-    max_products: int | None = None
-    schedule: str | tuple[float, ...] = "adaptive"
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        if not 0 < self.tolerance < math.inf:
-            raise ValueError(
-                f"the tolerance is {self.tolerance}: it must be positive and finite"
-            )
-        for name in ("num_starts", "max_products"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}: it must be at least 1")
-        if not isinstance(self.schedule, str):
-            object.__setattr__(self, "schedule", tuple(self.schedule))
 
 
 @dataclasses.dataclass(frozen=True)

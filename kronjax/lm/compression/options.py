@@ -19,7 +19,7 @@ from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.models.reading import tokens_of
 from kronjax.recipe import Assignment, Recipe, Weighting
-from kronjax.runs.plan import SolveSettings
+from kronjax.runs.settings import SolveSettings
 
 TOKENS = 32_768
 """Number of tokens of the text that calibration reads by default."""

@@ -22,8 +22,8 @@ from kronjax.lm.compression.moments import is_foreign, measure_moments
 from kronjax.lm.models import gpt2, sizes
 from kronjax.runs import closed_form, engine
 from kronjax.runs.closed_form import LowRank
-from kronjax.runs.plan import SolveSettings
 from kronjax.runs.processes import Hosts
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 
 CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
