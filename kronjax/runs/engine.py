@@ -176,7 +176,7 @@ class Run:
         if not terms or not finite:
             self.fail(task, "the solver diverged", effort)
             return
-        facts = _facts(task, target, terms, bound, relative)
+        facts = _facts(task, target, target.matrix, terms, bound, relative)
         self.store.put(task, to_arrays(terms), {**facts, **effort})
         self.tell("", 1)
 
@@ -374,8 +374,7 @@ def _fit_by_method(group: Group, work: Run) -> None:
             work.fail(task, f"the method {task.method} gave no finite matrix", {})
             continue
         effort = {"solver": task.method, "seconds": time.perf_counter() - begun}
-        rest = dataclasses.replace(target, matrix=target.matrix - dense)
-        facts = _facts(task, target, (), None, None, rest)
+        facts = _facts(task, target, target.matrix - dense)
         work.store.put(task, factors, {**facts, **effort})
         work.tell("", 1)
 
@@ -383,18 +382,19 @@ def _fit_by_method(group: Group, work: Run) -> None:
 def _facts(
     task: MatrixTask,
     target: Target,
-    terms: Sequence[KroneckerTerms],
-    bound: float | None,
-    relative: float | None,
-    rest: Target | None = None,
+    rest: np.ndarray,
+    terms: Sequence[KroneckerTerms] = (),
+    bound: float | None = None,
+    relative: float | None = None,
 ) -> dict[str, Any]:
     """Return the record of a solution, its errors measured in float64.
 
-    The gap is that of the bound to the spectral error; a closed form without a bound of
-    its own has none to close, and sums that were fitted at p = 2 have no proof.
+    The error is that of `terms` for `rest`. The gap is that of the bound to the
+    spectral error; a closed form without a bound of its own has none to close, and sums
+    that were fitted at p = 2 have no proof.
     """
     left, right = target.left, target.right
-    error = measure((rest or target).matrix, terms)
+    error = measure(rest, terms)
     whole = measure(target.matrix, ())
     errors = _named(error) | {
         f"relative_{name}": value for name, value in _named(error.over(whole)).items()
@@ -402,7 +402,7 @@ def _facts(
     proven = error
     if target.weighted != (False, False):
         if relative is None:
-            proven = measure((rest or target).matrix, terms, left, right)
+            proven = measure(rest, terms, left, right)
             ratio = proven.over(measure(target.matrix, (), left, right))
             errors |= {f"weighted_{k}": v for k, v in _named(proven).items()}
             relative = float(ratio.frobenius)
