@@ -8,7 +8,7 @@ and serves all smaller ones, as plans for a budget need them.
 
 >>> target = Target("", np.eye(6, dtype=np.float32))
 >>> wanted = (Configuration((6, 1), 2), Configuration((2, 3), 1))
->>> round(Prepared(target).fit(wanted).relative, 2)
+>>> round(Prepared(target).fit(wanted, tolerance=1e-2).relative, 2)
 0.58
 """
 
@@ -124,7 +124,7 @@ class Prepared:
         configurations: Sequence[Configuration],
         *,
         max_products: int | None = None,
-        tolerance: float = 2e-3,
+        tolerance: float,
     ) -> Joint:
         """Return a sum of these configurations, fitted jointly.
 
@@ -168,7 +168,7 @@ def fit_all(
     wanted: Sequence[Sequence[Configuration]],
     *,
     max_products: int | None = None,
-    tolerance: float = 2e-3,
+    tolerance: float,
 ) -> list[Joint]:
     """Return sums for several targets that share a program, fitted as one batch.
 

@@ -174,7 +174,7 @@ def prepare(
                 budget,
                 moments,
                 weighting=needed,
-                max_products=settings.max_products,
+                settings=settings,
                 work=cache,
                 progress=progress,
             )
