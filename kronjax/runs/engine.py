@@ -260,7 +260,21 @@ def run(
     for group in groups(missing, store.plan.settings):
         tell(group.key, 0)
         with jax.enable_x64(group.dtype == np.float64), one_blas_thread():
-            _way(group.tasks[0])(group, work)
+            solve(group, work)
+
+
+def solve(group: Group, work: Run) -> None:
+    """Solve a group of tasks and store them."""
+    _way(group.tasks[0])(group, work)
+
+
+def batch_size(group: Group, devices: Sequence[Any]) -> int:
+    """Return how many joint fits run as one batch: one on CPUs."""
+    if devices[0].platform == "cpu":
+        return 1
+    m, n = group.tasks[0].shape
+    each = group.dtype.itemsize * (COPIES * m * n + 4 * (m * m + n * n))
+    return max(workers.memory_limit(devices) // each, 1)
 
 
 def _solve(group: Group, work: Run) -> None:
@@ -311,12 +325,7 @@ def _solve(group: Group, work: Run) -> None:
 
 def _fit_jointly(group: Group, work: Run) -> None:
     """Fit a group at p = 2: in batches on accelerators, else one after the other."""
-    settings = work.settings
-    size = 1
-    if work.devices[0].platform != "cpu":
-        m, n = group.tasks[0].shape
-        each = group.dtype.itemsize * (COPIES * m * n + 4 * (m * m + n * n))
-        size = max(workers.memory_limit(work.devices) // each, 1)
+    settings, size = work.settings, batch_size(group, work.devices)
     targets = work.targets(group.tasks)
     while batch := list(itertools.islice(targets, size)):
         begun = time.perf_counter()
