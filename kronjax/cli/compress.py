@@ -211,12 +211,12 @@ def compress(
     if measured is None and given is not None:
         measured = _rest(dense, given, options.num_tokens)
     facts = {"source": model, "text": measured, "protocol": protocol}
-    found = _written(result, dense, place, **facts)
+    record = _written(result, dense, place, **facts)
     _clear(place, work)
     if as_json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(record, allow_nan=False))
     else:
-        show_model(found, out)
+        show_model(record, out)
     return FAILURE if result.failed else 0
 
 
@@ -261,12 +261,12 @@ def _written(result, dense, place, **facts) -> dict[str, Any]:
     from kronjax.lm.compression import html, record
 
     # Everything that takes time comes before anything is replaced.
-    found = record.of(result, dense, **facts)
+    contents = record.of(result, dense, **facts)
 
     def write(folder: Path) -> None:
         hugging_face.save(result.model, folder)
-        record.write(found, folder)
-        html.write(found, folder)
+        record.write(contents, folder)
+        html.write(contents, folder)
 
     if isinstance(place, LocalFolder):
         for old in (record.NAME, html.NAME):
@@ -325,13 +325,13 @@ def _tell_memory(dense, text, rules, weighting) -> None:
     )
 
 
-def show_model(found: dict[str, Any], folder: str) -> None:
+def show_model(record: dict[str, Any], folder: str) -> None:
     """Print the layers and the sizes of a compressed model, from its record."""
     from kronjax.io.atomic import printable
     from kronjax.lm.compression import html, tables
 
-    _show(tables.compressed(found), html.summary(found))
-    failed = [x for x in found["layers"] if x.get("status") == "failed"]
+    _show(tables.compressed(record), html.summary(record))
+    failed = [x for x in record["layers"] if x.get("status") == "failed"]
     for layer in failed:
         print(f"{printable(layer['name'])} {layer['reason']}.")
     print(f"{folder.rstrip('/')}/{html.NAME} shows every layer.")

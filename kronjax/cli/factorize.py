@@ -66,7 +66,7 @@ def factorize(
         plan, tensors = runs.planned(source, rules, settings)
         forecast(plan, Inputs(tensors), as_json)
         return 0
-    found = runs.factorize(
+    results = runs.factorize(
         source,
         rules,
         out,
@@ -75,10 +75,10 @@ def factorize(
         force=force,
     )
     if hosts.process == 0:
-        show_matrices(found, as_json)
+        show_matrices(results, as_json)
         if not as_json:
             print(f"The factors are in {out}.")
-    return FAILURE if found.failed else 0
+    return FAILURE if results.failed else 0
 
 
 def hosts_of(dry_run: bool, sharing: Any) -> "Hosts":
@@ -113,16 +113,16 @@ def forecast(plan: "RunPlan", inputs: "Inputs", as_json: bool) -> None:
 
     store = Store(MemoryFolder(), plan)
     with bar(len(plan.tasks), "trying", unit="matrices") as advance:
-        found = list(
+        estimates = list(
             estimate.of(inputs, store, tell=lambda text, count: advance(count, text))
         )
     if as_json:
-        print(json.dumps(_forecast_fields(plan, found)))
+        print(json.dumps(_forecast_fields(plan, estimates)))
     else:
-        _show_forecast(plan, found)
+        _show_forecast(plan, estimates)
 
 
-def _forecast_fields(plan, found) -> dict[str, Any]:
+def _forecast_fields(plan, estimates) -> dict[str, Any]:
     groups = [
         {
             "group": estimate.group.key,
@@ -134,11 +134,11 @@ def _forecast_fields(plan, found) -> dict[str, Any]:
             "before": sum(task.size for task in estimate.group.tasks),
             "after": sum(task.parameters for task in estimate.group.tasks),
         }
-        for estimate in found
+        for estimate in estimates
     ]
     return {
-        "memory": max((estimate.memory for estimate in found), default=0),
-        "seconds": sum(estimate.seconds for estimate in found),
+        "memory": max((estimate.memory for estimate in estimates), default=0),
+        "seconds": sum(estimate.seconds for estimate in estimates),
         "plan": plan.hash,
         "before": plan.parameters,
         "after": plan.parameters - plan.saved,
@@ -146,11 +146,11 @@ def _forecast_fields(plan, found) -> dict[str, Any]:
     }
 
 
-def _show_forecast(plan, found) -> None:
+def _show_forecast(plan, estimates) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    fields = _forecast_fields(plan, found)
+    fields = _forecast_fields(plan, estimates)
     made = Table()
     made.add_column("group")
     for name in ("matrices", "before", "after", "at once", "MiB", "seconds"):
@@ -204,22 +204,22 @@ def tell_overlaps(
         )
 
 
-def show_matrices(found: "Factorization", as_json: bool) -> None:
+def show_matrices(results: "Factorization", as_json: bool) -> None:
     """Print the finished matrices of a run, as a table or as JSON."""
     from rich.console import Console
 
     from kronjax.runs import summary
 
     if as_json:
-        print(json.dumps(found.plain(), allow_nan=False))
+        print(json.dumps(results.plain(), allow_nan=False))
         return
     console = Console(highlight=False, markup=False)
-    made = summary.table(found)
+    made = summary.table(results)
     # A line that a terminal wraps is better than one without its last digits.
     wide = console.options.update(max_width=1000)
     console.width = max(console.width, console.measure(made, options=wide).minimum)
     console.print(made)
-    console.print(summary.verdict(found), soft_wrap=True)
-    failures = summary.failures(found)
+    console.print(summary.verdict(results), soft_wrap=True)
+    failures = summary.failures(results)
     if failures is not None:
         console.print(failures)

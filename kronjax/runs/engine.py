@@ -172,7 +172,7 @@ class Run:
             bound: Proven lower bound of the error, or None.
             relative: Relative weighted Frobenius error, where the solver knows it.
         """
-        finite = all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
+        finite = all(np.isfinite(x).all() for part in terms for x in (part.a, part.b))
         if not terms or not finite:
             self.fail(task, "the solver diverged", effort)
             return
@@ -203,11 +203,11 @@ def groups(tasks: Sequence[MatrixTask], settings: SolveSettings) -> list[Group]:
     alike: dict[str, list[MatrixTask]] = {}
     for task in tasks:
         alike.setdefault(_key(task), []).append(task)
-    found = [
+    grouped = [
         Group(key, tuple(members), _problem(members[0], settings))
         for key, members in alike.items()
     ]
-    return sorted(found, key=lambda x: (-x.tasks[0].size, x.tasks[0].index))
+    return sorted(grouped, key=lambda x: (-x.tasks[0].size, x.tasks[0].index))
 
 
 def lanes_of(store: Store, devices: Sequence[Any], processes: int = 1) -> dict:
@@ -301,21 +301,21 @@ def _solve(group: Group, work: Run) -> None:
         spent += products
         work.tell(f"{group.key}: {spent:,} products", 0)
 
-    for found in workers.solve(pools, given(), tick):
-        task: Any = found.key
+    for solution in workers.solve(pools, given(), tick):
+        task: Any = solution.key
         target, begun = held.pop(task)
-        terms = tuple(one.T if task.is_wide else one for one in found.terms)
+        terms = tuple(part.T if task.is_wide else part for part in solution.terms)
         effort = {
-            "solver": found.status.name.lower(),
-            "p": [int(p) for p in found.trace.p],
-            "start_spectral_error": float(found.trace.spectral_error[0]),
-            "steps": found.steps,
-            "products": found.products,
+            "solver": solution.status.name.lower(),
+            "p": [int(p) for p in solution.trace.p],
+            "start_spectral_error": float(solution.trace.spectral_error[0]),
+            "steps": solution.steps,
+            "products": solution.products,
             "seconds": time.perf_counter() - begun,
             **_asked(task, work),
         }
-        bound = found.local_bound
-        if found.status == Status.NONFINITE:
+        bound = solution.local_bound
+        if solution.status == Status.NONFINITE:
             terms = ()
         elif bound is None:
             proof = certificate_of(target.matrix, terms, target.left, target.right)
@@ -329,22 +329,22 @@ def _fit_jointly(group: Group, work: Run) -> None:
     targets = work.targets(group.tasks)
     while batch := list(itertools.islice(targets, size)):
         begun = time.perf_counter()
-        found = joint.fit_all(
+        fits = joint.fit_all(
             [Prepared(target) for _, target in batch],
             [task.configurations for task, _ in batch],
             max_products=settings.max_products,
             tolerance=settings.tolerance,
         )
         seconds = (time.perf_counter() - begun) / len(batch)
-        for (task, target), one in zip(batch, found, strict=True):
+        for (task, target), fit in zip(batch, fits, strict=True):
             effort = {
-                "solver": one.status.name.lower(),
+                "solver": fit.status.name.lower(),
                 "p": [2],
-                "products": one.products,
+                "products": fit.products,
                 "seconds": seconds,
                 **_asked(task, work),
             }
-            work.keep(task, target, one.terms, effort, relative=one.relative)
+            work.keep(task, target, fit.terms, effort, relative=fit.relative)
 
 
 def _truncate(group: Group, work: Run) -> None:
@@ -480,7 +480,7 @@ def _whole(task: MatrixTask, settings: SolveSettings) -> Problem:
     shape, configurations, weighted = task.shape, task.configurations, task.weighted
     if task.is_wide:
         shape, weighted = shape[::-1], weighted[::-1]
-        configurations = tuple(one.T for one in configurations)
+        configurations = tuple(x.T for x in configurations)
     return Problem.of(
         shape,
         configurations,
@@ -506,7 +506,7 @@ def _key(task: MatrixTask) -> str:
         turned = (n, m) if task.is_wide else (m, n)
         configurations = joint.program(turned, tall, task.weighted).configurations
     elif way is _solve and task.is_wide:
-        configurations = tuple(one.T for one in configurations)
+        configurations = tuple(x.T for x in configurations)
     if task.is_wide and way in (_solve, _fit_jointly):
         (m, n), (left, right) = (n, m), (right, left)
     ways: dict[Any, str] = {_truncate: "svd", _fit_by_method: task.method}

@@ -75,7 +75,7 @@ def of(
         with jax.enable_x64(group.dtype == np.float64), one_blas_thread():
             if group.problem is None:
                 seconds = _seconds_alone(group, inputs, store, devices)
-                found = Estimate(group, 0, 0, seconds)
+                estimate = Estimate(group, 0, 0, seconds)
             else:
                 begun = time.perf_counter()
                 count = lanes[engine.lanes_key(group, devices)]
@@ -85,9 +85,9 @@ def of(
                 compiling = time.perf_counter() - begun
                 seconds = compiling + _seconds(group, inputs, pools, plan.settings)
                 memory = sum(pool.memory for pool in pools)
-                found = Estimate(group, count, memory, seconds)
+                estimate = Estimate(group, count, memory, seconds)
         tell(group.key, group.count)
-        yield found
+        yield estimate
 
 
 def _seconds(group, inputs, pools, settings) -> float:

@@ -101,10 +101,10 @@ def factorize(
         check=lambda store: _refuse_model(store, source),
         progress=progress,
     )
-    found = Factorization.of(kept)
+    results = Factorization.of(kept)
     if hosts.process == 0 and out is not None:
-        summary.draw(found)
-    return found
+        summary.draw(results)
+    return results
 
 
 def planned(

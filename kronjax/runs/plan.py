@@ -132,7 +132,7 @@ class RunPlan:
     @property
     def saved(self) -> int:
         """Number of parameters that are no longer stored in the end."""
-        return sum(one.size - one.parameters for one in self.tasks)
+        return sum(task.size - task.parameters for task in self.tasks)
 
     def plain(self) -> dict[str, Any]:
         """Return everything as values that JSON holds."""
@@ -267,29 +267,32 @@ def make(
 
 def differences(old: RunPlan, new: RunPlan, most: int = 4) -> list[str]:
     """Return lines that say in what two plans differ, the first few of them."""
-    found = []
+    lines = []
     for field in dataclasses.fields(SolveSettings):
         ours, theirs = (getattr(x.settings, field.name) for x in (new, old))
         if ours != theirs:
-            found.append(f"{field.name} was {theirs}, now {ours}")
-    before, after = ({one.name: one for one in x.tasks} for x in (old, new))
-    for word, some in (("new", after.keys() - before), ("gone", before.keys() - after)):
-        if some:
-            first, *rest = sorted(some, key=natural)
-            found.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {word}")
+            lines.append(f"{field.name} was {theirs}, now {ours}")
+    before, after = ({task.name: task for task in x.tasks} for x in (old, new))
+    for word, names in (
+        ("new", after.keys() - before),
+        ("gone", before.keys() - after),
+    ):
+        if names:
+            first, *rest = sorted(names, key=natural)
+            lines.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {word}")
     for name in sorted(before.keys() & after, key=natural):
-        found += _changed(before[name], after[name])
-    if not found:
-        found = ["the order of the matrices"]
-    more = len(found) - most
-    return found[:most] + ([f"and {more} more"] if more > 0 else [])
+        lines += _changed(before[name], after[name])
+    if not lines:
+        lines = ["the order of the matrices"]
+    more = len(lines) - most
+    return lines[:most] + ([f"and {more} more"] if more > 0 else [])
 
 
 def digest(matrix: np.ndarray) -> str:
     """Return the digest of a matrix: its shape, its dtype and its numbers."""
-    found = hashlib.sha256(repr((matrix.shape, str(matrix.dtype))).encode())
-    found.update(np.ascontiguousarray(matrix).view(np.uint8).data)
-    return found.hexdigest()
+    sha = hashlib.sha256(repr((matrix.shape, str(matrix.dtype))).encode())
+    sha.update(np.ascontiguousarray(matrix).view(np.uint8).data)
+    return sha.hexdigest()
 
 
 def digests(weights: Weights) -> tuple[str, str]:
@@ -320,9 +323,7 @@ def _short(value: Any) -> str:
 
 def describe(configurations: tuple[Configuration, ...]) -> str:
     """Return configurations in few letters: `24x32, 192; 768x1, 4`."""
-    return "; ".join(
-        f"{one.a_shape[0]}x{one.a_shape[1]}, {one.rank}" for one in configurations
-    )
+    return "; ".join(f"{x.a_shape[0]}x{x.a_shape[1]}, {x.rank}" for x in configurations)
 
 
 def pattern(rule: recipes.Rule) -> str:
