@@ -102,14 +102,14 @@ import jax
 import numpy as np
 from kronjax import recipe
 from kronjax.io.storage import MemoryFolder
-from kronjax.runs import engine, factorize, plan, store, workers
+from kronjax.runs import engine, factorize, settings, store, workers
 from kronjax.runs.pool import Matrix
 count, tolerance, rules = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 drawn = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
 made, _ = factorize.planned(
     {f"w.{i}": x for i, x in enumerate(drawn)},
     recipe.loads(rules),
-    plan.SolveSettings(tolerance, num_starts=1),
+    settings.SolveSettings(tolerance, num_starts=1),
 )
 (group,), devices = engine.groups(made.tasks, made.settings), jax.devices()
 kept = store.Store(MemoryFolder(), made)

@@ -180,23 +180,23 @@ class _Sum(Method):
         self, rule: Any, shape: tuple[int, int]
     ) -> tuple["Configuration", ...]:
         """Return the Kronecker sum that the solver fits to a kernel."""
-        found = self._configurations(rule, shape)
-        for configuration in found:
+        configurations = self._configurations(rule, shape)
+        for configuration in configurations:
             most = configuration.max_rank(shape)
             if configuration.rank > most:
                 raise ValueError(
                     f"rank {configuration.rank} is more than the {most} that is exact"
                 )
-        return found
+        return configurations
 
     def _configurations(self, rule, shape) -> tuple["Configuration", ...]:
         raise NotImplementedError
 
     def num_parameters(self, rule: Any, shape: tuple[int, int]) -> int:
         """Return the number of entries of all factors, and of scalars."""
-        found = self.configurations(rule, shape)
-        factors = sum(x.num_parameters(shape) for x in found)
-        return factors + sum(x.rank for x in found) * rule.scalars
+        configurations = self.configurations(rule, shape)
+        factors = sum(x.num_parameters(shape) for x in configurations)
+        return factors + sum(x.rank for x in configurations) * rule.scalars
 
     def matrix(self, factors: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the sum multiplied out, `[n_in, n_out]`, in float64."""
@@ -260,9 +260,9 @@ class Kronecker(_Sum):
 
         from kronjax.kronecker import KroneckerTerms, matmul_cost
 
-        found = self.configurations(rule, shape)
-        flops = (len(found) - 1) * shape[1]
-        for x in found:
+        configurations = self.configurations(rule, shape)
+        flops = (len(configurations) - 1) * shape[1]
+        for x in configurations:
             sides = x.a_shape, x.b_shape(shape)
             a, b = (jax.ShapeDtypeStruct((x.rank, *side), np.float32) for side in sides)
             stand_in: Any = KroneckerTerms

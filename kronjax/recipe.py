@@ -9,11 +9,9 @@
       - match: "*"
         method: keep
 
-Names are matched as in a shell: `*` is any text and `?` any character, `{fc,proj}` one
-of several, `{0..5}` a number in a range, `{odd}` and `{even}` the numbers of blocks,
-`{early}`, `{middle}` and `{late}` a third of them. The first rule that matches decides;
-layers that no rule matches are kept. A rule that matches nothing is a mistake. `*`
-stands for linear layers only: a rule applies to an embedding if it lists its exact
+Names are matched by `kronjax.patterns`, as in a shell. The first rule that matches
+decides; layers that no rule matches are kept. A rule that matches nothing is a mistake.
+`*` stands for linear layers only: a rule applies to an embedding if it lists its exact
 name, `wte`.
 
 `targets` can be written in place of `match`. A rule does not apply to the layers that
@@ -32,7 +30,6 @@ its `ignore` matches, and no rule to those that the `ignore` of the recipe match
 import dataclasses
 import difflib
 import importlib.resources
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,15 +37,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 import yaml
 
-from kronjax import methods
+from kronjax import methods, patterns
 from kronjax.methods import Method
 from kronjax.norm import Norm
+from kronjax.patterns import Patterns
 
 if TYPE_CHECKING:
     from kronjax.kronecker import Configuration
 
 Positive = Annotated[int, pydantic.Field(ge=1)]
-Patterns = str | tuple[str, ...]
 Weighting = Literal["none", "input", "input+gradient"]
 Start = Literal["van-loan", "rescaled", "pruning", "random"]
 
@@ -277,27 +274,11 @@ def resolve(
                 assigned.append(assign(rule, name, shape))
     for i, rule in enumerate(recipe.rules):
         if i not in used:
-            expression = _expression(rule.match, shapes)
-            raise ValueError(_unused(rule.match, expression, [*shapes, *tables]))
+            expression = patterns.compiled(rule.match, shapes)
+            raise ValueError(
+                patterns.unused(rule.match, expression, [*shapes, *tables])
+            )
     return assigned
-
-
-def matching(patterns: str | Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the names that any of the patterns matches, in their order.
-
-    >>> matching("h.{early}.*", ["h.0.fc", "h.1.fc", "h.2.fc", "lm_head"])
-    ['h.0.fc']
-
-    Raises:
-        ValueError: If a pattern matches none of them.
-    """
-    names = list(names)
-    patterns = _tuple(patterns)
-    expressions = [_expression(pattern, names) for pattern in patterns]
-    for pattern, expression in zip(patterns, expressions, strict=True):
-        if not any(map(expression.fullmatch, names)):
-            raise ValueError(_unused(pattern, expression, names))
-    return [name for name in names if any(x.fullmatch(name) for x in expressions)]
 
 
 def matches(
@@ -314,12 +295,12 @@ def matches(
         For each name the numbers of the rules; none where the recipe ignores it.
     """
     names = list(names)
-    kept = _expression(recipe.ignore, names)
+    kept = patterns.compiled(recipe.ignore, names)
     matched: dict[str, list[int]] = {name: [] for name in (*tables, *names)}
     for number, rule in enumerate(recipe.rules):
-        targets = _expression(rule.match, names)
-        ignored = _expression(rule.ignore, names)
-        chosen = [name for name in tables if name in _tuple(rule.match)]
+        targets = patterns.compiled(rule.match, names)
+        ignored = patterns.compiled(rule.ignore, names)
+        chosen = [name for name in tables if name in patterns.as_tuple(rule.match)]
         chosen += [name for name in names if targets.fullmatch(name)]
         for name in chosen:
             if not ignored.fullmatch(name) and not kept.fullmatch(name):
@@ -346,63 +327,3 @@ def _assign_table(rule: Rule, name: str, shape: tuple[int, int]) -> Assignment:
             f"{' or '.join(known)}, weighting none, and no scalars"
         )
     return _assign(rule, name, shape)
-
-
-def _expression(patterns: Iterable[str], names: Iterable[str]) -> re.Pattern[str]:
-    """Return patterns as one regular expression; without any it matches nothing."""
-    numbers = [
-        int(part) for name in names for part in name.split(".") if part.isdigit()
-    ]
-    blocks = max(numbers, default=-1) + 1
-    text = "|".join(_translate(pattern, blocks) for pattern in _tuple(patterns))
-    # Names of tensors may contain line ends.
-    return re.compile(text if _tuple(patterns) else "(?!)", re.DOTALL)
-
-
-def _tuple(patterns: Iterable[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def _translate(pattern: str, blocks: int) -> str:
-    third = range(0, blocks + 1)
-    first, second = (round(blocks * k / 3) for k in (1, 2))
-    words = {
-        "odd": third[1:blocks:2],
-        "even": third[0:blocks:2],
-        "early": third[:first],
-        "middle": third[first:second],
-        "late": third[second:blocks],
-    }
-    parts = []
-    for token in re.findall(r"\{[^{}]*\}|.", pattern, re.DOTALL):
-        if token == "*":
-            parts.append(".*")
-        elif token == "?":
-            parts.append(".")
-        elif not token.startswith("{"):
-            parts.append(re.escape(token))
-        else:
-            inside = token[1:-1]
-            numbers = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
-            if numbers:
-                low, high = map(int, numbers.groups())
-                options = [str(i) for i in range(low, min(high, blocks) + 1)]
-            elif inside in words:
-                options = [str(i) for i in words[inside]]
-            else:
-                options = [_translate(word, blocks) for word in inside.split(",")]
-            parts.append(f"(?:{'|'.join(options)})" if options else "(?!)")
-    return "".join(parts)
-
-
-def _unused(match: Patterns, expression: re.Pattern[str], names: Iterable[str]) -> str:
-    """Return why a rule decides nothing: it matches no name, or only decided ones."""
-    names = list(names)
-    if any(expression.fullmatch(name) or name in _tuple(match) for name in names):
-        return (
-            f"the rule for {match} decides nothing: rules before it match all of its "
-            "layers, or they are ignored; put it before them"
-        )
-    close = difflib.get_close_matches("".join(_tuple(match)[:1]), names, 3, 0.3)
-    hint = f"layers are named like {', '.join(close or names[:3])}"
-    return f"the rule for {match} matches no layer; {hint}"

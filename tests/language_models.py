@@ -3,12 +3,14 @@
 These tests use the settings of users: 32 bits, and promotion of dtypes.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import SENTENCES, as_users_run_it
 
-from kronjax.lm.models import gpt2
+from kronjax.lm.models import gpt2, llama
 from kronjax.lm.text.tokenizer import train
 from kronjax.lm.training import step
 
@@ -39,6 +41,20 @@ def dense():
     config = gpt2.Config(vocab_size=40, n_embd=8, n_layer=2, n_head=2, n_positions=16)
     with as_users_run_it():
         return gpt2.Model(config, rngs=nnx.Rngs(0))
+
+
+def make_llama(**changes):
+    """A Llama of two blocks with 30 tokens, or with other settings."""
+    config = llama.Config(
+        vocab_size=30,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    return llama.Model(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ ROOMS = [
     "io",
     "nn",
     "methods",
+    "patterns",
     "recipe",
     "solver",
     "display",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kronjax import recipe
+from kronjax import patterns, recipe
 from kronjax.kronecker import Configuration
 
 GPT2 = {
@@ -114,8 +114,8 @@ def test_early_middle_and_late_partition_the_blocks(blocks):
 
 
 def test_any_name_can_be_matched():
-    assert recipe.matching("*", ["a\nb", ""]) == ["a\nb", ""]
-    assert recipe.matching("a?b", ["a\nb", "ab"]) == ["a\nb"]
+    assert patterns.matching("*", ["a\nb", ""]) == ["a\nb", ""]
+    assert patterns.matching("a?b", ["a\nb", "ab"]) == ["a\nb"]
 
 
 def test_a_dot_in_a_pattern_matches_only_a_dot():

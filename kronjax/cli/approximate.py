@@ -81,14 +81,16 @@ def approximate(
         atomic.check_output(out, ".safetensors", source=file)
     part: dict[str, Any] = {"rows": rows, "columns": columns, "transpose": transpose}
     source = matrices.read(file, tensor=tensor, **part)
-    weights = [one and matrices.read(one).matrix for one in (left_weight, right_weight)]
+    weights = [
+        path and matrices.read(path).matrix for path in (left_weight, right_weight)
+    ]
     options: dict[str, Any] = {"norm": norm, "dtype": dtype}
     options |= {"num_starts": num_starts, "seed": seed, "finish": finish}
     options["tolerance"] = tolerance
     if finish and dtype is None:
         options["dtype"] = "float64"
     options |= dict(zip(("left_weight", "right_weight"), weights, strict=True))
-    found = None
+    search = None
     if parameters is None:
         options["certify"] = certify and norm == "spectral"
         configurations = _configurations(source, a_shape, rank, low_rank)
@@ -97,26 +99,26 @@ def approximate(
         _refuse_contradictions(a_shape, rank, low_rank)
         if options.pop("finish"):
             raise ValueError("--finish needs --a-shape and --rank, not --parameters")
-        found = kronjax.search(source.matrix, parameters, **options)
-        approximation = dataclasses.replace(found.approximation, notes=found.notes)
+        search = kronjax.search(source.matrix, parameters, **options)
+        approximation = dataclasses.replace(search.approximation, notes=search.notes)
     whitened = source.matrix
     if approximation.weighted is not None:
         whitened = residuals.whiten(source.matrix, *weights)
     baseline = report.svd_baseline(whitened, approximation.num_parameters)
     asked = {"file": atomic.readable(file), "tensor": source.name, **part, "norm": norm}
-    for name, one in (("left_weight", left_weight), ("right_weight", right_weight)):
-        asked[name] = one and atomic.readable(one)
+    for name, path in (("left_weight", left_weight), ("right_weight", right_weight)):
+        asked[name] = path and atomic.readable(path)
     fields = {**asked, "seed": seed, **_fields(approximation, baseline)}
     certificate = approximation.certificate
     if certify and certificate is None:
         certificate = kronjax.certify(approximation, source.matrix, *weights)
     if certificate is not None:
         fields |= report.certified(certificate)
-    if found is not None:
-        fields["trials"] = jsonable(list(map(dataclasses.asdict, found.trials)))
+    if search is not None:
+        fields["trials"] = jsonable(list(map(dataclasses.asdict, search.trials)))
     # Neither a full disk nor a closed pipe may lose what was computed.
     try:
-        _print_result(approximation, baseline, fields if as_json else None, found)
+        _print_result(approximation, baseline, fields if as_json else None, search)
         if certificate is not None and not as_json:
             print(certificate)
     finally:
@@ -142,7 +144,7 @@ def _configurations(
         return columns
     if a_shape is None and source.a_shape is not None:
         a_shape, rank = source.a_shape, source.rank if rank is None else rank
-        rest = [kronjax.Configuration(*one) for one in source.rest]
+        rest = [kronjax.Configuration(*pair) for pair in source.rest]
         # --low-rank takes the place of what low rank the file has.
         columns = [x for x in rest if not columns or x.a_shape != (m, 1)] + columns
     if a_shape is None:
@@ -183,7 +185,7 @@ def _print_result(
     approximation: "Approximation",
     baseline: "Baseline",
     fields: dict[str, Any] | None,
-    found: "Search | None" = None,
+    search: "Search | None" = None,
 ) -> None:
     """Print the fields as JSON, or tables and what they say where there are none."""
     from kronjax import report
@@ -195,8 +197,8 @@ def _print_result(
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
-    if found is not None:
-        console.print(report.trials(found))
+    if search is not None:
+        console.print(report.trials(search))
     console.print(report.comparison(approximation, baseline))
     lines = [report.verdict(approximation, baseline), report.effort(approximation)]
     if approximation.weighted is not None:

@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from kronjax.cli.factorize import FAILURE, forecast, hosts_of, tell_overlaps
 from kronjax.cli.language import Dtype, Model
-from kronjax.cli.options import (
-    Flag,
-    Json,
-    MaxProducts,
-    NumStarts,
-    Seed,
-    Tolerance,
-    option,
-)
+from kronjax.cli.options import Flag, Json, Sharing, Solving, option
 
 if TYPE_CHECKING:
     from kronjax.io.storage import Storage
@@ -129,20 +121,14 @@ def compress(
     calibrate: Annotated[str | None, option("FILE")] = None,
     tokens: Annotated[int | None, option("N")] = None,
     weighting: Weighting = None,
-    tolerance: Tolerance = 1e-2,
-    num_starts: NumStarts = 1,
-    seed: Seed = 0,
-    max_products: MaxProducts = None,
+    solving: Solving,
     refine: Annotated[int, option("STEPS")] = 0,
     sequential: Flag = False,
     evaluate: Annotated[str | None, option("FILE")] = None,
     protocol: Annotated[str | None, option("NAME")] = None,
     dtype: Dtype | None = None,
     dry_run: Flag = False,
-    distributed: Flag = False,
-    coordinator: Annotated[str | None, option("HOST:PORT")] = None,
-    processes: Annotated[int | None, option("N")] = None,
-    process: Annotated[int | None, option("I")] = None,
+    sharing: Sharing,
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
@@ -160,10 +146,7 @@ def compress(
             after the tokens that are read, if no other text is given.
         tokens: Number of tokens of the text to read; 32768 by default.
         weighting: Moments to weight by; all that the text allows by default.
-        tolerance: Gap at which a fit is good enough: 0.01 is one per cent.
-        num_starts: Number of starts of each fit; the best is taken to the end.
-        seed: Seed of the perturbed starts.
-        max_products: Matrix products that a stage of a fit may spend.
+        solving: Options of the fits.
         refine: Train the factors of every block for so many steps to reproduce the
             dense block on the text, for example 100.
         sequential: Weight every block by the outputs of the compressed blocks before
@@ -174,11 +157,7 @@ def compress(
         dtype: Precision of the written model; by default that of the given model. All
             fits are computed in float32.
         dry_run: Print matrices, memory and time of the fits, and stop.
-        distributed: Share the fits with the same command on other hosts: on Cloud TPU,
-            under Slurm and Open MPI 4 they find each other.
-        coordinator: Address of process 0, elsewhere.
-        processes: Number of processes.
-        process: Number of this process, from 0.
+        sharing: Options about other processes.
         force: Replace the model, and the unfinished work, in FOLDER.
         as_json: Print the record as one JSON object.
 
@@ -191,10 +170,10 @@ def compress(
     from kronjax.lm.compression import plan as planning
     from kronjax.lm.compression.budget import Budget
     from kronjax.lm.compression.options import TextOptions, refuse_starts_of_budgets
-    from kronjax.runs.plan import SolveSettings
+    from kronjax.runs.settings import SolveSettings
 
     _one_of(budget, recipe)
-    settings = SolveSettings(tolerance, num_starts, seed, max_products)
+    settings = SolveSettings(**vars(solving))
     rules = recipes.load(recipe) if recipe else Budget.parse(budget or "")
     options = TextOptions(weighting, tokens, refine, sequential)
     options.check(rules, calibrate)
@@ -204,7 +183,7 @@ def compress(
         raise ValueError("--dry-run cannot know the moments of --sequential")
     place = _free(out, model, force)
     given, measured = map(_read, (calibrate, evaluate))
-    hosts = hosts_of(dry_run, distributed, coordinator, processes, process)
+    hosts = hosts_of(dry_run, sharing)
     dense = hosts.together(lambda: hugging_face.load(model, dtype=dtype))
     planning.compressible(dense)
     if hosts.process == 0:
@@ -232,12 +211,12 @@ def compress(
     if measured is None and given is not None:
         measured = _rest(dense, given, options.num_tokens)
     facts = {"source": model, "text": measured, "protocol": protocol}
-    found = _written(result, dense, place, **facts)
+    record = _written(result, dense, place, **facts)
     _clear(place, work)
     if as_json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(record, allow_nan=False))
     else:
-        show_model(found, out)
+        show_model(record, out)
     return FAILURE if result.failed else 0
 
 
@@ -282,12 +261,12 @@ def _written(result, dense, place, **facts) -> dict[str, Any]:
     from kronjax.lm.compression import html, record
 
     # Everything that takes time comes before anything is replaced.
-    found = record.of(result, dense, **facts)
+    contents = record.of(result, dense, **facts)
 
     def write(folder: Path) -> None:
         hugging_face.save(result.model, folder)
-        record.write(found, folder)
-        html.write(found, folder)
+        record.write(contents, folder)
+        html.write(contents, folder)
 
     if isinstance(place, LocalFolder):
         for old in (record.NAME, html.NAME):
@@ -346,13 +325,13 @@ def _tell_memory(dense, text, rules, weighting) -> None:
     )
 
 
-def show_model(found: dict[str, Any], folder: str) -> None:
+def show_model(record: dict[str, Any], folder: str) -> None:
     """Print the layers and the sizes of a compressed model, from its record."""
     from kronjax.io.atomic import printable
     from kronjax.lm.compression import html, tables
 
-    _show(tables.compressed(found), html.summary(found))
-    failed = [x for x in found["layers"] if x.get("status") == "failed"]
+    _show(tables.compressed(record), html.summary(record))
+    failed = [x for x in record["layers"] if x.get("status") == "failed"]
     for layer in failed:
         print(f"{printable(layer['name'])} {layer['reason']}.")
     print(f"{folder.rstrip('/')}/{html.NAME} shows every layer.")

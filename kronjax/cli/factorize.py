@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from kronjax.cli.options import (
-    Flag,
-    Json,
-    MaxProducts,
-    NumStarts,
-    Seed,
-    Tolerance,
-    option,
-)
+from kronjax.cli.options import Flag, HostOptions, Json, Sharing, Solving, option
 
 if TYPE_CHECKING:
     from kronjax.recipe import Recipe
@@ -34,15 +26,9 @@ def factorize(
     *,
     recipe: Annotated[str, option("NAME|FILE")],
     out: Annotated[str, option("FOLDER")],
-    tolerance: Tolerance = 1e-2,
-    num_starts: NumStarts = 1,
-    seed: Seed = 0,
-    max_products: MaxProducts = None,
+    solving: Solving,
     dry_run: Flag = False,
-    distributed: Flag = False,
-    coordinator: Annotated[str | None, option("HOST:PORT")] = None,
-    processes: Annotated[int | None, option("N")] = None,
-    process: Annotated[int | None, option("I")] = None,
+    sharing: Sharing,
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
@@ -56,16 +42,9 @@ def factorize(
         source: A .safetensors file, or a folder of them.
         recipe: The name of a recipe or a .yaml file; rules speak of names of tensors.
         out: Folder, or URL, for the factors.
-        tolerance: Gap at which a matrix is good enough: 0.01 is one per cent.
-        num_starts: Number of starts; the best is taken to the end.
-        seed: Seed of the perturbed starts.
-        max_products: Matrix products that a stage of a solve may spend.
+        solving: Options of the fits.
         dry_run: Print matrices, memory and time, and stop.
-        distributed: Share the work with the same command on other hosts: on Cloud TPU,
-            under Slurm and Open MPI 4 they find each other.
-        coordinator: Address of process 0, elsewhere.
-        processes: Number of processes.
-        process: Number of this process, from 0.
+        sharing: Options about other processes.
         force: Replace the results of another recipe in FOLDER.
         as_json: Print the records as one JSON object.
 
@@ -76,43 +55,38 @@ def factorize(
     from kronjax.io.tensors import map_all
     from kronjax.runs import factorize as runs  # reserves threads before jax is there
     from kronjax.runs.engine import Inputs
-    from kronjax.runs.plan import SolveSettings
+    from kronjax.runs.settings import SolveSettings
 
     rules = recipes.load(recipe)
-    settings = SolveSettings(tolerance, num_starts, seed, max_products)
-    hosts = hosts_of(dry_run, distributed, coordinator, processes, process)
+    settings = SolveSettings(**vars(solving))
+    hosts = hosts_of(dry_run, sharing)
     if hosts.process == 0:
         tell_overlaps(rules, map_all(source))
     if dry_run:
         plan, tensors = runs.planned(source, rules, settings)
         forecast(plan, Inputs(tensors), as_json)
         return 0
-    found = runs.factorize(
+    results = runs.factorize(
         source,
         rules,
         out,
-        tolerance=tolerance,
-        num_starts=num_starts,
-        seed=seed,
-        max_products=max_products,
+        **vars(solving),
         hosts=hosts,
         force=force,
     )
     if hosts.process == 0:
-        show_matrices(found, as_json)
+        show_matrices(results, as_json)
         if not as_json:
             print(f"The factors are in {out}.")
-    return FAILURE if found.failed else 0
+    return FAILURE if results.failed else 0
 
 
-def hosts_of(
-    dry_run: bool,
-    distributed: bool,
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-) -> "Hosts":
+def hosts_of(dry_run: bool, sharing: Any) -> "Hosts":
     """Return the processes that share the work of a command.
+
+    Args:
+        dry_run: Whether nothing is computed, so that this process is alone.
+        sharing: Options of the names of `HostOptions`.
 
     Raises:
         ValueError: If options about processes have no effect, or the others cannot be
@@ -121,8 +95,8 @@ def hosts_of(
     from kronjax.runs.processes import Hosts, meet
 
     if not dry_run:
-        return meet(distributed, coordinator, processes, process)
-    if distributed or (coordinator, processes, process) != (None, None, None):
+        return meet(**vars(sharing))
+    if vars(sharing) != vars(HostOptions()):
         raise ValueError(
             "--dry-run is for one process: leave out --distributed, --coordinator, "
             "--processes and --process"
@@ -139,16 +113,16 @@ def forecast(plan: "RunPlan", inputs: "Inputs", as_json: bool) -> None:
 
     store = Store(MemoryFolder(), plan)
     with bar(len(plan.tasks), "trying", unit="matrices") as advance:
-        found = list(
+        estimates = list(
             estimate.of(inputs, store, tell=lambda text, count: advance(count, text))
         )
     if as_json:
-        print(json.dumps(_forecast_fields(plan, found)))
+        print(json.dumps(_forecast_fields(plan, estimates)))
     else:
-        _show_forecast(plan, found)
+        _show_forecast(plan, estimates)
 
 
-def _forecast_fields(plan, found) -> dict[str, Any]:
+def _forecast_fields(plan, estimates) -> dict[str, Any]:
     groups = [
         {
             "group": estimate.group.key,
@@ -160,11 +134,11 @@ def _forecast_fields(plan, found) -> dict[str, Any]:
             "before": sum(task.size for task in estimate.group.tasks),
             "after": sum(task.parameters for task in estimate.group.tasks),
         }
-        for estimate in found
+        for estimate in estimates
     ]
     return {
-        "memory": max((estimate.memory for estimate in found), default=0),
-        "seconds": sum(estimate.seconds for estimate in found),
+        "memory": max((estimate.memory for estimate in estimates), default=0),
+        "seconds": sum(estimate.seconds for estimate in estimates),
         "plan": plan.hash,
         "before": plan.parameters,
         "after": plan.parameters - plan.saved,
@@ -172,11 +146,11 @@ def _forecast_fields(plan, found) -> dict[str, Any]:
     }
 
 
-def _show_forecast(plan, found) -> None:
+def _show_forecast(plan, estimates) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    fields = _forecast_fields(plan, found)
+    fields = _forecast_fields(plan, estimates)
     made = Table()
     made.add_column("group")
     for name in ("matrices", "before", "after", "at once", "MiB", "seconds"):
@@ -230,22 +204,22 @@ def tell_overlaps(
         )
 
 
-def show_matrices(found: "Factorization", as_json: bool) -> None:
+def show_matrices(results: "Factorization", as_json: bool) -> None:
     """Print the finished matrices of a run, as a table or as JSON."""
     from rich.console import Console
 
     from kronjax.runs import summary
 
     if as_json:
-        print(json.dumps(found.plain(), allow_nan=False))
+        print(json.dumps(results.plain(), allow_nan=False))
         return
     console = Console(highlight=False, markup=False)
-    made = summary.table(found)
+    made = summary.table(results)
     # A line that a terminal wraps is better than one without its last digits.
     wide = console.options.update(max_width=1000)
     console.width = max(console.width, console.measure(made, options=wide).minimum)
     console.print(made)
-    console.print(summary.verdict(found), soft_wrap=True)
-    failures = summary.failures(found)
+    console.print(summary.verdict(results), soft_wrap=True)
+    failures = summary.failures(results)
     if failures is not None:
         console.print(failures)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from kronjax.runs.settings import SolveSettings
+
 METAVARS = {int: "N", float: "X", str: "NAME"}
 """Placeholders for the values of options, by type."""
 
@@ -72,10 +74,30 @@ def _metavar(hint: Any) -> str | None:
     return METAVARS.get(kinds[0] if kinds else hint)
 
 
+@dataclasses.dataclass(frozen=True)
+class HostOptions:
+    """The processes that run a command together.
+
+    Attributes:
+        distributed: Share the work with the same command on other hosts, which see the
+            same FOLDER: on Cloud TPU, under Slurm and Open MPI 4 they find each other.
+        coordinator: Address of process 0, on other systems.
+        processes: Number of processes.
+        process: Number of this process, from 0.
+    """
+
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
 Slice = Annotated[str | None, option("A:B")]
 Flag = Annotated[bool, option()]
 Json = Annotated[bool, option(name="json")]
 Seed = Annotated[int, option("N")]
-Tolerance = Annotated[float, option("X")]
-NumStarts = Annotated[int, option("N")]
-MaxProducts = Annotated[int | None, option("N")]
+Solving = Annotated[Any, fields_of(SolveSettings, without=("schedule",))]
+Sharing = Annotated[
+    Any,
+    fields_of(HostOptions, metavars={"coordinator": "HOST:PORT", "process": "I"}),
+]

@@ -46,16 +46,16 @@ def _model(place: "Storage", open_it: bool, as_json: bool) -> int:
     """Print the record of a compressed model, and write its page."""
     from kronjax.lm.compression import html, record
 
-    found = record.load(place)
+    contents = record.load(place)
     if open_it or not as_json:
-        place.write(html.NAME, html.page(found).encode())
+        place.write(html.NAME, html.page(contents).encode())
     if as_json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(contents, allow_nan=False))
     else:
-        show_model(found, str(place))
+        show_model(contents, str(place))
     if open_it:
         _open(place, html.NAME)
-    failed = [x for x in found["layers"] if x.get("status") == "failed"]
+    failed = [x for x in contents["layers"] if x.get("status") == "failed"]
     return FAILURE if failed else 0
 
 
@@ -67,16 +67,16 @@ def _factorization(place: "Storage", open_it: bool, as_json: bool) -> int:
 
     plan = read_plan(place)
     assert plan is not None
-    found = Factorization.of(Store(place, plan))
-    show_matrices(found, as_json)
-    problem = summary.draw(found)
+    results = Factorization.of(Store(place, plan))
+    show_matrices(results, as_json)
+    problem = summary.draw(results)
     if problem is not None:
         print(f"There is no figure: {problem}", file=sys.stderr)
     elif not as_json:
         print(f"{place}/{summary.FIGURE} shows every matrix.")
     if open_it:
         _open(place, summary.FIGURE)
-    return FAILURE if found.failed else 0
+    return FAILURE if results.failed else 0
 
 
 def _open(place: "Storage", name: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from kronjax.cli.language import Dtype, Model
-from kronjax.cli.options import Flag, Json, fields_of, option
+from kronjax.cli.options import Flag, Json, Sharing, fields_of, option
 from kronjax.lm.training.settings import Course, Optimizer, Pruning, Settings, Weights
 
 SETTINGS = fields_of(Settings, without=("optimizer", "weights", "evaluate_blocks"))
@@ -52,10 +52,7 @@ def train(
     pruning: Annotated[Any, PRUNING],
     course: Annotated[Any, COURSE],
     dtype: Dtype | None = None,
-    distributed: Flag = False,
-    coordinator: Annotated[str | None, option("HOST:PORT")] = None,
-    processes: Annotated[int | None, option("N")] = None,
-    process: Annotated[int | None, option("I")] = None,
+    sharing: Sharing,
     force: Flag = False,
     as_json: Json = False,
 ) -> int:
@@ -79,12 +76,7 @@ def train(
         pruning: Options of pruning.
         course: Options of low rank.
         dtype: Precision of the written weights; by default that of the model.
-        distributed: Train together with other hosts, which run the same command and see
-            the same FOLDER: on Cloud TPU, under Slurm and Open MPI 4 they find each
-            other.
-        coordinator: Address of process 0, on other systems.
-        processes: Number of processes.
-        process: Number of this process, from 0.
+        sharing: Options about other processes.
         force: Replace the model in FOLDER and discard an interrupted training.
         as_json: Print the record as one JSON object.
     """
@@ -109,9 +101,9 @@ def train(
         )
     folder = storage.expanded(out if out is not None else default_folder(model))
     state = folder / training.STATE
-    if distributed and chosen.shard == "none":
+    if sharing.distributed and chosen.shard == "none":
         raise ValueError("--distributed needs --shard data or full")
-    group = meet(distributed, coordinator, processes, process)
+    group = meet(**vars(sharing))
     if force and group.process == 0:
         shutil.rmtree(state, ignore_errors=True)
 

@@ -24,7 +24,7 @@ import safetensors.numpy
 
 from kronjax.io import atomic
 
-VERSION = b"2"
+VERSION = b"3"
 """Version of the entries; raise it when the same key would give another result."""
 
 Entry = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]

@@ -41,11 +41,13 @@ def linear_layers(model: nnx.Module) -> dict[str, Layer]:
     Returns:
         `{"h.0.mlp.c_fc": layer, ...}`; modules inside of a layer are not listed.
     """
-    found = {}
+    layers = {}
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Layer):
-            found[path] = module
-    return {".".join(map(str, path)): found[path] for path in sorted(found, key=_order)}
+            layers[path] = module
+    return {
+        ".".join(map(str, path)): layers[path] for path in sorted(layers, key=_order)
+    }
 
 
 def tables(model: nnx.Module) -> dict[str, Table]:

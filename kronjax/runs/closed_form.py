@@ -10,6 +10,7 @@ once: one decomposition serves plans and fits alike.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -22,6 +23,8 @@ from kronjax.runs.joint import Target
 from kronjax.solver.problem import Problem
 from kronjax.solver.whitened import factors, prepare
 
+_TINY = np.finfo(np.float64).tiny
+
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -31,37 +34,48 @@ class LowRank:
         a: `[m, k]`, with `k = min(m, n)`.
         b: `[k, n]`: the first `r` columns of `a` times the first `r` rows of `b` are
             the best sum of rank `r`.
-        tails: `[k + 1]`, the relative squared error of every rank from 0 on.
-        total: Half the squared weighted norm, `½ ‖L^{1/2} W R^{1/2}‖_F²`.
+        values: `[k]`, the singular values of `L^{1/2} W R^{1/2}`, float64.
     """
 
     a: np.ndarray = dataclasses.field(repr=False)
     b: np.ndarray = dataclasses.field(repr=False)
-    tails: np.ndarray = dataclasses.field(repr=False)
-    total: float
+    values: np.ndarray = dataclasses.field(repr=False)
 
     @classmethod
     def kept(cls, target: Target, cache: Cache) -> "LowRank":
         """Return the decomposition, computed once for all stages of a run."""
 
-        def make():
-            found = cls.of(target)
-            arrays = {"a": found.a, "b": found.b, "tails": found.tails}
-            return arrays, {"total": found.total}
+        def compute():
+            return dataclasses.asdict(cls.of(target)), {}
 
-        arrays, facts = cache.get_or_compute("low-rank", make, *target.arrays)
-        return cls(**arrays, **facts)
+        arrays, _ = cache.get_or_compute("low-rank", compute, *target.arrays)
+        return cls(**arrays)
 
     @classmethod
     def of(cls, target: Target) -> "LowRank":
-        """Decompose a matrix with its weights."""
+        """Decompose a matrix with its weights; one with NaN is taken for zeros.
+
+        Raises:
+            LinAlgError: If the iteration does not converge.
+        """
+        if target.weighted == (False, False):
+            return cls(*_decompose_plain(target.matrix))
         arrays = (x if x is None else jnp.asarray(x) for x in target.arrays)
         terms, s, unit = _decompose(*arrays)
-        squares = np.asarray(s, np.float64) ** 2
-        tails = np.append(np.cumsum(squares[::-1])[::-1], 0)
-        tails /= max(squares.sum(), np.finfo(np.float64).tiny)
         a, b = np.asarray(terms.a)[:, :, 0].T, np.asarray(terms.b)[:, 0]
-        return cls(a, b, tails, float(unit) ** 2 / 2)
+        return cls(a, b, np.asarray(s, np.float64) * float(unit))
+
+    @functools.cached_property
+    def tails(self) -> np.ndarray:
+        """The relative squared error of every rank from 0 on, `[k + 1]`."""
+        squares = (self.values / max(self.values[0], _TINY)) ** 2
+        tails = np.append(np.cumsum(squares[::-1])[::-1], 0)
+        return tails / max(squares.sum(), _TINY)
+
+    @property
+    def total(self) -> float:
+        """Half the squared weighted norm, `½ ‖L^{1/2} W R^{1/2}‖_F²`."""
+        return float(np.sum(self.values**2)) / 2
 
     def tail(self, fraction: float) -> float:
         """Return the relative squared error of interpolative layers of a size.
@@ -78,34 +92,29 @@ class LowRank:
         tail = float(self.tails[min(rank, len(self.tails) - 1)])
         return KroneckerTerms(a, b), math.sqrt(tail)  # type: ignore[arg-type]
 
+    def bound(self, rank: int) -> float:
+        """Return a lower bound for the spectral error of all sums of a rank.
 
-def truncated(
-    matrix: np.ndarray, configuration: Configuration
-) -> tuple[tuple[KroneckerTerms, ...], float]:
-    """Return the best low-rank sum without weights, and a bound for all others.
+        The bound is the first singular value that is left out, less the largest
+        possible effect of rounding. It holds for matrices without weights.
+        """
+        if rank >= len(self.values):
+            return 0.0
+        m, n = len(self.a), self.b.shape[1]
+        rounding = 4 * math.sqrt(m + n) * float(np.finfo(self.a.dtype).eps)
+        return max(float(self.values[rank] - rounding * self.values[0]), 0.0)
 
-    The bound is the first singular value that is left out, less the largest possible
-    effect of rounding. The sum is empty where numbers overflow.
 
-    Args:
-        matrix: `[m, n]`, finite.
-        configuration: `(m, 1)` or `(1, n)`, with the rank.
-    """
-    m, n = matrix.shape
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    except np.linalg.LinAlgError:
-        return (), 0.0
-    if not np.isfinite(s).all():
-        return (), 0.0
-    r, eps = configuration.rank, float(np.finfo(matrix.dtype).eps)
-    left = (u[:, :r] * np.sqrt(s[:r])).T.reshape(r, m, 1)
-    right = (np.sqrt(s[:r, None]) * vt[:r]).reshape(r, 1, n)
-    bound = float(s[r]) if r < len(s) else 0.0
-    bound = max(bound - 4 * math.sqrt(m + n) * eps * float(s[0]), 0.0)
-    a, b = (left, right) if configuration.a_shape == (m, 1) else (right, left)
-    return (KroneckerTerms(a, b),), bound  # type: ignore[arg-type]
+def _decompose_plain(matrix: np.ndarray):
+    """Return the factors and the singular values of a matrix without weights."""
+    largest = np.abs(matrix).max()
+    if not np.isfinite(largest):
+        matrix, largest = np.zeros_like(matrix), 0
+    # An even power of two changes no digit, and no singular value overflows.
+    half = int(np.frexp(largest)[1]) // 2
+    u, s, vt = np.linalg.svd(np.ldexp(matrix, -2 * half), full_matrices=False)
+    root = np.ldexp(np.sqrt(s), half)
+    return u * root, root[:, None] * vt, np.ldexp(s.astype(np.float64), 2 * half)
 
 
 @jax.jit

@@ -37,12 +37,14 @@ from kronjax.io.cache import Cache
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.proof.certificate import certificate_of
-from kronjax.runs import closed_form, joint, plan, store, workers
+from kronjax.runs import joint, plan, store, workers
+from kronjax.runs.closed_form import LowRank
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.joint import Prepared, Target
-from kronjax.runs.plan import MatrixTask, SolveSettings, Weights
+from kronjax.runs.plan import MatrixTask, Weights
 from kronjax.runs.pool import Matrix
 from kronjax.runs.pool_programs import Kind
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 from kronjax.solver.descent import Status
 from kronjax.solver.problem import Problem
@@ -62,12 +64,12 @@ class Inputs:
     Attributes:
         matrices: `[m, n]` each; read when there is room for them.
         weights: Left and right weights; matrices that are missing have none.
-        cache: Cache of decompositions that a plan has made already.
+        cache: Cache of decompositions that other stages of the run share, or None.
     """
 
     matrices: Mapping[str, np.ndarray]
     weights: Mapping[str, Weights] = dataclasses.field(default_factory=dict)
-    cache: Cache = dataclasses.field(default_factory=Cache)
+    cache: Cache | None = None
 
     def read(self, task: MatrixTask) -> Target | None:
         """Return a matrix and its weights in the precision of the computation.
@@ -170,11 +172,11 @@ class Run:
             bound: Proven lower bound of the error, or None.
             relative: Relative weighted Frobenius error, where the solver knows it.
         """
-        finite = all(np.isfinite(x).all() for one in terms for x in (one.a, one.b))
+        finite = all(np.isfinite(x).all() for part in terms for x in (part.a, part.b))
         if not terms or not finite:
             self.fail(task, "the solver diverged", effort)
             return
-        facts = _facts(task, target, terms, bound, relative)
+        facts = _facts(task, target, target.matrix, terms, bound, relative)
         self.store.put(task, to_arrays(terms), {**facts, **effort})
         self.tell("", 1)
 
@@ -201,11 +203,11 @@ def groups(tasks: Sequence[MatrixTask], settings: SolveSettings) -> list[Group]:
     alike: dict[str, list[MatrixTask]] = {}
     for task in tasks:
         alike.setdefault(_key(task), []).append(task)
-    found = [
+    grouped = [
         Group(key, tuple(members), _problem(members[0], settings))
         for key, members in alike.items()
     ]
-    return sorted(found, key=lambda x: (-x.tasks[0].size, x.tasks[0].index))
+    return sorted(grouped, key=lambda x: (-x.tasks[0].size, x.tasks[0].index))
 
 
 def lanes_of(store: Store, devices: Sequence[Any], processes: int = 1) -> dict:
@@ -258,7 +260,21 @@ def run(
     for group in groups(missing, store.plan.settings):
         tell(group.key, 0)
         with jax.enable_x64(group.dtype == np.float64), one_blas_thread():
-            _way(group.tasks[0])(group, work)
+            solve(group, work)
+
+
+def solve(group: Group, work: Run) -> None:
+    """Solve a group of tasks and store them."""
+    _way(group.tasks[0])(group, work)
+
+
+def batch_size(group: Group, devices: Sequence[Any]) -> int:
+    """Return how many joint fits run as one batch: one on CPUs."""
+    if devices[0].platform == "cpu":
+        return 1
+    m, n = group.tasks[0].shape
+    each = group.dtype.itemsize * (COPIES * m * n + 4 * (m * m + n * n))
+    return max(workers.memory_limit(devices) // each, 1)
 
 
 def _solve(group: Group, work: Run) -> None:
@@ -285,21 +301,21 @@ def _solve(group: Group, work: Run) -> None:
         spent += products
         work.tell(f"{group.key}: {spent:,} products", 0)
 
-    for found in workers.solve(pools, given(), tick):
-        task: Any = found.key
+    for solution in workers.solve(pools, given(), tick):
+        task: Any = solution.key
         target, begun = held.pop(task)
-        terms = tuple(one.T if task.is_wide else one for one in found.terms)
+        terms = tuple(part.T if task.is_wide else part for part in solution.terms)
         effort = {
-            "solver": found.status.name.lower(),
-            "p": [int(p) for p in found.trace.p],
-            "start_spectral_error": float(found.trace.spectral_error[0]),
-            "steps": found.steps,
-            "products": found.products,
+            "solver": solution.status.name.lower(),
+            "p": [int(p) for p in solution.trace.p],
+            "start_spectral_error": float(solution.trace.spectral_error[0]),
+            "steps": solution.steps,
+            "products": solution.products,
             "seconds": time.perf_counter() - begun,
             **_asked(task, work),
         }
-        bound = found.local_bound
-        if found.status == Status.NONFINITE:
+        bound = solution.local_bound
+        if solution.status == Status.NONFINITE:
             terms = ()
         elif bound is None:
             proof = certificate_of(target.matrix, terms, target.left, target.right)
@@ -309,31 +325,26 @@ def _solve(group: Group, work: Run) -> None:
 
 def _fit_jointly(group: Group, work: Run) -> None:
     """Fit a group at p = 2: in batches on accelerators, else one after the other."""
-    settings = work.settings
-    size = 1
-    if work.devices[0].platform != "cpu":
-        m, n = group.tasks[0].shape
-        each = group.dtype.itemsize * (COPIES * m * n + 4 * (m * m + n * n))
-        size = max(workers.memory_limit(work.devices) // each, 1)
+    settings, size = work.settings, batch_size(group, work.devices)
     targets = work.targets(group.tasks)
     while batch := list(itertools.islice(targets, size)):
         begun = time.perf_counter()
-        found = joint.fit_all(
+        fits = joint.fit_all(
             [Prepared(target) for _, target in batch],
             [task.configurations for task, _ in batch],
             max_products=settings.max_products,
             tolerance=settings.tolerance,
         )
         seconds = (time.perf_counter() - begun) / len(batch)
-        for (task, target), one in zip(batch, found, strict=True):
+        for (task, target), fit in zip(batch, fits, strict=True):
             effort = {
-                "solver": one.status.name.lower(),
+                "solver": fit.status.name.lower(),
                 "p": [2],
-                "products": one.products,
+                "products": fit.products,
                 "seconds": seconds,
                 **_asked(task, work),
             }
-            work.keep(task, target, one.terms, effort, relative=one.relative)
+            work.keep(task, target, fit.terms, effort, relative=fit.relative)
 
 
 def _truncate(group: Group, work: Run) -> None:
@@ -341,18 +352,25 @@ def _truncate(group: Group, work: Run) -> None:
     for task, target in work.targets(group.tasks):
         begun = time.perf_counter()
         (configuration,) = task.configurations
-        bound, relative = None, None
-        if target.weighted == (False, False):
-            terms, bound = closed_form.truncated(target.matrix, configuration)
-        else:
-            found = closed_form.LowRank.kept(target, work.inputs.cache)
-            sum_, relative = found.fit(configuration.rank)
-            terms = (joint.as_wanted(sum_, configuration),)
+        low_rank = _decomposed(target, work.inputs.cache)
         effort = {"solver": "svd", "seconds": time.perf_counter() - begun}
-        if not terms:
+        if low_rank is None:
             work.fail(task, "its singular values are out of range", effort)
             continue
+        sum_, relative = low_rank.fit(configuration.rank)
+        terms = (joint.as_wanted(sum_, configuration),)
+        bound = None if any(target.weighted) else low_rank.bound(configuration.rank)
         work.keep(task, target, terms, effort, bound, relative)
+
+
+def _decomposed(target: Target, cache: Cache | None) -> LowRank | None:
+    """Return the low-rank sums of a matrix, or None if its values overflow."""
+    try:
+        low_rank = LowRank.of(target) if cache is None else LowRank.kept(target, cache)
+    except np.linalg.LinAlgError:
+        return None
+    largest = np.finfo(target.matrix.dtype).max
+    return low_rank if low_rank.values[0] <= largest else None
 
 
 def _fit_by_method(group: Group, work: Run) -> None:
@@ -365,8 +383,7 @@ def _fit_by_method(group: Group, work: Run) -> None:
             work.fail(task, f"the method {task.method} gave no finite matrix", {})
             continue
         effort = {"solver": task.method, "seconds": time.perf_counter() - begun}
-        rest = dataclasses.replace(target, matrix=target.matrix - dense)
-        facts = _facts(task, target, (), None, None, rest)
+        facts = _facts(task, target, target.matrix - dense)
         work.store.put(task, factors, {**facts, **effort})
         work.tell("", 1)
 
@@ -374,18 +391,19 @@ def _fit_by_method(group: Group, work: Run) -> None:
 def _facts(
     task: MatrixTask,
     target: Target,
-    terms: Sequence[KroneckerTerms],
-    bound: float | None,
-    relative: float | None,
-    rest: Target | None = None,
+    rest: np.ndarray,
+    terms: Sequence[KroneckerTerms] = (),
+    bound: float | None = None,
+    relative: float | None = None,
 ) -> dict[str, Any]:
     """Return the record of a solution, its errors measured in float64.
 
-    The gap is that of the bound to the spectral error; a closed form without a bound of
-    its own has none to close, and sums that were fitted at p = 2 have no proof.
+    The error is that of `terms` for `rest`. The gap is that of the bound to the
+    spectral error; a closed form without a bound of its own has none to close, and sums
+    that were fitted at p = 2 have no proof.
     """
     left, right = target.left, target.right
-    error = measure((rest or target).matrix, terms)
+    error = measure(rest, terms)
     whole = measure(target.matrix, ())
     errors = _named(error) | {
         f"relative_{name}": value for name, value in _named(error.over(whole)).items()
@@ -393,7 +411,7 @@ def _facts(
     proven = error
     if target.weighted != (False, False):
         if relative is None:
-            proven = measure((rest or target).matrix, terms, left, right)
+            proven = measure(rest, terms, left, right)
             ratio = proven.over(measure(target.matrix, (), left, right))
             errors |= {f"weighted_{k}": v for k, v in _named(proven).items()}
             relative = float(ratio.frobenius)
@@ -462,7 +480,7 @@ def _whole(task: MatrixTask, settings: SolveSettings) -> Problem:
     shape, configurations, weighted = task.shape, task.configurations, task.weighted
     if task.is_wide:
         shape, weighted = shape[::-1], weighted[::-1]
-        configurations = tuple(one.T for one in configurations)
+        configurations = tuple(x.T for x in configurations)
     return Problem.of(
         shape,
         configurations,
@@ -488,7 +506,7 @@ def _key(task: MatrixTask) -> str:
         turned = (n, m) if task.is_wide else (m, n)
         configurations = joint.program(turned, tall, task.weighted).configurations
     elif way is _solve and task.is_wide:
-        configurations = tuple(one.T for one in configurations)
+        configurations = tuple(x.T for x in configurations)
     if task.is_wide and way in (_solve, _fit_jointly):
         (m, n), (left, right) = (n, m), (right, left)
     ways: dict[Any, str] = {_truncate: "svd", _fit_by_method: task.method}

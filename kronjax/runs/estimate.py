@@ -20,7 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from kronjax.runs import engine, workers
+from kronjax.io.storage import MemoryFolder
+from kronjax.runs import engine, joint, workers
 from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.pool import Matrix
 from kronjax.runs.store import Store
@@ -38,6 +39,9 @@ START = 100
 PROBE = 2.0
 """Seconds of the trial from which the time is estimated."""
 
+TRIALS = 8, 40
+"""Products of the short and of the long trials of joint fits."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
@@ -47,8 +51,8 @@ class Estimate:
         group: The group of tasks.
         lanes: Matrices of a device in one call; 0 without a pool.
         memory: Bytes on every device, as compiled; 0 without a pool.
-        seconds: Estimated seconds: the products that matrices usually take, at the rate
-            of a short trial, and the compilation.
+        seconds: Estimated seconds: the products that matrices usually take (joint fits:
+            all that they may), at the rate of a short trial, and the compilation.
     """
 
     group: engine.Group
@@ -70,7 +74,8 @@ def of(
         tell(group.key, 0)
         with jax.enable_x64(group.dtype == np.float64), one_blas_thread():
             if group.problem is None:
-                found = Estimate(group, 0, 0, _seconds_alone(group, inputs))
+                seconds = _seconds_alone(group, inputs, store, devices)
+                estimate = Estimate(group, 0, 0, seconds)
             else:
                 begun = time.perf_counter()
                 count = lanes[engine.lanes_key(group, devices)]
@@ -80,9 +85,9 @@ def of(
                 compiling = time.perf_counter() - begun
                 seconds = compiling + _seconds(group, inputs, pools, plan.settings)
                 memory = sum(pool.memory for pool in pools)
-                found = Estimate(group, count, memory, seconds)
+                estimate = Estimate(group, count, memory, seconds)
         tell(group.key, group.count)
-        yield found
+        yield estimate
 
 
 def _seconds(group, inputs, pools, settings) -> float:
@@ -126,8 +131,49 @@ def _seconds(group, inputs, pools, settings) -> float:
     return group.count * (beginning + each * min(allowed, usual))
 
 
-def _seconds_alone(group, inputs) -> float:
-    """Return the seconds of a group without a pool, by its first matrix in a corner.
+def _seconds_alone(group, inputs, store, devices) -> float:
+    """Return the seconds of a group without a pool."""
+    if group.tasks[0].is_low_rank:
+        return _seconds_of_svd(group, inputs)
+    if group.tasks[0].configurations:
+        return _seconds_of_joint_fits(group, inputs, store, devices)
+    compiled = _trial(group, 1, inputs, store, devices)
+    if group.count == 1:
+        return compiled
+    return compiled + (group.count - 1) * _trial(group, 1, inputs, store, devices)
+
+
+def _seconds_of_joint_fits(group, inputs, store, devices) -> float:
+    """Return the seconds of joint fits that spend all of their products.
+
+    The first batch is solved with few products: with compilation, without, and with
+    more of them.
+    """
+    count = min(engine.batch_size(group, devices), group.count)
+    allowed = store.plan.settings.max_products or joint.PRODUCTS
+    short, long = (min(products, allowed) for products in TRIALS)
+    compiled, each, more = (
+        _trial(group, count, inputs, store, devices, max_products=products)
+        for products in (short, short, long)
+    )
+    compiling, rate = max(compiled - each, 0), 0.0
+    if long > short:
+        rate = max(more - each, 0) / (long - short)
+    return compiling + (each + rate * (allowed - short)) * group.count / count
+
+
+def _trial(group, count, inputs, store, devices, **limits) -> float:
+    """Return the seconds in which the first matrices of a group are solved."""
+    settings = dataclasses.replace(store.plan.settings, **limits)
+    plan = dataclasses.replace(store.plan, settings=settings)
+    work = engine.Run(inputs, Store(MemoryFolder(), plan), devices, lambda *_: None)
+    begun = time.perf_counter()
+    engine.solve(dataclasses.replace(group, tasks=group.tasks[:count]), work)
+    return time.perf_counter() - begun
+
+
+def _seconds_of_svd(group, inputs) -> float:
+    """Return the seconds of decompositions, by a corner of the first matrix.
 
     The work of a decomposition is that of `m n min(m, n)` operations.
     """

@@ -33,8 +33,9 @@ from kronjax.runs import plan as planning
 from kronjax.runs import summary
 from kronjax.runs.engine import Inputs
 from kronjax.runs.execute import execute
-from kronjax.runs.plan import RunPlan, SolveSettings, pattern
+from kronjax.runs.plan import RunPlan, pattern
 from kronjax.runs.processes import Hosts
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 from kronjax.runs.summary import Factorization
 
@@ -100,10 +101,10 @@ def factorize(
         check=lambda store: _refuse_model(store, source),
         progress=progress,
     )
-    found = Factorization.of(kept)
+    results = Factorization.of(kept)
     if hosts.process == 0 and out is not None:
-        summary.draw(found)
-    return found
+        summary.draw(results)
+    return results
 
 
 def planned(

@@ -8,7 +8,7 @@ and serves all smaller ones, as plans for a budget need them.
 
 >>> target = Target("", np.eye(6, dtype=np.float32))
 >>> wanted = (Configuration((6, 1), 2), Configuration((2, 3), 1))
->>> round(Prepared(target).fit(wanted).relative, 2)
+>>> round(Prepared(target).fit(wanted, tolerance=1e-2).relative, 2)
 0.58
 """
 
@@ -111,7 +111,7 @@ class Prepared:
 
     def setting_of(self, problem: Problem) -> Any:
         """Return the result of `whitened.prepare`, computed once for all ranks."""
-        shapes = tuple(one.a_shape for one in problem.configurations)
+        shapes = tuple(x.a_shape for x in problem.configurations)
         if shapes not in self._settings:
             smallest = tuple(Configuration(a_shape, 1) for a_shape in shapes)
             alike = dataclasses.replace(problem, configurations=smallest)
@@ -124,7 +124,7 @@ class Prepared:
         configurations: Sequence[Configuration],
         *,
         max_products: int | None = None,
-        tolerance: float = 2e-3,
+        tolerance: float,
     ) -> Joint:
         """Return a sum of these configurations, fitted jointly.
 
@@ -135,10 +135,10 @@ class Prepared:
                 predicted relative decrease of the squared error that is not worth a
                 step.
         """
-        (found,) = fit_all(
+        (fitted,) = fit_all(
             [self], [configurations], max_products=max_products, tolerance=tolerance
         )
-        return found
+        return fitted
 
     def wanted(self, configurations: Sequence[Configuration]):
         """Return configurations of the tall orientation, and the program for them."""
@@ -146,19 +146,19 @@ class Prepared:
         return tall, program(self.tall.shape, tall, self.target.weighted)
 
     def result(
-        self, found: Any, configurations: Sequence[Configuration], products: int
+        self, fit: Any, configurations: Sequence[Configuration], products: int
     ) -> Joint:
         """Return the result of a program, a `least_squares.Fit`, for the target."""
         terms = [
-            jax.tree.map(lambda x, rank=one.rank: x[:rank], part)
-            for part, one in zip(found.terms, configurations, strict=True)
+            jax.tree.map(lambda x, rank=configuration.rank: x[:rank], part)
+            for part, configuration in zip(fit.terms, configurations, strict=True)
         ]
         if self.is_wide:
-            terms = [one.T for one in terms]
+            terms = [part.T for part in terms]
         return Joint(
             tuple(map(as_wanted, terms, configurations)),
-            float(found.relative),
-            Status(int(found.status)),
+            float(fit.relative),
+            Status(int(fit.status)),
             products,
         )
 
@@ -168,7 +168,7 @@ def fit_all(
     wanted: Sequence[Sequence[Configuration]],
     *,
     max_products: int | None = None,
-    tolerance: float = 2e-3,
+    tolerance: float,
 ) -> list[Joint]:
     """Return sums for several targets that share a program, fitted as one batch.
 
@@ -187,7 +187,7 @@ def fit_all(
         for x, configurations in zip(several, wanted, strict=True)
     ]
     problem = pairs[0][1]
-    ranks = np.array([[one.rank for one in tall] for tall, _ in pairs])
+    ranks = np.array([[x.rank for x in tall] for tall, _ in pairs])
     settings = [prepared.setting_of(problem) for prepared in several]
     limits = max(products // 2, 4), tolerance / 200
     if len(several) == 1:
@@ -196,13 +196,13 @@ def fit_all(
     else:
         solve = programs.jitted(_fit_batch, problem)
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *settings)
-        found = jax.device_get(solve(*stacked, ranks, *limits))
+        batch = jax.device_get(solve(*stacked, ranks, *limits))
         results = [
-            jax.tree.map(lambda x, i=i: x[i], found) for i in range(len(several))
+            jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(several))
         ]
     return [
-        prepared.result(found, configurations, products)
-        for prepared, found, configurations in zip(
+        prepared.result(result, configurations, products)
+        for prepared, result, configurations in zip(
             several, results, wanted, strict=True
         )
     ]
@@ -223,11 +223,11 @@ def as_tall(
     """
     m, n = shape
     if m < n:
-        configurations = [one.T for one in configurations]
+        configurations = [x.T for x in configurations]
         m, n = n, m
     return tuple(
-        Configuration((m, 1), one.rank) if one.a_shape == (1, n) else one
-        for one in configurations
+        Configuration((m, 1), x.rank) if x.a_shape == (1, n) else x
+        for x in configurations
     )
 
 
@@ -245,21 +245,23 @@ def program(
     """
     largest: tuple[Configuration, ...] = ()
     for fraction in TIERS:
-        largest = tuple(_largest(shape, one, fraction) for one in configurations)
+        largest = tuple(_largest(shape, x, fraction) for x in configurations)
         ranks = zip(configurations, largest, strict=True)
-        if all(one.rank <= most.rank for one, most in ranks):
+        if all(x.rank <= most.rank for x, most in ranks):
             break
     else:
         largest = tuple(configurations)
     return Problem.of(shape, largest, 2, num_starts=1, weighted=weighted)
 
 
-def _largest(shape, one, fraction):
+def _largest(shape, configuration, fraction):
     """Return a configuration with the largest rank of a size."""
     m, n = shape
-    each = Configuration(one.a_shape, 1).num_parameters(shape)
+    each = Configuration(configuration.a_shape, 1).num_parameters(shape)
     rank = max(int(fraction * m * n / each), 1)
-    return Configuration(one.a_shape, min(rank, one.max_rank(shape)))
+    return Configuration(
+        configuration.a_shape, min(rank, configuration.max_rank(shape))
+    )
 
 
 def as_wanted(terms: KroneckerTerms, wanted: Configuration) -> KroneckerTerms:

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,46 +30,13 @@ from kronjax.io.json_values import parse_json
 from kronjax.kronecker import Configuration
 from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Rule
+from kronjax.runs.settings import SolveSettings
 
 FORMAT = 2
 """Version of plans; a reader refuses any other."""
 
 Weights = tuple[np.ndarray | None, np.ndarray | None]
 """Weights of the rows `[m, m]` and of the columns `[n, n]` of a matrix, or None."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolveSettings:
-    """Settings of all solves of a run; they mean the same for every method.
-
-    Attributes:
-        tolerance: Relative gap at which a solution is good enough, as for
-            `continuation.solve`.
-        num_starts: Number of starting points in the race.
-        seed: Seed of the perturbed starts; each task adds its index.
-        max_products: Products of the size of `EᵀE` that a stage may spend; chosen from
-            the size of a matrix if None.
-        schedule: "adaptive", "fixed", or rising exponents p.
-    """
-
-    tolerance: float = 1e-2
-    num_starts: int = 1
-    seed: int = 0
-    max_products: int | None = None
-    schedule: str | tuple[float, ...] = "adaptive"
-
-    def __post_init__(self) -> None:
-        """Validate the fields."""
-        if not 0 < self.tolerance < math.inf:
-            raise ValueError(
-                f"the tolerance is {self.tolerance}: it must be positive and finite"
-            )
-        for name in ("num_starts", "max_products"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name} is {number}: it must be at least 1")
-        if not isinstance(self.schedule, str):
-            object.__setattr__(self, "schedule", tuple(self.schedule))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +132,7 @@ class RunPlan:
     @property
     def saved(self) -> int:
         """Number of parameters that are no longer stored in the end."""
-        return sum(one.size - one.parameters for one in self.tasks)
+        return sum(task.size - task.parameters for task in self.tasks)
 
     def plain(self) -> dict[str, Any]:
         """Return everything as values that JSON holds."""
@@ -301,29 +267,32 @@ def make(
 
 def differences(old: RunPlan, new: RunPlan, most: int = 4) -> list[str]:
     """Return lines that say in what two plans differ, the first few of them."""
-    found = []
+    lines = []
     for field in dataclasses.fields(SolveSettings):
         ours, theirs = (getattr(x.settings, field.name) for x in (new, old))
         if ours != theirs:
-            found.append(f"{field.name} was {theirs}, now {ours}")
-    before, after = ({one.name: one for one in x.tasks} for x in (old, new))
-    for word, some in (("new", after.keys() - before), ("gone", before.keys() - after)):
-        if some:
-            first, *rest = sorted(some, key=natural)
-            found.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {word}")
+            lines.append(f"{field.name} was {theirs}, now {ours}")
+    before, after = ({task.name: task for task in x.tasks} for x in (old, new))
+    for word, names in (
+        ("new", after.keys() - before),
+        ("gone", before.keys() - after),
+    ):
+        if names:
+            first, *rest = sorted(names, key=natural)
+            lines.append(f"{first}{f' and {len(rest)} more' if rest else ''}: {word}")
     for name in sorted(before.keys() & after, key=natural):
-        found += _changed(before[name], after[name])
-    if not found:
-        found = ["the order of the matrices"]
-    more = len(found) - most
-    return found[:most] + ([f"and {more} more"] if more > 0 else [])
+        lines += _changed(before[name], after[name])
+    if not lines:
+        lines = ["the order of the matrices"]
+    more = len(lines) - most
+    return lines[:most] + ([f"and {more} more"] if more > 0 else [])
 
 
 def digest(matrix: np.ndarray) -> str:
     """Return the digest of a matrix: its shape, its dtype and its numbers."""
-    found = hashlib.sha256(repr((matrix.shape, str(matrix.dtype))).encode())
-    found.update(np.ascontiguousarray(matrix).view(np.uint8).data)
-    return found.hexdigest()
+    sha = hashlib.sha256(repr((matrix.shape, str(matrix.dtype))).encode())
+    sha.update(np.ascontiguousarray(matrix).view(np.uint8).data)
+    return sha.hexdigest()
 
 
 def digests(weights: Weights) -> tuple[str, str]:
@@ -354,9 +323,7 @@ def _short(value: Any) -> str:
 
 def describe(configurations: tuple[Configuration, ...]) -> str:
     """Return configurations in few letters: `24x32, 192; 768x1, 4`."""
-    return "; ".join(
-        f"{one.a_shape[0]}x{one.a_shape[1]}, {one.rank}" for one in configurations
-    )
+    return "; ".join(f"{x.a_shape[0]}x{x.a_shape[1]}, {x.rank}" for x in configurations)
 
 
 def pattern(rule: recipes.Rule) -> str:

@@ -85,10 +85,10 @@ class Hosts:
         """
         digits = digest[: 7 * WORDS].ljust(7 * WORDS, "0")
         words = [int(digits[7 * i : 7 * i + 7], 16) for i in range(WORDS)]
-        told = self.exchange([problem is None, *words])
+        reports = self.exchange([problem is None, *words])
         if problem is not None:
             raise problem
-        for i, (is_well, *others) in enumerate(told):
+        for i, (is_well, *others) in enumerate(reports):
             if not is_well:
                 raise ValueError(f"process {i} has failed; its output says why")
             if others != words:
@@ -119,10 +119,10 @@ class Hosts:
         """
         if self.process > 0:
             self.together(lambda: None)
-        found = self.together(work)
+        result = self.together(work)
         if self.process == 0:
             self.together(lambda: None)
-        return found
+        return result
 
     def leave(self, code: int) -> None:
         """End this process soon, even if others wait for it.

@@ -91,10 +91,10 @@ class Store:
 
     def sweep(self, owned: Sequence[MatrixTask]) -> None:
         """Remove temporary files that interrupted writes of these tasks left behind."""
-        mine = {one.index for one in owned}
+        mine = {task.index for task in owned}
         for name in self.place.names(MATRICES):
-            found = re.fullmatch(r"\.(\d{5,})\.\w+\..*\.tmp", name)
-            if found and int(found[1]) in mine:
+            match = re.fullmatch(r"\.(\d{5,})\.\w+\..*\.tmp", name)
+            if match and int(match[1]) in mine:
                 self.place.remove(f"{MATRICES}/{name}")
 
     def put(
@@ -115,7 +115,7 @@ class Store:
             OSError: If it cannot be written.
         """
         name, record = file_names(task.index)
-        told: dict[str, Any] = {
+        entry: dict[str, Any] = {
             "format": FORMAT,
             "plan": self.plan.hash,
             "index": task.index,
@@ -128,33 +128,33 @@ class Store:
             format_ = {"format": matrices.FORMAT} if task.configurations else None
             content = safetensors.numpy.save(arrays, format_)
             self.place.write(name, content)
-            told["digest"] = hashlib.sha256(content).hexdigest()
-        told = jsonable(told)
-        text = json.dumps({**told, "seal": _seal(told)}, indent=1, allow_nan=False)
+            entry["digest"] = hashlib.sha256(content).hexdigest()
+        entry = jsonable(entry)
+        text = json.dumps({**entry, "seal": _seal(entry)}, indent=1, allow_nan=False)
         self.place.write(record, text.encode() + b"\n")
 
-    def records(self, some: Sequence[MatrixTask]) -> dict[int, dict[str, Any]]:
-        """Return the records of the finished tasks among some, by index.
+    def records(self, tasks: Sequence[MatrixTask]) -> dict[int, dict[str, Any]]:
+        """Return the records of those tasks that are finished, by index.
 
         Raises:
             ValueError: If a record is of a later version.
             OSError: If something cannot be read.
         """
         there = set(self.place.names(MATRICES))
-        found = {}
-        for task in some:
+        records = {}
+        for task in tasks:
             factors, record = file_names(task.index)
             if record.rpartition("/")[2] not in there:
                 continue
-            told = self._read(record)
-            if told is None or told.get("name") != task.name:
+            facts = self._read(record)
+            if facts is None or facts.get("name") != task.name:
                 continue
-            if told["status"] == SOLVED:
+            if facts["status"] == SOLVED:
                 content = self.place.read(factors) or b""
-                if hashlib.sha256(content).hexdigest() != told.get("digest"):
+                if hashlib.sha256(content).hexdigest() != facts.get("digest"):
                     continue
-            found[task.index] = told
-        return found
+            records[task.index] = facts
+        return records
 
     def factors(self, task: MatrixTask) -> dict[str, np.ndarray]:
         """Return the arrays of a finished matrix by name.
@@ -171,8 +171,8 @@ class Store:
     def _read(self, name: str) -> dict[str, Any] | None:
         """Return a record of this plan, or None if the file is no such record."""
         try:
-            told = parse_json(self.place.read(name) or b"")
-            version = told["format"]
+            facts = parse_json(self.place.read(name) or b"")
+            version = facts["format"]
             later = version > FORMAT
         except (ValueError, KeyError, TypeError):
             return None
@@ -181,9 +181,9 @@ class Store:
                 f"{self.place}/{name} is of format {version}, and this kronjax reads "
                 f"format {FORMAT}: update kronjax"
             )
-        if told.pop("seal", None) != _seal(told) or told["plan"] != self.plan.hash:
+        if facts.pop("seal", None) != _seal(facts) or facts["plan"] != self.plan.hash:
             return None
-        return told
+        return facts
 
 
 def file_names(index: int) -> tuple[str, str]:
@@ -202,6 +202,6 @@ def read_plan(place: Storage) -> RunPlan | None:
     return None if content is None else RunPlan.of_json(content, f"{place}/{PLAN}")
 
 
-def _seal(told: Mapping[str, Any]) -> str:
+def _seal(facts: Mapping[str, Any]) -> str:
     """Return the digest of a record, which reveals damage."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -128,7 +128,7 @@ class Factorization:
         return self.records.get(task.index, {}).get("status")
 
 
-def table(found: Factorization) -> Table:
+def table(results: Factorization) -> Table:
     """Return a table with a row for each group of matrices that are alike."""
     made = Table()
     made.add_column("matrices", no_wrap=True)
@@ -136,10 +136,10 @@ def table(found: Factorization) -> Table:
     for name in ("done", "size", "error", "worst", "gap", "worst", "products"):
         made.add_column(name, justify="right", no_wrap=True)
     groups: dict[Any, list[MatrixTask]] = {}
-    for task in found.plan.tasks:
+    for task in results.plan.tasks:
         key = task.shape, plan.describe(task.configurations), task.norm
         groups.setdefault(key, []).append(task)
-    records = {task.index: record for task, record in found.solved}
+    records = {task.index: record for task, record in results.solved}
     for (shape, what, _), members in groups.items():
         done = [records[x.index] for x in members if x.index in records]
         share = sum(x.parameters for x in members) / sum(x.size for x in members)
@@ -158,35 +158,35 @@ def table(found: Factorization) -> Table:
     return made
 
 
-def verdict(found: Factorization) -> str:
+def verdict(results: Factorization) -> str:
     """Return lines that say what is finished, and how much smaller it is."""
-    total, done = len(found.plan.tasks), len(found.records)
-    before, after = found.plan.parameters, found.parameters
+    total, done = len(results.plan.tasks), len(results.records)
+    before, after = results.plan.parameters, results.parameters
     lines = [
         f"{done:,} of {total:,} matrices are finished; {after:,} of {before:,} "
         f"parameters ({100 * after / max(before, 1):.1f} %)."
     ]
-    if any(record["bounds"]["gap"] is not None for _, record in found.solved):
+    if any(record["bounds"]["gap"] is not None for _, record in results.solved):
         lines.append(
             "Errors are spectral, over the norm of the matrix; no change of all A_k or "
             "of all B_k can lower them by more than the gap."
         )
-    if found.failed:
-        lines.append(f"{len(found.failed)} failed and stay dense.")
+    if results.failed:
+        lines.append(f"{len(results.failed)} failed and stay dense.")
     return "\n".join(lines)
 
 
-def failures(found: Factorization) -> Table | None:
+def failures(results: Factorization) -> Table | None:
     """Return a table of the matrices that stay dense, or None if there is none."""
-    if not found.failed:
+    if not results.failed:
         return None
     made = Table("matrix", "stays dense because")
-    for task, reason in found.failed:
+    for task, reason in results.failed:
         made.add_row(printable(task.name), reason)
     return made
 
 
-def figure(found: Factorization) -> bytes:
+def figure(results: Factorization) -> bytes:
     """Return a PNG: the errors of all finished matrices, and their gaps."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -194,15 +194,14 @@ def figure(found: Factorization) -> bytes:
     chart = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     left, right = chart.subplots(1, 2)
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for task, one in found.solved:
+    for task, record in results.solved:
         label = f"{task.shape[0]}x{task.shape[1]}"
-        groups.setdefault(label, []).append(one)
-    for label, some in groups.items():
-        x = [one["index"] for one in some]
-        left.plot(
-            x, [one["errors"]["relative_spectral"] for one in some], ".", label=label
-        )
-        gaps = [100 * max(one["bounds"]["gap"] or 0, 0) for one in some]
+        groups.setdefault(label, []).append(record)
+    for label, records in groups.items():
+        x = [record["index"] for record in records]
+        errors = [record["errors"]["relative_spectral"] for record in records]
+        left.plot(x, errors, ".", label=label)
+        gaps = [100 * max(record["bounds"]["gap"] or 0, 0) for record in records]
         right.plot(x, gaps, ".", label=label)
     left.set(ylabel="spectral error / norm", xlabel="number of the matrix")
     right.set(ylabel="gap, per cent", xlabel="number of the matrix")
@@ -212,7 +211,7 @@ def figure(found: Factorization) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     if groups:
         left.legend(frameon=False)
-    chart.suptitle(f"{len(found.records)} of {len(found.plan.tasks)} matrices")
+    chart.suptitle(f"{len(results.records)} of {len(results.plan.tasks)} matrices")
     buffer = io.BytesIO()
     FigureCanvasAgg(chart).print_png(buffer)
     return buffer.getvalue()
@@ -225,13 +224,13 @@ def _mean_and_worst(values, form):
     return format(float(np.mean(values)), form), format(max(values), form)
 
 
-def draw(found: Factorization) -> str | None:
+def draw(results: Factorization) -> str | None:
     """Write the figure into the store; return the reason if that is impossible.
 
     A missing figure is no reason to fail.
     """
     try:
-        found.store.place.write(FIGURE, figure(found))
+        results.store.place.write(FIGURE, figure(results))
     except (OSError, ValueError) as error:
         return printable(str(error))
     return None

@@ -29,7 +29,7 @@ from kronjax.runs import (
     workers,
 )
 from kronjax.runs.engine import Inputs
-from kronjax.runs.plan import SolveSettings
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 from kronjax.runs.summary import Factorization, failures
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kronjax import recipe
 from kronjax.runs import factorize
-from kronjax.runs.plan import RunPlan, SolveSettings, differences, make
+from kronjax.runs.plan import RunPlan, differences, make
+from kronjax.runs.settings import SolveSettings
 
 RULES = """
 rules:

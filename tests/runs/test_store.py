@@ -11,7 +11,7 @@ from kronjax.io.matrices import read
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.dense import multiply_out
 from kronjax.runs import factorize, store
-from kronjax.runs.plan import SolveSettings
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 
 RULES = "rules: [{match: '*', method: low-rank, rank: 1, weighting: none}]"

@@ -26,6 +26,7 @@ from kronjax.methods import Method
 from kronjax.recipe import Rule, Weighting
 from kronjax.runs.closed_form import LowRank
 from kronjax.runs.joint import Prepared, Target
+from kronjax.runs.settings import SolveSettings
 
 FRACTIONS = tuple(round(0.05 * k, 2) for k in range(2, 18))
 """Sizes of the candidates, as fractions of the dense kernel."""
@@ -109,7 +110,7 @@ def probed(names: Iterable[str]) -> set[str]:
 
 
 def probe(
-    target: Target, low_rank: LowRank, work: Cache, max_products: int
+    target: Target, low_rank: LowRank, work: Cache, settings: SolveSettings
 ) -> list[Probe]:
     """Fit mixtures at a few sizes; return their damages over those of low rank.
 
@@ -117,18 +118,19 @@ def probe(
         target: A kernel with its weights.
         low_rank: Its low-rank sums.
         work: Cache of the results.
-        max_products: Products that each fit may spend.
+        settings: Settings of the fits.
     """
 
     def make():
-        return {}, {"ratios": list(_ratios(target, low_rank, max_products))}
+        return {}, {"ratios": list(_ratios(target, low_rank, settings))}
 
-    key = *target.arrays, PROBES, SHARES, max_products
+    limits = settings.max_products, settings.tolerance
+    key = *target.arrays, PROBES, SHARES, *limits
     _, facts = work.get_or_compute("probe", make, *key)
     return [(target.name, *ratio) for ratio in facts["ratios"]]
 
 
-def _ratios(target, low_rank, max_products):
+def _ratios(target, low_rank, settings):
     """Yield shares, sizes and damages over those of low rank, while there is gain."""
     prepared = Prepared(target)
     for fraction in PROBES:
@@ -138,7 +140,9 @@ def _ratios(target, low_rank, max_products):
             if tail == 0 or not all(ranks[share == 0 :]):
                 continue
             fitted = prepared.fit(
-                mixture.configurations(target.shape, ranks), max_products=max_products
+                mixture.configurations(target.shape, ranks),
+                max_products=settings.max_products,
+                tolerance=settings.tolerance,
             )
             ratio = fitted.relative**2 / tail
             yield share, fraction, ratio

@@ -29,8 +29,9 @@ from kronjax.runs.closed_form import LowRank
 from kronjax.runs.engine import Inputs
 from kronjax.runs.execute import execute
 from kronjax.runs.joint import Target
-from kronjax.runs.plan import RunPlan, SolveSettings, natural
+from kronjax.runs.plan import RunPlan, natural
 from kronjax.runs.processes import Hosts
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import SOLVED
 
 FITS = "fits"

@@ -73,10 +73,10 @@ def _largest(shape, fraction):
     """
     m, n = shape
     budget = fraction * m * n
-    found = []
+    largest = []
     for a_shape in ((m, 1), near_square(shape)):
         if a_shape is not None:
             term = Configuration(a_shape, 1)
             most = max(int(budget / term.num_parameters(shape)), 1)
-            found.append(Configuration(a_shape, min(most, term.max_rank(shape))))
-    return tuple(found)
+            largest.append(Configuration(a_shape, min(most, term.max_rank(shape))))
+    return tuple(largest)

@@ -19,7 +19,7 @@ from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.models.reading import tokens_of
 from kronjax.recipe import Assignment, Recipe, Weighting
-from kronjax.runs.plan import SolveSettings
+from kronjax.runs.settings import SolveSettings
 
 TOKENS = 32_768
 """Number of tokens of the text that calibration reads by default."""
@@ -98,28 +98,28 @@ class TextOptions:
         """
         if isinstance(rules, Recipe):
             order = (_WEIGHTINGS.index(x.rule.weighting) for x in assignments)
-            found = _WEIGHTINGS[max(order, default=0)]
+            weighting = _WEIGHTINGS[max(order, default=0)]
         elif self.weighting is not None or calibration is None:
-            found = self.weighting or "none"
+            weighting = self.weighting or "none"
         elif isinstance(calibration, Moments):
-            found = plan.best_weighting(calibration)
+            weighting = plan.best_weighting(calibration)
         else:
-            found = "input+gradient"
-        if self.sequential and found == "none":
+            weighting = "input+gradient"
+        if self.sequential and weighting == "none":
             raise ValueError(
                 "fitting in sequence measures the weights of every block again, and no "
                 "layer is weighted: it would have no effect"
             )
-        return found
+        return weighting
 
     def read(self, model: LanguageModel, calibration: Any) -> np.ndarray | None:
         """Return the tokens that go through the model again, or None."""
         if not self.refine and not self.sequential:
             return None
-        found = tokens_of(model, calibration)[: self.num_tokens]
+        tokens = tokens_of(model, calibration)[: self.num_tokens]
         if self.refine:
-            refinement.check(model, found, self.refine)
-        return found
+            refinement.check(model, tokens, self.refine)
+        return tokens
 
 
 def understood(recipe: Recipe | Budget | str | Path | float) -> Recipe | Budget:

@@ -38,8 +38,9 @@ from kronjax.lm.text.documents import Text
 from kronjax.recipe import Assignment, Recipe, Weighting
 from kronjax.runs.engine import Inputs
 from kronjax.runs.factorize import refuse_unused_starts
-from kronjax.runs.plan import RunPlan, SolveSettings
+from kronjax.runs.plan import RunPlan
 from kronjax.runs.processes import Hosts
+from kronjax.runs.settings import SolveSettings
 
 Calibration = str | Path | Text | np.ndarray | Moments
 
@@ -173,7 +174,7 @@ def prepare(
                 budget,
                 moments,
                 weighting=needed,
-                max_products=settings.max_products,
+                settings=settings,
                 work=cache,
                 progress=progress,
             )

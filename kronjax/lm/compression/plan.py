@@ -36,6 +36,7 @@ from kronjax.recipe import Assignment, Recipe, Rule, Weighting
 from kronjax.runs import joint
 from kronjax.runs.closed_form import LowRank
 from kronjax.runs.joint import Target
+from kronjax.runs.settings import SolveSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def make(
     moments: Moments | None = None,
     *,
     weighting: Weighting | None = None,
-    max_products: int | None = None,
+    settings: SolveSettings | None = None,
     work: Cache | None = None,
     progress: bool | None = None,
 ) -> Plan:
@@ -83,9 +84,8 @@ def make(
         budget: A `budget.Budget`, or its text.
         moments: Moments from calibration.
         weighting: Moments to weight by; by default all that there are.
-        max_products: Products that fits of mixtures will spend, by default those of
-            `joint.PRODUCTS`; probes spend half of them, so that the fits are at least
-            as good as predicted.
+        settings: Settings of the fits. Probes spend half of their products, so that
+            the fits are at least as good as predicted.
         work: Cache of decompositions, which the fits need again.
         progress: Whether to draw bars; by default on a terminal, after two seconds.
 
@@ -96,7 +96,9 @@ def make(
     if not isinstance(budget, Budget):
         budget = Budget.parse(budget)
     weighting = weighting or best_weighting(moments)
-    work = work or Cache()
+    work, settings = work or Cache(), settings or SolveSettings()
+    products = max((settings.max_products or joint.PRODUCTS) // 2, 1)
+    halved = dataclasses.replace(settings, max_products=products)
     layers = compressible(model)
     room = _room(model, layers, budget)  # before anything takes time
     names = list(layers)
@@ -109,8 +111,7 @@ def make(
             low_rank = LowRank.kept(wanted, work)
             tails[name] = damage_unit(wanted, low_rank), low_rank.tails
             if name in probed:
-                products = (max_products or joint.PRODUCTS) // 2
-                ratios += candidates.probe(wanted, low_rank, work, products)
+                ratios += candidates.probe(wanted, low_rank, work, halved)
             advance(1)
     offered = {
         name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)

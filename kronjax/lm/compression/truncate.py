@@ -22,8 +22,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
-from kronjax import methods, nn
-from kronjax import recipe as recipes
+from kronjax import methods, nn, patterns
 from kronjax.kronecker import to_arrays
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models.base import LanguageModel, inner_layers
@@ -81,7 +80,7 @@ def to_fraction(
     layers = inner_layers(model)
     rule = Rule(match="*", method=method, fraction=fraction)
     changed = []
-    for name in recipes.matching(match, layers):
+    for name in patterns.matching(match, layers):
         layer = layers[name]
         try:
             made = _smaller(layer, name, rule, moments)

@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kronjax import nn
-from kronjax import recipe as recipes
+from kronjax import nn, patterns
 from kronjax.lm.compression.moments import Moments
 from kronjax.lm.models.base import LanguageModel, inner_layers
 from kronjax.lm.training import masks, saliency
@@ -50,7 +49,7 @@ def begin(model: LanguageModel, pruning: Pruning) -> list[str]:
         ValueError: If none matches, or a layer cannot be pruned so; names it.
     """
     layers = inner_layers(model)
-    names = recipes.matching(pruning.match, layers)
+    names = patterns.matching(pruning.match, layers)
     for name in names:
         try:
             shapes = jax.eval_shape(lambda layer=layers[name]: saliency.of(layer))

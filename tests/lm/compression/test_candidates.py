@@ -4,13 +4,15 @@ from kronjax.io.cache import Cache
 from kronjax.lm.compression import candidates
 from kronjax.runs.closed_form import LowRank
 from kronjax.runs.joint import Target
+from kronjax.runs.settings import SolveSettings
 
 SHAPE = (48, 64)
 
 
 def _probes(kernel):
     target = Target("h.0.x", kernel.astype(np.float32))
-    return candidates.probe(target, LowRank.of(target), Cache(), 80)
+    settings = SolveSettings(max_products=80)
+    return candidates.probe(target, LowRank.of(target), Cache(), settings)
 
 
 def test_probes_of_a_kronecker_sum_try_all_sizes_and_find_it():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import as_users_run_it
+from language_models import make_llama
 
 from kronjax import nn
 from kronjax.lm.compression.moments import (
@@ -16,22 +17,16 @@ from kronjax.lm.compression.moments import (
     memory,
     save_moments,
 )
-from kronjax.lm.models import likelihood, llama
+from kronjax.lm.models import likelihood
 
-CONFIG = {
-    "vocab_size": 50,
-    "hidden_size": 12,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 CONTEXT = 16
 
 
 @pytest.fixture(scope="module")
 def model():
     with as_users_run_it():
-        return llama.Model(llama.Config(**CONFIG), rngs=nnx.Rngs(0))
+        sizes = {"vocab_size": 50, "hidden_size": 12, "intermediate_size": 16}
+        return make_llama(**sizes, tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from kronjax.lm.compression.budget import Budget
 from kronjax.lm.compression.moments import is_foreign, measure_moments
 from kronjax.lm.models import gpt2, sizes
 from kronjax.runs import closed_form, engine
-from kronjax.runs.plan import SolveSettings
+from kronjax.runs.closed_form import LowRank
 from kronjax.runs.processes import Hosts
+from kronjax.runs.settings import SolveSettings
 from kronjax.runs.store import Store
 
 CONFIG = gpt2.Config(n_embd=24, n_layer=2, n_head=2, n_positions=32, vocab_size=40)
@@ -147,6 +148,19 @@ def test_finished_layers_are_taken_from_the_folder_of_the_work(
     assert len(calls) == 1  # the damaged one
     for name, kernel in kernels(again.model).items():
         np.testing.assert_array_equal(kernel, kernels(done.model)[name])
+
+
+@pytest.mark.parametrize("method", ["low-rank", "interpolative"])
+def test_a_layer_without_weights_is_decomposed_once(model, monkeypatch, method):
+    rule = {"match": "*", "method": method, "rank": 2, "weighting": "none"}
+    rules = recipe.Recipe.model_validate({"rules": [rule]})
+    decomposed, of = [], LowRank.of
+    monkeypatch.setattr(LowRank, "of", lambda x: decomposed.append(x.name) or of(x))
+    done = pipeline.run(model, rules)
+    assert sorted(decomposed) == sorted(layer.name for layer in done.layers)
+    for layer in done.layers:
+        assert layer.relative == pytest.approx(layer.low_rank, rel=1e-5)
+        assert layer.gap is not None and layer.gap < 1e-3
 
 
 @pytest.mark.parametrize(

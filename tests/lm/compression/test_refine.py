@@ -1,21 +1,12 @@
 import numpy as np
 import pytest
 from flax import nnx
+from language_models import make_llama
 
 from kronjax import nn, recipe
 from kronjax.io.cache import Cache
 from kronjax.lm.compression import pipeline, refine
-from kronjax.lm.models import llama
 
-CONFIG = llama.Config(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    vocab_size=30,
-    max_position_embeddings=32,
-    tie_word_embeddings=True,
-)
 RULES = recipe.loads("""
 rules:
   - {match: "layers.1.mlp.*", method: low-rank, fraction: 0.4, weighting: none}
@@ -25,7 +16,7 @@ rules:
 
 @pytest.fixture(scope="module")
 def dense():
-    return llama.Model(CONFIG, rngs=nnx.Rngs(0))
+    return make_llama()
 
 
 @pytest.fixture(scope="module")

@@ -4,29 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from language_models import make_llama
 
 from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms, rearrange
 from kronjax.lm.compression import truncate
 from kronjax.lm.compression.moments import Moments
-from kronjax.lm.models import llama, sizes
+from kronjax.lm.models import sizes
 from kronjax.lm.training import pruning
 from kronjax.lm.training.settings import Pruning
 
-CONFIG = llama.Config(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    vocab_size=30,
-    tie_word_embeddings=True,
-)
 TOKENS = np.arange(12, dtype=np.int32).reshape(1, 12)
 UP = "layers.0.mlp.up_proj"
-
-
-def make():
-    return llama.Model(CONFIG, rngs=nnx.Rngs(0))
 
 
 def draw(*shape, seed=0):
@@ -45,7 +34,7 @@ def tail(matrix, rank):
 
 @pytest.mark.parametrize("method", ["low-rank", "interpolative"])
 def test_stages_of_low_rank_truncate_the_current_kernel(method):
-    model, match = make(), ["*.up_proj", "*.down_proj"]
+    model, match = make_llama(num_hidden_layers=1), ["*.up_proj", "*.down_proj"]
     every = nn.linear_layers(model)
     layers = {k: every[k] for k in every if k.endswith(("up_proj", "down_proj"))}
     total = {k: np.prod(nn.shape_of(v)) for k, v in layers.items()}
@@ -66,7 +55,7 @@ def test_stages_of_low_rank_truncate_the_current_kernel(method):
 
 
 def test_moments_weight_the_truncation():
-    model, rng = make(), np.random.default_rng(0)
+    model, rng = make_llama(num_hidden_layers=1), np.random.default_rng(0)
     names = list(nn.linear_layers(model))
     half = {
         n: rng.normal(size=(nn.shape_of(x)[0],) * 2) ** 3
@@ -105,7 +94,7 @@ def test_truncated_sums_are_nearest_even_after_training(scales):
 
 
 def test_kronecker_layers_of_a_model_get_fewer_terms_in_proportion():
-    model = make()
+    model = make_llama(num_hidden_layers=1)
     layer = nn.KroneckerLinear(
         [
             KroneckerTerms(draw(8, 4, 8), draw(8, 4, 4)),
@@ -120,7 +109,7 @@ def test_kronecker_layers_of_a_model_get_fewer_terms_in_proportion():
 
 
 def test_low_rank_factors_are_nearest_and_smaller(tmp_path):
-    model = make()
+    model = make_llama(num_hidden_layers=1)
     nn.replace(
         model, UP, nn.KroneckerLinear([KroneckerTerms(draw(2, 8, 16), draw(2, 2, 2))])
     )
@@ -140,7 +129,7 @@ def test_low_rank_factors_are_nearest_and_smaller(tmp_path):
 
 
 def test_masks_are_never_undone():
-    model = make()
+    model = make_llama(num_hidden_layers=1)
     pruning.begin(model, Pruning(0.5, match="*.up_proj"))
     with pytest.raises(ValueError, match=f"{UP}: masks"):
         truncate.to_fraction(model, 0.5)

@@ -1,34 +1,19 @@
 """Spectral norms, stable ranks and ratios of bounds, compared with definitions."""
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from language_models import make_llama
 
 from kronjax import nn
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.evaluation import spectra
-from kronjax.lm.models import llama
 from kronjax.lm.training import pruning
 from kronjax.lm.training.settings import Pruning
-
-CONFIG = llama.Config(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    vocab_size=30,
-    tie_word_embeddings=True,
-)
-
-
-def make():
-    return llama.Model(CONFIG, rngs=nnx.Rngs(0))
 
 
 @given(
@@ -61,7 +46,7 @@ def test_kernels_of_zeros_and_of_nan():
 
 
 def test_the_ratio_of_bounds_follows_the_definition():
-    before, after = make(), make()
+    before, after = make_llama(), make_llama()
     pruning.prune(after, Pruning(0.5, match="*.mlp.*"))
     layer = nn.linear_layers(after)["layers.0.self_attn.q_proj"]
     layer.kernel[...] *= 3.0
@@ -89,11 +74,10 @@ def test_the_ratio_of_bounds_follows_the_definition():
     kinds = {row[0]: row for row in spectra.rows(plain)}
     assert len(kinds) == 7 and all(len(row) == 7 for row in kinds.values())
     assert "10^" in spectra.verdict(plain)
-    assert spectra.compare(before, make()).log10_bound == 0
+    assert spectra.compare(before, make_llama()).log10_bound == 0
 
 
 def test_models_with_different_layers_raise_an_error():
-    config = dataclasses.replace(CONFIG, num_hidden_layers=1)
-    few = llama.Model(config, rngs=nnx.Rngs(0))
+    few = make_llama(num_hidden_layers=1)
     with pytest.raises(ValueError, match="different layers"):
-        spectra.compare(make(), few)
+        spectra.compare(make_llama(), few)

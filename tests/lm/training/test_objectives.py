@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import as_users_run_it, losses_reference
+from language_models import make_llama
 
-from kronjax.lm.models import attention, gpt2, llama
+from kronjax.lm.models import attention, gpt2
 from kronjax.lm.training import objectives
 from kronjax.lm.training.settings import Weights
 
@@ -126,16 +127,9 @@ def test_saving_memory_changes_nothing(pair, monkeypatch):
 
 
 def test_other_architectures_can_be_walked_through():
-    config = llama.Config(
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=40,
-        max_position_embeddings=12,
+    model = make_llama(
+        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_key_value_heads=1
     )
-    model = llama.Model(config, rngs=nnx.Rngs(0))
     states, logits = computed(walk, model)
     expected = computed(lambda model: model(WINDOWS[:, :-1]), model)
     np.testing.assert_allclose(logits, expected, atol=1e-5)

@@ -7,24 +7,16 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from language_models import make_llama
 
 from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.compression.moments import Moments
-from kronjax.lm.models import llama, sizes
+from kronjax.lm.models import sizes
 from kronjax.lm.training import masks, saliency
 from kronjax.lm.training.pruning import Gradual, begin, prune, sparsity
 from kronjax.lm.training.settings import Pruning
 
-CONFIG = llama.Config(
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    vocab_size=30,
-    max_position_embeddings=32,
-    tie_word_embeddings=True,
-)
 TOKENS = np.arange(12, dtype=np.int32).reshape(1, 12)
 
 
@@ -36,13 +28,9 @@ class Two(nnx.Module):
         self.down = nnx.Linear(32, 16, use_bias=False, rngs=nnx.Rngs(1))
 
 
-def make():
-    return llama.Model(CONFIG, rngs=nnx.Rngs(0))
-
-
 def mixed():
     """A model with a Kronecker sum with scalars and an interpolative layer."""
-    model, rng = make(), np.random.default_rng(0)
+    model, rng = make_llama(num_hidden_layers=1), np.random.default_rng(0)
 
     def draw(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -275,9 +263,9 @@ def test_impossible_prunings_are_refused_with_the_layer():
     with pytest.raises(ValueError, match=r"layers.0.mlp.\w+_proj: .* all outputs"):
         begin(mixed(), Pruning(0.5, "output"))
     with pytest.raises(ValueError, match="cannot be grouped for 2:7"):
-        begin(make(), Pruning(pattern=(2, 7)))
+        begin(make_llama(num_hidden_layers=1), Pruning(pattern=(2, 7)))
     with pytest.raises(ValueError, match="matches no layer"):
-        begin(make(), Pruning(0.5, match="h.*"))
+        begin(make_llama(num_hidden_layers=1), Pruning(0.5, match="h.*"))
     model = mixed()
     layer = nn.linear_layers(model)["layers.0.mlp.up_proj"]
     layer.a[0] = nn.LowRankFactor(jnp.ones((2, 4, 1)), jnp.ones((2, 1, 8)))
