@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import textwrap
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -39,8 +38,11 @@ OUTSIDE = re.compile(
 )
 """A tag, other than a link to follow, that loads something from elsewhere."""
 
-HELP = re.compile(r"^<!-- help: ([\w-]*) ?-->$", re.MULTILINE)
-"""The place of the help text of a command, or of kronjax itself."""
+HELP = re.compile(r"^<!-- help: ([\w-]+) -->$", re.MULTILINE)
+"""The place of the help text of a command."""
+
+ENTRY = re.compile(r"  ([-A-Z]\S*(?: \S+)*)(?:  +(\S.*))?")
+"""The first line of an option in a help text: its name, and the begin of its text."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -72,7 +74,7 @@ def on_page_markdown(markdown: str, **_) -> str:
     markdown = re.sub(
         r"\]\((\.\./)?\.\./(notebooks/\w+)\.ipynb", r"](\1\2.md", markdown
     )
-    return HELP.sub(lambda match: f"```text\n{help_of(match[1])}\n```", markdown)
+    return HELP.sub(lambda match: help_of(match[1]), markdown)
 
 
 def on_page_content(html: str, **_) -> str:
@@ -122,23 +124,39 @@ def notebook(content: dict, stem: str) -> tuple[str, dict[str, bytes]]:
 
 
 def help_of(command: str) -> str:
-    """Return the help text of a command; that of kronjax for an empty name."""
+    """Return the help text of a command as Markdown: its usage, its text, its options.
+
+    Args:
+        command: Name of the command.
+    """
     from kronjax.cli.main import main
 
     printed = io.StringIO()
     width, os.environ["COLUMNS"] = os.environ.get("COLUMNS"), "88"
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            main([*command.split(), "--help"])
+            main([command, "--help"])
     finally:
         os.environ.pop("COLUMNS") if width is None else os.environ.update(COLUMNS=width)
-    lines = printed.getvalue().strip().splitlines()
-    wrapped = (
-        textwrap.wrap(line, 88, break_on_hyphens=False) or [""] for line in lines
-    )
-    return "\n".join(piece.rstrip() for pieces in wrapped for piece in pieces)
+    usage, *rest = printed.getvalue().strip().split("\n\n")
+    text = [x for x in rest if not x.startswith(" ")]
+    rows: list[list[str]] = []
+    for line in "\n".join(x for x in rest if x.startswith(" ")).splitlines():
+        if match := ENTRY.fullmatch(line):
+            rows.append([match[1], match[2] or ""])
+        elif line.startswith("   ") and rows:
+            rows[-1][1] += f" {line.strip()}"
+    options = []
+    for name, words in rows:
+        if not name.startswith("-h"):
+            words = re.sub(r"([*_<])", r"\\\1", words.strip())
+            options.append(f"`{name}`\n:   {words}")
+    head = f"```text\n{usage.removeprefix('usage: ')}\n```"
+    return "\n\n".join([*text, head, *options])
 
 
 def _mathml(match: re.Match[str]) -> str:
-    display = "block" if match[1] == "div" else "inline"
-    return convert(html.unescape(match[2]).strip(), display=display)
+    formula = html.unescape(match[2]).strip()
+    if match[1] == "span":
+        return convert(formula)
+    return f'<div class="formula">{convert(formula, display="block")}</div>'
