@@ -27,6 +27,7 @@ ROOMS = [
     "recipe",
     "solver",
     "display",
+    "pages",
     "proof",
     "greedy",
     "runs",

@@ -29,8 +29,8 @@ from kronjax.io.storage import MemoryFolder
 from kronjax.io.tensors import is_matrix, map_all
 from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Recipe
+from kronjax.runs import html
 from kronjax.runs import plan as planning
-from kronjax.runs import summary
 from kronjax.runs.engine import Inputs
 from kronjax.runs.execute import execute
 from kronjax.runs.plan import RunPlan, SolveSettings, pattern
@@ -102,7 +102,7 @@ def factorize(
     )
     found = Factorization.of(kept)
     if hosts.process == 0 and out is not None:
-        summary.draw(found)
+        html.write(found)
     return found
 
 
