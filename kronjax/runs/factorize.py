@@ -55,7 +55,10 @@ def factorize(
     force: bool = False,
     progress: bool | None = None,
 ) -> Factorization:
-    """Approximate the matrices of a model as the rules of a recipe say.
+    """Approximate the matrices among any tensors by the rules of a recipe.
+
+    On a CPU the last bits of the factors depend on the number of jax's threads, which
+    this module raises when it is imported before jax, as the command line does.
 
     Args:
         source: A safetensors file, a folder of them, or arrays by name.
@@ -72,9 +75,6 @@ def factorize(
         hosts: The processes that share the work, from `processes.meet`.
         force: Whether to replace the results of another plan in `out`.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
-
-    On a CPU the last bits of the factors depend on the number of jax's threads, which
-    this module raises when it is imported before jax, as the command line does.
 
     Returns:
         `Factorization`: the plan, a record for each matrix, and the factors.

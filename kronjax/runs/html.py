@@ -80,10 +80,10 @@ def _errors(found: Factorization) -> str:
     for task, record in found.solved:
         point = float(record["index"]), record["errors"]["relative_spectral"], task.name
         groups.setdefault(_group(task), []).append(point)
-    series = [
-        pages.Points(name, *map(list, zip(*points, strict=True)))
-        for name, points in groups.items()
-    ]
+    series = []
+    for name, points in groups.items():
+        x, y, labels = zip(*points, strict=True)
+        series.append(pages.Points(name, x, y, labels))
     return pages.chart(series, "number of the matrix", "spectral error over the norm")
 
 
