@@ -2,8 +2,9 @@
 
 `approximate` solves one matrix or a batch, `solve` is the pure function inside it,
 `Configuration` states the form of the sum. `certify` proves how good a sum is, `search`
-chooses a form, `factorize` solves all matrices of a file or folder. Names are loaded
-when they are first used, so that the command line answers before jax is imported.
+chooses a form, `factorize` solves all matrices of a file or folder, `cache` keeps
+compiled programs. Names are loaded when they are first used, so that the command line
+answers before jax is imported.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from kronjax.lazy import attach
 
 if TYPE_CHECKING:
     from kronjax.approximation import Approximation, approximate
+    from kronjax.io.compilation_cache import cache
     from kronjax.kronecker import Configuration, KroneckerTerms
     from kronjax.proof.certificate import Certificate, certify
     from kronjax.runs.factorize import factorize
@@ -28,6 +30,7 @@ __all__ = [
     "KroneckerTerms",
     "Status",
     "approximate",
+    "cache",
     "certify",
     "factorize",
     "search",
@@ -38,6 +41,7 @@ __getattr__, __dir__ = attach(
     "kronjax",
     {
         "kronjax.approximation": ["Approximation", "approximate"],
+        "kronjax.io.compilation_cache": ["cache"],
         "kronjax.kronecker": ["Configuration", "KroneckerTerms"],
         "kronjax.proof.certificate": ["Certificate", "certify"],
         "kronjax.runs.factorize": ["factorize"],

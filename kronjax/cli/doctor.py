@@ -7,6 +7,7 @@ from typing import Any
 
 import kronjax
 from kronjax.cli.options import Json
+from kronjax.io import compilation_cache
 
 
 def doctor(*, as_json: Json = False) -> int:
@@ -51,6 +52,7 @@ def _facts() -> dict[str, Any]:
         "x64": bool(getattr(jax.config, "jax_enable_x64", False)),
         "matmul_precision": precision or "default",
         "matmul_precision_of_kronjax": "highest",
+        "compilation_cache": compilation_cache.cache_if_possible(),
         **{name: os.environ.get(name, "not set") for name in variables},
     }
 

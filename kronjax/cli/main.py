@@ -26,6 +26,7 @@ from kronjax.cli import (
 )
 from kronjax.cli.console import one_line
 from kronjax.cli.options import Json, Seed, option
+from kronjax.io import compilation_cache
 
 DESCRIPTION = (
     "Matrices as short sums of Kronecker products, closest in the spectral norm, and "
@@ -46,6 +47,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if args == ["--version"]:
         print(f"kronjax {kronjax.__version__}")
         return 0
+    if args and not {"-h", "--help"} & set(args):
+        compilation_cache.cache_if_possible()
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {

@@ -14,7 +14,6 @@ the bounds allow for.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 
 from kronjax import display, validation
 from kronjax.kronecker import KroneckerTerms
+from kronjax.linalg import compiling
 from kronjax.proof import bounds
 from kronjax.proof.newton import Finish
 
@@ -186,11 +186,12 @@ def certificate_of(
     factors = [jax.tree.map(lambda x: _flat(x, 3), each) for each in terms]
     rows = []
     with jax.enable_x64(True), jax.default_device(_host()):
+        program = compiling.jit(bounds.certify, m * n, "cpu")
         for i in range(len(flat[0])):
             target, left, right = (None if x is None else _double(x[i]) for x in flat)
             own = tuple(jax.tree.map(lambda x, i=i: _double(x[i]), x) for x in factors)
             dual = None if finishes is None else finishes[i].dual
-            proof = jax.device_get(_program()(target, own, left, right, dual))
+            proof = jax.device_get(program(target, own, left, right, dual))
             rows.append([proof.error, proof.local_bound, proof.global_bound])
     columns: Any = np.reshape(np.array(rows, np.float64).T, (3, *batch))
     error, local, bound = columns
@@ -208,11 +209,6 @@ def certificate_of(
         kkt_residual=kkt.reshape(batch)[()],
         second_order=second.reshape(batch)[()],
     )
-
-
-@functools.cache
-def _program() -> Any:
-    return jax.jit(bounds.certify)
 
 
 def _host():

@@ -71,7 +71,7 @@ def _climb(ambient, rank, outer: Pair, inner: Pair):
     first = jax.lax.stop_gradient(ratio((outer, inner)))
     first = jnp.where(first > 0, first, 1)
     state = descent.init((outer, inner), factored)
-    state = descent.restart(objective, state, step=1.0, geometry=factored)
+    state = descent.restart(state, step=1.0, geometry=factored)
     limits = descent.Limits(1e-7, CLIMB)
     return descent.minimize(objective, state, limits, factored).points
 

@@ -187,11 +187,7 @@ class Pool:
         self.mesh = Mesh(np.array(devices), (programs.AXIS,))
         self._count = len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
-        # In the dtypes that programs are compiled for.
-        self._stages = [
-            jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), stage)
-            for stage in problem.schedule()
-        ]
+        self._stages = programs.stages(problem)
         products = SLICE
         if not kind.proves:
             m, n = problem.shape
@@ -205,10 +201,14 @@ class Pool:
         self.memory = max(map(programs.peak, self._programs.values()))
         rows = self._count * programs.rows(self.slots, self._count)
         sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
-        self._held = jax.tree.map(
-            lambda x: jnp.zeros((rows, *x.shape), x.dtype, device=sharding),
-            alike.shapes,
-        )
+        shapes = alike.shapes
+        # In one program: each array would be compiled alone.
+        self._held = jax.jit(
+            lambda: jax.tree.map(
+                lambda x: jnp.zeros((rows, *x.shape), x.dtype), shapes
+            ),
+            out_shardings=sharding,
+        )()
 
     def solve(
         self,
@@ -220,8 +220,7 @@ class Pool:
         Args:
             matrices: Taken whenever there is room, and read only then.
             tick: Called after every slice with the products spent in it, and the
-                number of matrices that have ended a stage. The evaluation that begins a
-                stage is in no slice.
+                number of matrices that have ended a stage.
         """
         hosts = [_Host(list(range(self.slots))) for _ in range(self._count)]
         more = True
@@ -277,8 +276,10 @@ class Pool:
             chosen[device].append(slot)
             new[device, lane] = one
         if new:
-            arguments = self._matrices(new), self._seeds(new)
-            lines = self._run("start", self._places(chosen), *arguments)
+            first = None
+            if self._stages:
+                first = self._stacked([0] * self._count)
+            lines = self._run("start", self._places(chosen), self._matrices(new), first)
             for at, one in new.items():
                 one.lines.append(jax.tree.map(lambda x, at=at: x[at], lines))
         return given is not None
@@ -290,9 +291,11 @@ class Pool:
         ended, spent = self._run(
             "work", self._places(working), self._stacked(stages), trials
         )
+        total = 0
         for at, _, one in self._concerned(hosts, working):
             one.ends = bool(ended[at])
-        return int(spent.sum())
+            total += int(spent[at])
+        return total
 
     def _turn(self, hosts, turning):
         """Turn some slots of every device, whose stages have ended, to the next."""

@@ -20,6 +20,7 @@ for large matrices, it is not moved.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kronjax.linalg import schatten
+from kronjax.linalg import compiling, schatten
 from kronjax.linalg.batching import select
 from kronjax.proof import multipliers
 from kronjax.proof.bounds import certify_stage
 from kronjax.solver import continuation
 from kronjax.solver.descent import Status
-from kronjax.solver.problem import Problem
+from kronjax.solver.problem import Problem, Stage
 from kronjax.solver.solution import Trace
 
 AXIS = "matrices"
@@ -45,19 +46,17 @@ COARSE = 0.01
 0.03, are then 3.5 instead of 3.0 % on average."""
 
 
-def _start(kind, held, tolerance, order, matrices, seeds):
+def _start(kind, held, tolerance, order, matrices, stage):
     problem = kind.problem
-    first, *_ = [*problem.schedule(), None]
+    stage = jax.tree.map(lambda x: x[0], stage)
 
-    def lane(matrix, seed):
+    def lane(matrix):
         setting, path, line = continuation.start(problem, *matrix)
-        if first is not None:
-            first_stage = jax.tree.map(jnp.asarray, first)
-            key = jax.random.key(seed)
-            path = continuation.enter(problem, setting, path, first_stage, key)
+        if stage is not None:
+            path = continuation.enter(problem, path, path.state, stage)
         return (setting, path), line
 
-    new, lines = _each(lane)(matrices, seeds)
+    new, lines = _each(lane)(matrices)
     return _put(held, order, new), lines
 
 
@@ -89,8 +88,8 @@ def _turn(kind, held, tolerance, order, seeds, stage, following, ends):
         line = continuation.trace_line(problem, setting, path, stage)
         done = path.done | ends
         # A finished path keeps its state, which holds its final status.
-        key = jax.random.key(seed)
-        new = continuation.enter(problem, setting, path, following, key)
+        begins = continuation.origin(problem, path, following, jax.random.key(seed))
+        new = continuation.enter(problem, path, begins, following)
         return select(done, path, new), (done, line)
 
     own_settings, own_paths = _get(held, order)
@@ -167,6 +166,15 @@ def proof_exponent(problem: Problem, last: jax.Array) -> jax.Array:
     return last / 2 if problem.norm.is_spectral and problem.is_factored else last
 
 
+def stages(problem: Problem) -> list[Stage]:
+    """Return the schedule in the dtypes for which programs are compiled, NumPy."""
+
+    def narrow(x):
+        return np.asarray(x, bool if isinstance(x, bool) else jnp.result_type(int))
+
+    return [jax.tree.map(narrow, stage) for stage in problem.schedule()]
+
+
 def rows(slots: int, devices: int) -> int:
     """Return the slots of a device, with one for idle lanes if needed."""
     return 1 if slots == devices == 1 else slots + 1
@@ -224,7 +232,8 @@ class Kind:
 @functools.lru_cache(maxsize=64)
 def jitted(function: Callable, problem: Problem) -> Callable:
     """Return a function of a problem and arrays, jitted for the problem."""
-    return jax.jit(functools.partial(function, problem))
+    alone = functools.partial(function, problem)
+    return compiling.jit(alone, math.prod(problem.shape))
 
 
 @functools.lru_cache(maxsize=64)
@@ -249,19 +258,20 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
     integer = jax.ShapeDtypeStruct((), np.int32)
     matrix = jax.tree.map(functools.partial(stacked, lanes), kind.arrays)
     order, once = stacked(lanes, integer), stacked(1, integer)
+    stage: Any = [*stages(problem), None][0]
+    stage = jax.tree.map(functools.partial(stacked, 1), stage)
+    flag = stacked(1, np.asarray(True))
     given: dict[str, tuple[Any, ...]] = {
-        "start": (_start, matrix, order),
+        "start": (_start, matrix, stage),
         "finish": (_finish, matrix, order),
     }
-    for stage in problem.schedule()[:1]:
-        stage = jax.tree.map(lambda x: stacked(1, jnp.asarray(x)), stage)
-        flag = stacked(1, np.asarray(True))
+    if stage is not None:
         given |= {
             "work": (_work, stage, once),
             "turn": (_turn, order, stage, stage, flag),
         }
 
-    def program(function: Callable, *arguments):
+    def lowered(function: Callable, *arguments):
         mapped = jax.shard_map(
             functools.partial(function, kind),
             mesh=mesh,
@@ -271,9 +281,12 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
         )
         # Unread arguments can be overwritten, too.
         jitted = jax.jit(mapped, donate_argnums=0, keep_unused=True)
-        return jitted.lower(held, scalar, order, *arguments).compile()
+        return jitted.lower(held, scalar, order, *arguments)
 
-    return {name: program(*one) for name, one in given.items()}
+    entries = lanes * math.prod(problem.shape)
+    platform = mesh.devices.flat[0].platform
+    programs = {name: lowered(*arguments) for name, arguments in given.items()}
+    return compiling.compile_all(programs, entries, platform)
 
 
 def peak(program: Any) -> int:

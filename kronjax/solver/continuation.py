@@ -192,15 +192,21 @@ def trace_line(problem: Problem, setting: Setting, path: Path, stage: Stage) -> 
 
 
 def _run_stage(problem, setting, path, stage, tolerance, key):
-    path = enter(problem, setting, path, stage, key)
+    path = enter(problem, path, origin(problem, path, stage, key), stage)
     state = descend(problem, setting, path.state, stage, tolerance)
     path = dataclasses.replace(path, state=state)
     return leave(problem, setting, path, stage, tolerance)
 
 
-def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, key) -> Path:
-    """Return the path at the beginning of a stage, before the first step."""
-    state = _origin(problem, path, stage, key)
+def enter(problem: Problem, path: Path, state: State, stage: Stage) -> Path:
+    """Return the path at the beginning of a stage, before its first evaluation.
+
+    Args:
+        problem: The problem.
+        path: The path at the end of the previous stage, or at p = 2.
+        state: The state from which the stage begins: see `origin`.
+        stage: The stage.
+    """
     continues = stage.origin == Origin.PREVIOUS
     from_start = stage.origin == Origin.START
     last_p = jnp.where(from_start, jnp.full_like(path.p, 2), path.p)
@@ -210,12 +216,7 @@ def enter(problem: Problem, setting: Setting, path: Path, stage: Stage, key) -> 
         known = continues & (path.previous_p > 2)
         ratio = jnp.where(known, _ratio(path.previous_p, path.p, p), 0)
         hint = _extrapolation(problem, path.previous, previous, ratio)
-    state = descent.restart(
-        objective.of(problem, setting, stage),
-        state,
-        geometry=objective.geometry(problem),
-        hint=hint,
-    )
+    state = descent.restart(state, geometry=objective.geometry(problem), hint=hint)
     # A lane that is done must not prolong the loop of its batch.
     status = jnp.where(path.done, int(Status.CONVERGED), state.status)
     return dataclasses.replace(
@@ -283,7 +284,7 @@ def leave(
     )
 
 
-def _origin(problem, path, stage, key):
+def origin(problem: Problem, path: Path, stage: Stage, key) -> State:
     """Return the state from which a stage begins."""
     if path.champion is None:  # without a race the only start is that of the path
         return path.state

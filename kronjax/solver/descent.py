@@ -16,7 +16,7 @@ import dataclasses
 import enum
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,42 +117,35 @@ def init(points: tuple, geometry: ModuleType = manifold, memory: int = MEMORY) -
 
 
 def restart(
-    objective: Objective,
     state: State,
-    step=0.5,
+    step: float = 0.5,
     geometry: ModuleType = manifold,
     hint: tuple | None = None,
 ) -> State:
     """Return the state at the same points for another objective, keeping curvature.
 
+    Nothing is evaluated yet: the first trial of `step` is the iterate itself, so that
+    a program of many stages contains the objective once.
+
     Args:
-        objective: The new `Objective`.
         state: A state from `init`, or the last state for an objective so close to the
             new one that its curvature is useful.
-        step: Length of the first trial along the quasi-Newton direction.
+        step: Length of the second trial, along the quasi-Newton direction.
         geometry: Module with the geometry of the points.
-        hint: Tangents. The first trial is the step along all of them if the objective
+        hint: Tangents. The second trial is the step along all of them if the objective
             decreases in that direction; like any trial it is shortened if it is too
             long.
     """
-    value, gradient = objective(state.points)
-    flat, back = ravel_pytree(gradient)
-    direction = curvature.direction(state.pairs, flat)
-    direction = _map(geometry.transport, state.points, back(direction))
-    if hint is not None:
-        falls = _inner(geometry, gradient, hint) < 0
-        direction = select(falls, hint, direction)
-        step = jnp.where(falls, 1, step)
+    if hint is None:
+        hint = tuple(map(geometry.zero, state.points))
     return dataclasses.replace(
         state,
-        value=value,
-        gradient=gradient,
-        direction=direction,
-        slope=_inner(geometry, gradient, direction),
-        step=jnp.asarray(step, state.step.dtype),
+        value=jnp.full_like(state.value, jnp.inf),
+        direction=hint,
+        step=jnp.full_like(state.step, step),
         steps=jnp.zeros_like(state.steps),
-        evaluations=jnp.ones_like(state.evaluations),
-        status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NONFINITE),
+        evaluations=jnp.zeros_like(state.evaluations),
+        status=jnp.full_like(state.status, int(Status.RUNNING)),
     )
 
 
@@ -167,27 +160,29 @@ def step(
     A finished state does not change, except in the slot of its next pair.
     """
     running = _is_running(state, limits)
+    enters = running & (state.evaluations == 0)
     # A finished lane tries its own point: its last trial may have been unsafe.
-    length = jnp.where(running, state.step, 0)
+    length = jnp.where(running & ~enters, state.step, 0)
     trial = jax.tree.map(lambda x: length * x, state.direction)
     points = in_turn(geometry.retract, state.points, trial)
     value, gradient = objective(points)
     noise = 4 * jnp.finfo(value.dtype).eps * state.value
     wanted = state.value + ARMIJO * length * state.slope + noise
-    accepted = running & (value <= wanted)
-    (new, back), (old, _) = ravel_pytree(gradient), ravel_pytree(state.gradient)
+    accepted = running & ~enters & (value <= wanted)
+    (flat, back), (old, _) = ravel_pytree(gradient), ravel_pytree(state.gradient)
     displaced = ravel_pytree(trial)[0]
     pairs, direction = curvature.advance(
-        state.pairs, displaced, new - old, new, accepted
+        state.pairs, displaced, flat - old, flat, accepted
     )
     direction = _map(geometry.transport, points, back(direction))
-    advanced = _advance(state, points, value, gradient, direction, limits, geometry)
+    new = _Iterate(points, value, gradient, direction)
+    advanced = _advance(state, new, enters, limits, geometry)
     # `pairs` is right in both cases, and too large to be copied by the selection.
     advanced, shortened = (
         dataclasses.replace(outcome, pairs=None)
         for outcome in (advanced, _shorten(state, value, running))
     )
-    state = pick(accepted, advanced, shortened)
+    state = pick(accepted | enters, advanced, shortened)
     return dataclasses.replace(state, pairs=pairs)
 
 
@@ -237,25 +232,38 @@ def _is_running(state, limits):
     return (state.status == Status.RUNNING) & in_reach
 
 
-def _advance(state, points, value, gradient, direction, limits, geometry):
-    slope = _inner(geometry, gradient, direction)
+class _Iterate(NamedTuple):
+    """Points, the objective there, and the quasi-Newton direction."""
+
+    points: Any
+    value: jax.Array
+    gradient: Any
+    direction: Any
+
+
+def _advance(state, new, enters, limits, geometry):
+    """Return the state at new points, or at its own where it enters a stage."""
+    hinted = enters & (_inner(geometry, new.gradient, state.direction) < 0)
+    direction = select(hinted, state.direction, new.direction)
+    slope = _inner(geometry, new.gradient, direction)
     descends = slope < 0
     direction = jax.tree.map(
-        lambda d, g: jnp.where(descends, d, -g), direction, gradient
+        lambda d, g: jnp.where(descends, d, -g), direction, new.gradient
     )
-    slope = jnp.where(descends, slope, -_inner(geometry, gradient, gradient))
-    converged = -slope <= 2 * limits.tolerance * value
+    slope = jnp.where(descends, slope, -_inner(geometry, new.gradient, new.gradient))
+    converged = ~enters & (-slope <= 2 * limits.tolerance * new.value)
+    status = jnp.where(converged, Status.CONVERGED, Status.RUNNING)
     return State(
-        points=points,
-        value=value,
-        gradient=gradient,
+        points=new.points,
+        value=new.value,
+        gradient=new.gradient,
         direction=direction,
         slope=slope,
-        step=jnp.ones_like(state.step),
+        step=jnp.where(enters & ~hinted, state.step, 1),
         pairs=state.pairs,
-        steps=state.steps + 1,
+        steps=state.steps + jnp.where(enters, 0, 1),
         evaluations=state.evaluations + 1,
-        status=jnp.where(converged, Status.CONVERGED, Status.RUNNING),
+        status=jnp.where(jnp.isfinite(new.value), status, Status.NONFINITE),
     )
 
 

@@ -79,9 +79,9 @@ def fit(
         for point, keep in zip(points, _kept(problem, setting, ranks), strict=True)
     )
     function = objective(problem, setting)
-    state = descent.restart(function, descent.init(pairs, factored), geometry=factored)
+    started, _ = function(pairs)
+    state = descent.restart(descent.init(pairs, factored), geometry=factored)
     limits = descent.Limits(tolerance, evaluations)
-    started = state.value
     state = descent.minimize(function, state, limits, factored)
     points = in_turn(factored.join, state.points)
     every = to_terms(problem, setting, points, state.value)

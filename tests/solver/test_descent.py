@@ -35,7 +35,7 @@ def draw(seed, count=1):
 
 def minimize(target, points, tolerance=1e-14, max_evaluations=400):
     objective = frobenius(target)
-    state = descent.restart(objective, descent.init(points), 1.0)
+    state = descent.restart(descent.init(points), 1.0)
     return descent.minimize(objective, state, Limits(tolerance, max_evaluations))
 
 
@@ -65,8 +65,13 @@ def test_values_fall_and_trials_are_counted():
     target, points = draw(1)
     objective = frobenius(target)
     step = jax.jit(lambda state: descent.step(objective, state, Limits(1e-14, 100)))
-    state = descent.restart(objective, descent.init(points), 1.0)
-    assert state.evaluations == 1
+    state = descent.restart(descent.init(points), 1.0)
+    assert state.evaluations == 0
+    state = step(state)
+    # The first trial is the iterate itself.
+    np.testing.assert_allclose(state.value, objective(points)[0], rtol=1e-14)
+    assert (state.evaluations, state.steps) == (1, 0)
+    assert (state.points[0].core == points[0].core).all()
     for count in range(2, 12):
         new = step(state)
         assert new.value <= state.value
@@ -89,7 +94,7 @@ def test_a_wrong_gradient_fails_the_line_search():
         value, (gradient,) = frobenius(target)(points)
         return value, (jax.tree.map(jnp.negative, gradient),)
 
-    state = descent.restart(objective, descent.init(points), 1.0)
+    state = descent.restart(descent.init(points), 1.0)
     state = descent.minimize(objective, state, Limits(1e-14, 100))
     assert state.status == Status.LINE_SEARCH_FAILED
     assert state.steps == 0
@@ -102,9 +107,9 @@ def test_nonfinite_trials_are_rejected():
         value, gradient = frobenius(target)(points)
         return jnp.where(value < 40, jnp.nan, value), gradient
 
-    state = descent.restart(objective, descent.init(points), 1.0)
-    assert state.status == Status.RUNNING
+    state = descent.restart(descent.init(points), 1.0)
     state = descent.minimize(objective, state, Limits(1e-14, 60))
+    assert state.steps > 0
     assert jnp.isfinite(state.value)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.points))
 
@@ -112,11 +117,11 @@ def test_nonfinite_trials_are_rejected():
 def test_a_value_below_the_floor_has_converged():
     target, points = draw(5)
     objective = frobenius(target)
-    state = descent.restart(objective, descent.init(points), 1.0)
+    state = descent.restart(descent.init(points), 1.0)
     done = descent.minimize(objective, state, Limits(1e-14, 100, floor=1e3))
     assert done.status == Status.CONVERGED
     assert done.evaluations == 1
-    halfway = float(state.value) * 0.9
+    halfway = float(done.value) * 0.9
     done = descent.minimize(objective, state, Limits(0.0, 100, floor=halfway))
     assert done.status == Status.CONVERGED
     assert done.value <= halfway
@@ -161,10 +166,11 @@ def test_a_restart_keeps_the_curvature_of_the_old_objective():
     state = run(target, points, 1e-6)
     moved = target + 0.01 * jnp.ones_like(target)
     objective = frobenius(moved)
-    warm = descent.restart(objective, state, 1.0)
+    warm = descent.restart(state, 1.0)
     assert (warm.pairs.curvature == state.pairs.curvature).all()
-    assert warm.slope < 0
-    cold = descent.restart(objective, descent.init(state.points), 1.0)
+    entered = descent.step(objective, warm, Limits(1e-12, 200))
+    assert entered.slope < 0
+    cold = descent.restart(descent.init(state.points), 1.0)
     spent = [descent.minimize(objective, x, Limits(1e-12, 200)) for x in (warm, cold)]
     np.testing.assert_allclose(spent[0].value, spent[1].value, rtol=1e-8)
     assert spent[0].evaluations < spent[1].evaluations
@@ -173,7 +179,7 @@ def test_a_restart_keeps_the_curvature_of_the_old_objective():
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_no_trial_copies_the_pairs(lanes):
     target, points = draw(7)
-    state = descent.restart(frobenius(target), descent.init(points), 1.0)
+    state = descent.restart(descent.init(points), 1.0)
 
     def minimize(state):
         return descent.minimize(frobenius(target), state, Limits(1e-14, 40))
@@ -194,12 +200,30 @@ def test_fewer_pairs_can_be_kept():
     ends = []
     for memory in (2, descent.MEMORY):
         state = descent.init(points, memory=memory)
-        state = descent.restart(objective, state, 1.0)
+        state = descent.restart(state, 1.0)
         state = descent.minimize(objective, state, Limits(1e-14, 400))
         assert len(state.pairs.curvature) == memory + 1
         ends.append(state)
     np.testing.assert_allclose(ends[0].value, ends[1].value, rtol=1e-8)
     assert ends[0].steps >= ends[1].steps
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_hint_is_tried_where_the_objective_decreases_along_it(sign):
+    target, points = draw(9)
+    objective = frobenius(target)
+    _, gradient = objective(points)
+    hint = jax.tree.map(lambda x: -sign * 0.1 * x, gradient)
+    state = descent.restart(descent.init(points), hint=hint)
+    state = descent.step(objective, state, Limits(1e-14, 100))
+    away = descent.restart(descent.init(points))
+    away = descent.step(objective, away, Limits(1e-14, 100))
+    expected, length = (hint, 1) if sign > 0 else (away.direction, 0.5)
+    assert state.step == length
+    for x, y in zip(
+        jax.tree.leaves(state.direction), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_the_state_is_a_pytree_of_arrays():

@@ -70,9 +70,7 @@ def test_descent_reaches_the_closed_form(seed):
     target = draw(seed, rank=D2)
     start = factored.split(manifold.nearest(draw(seed + 9), RANK))
     objective = distance_to(target)
-    state = descent.restart(
-        objective, descent.init((start,), factored), geometry=factored
-    )
+    state = descent.restart(descent.init((start,), factored), geometry=factored)
     state = descent.minimize(objective, state, Limits(1e-14, 400), factored)
     s = jnp.linalg.svd(target, compute_uv=False)
     assert state.status == Status.CONVERGED
