@@ -135,7 +135,7 @@ def approximate(
 
     Args:
         matrix: `[..., m, n]`, NumPy or jax, real.
-        configuration: What to look for; of several, the sum of all.
+        configuration: The configuration of the sum, or several that are fitted jointly.
         norm: "spectral", "frobenius" (closed form for one configuration without
             weights) or "schatten:P" with P = 2, 4, 6, 10, …, 4098.
         left_weight: `L`, symmetric positive semidefinite, `[m, m]` for all matrices or
@@ -146,23 +146,24 @@ def approximate(
             added to each weight.
         dtype: "float32" or "float64" (or NumPy's) to compute in. By default that of
             the matrix; integers and shorter floats are computed in float32.
-        num_starts: Starting points in the race of `continuation.solve`.
-        max_products: Products of the size of `TᵀT` per stage; chosen from the size if
-            None.
+        num_starts: Number of starting points, which race through the first stages.
+        max_products: Largest number of products of the size of `TᵀT` per stage; chosen
+            from the size if None.
         tolerance: Gap to the local bound at which a matrix is good enough. Without
             `certify` it is estimated: on random matrices what could be proven was at
             most about twice as much. For other norms a stage ends when it can gain less
             than a two-hundredth of it.
         schedule: "adaptive", where every matrix ends as soon as it is good enough, or
             the same p for all: "fixed", or rising exponents.
-        seed: Of the perturbed starts; taken modulo 2^31.
-        certify: Prove the gaps, and solve what misses the tolerance again with a
-            smaller one; `notes` say how many still miss it. Takes seconds to compile.
-        finish: Take the solutions to machine precision by `newton.finish`, on the host:
-            seconds for every matrix of a few dozen rows, minutes for one of 768 rows
-            and one term. For the spectral norm in float64.
-        progress: Show a progress bar on standard error; by default when that is a
-            terminal and it takes longer than two seconds.
+        seed: Seed of the perturbed starts; taken modulo 2^31.
+        certify: Whether to prove the gaps, and to solve the matrices that miss the
+            tolerance again with a smaller one; `notes` say how many still miss it.
+            Takes seconds to compile.
+        finish: Whether to take the solutions to machine precision by `newton.finish`,
+            on the host: seconds for every matrix of a few dozen rows, minutes for one
+            of 768 rows and one term. For the spectral norm in float64.
+        progress: Whether to show a progress bar on standard error; by default when that
+            is a terminal and the solve takes longer than two seconds.
 
     Returns:
         `Approximation`.

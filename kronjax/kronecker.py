@@ -35,7 +35,7 @@ from kronjax.linalg.dense import multiply_out
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """A sum to look for: `rank` Kronecker products with left factors of `a_shape`.
+    """The form of a sum: `rank` Kronecker products with left factors of `a_shape`.
 
     The right factors have shape `(m // m1, n // n1)`. The shape `(m, 1)` is plain low
     rank.

@@ -97,9 +97,9 @@ def weight(
     if array.shape not in ((size, size), (*batch, size, size)):
         raise ValueError(
             f"{name} must be [{size}, {size}], or one for each matrix, "
-            f"{[*batch, size, size]}; got shape {array.shape}. A right_weight is the "
-            "second moment mean(x xᵀ) of the inputs of K, a left_weight that of the "
-            "gradients of its outputs."
+            f"{[*batch, size, size]}; got shape {array.shape}. For y = x @ K "
+            "the left_weight is the second moment mean(xᵀ x) of the inputs, the "
+            "right_weight that of the gradients at y."
         )
     if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must hold real numbers; got dtype {array.dtype}.")

@@ -28,6 +28,7 @@ ROOMS = [
     "recipe",
     "solver",
     "display",
+    "pages",
     "proof",
     "greedy",
     "runs",

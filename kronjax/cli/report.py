@@ -24,7 +24,7 @@ def report(
 
     Args:
         folder: Folder or URL that one of them wrote, or is writing.
-        open_it: Open the page, or the figure, in a browser.
+        open_it: Open the page in a browser.
         as_json: Print the record as one JSON object.
 
     Returns:
@@ -60,8 +60,8 @@ def _model(place: "Storage", open_it: bool, as_json: bool) -> int:
 
 
 def _factorization(place: "Storage", open_it: bool, as_json: bool) -> int:
-    """Print the finished matrices at a place, and draw their figure."""
-    from kronjax.runs import summary
+    """Print the finished matrices at a place, and write their page."""
+    from kronjax.runs import html
     from kronjax.runs.store import Store, read_plan
     from kronjax.runs.summary import Factorization
 
@@ -69,13 +69,13 @@ def _factorization(place: "Storage", open_it: bool, as_json: bool) -> int:
     assert plan is not None
     results = Factorization.of(Store(place, plan))
     show_matrices(results, as_json)
-    problem = summary.draw(results)
+    problem = html.write(results)
     if problem is not None:
-        print(f"There is no figure: {problem}", file=sys.stderr)
+        print(f"There is no page: {problem}", file=sys.stderr)
     elif not as_json:
-        print(f"{place}/{summary.FIGURE} shows every matrix.")
+        print(f"{place}/{html.NAME} shows every matrix.")
     if open_it:
-        _open(place, summary.FIGURE)
+        _open(place, html.NAME)
     return FAILURE if results.failed else 0
 
 

@@ -66,7 +66,7 @@ class _Held(nnx.Module):
 
 
 class MaskedFactor(_Held):
-    """A matrix, or a stack of matrices, of which only some entries are kept.
+    """A matrix, or a stack of matrices, that keeps only the entries of a mask.
 
     Attributes:
         value: `nnx.Param` `[..., m, n]`.

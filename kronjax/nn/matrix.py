@@ -29,7 +29,7 @@ from kronjax.nn.layers import (
 
 @register
 class MaskedLinear(LinearLayer):
-    """A linear layer of whose kernel only some entries are kept.
+    """A linear layer whose kernel keeps only the entries of a mask.
 
     Attributes:
         kernel: `nnx.Param` `[n_in, n_out]`.

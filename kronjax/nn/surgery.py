@@ -128,7 +128,7 @@ def replace(model: nnx.Module, name: str, layer: Layer | Table) -> None:
 
 
 def put(model: nnx.Module, name: str, call: Any) -> None:
-    """Put any callable in the place of the layer called `name`, unchecked.
+    """Put any callable in the place of the layer called `name`, without any check.
 
     Args:
         model: Changed in place.

@@ -29,8 +29,8 @@ from kronjax.io.storage import MemoryFolder
 from kronjax.io.tensors import is_matrix, map_all
 from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Recipe
+from kronjax.runs import html
 from kronjax.runs import plan as planning
-from kronjax.runs import summary
 from kronjax.runs.engine import Inputs
 from kronjax.runs.execute import execute
 from kronjax.runs.plan import RunPlan, pattern
@@ -56,7 +56,10 @@ def factorize(
     force: bool = False,
     progress: bool | None = None,
 ) -> Factorization:
-    """Approximate the matrices of a model as the rules of a recipe say.
+    """Approximate the matrices among any tensors by the rules of a recipe.
+
+    On a CPU the last bits of the factors depend on the number of jax's threads, which
+    this module raises when it is imported before jax, as the command line does.
 
     Args:
         source: A safetensors file, a folder of them, or arrays by name.
@@ -73,9 +76,6 @@ def factorize(
         hosts: The processes that share the work, from `processes.meet`.
         force: Whether to replace the results of another plan in `out`.
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
-
-    On a CPU the last bits of the factors depend on the number of jax's threads, which
-    this module raises when it is imported before jax, as the command line does.
 
     Returns:
         `Factorization`: the plan, a record for each matrix, and the factors.
@@ -103,7 +103,7 @@ def factorize(
     )
     results = Factorization.of(kept)
     if hosts.process == 0 and out is not None:
-        summary.draw(results)
+        html.write(results)
     return results
 
 

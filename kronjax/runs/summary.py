@@ -1,4 +1,4 @@
-"""The results of a run: a table, a figure, and values that JSON holds.
+"""The results of a run: a table, and values that JSON holds.
 
 Everything is made from the records of a store, at any moment of a run.
 """
@@ -16,8 +16,6 @@ from kronjax.kronecker import KroneckerTerms, from_arrays
 from kronjax.runs import plan
 from kronjax.runs.plan import MatrixTask, RunPlan
 from kronjax.runs.store import FAILED, SOLVED, Store
-
-FIGURE = "report.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,51 +184,8 @@ def failures(results: Factorization) -> Table | None:
     return made
 
 
-def figure(results: Factorization) -> bytes:
-    """Return a PNG: the errors of all finished matrices, and their gaps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    chart = Figure(figsize=(9, 4), dpi=150, layout="constrained")
-    left, right = chart.subplots(1, 2)
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for task, record in results.solved:
-        label = f"{task.shape[0]}x{task.shape[1]}"
-        groups.setdefault(label, []).append(record)
-    for label, records in groups.items():
-        x = [record["index"] for record in records]
-        errors = [record["errors"]["relative_spectral"] for record in records]
-        left.plot(x, errors, ".", label=label)
-        gaps = [100 * max(record["bounds"]["gap"] or 0, 0) for record in records]
-        right.plot(x, gaps, ".", label=label)
-    left.set(ylabel="spectral error / norm", xlabel="number of the matrix")
-    right.set(ylabel="gap, per cent", xlabel="number of the matrix")
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    if groups:
-        left.legend(frameon=False)
-    chart.suptitle(f"{len(results.records)} of {len(results.plan.tasks)} matrices")
-    buffer = io.BytesIO()
-    FigureCanvasAgg(chart).print_png(buffer)
-    return buffer.getvalue()
-
-
 def _mean_and_worst(values, form):
     values = [x for x in values if x is not None]
     if not values:
         return "", ""
     return format(float(np.mean(values)), form), format(max(values), form)
-
-
-def draw(results: Factorization) -> str | None:
-    """Write the figure into the store; return the reason if that is impossible.
-
-    A missing figure is no reason to fail.
-    """
-    try:
-        results.store.place.write(FIGURE, figure(results))
-    except (OSError, ValueError) as error:
-        return printable(str(error))
-    return None

@@ -231,7 +231,7 @@ def test_an_interrupted_compression_resumes(folder, capsys, monkeypatch, untimed
     code, out, _ = run(capsys, "report", folder / "out", "--open")
     assert code == 0 and "4 of 9 matrices are finished" in out
     work = folder / "out" / ".kronjax-work"
-    assert opened == [(work / "fits" / "report.png").as_uri()]
+    assert opened == [(work / "fits" / "report.html").as_uri()]
     # Another seed would be another plan.
     given = compress(folder, "--seed", "1", rules=rules)
     code, _, err = run(capsys, *given)

@@ -67,10 +67,10 @@ def test_matrices_end_as_factors_and_a_report(folder, capsys):
     plan = store.read_plan(storage.find(str(folder / "out")))
     failed = [x.index for x in plan.tasks if x.name == "CON"][0]
     expected -= {f"out/matrices/0000{failed}.safetensors"}
-    assert ours == expected | {"out/plan.json", "out/report.png", "out/.lock-0"}
+    assert ours == expected | {"out/plan.json", "out/report.html", "out/.lock-0"}
     code, out, _ = run(capsys, "report", folder / "out")
     assert code == 3 and "5 of 5 matrices are finished" in out
-    assert (folder / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "out" / "report.html").read_bytes().startswith(b"<!doctype")
 
 
 def test_the_command_and_the_function_write_the_same_bits(folder, capsys):
@@ -129,12 +129,12 @@ def test_results_of_the_former_engine_are_refused(folder, capsys):
     assert json.loads(path.read_bytes())["format"] == 2
 
 
-def test_a_figure_that_cannot_be_written_is_no_failure(folder, capsys):
-    (folder / "out" / "report.png").mkdir(parents=True)
+def test_a_page_that_cannot_be_written_is_no_failure(folder, capsys):
+    (folder / "out" / "report.html").mkdir(parents=True)
     code, out, err = run(capsys, *factorize(folder))
     assert code == 3 and "The factors are in" in out, err
     code, out, err = run(capsys, "report", folder / "out")
-    assert code == 3 and "5 of 5" in out and "There is no figure" in err
+    assert code == 3 and "5 of 5" in out and "There is no page" in err
 
 
 def test_a_table_keeps_its_digits(folder, capsys, monkeypatch):
@@ -193,16 +193,16 @@ def test_an_unfinished_run_has_a_report(folder, capsys):
         assert code == 2 and "another run works in" in err
 
 
-def test_the_figure_opens_in_a_browser(folder, capsys, monkeypatch):
+def test_the_page_opens_in_a_browser(folder, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
     run(capsys, *factorize(folder))
     code, _, err = run(capsys, "report", folder / "out", "--open")
     assert code == 3 and "No browser" not in err
-    assert opened == [(folder / "out" / "report.png").as_uri()]
+    assert opened == [(folder / "out" / "report.html").as_uri()]
     monkeypatch.setattr("webbrowser.open", lambda url: False)
     _, _, err = run(capsys, "report", folder / "out", "--open", "--json")
-    assert f"the file is {folder / 'out' / 'report.png'}" in err
+    assert f"the file is {folder / 'out' / 'report.html'}" in err
 
 
 def test_a_dry_run_plans_and_writes_nothing(folder, capsys):
@@ -231,10 +231,10 @@ def test_results_go_to_a_url(folder, capsys, monkeypatch, scheme):
     url = f"{scheme}://{folder}/url"
     code, out, err = run(capsys, *factorize(folder), "--out", url)
     assert code == 3, err
-    assert storage.find(url).read("report.png").startswith(b"\x89PNG")
+    assert storage.find(url).read("report.html").startswith(b"<!doctype")
     code, out, err = run(capsys, "report", url, "--open")
     assert code == 3 and "5 of 5" in out
-    assert opened == [f"{url}/report.png"] * (scheme == "file")
+    assert opened == [f"{url}/report.html"] * (scheme == "file")
     assert ("No browser" in err) == (scheme == "memory")
     assert not (folder / "out").exists()
 

@@ -1,36 +1,24 @@
-"""Reports as one self-contained HTML page with tables and plots.
+"""Reports of compressed models as one self-contained HTML page.
 
 >>> _percent(0.8125)
 '81.2 %'
 """
 
-import base64
 import html
-import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kronjax import pages
 from kronjax.io import atomic
 from kronjax.lm.compression.record import EXPONENTS
 from kronjax.lm.evaluation import spectra
 
 NAME = "report.html"
 """The file beside the weights."""
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e21; background: #fff;
-  max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #e3e5e8; text-align: right; }
-th:first-child, td:first-child, .left { text-align: left; }
-th { font-weight: 600; background: #f6f7f8; position: sticky; top: 0; }
-.scroll { overflow-x: auto; } .quiet { color: #667; } img { max-width: 100%; }
-code { font-size: .92em; } details pre { background: #f6f7f8; padding: 1rem; }
-"""
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:
@@ -42,42 +30,40 @@ def write(record: dict[str, Any], folder: Path) -> Path:
 
 def page(record: dict[str, Any]) -> str:
     """Return the page of a record."""
-    title = f"{record['source']}, compressed"
     parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(summary(record))}</p>",
-        _table(("", "dense", "compressed", ""), _comparison(record)),
-        *_figures(record),
+        pages.paragraph(summary(record)),
+        pages.table(("", "dense", "compressed", ""), _comparison(record)),
+        "<h2>Where the budget went</h2>",
+        pages.budget(_shares(record)),
         "<h2>Layers</h2>",
-        "<p class=quiet>Errors are relative. Weighted: by the moments of calibration, "
-        "beside the error of low rank with as many parameters. "
-        "‖(W − K)x‖ ≤ ε‖x‖ holds for every x, with ε in the last column but one.</p>",
-        _table(_HEADS, _layers(record), left=(0, 1, 9)),
+        pages.paragraph(
+            "Errors are relative. Weighted: by the moments of calibration, beside the "
+            "error of low rank with as many parameters. ‖(W − K)x‖ ≤ ε‖x‖ holds for "
+            "every x. A click on the name of a column sorts.",
+            is_quiet=True,
+        ),
+        pages.table(_HEADS, _layers(record), left=(0, 1, 9), sorts=True),
+        *_figures(record),
     ]
     if record.get("analysis"):
         parts += [
             "<h2>Norms and ranks</h2>",
-            f"<p>{html.escape(spectra.verdict(record['analysis']))}</p>",
-            "<p class=quiet>Means over the layers of a kind. The bound (Arora et al., "
-            "2018) holds for plain networks, and compares models of one architecture "
-            "at best.</p>",
-            _table(_SPECTRA, spectra.rows(record["analysis"])),
+            pages.paragraph(spectra.verdict(record["analysis"])),
+            pages.paragraph(
+                "Means over the layers of a kind. The bound (Arora et al., 2018) holds "
+                "for plain networks, and compares models of one architecture at best.",
+                is_quiet=True,
+            ),
+            pages.table(_SPECTRA, spectra.rows(record["analysis"]), sorts=True),
         ]
     if record.get("recipe"):
         parts.append(
             "<h2>Recipe</h2><details><summary>All rules</summary>"
             f"<pre>{html.escape(record['recipe'])}</pre></details>"
         )
-    parts.append(
-        f"<p class=quiet>{html.escape(_versions(record))} "
-        f"{html.escape(_spent(record))}</p>"
-    )
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n{body}\n</html>\n"
-    )
+    last = f"{_versions(record)} {_spent(record)}"
+    parts.append(pages.paragraph(last, is_quiet=True))
+    return pages.page(f"{record['source']}, compressed", parts)
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -189,63 +175,59 @@ def _layers(record) -> Iterable[Sequence[str]]:
         )
 
 
-def _figures(record) -> list[str]:
-    """Return the plots as images inside the page."""
-    from matplotlib.figure import Figure
-
-    figures = []
-    layers = record["layers"]
-    figure = Figure(figsize=(10, 2.6), layout="constrained")
-    axes = figure.subplots()
-    axes.bar(range(len(layers)), [x["fraction"] for x in layers], width=0.9)
-    axes.set(ylim=(0, 1.05), ylabel="parameters kept", xlabel="layer, in model order")
-    figures.append(("Parameters kept in every layer", figure))
-    pairs = [
-        (x["predicted"], x["damage"])
-        for x in layers
-        if x.get("predicted") and x.get("damage")
-    ]
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    if pairs:
-        planned, fitted = np.array(pairs).T
-        panels[0].loglog(planned, fitted, "o", markersize=4)
-        ends = [min(planned.min(), fitted.min()), max(planned.max(), fitted.max())]
-        panels[0].plot(ends, ends, color="0.6", linewidth=1)
-    panels[0].set(xlabel="damage as planned", ylabel="damage as fitted")
-    curves = [x["schatten"] for x in layers if x.get("schatten")]
-    for curve in curves:
-        panels[1].plot(EXPONENTS, curve, color="C0", alpha=0.25, linewidth=0.8)
-    if curves:
-        middle = np.median(np.array(curves, float), axis=0)
-        panels[1].plot(EXPONENTS, middle, color="C3", linewidth=2, label="median")
-        panels[1].legend()
-    panels[1].set(xscale="log", xlabel="p of the Schatten norm")
-    panels[1].set(ylabel="relative error, unweighted")
-    figures.append(("Plan and fit; error against p", figure))
+def _shares(record) -> list[pages.Share]:
+    """Return the parameters of every layer, grouped by the kind of layer."""
     return [
-        f'<h2>{title}</h2><img alt="{title}" '
-        f'src="data:image/png;base64,{_png(figure)}">'
-        for title, figure in figures
+        pages.Share(
+            layer["name"],
+            _group(layer),
+            round(layer["parameters"] / max(layer["fraction"], 1e-12)),
+            layer["parameters"],
+        )
+        for layer in record["layers"]
     ]
 
 
-def _png(figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
-    return base64.b64encode(file.getvalue()).decode()
+def _figures(record) -> list[str]:
+    """Return plan against fit, and error against p, as far as they are known."""
+    layers, parts = record["layers"], []
+    planned = [x for x in layers if x.get("predicted") and x.get("damage")]
+    if planned:
+        series = []
+        for group in dict.fromkeys(map(_group, planned)):
+            ours = [x for x in planned if _group(x) == group]
+            xs, ys = [x["predicted"] for x in ours], [x["damage"] for x in ours]
+            series.append(pages.Points(group, xs, ys, [x["name"] for x in ours]))
+        chart = pages.chart(
+            series,
+            "damage as planned",
+            "damage as fitted",
+            logs=(True, True),
+            has_diagonal=True,
+        )
+        parts += ["<h2>Plan and fit</h2>", chart]
+    curves = [x["schatten"] for x in layers if x.get("schatten")]
+    if curves:
+        series = [
+            pages.Points("", EXPONENTS, curve, is_line=True, is_thin=True)
+            for curve in curves
+        ]
+        middle = np.median(np.array(curves, float), axis=0).tolist()
+        series.append(
+            pages.Points("median of the layers", EXPONENTS, middle, is_line=True)
+        )
+        chart = pages.chart(
+            series,
+            "p of the Schatten norm",
+            "relative error, unweighted",
+            logs=(True, False),
+        )
+        parts += ["<h2>Error against p</h2>", chart]
+    return parts
 
 
-def _table(heads, rows, left=(0,)) -> str:
-    def cells(tag, row):
-        for i, cell in enumerate(row):
-            mark = " class=left" if i in left else ""
-            yield f"<{tag}{mark}>{html.escape(str(cell))}</{tag}>"
-
-    lines = ["".join(cells("th", heads))]
-    lines += ["".join(cells("td", row)) for row in rows]
-    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<div class=scroll><table>{body}</table></div>"
+def _group(layer) -> str:
+    return re.sub(r"\.\d+\.", ".*.", layer["name"])
 
 
 def _spent(record) -> str:

@@ -51,14 +51,14 @@ def compress(
     calibration: Calibration | None = None,
     **options: Any,
 ) -> LanguageModel:
-    """Return a smaller model.
+    """Return a model with smaller layers, by a recipe or to a budget.
 
     Args:
         model: A model whose layers are all dense; left as it is.
         recipe: Rules, the path of their YAML, the name of a built-in recipe, or a
             budget: `0.8` of the linear layers, `"81M"` parameters, `"160MB"`.
         calibration: A text, a path, tokens `[n]`, or moments; needed for weights.
-        options: Those of `run`.
+        options: Options of `run`, such as `tolerance` and `refine`.
 
     Returns:
         A model with the layers of the recipe's methods, and the recipe as its `recipe`.

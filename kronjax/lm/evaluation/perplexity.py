@@ -153,7 +153,7 @@ def perplexity(
         progress: Whether to draw a bar; by default on a terminal, after two seconds.
 
     Returns:
-        The perplexity and its circumstances. The cost is a forward pass for each
+        The perplexity and how it was measured. The cost is a forward pass for each
         window, with the head only at the tokens that are scored.
 
     Raises:
