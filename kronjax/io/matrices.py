@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from kronjax.io import atomic
+from kronjax.io import atomic, stand_ins
 from kronjax.linalg import dense
 
 FORMAT = "kronjax"
@@ -253,6 +253,9 @@ def _numpy_errors(path: Path) -> Iterator[None]:
                 f"{path} holds Python objects, which are refused: they are never "
                 "unpickled; store plain numbers"
             ) from error
+        other = stand_ins.describe_file(path)
+        if other and "pickle" not in other:  # an archive may have the wrong name
+            raise ValueError(f"{path}: {other}") from error
         if "pickle" in reason:  # the guess of NumPy for any unknown format
             reason = "pickles are never unpickled"
         raise ValueError(
@@ -266,8 +269,10 @@ def _safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
         with safetensors.safe_open(path, framework="np") as file:
             return list(file.keys()), file.metadata() or {}
     except safetensors.SafetensorError as error:
+        other = stand_ins.describe_file(path)
         raise ValueError(
-            f"{path}: the file is truncated or not a safetensors file ({error})"
+            f"{path}: "
+            + (other or f"the file is truncated or not a safetensors file ({error})")
         ) from error
 
 

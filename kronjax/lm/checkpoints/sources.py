@@ -9,9 +9,11 @@ True
 
 import re
 from pathlib import Path
+from typing import NoReturn
 
+from kronjax.io import stand_ins
 from kronjax.io.storage import expanded
-from kronjax.lm.checkpoints.folder import MSGPACK, PICKLES, REFUSAL
+from kronjax.lm.checkpoints.folder import MSGPACK
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 """Patterns of the files that are fetched from the hub; none matches a pickle."""
@@ -30,7 +32,7 @@ def find(source: str | Path) -> Path:
         raise ValueError("the name of the model is empty")
     if path.exists():
         if path.is_file() and path.suffix != ".gguf":
-            raise ValueError(f"{path} is neither a folder nor a .gguf file")
+            _refuse_file(path)
         return path
     name = str(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -68,6 +70,18 @@ def _fetch(name: str) -> Path:
             "holds its config.json and *.safetensors"
         ) from error
     for file in remote:
-        if Path(file).suffix in PICKLES:
-            raise ValueError(REFUSAL.format(where=name, file=file))
+        if Path(file).suffix in stand_ins.PICKLES:
+            raise ValueError(stand_ins.PICKLE.format(where=name, file=file))
     return folder
+
+
+def _refuse_file(path: Path) -> NoReturn:
+    """Raise the error for a file that is no model by itself."""
+    if path.suffix in stand_ins.PICKLES:
+        raise ValueError(stand_ins.PICKLE.format(where=path, file=path.name))
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} holds weights without their config.json: give the folder that "
+            "holds both"
+        )
+    raise ValueError(f"{path} is neither a folder nor a .gguf file")

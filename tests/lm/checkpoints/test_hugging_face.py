@@ -190,6 +190,7 @@ def shard_outside(folder):
     names = safetensors.numpy.load_file(outside)
     index = {"weight_map": dict.fromkeys(names, "../outside.safetensors")}
     (folder / INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
 
 
 def cut(folder):
