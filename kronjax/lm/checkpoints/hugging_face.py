@@ -39,6 +39,7 @@ from kronjax.lm.checkpoints.tensor_names import (
     is_transposed,
     short_name,
     tensor_name,
+    unwrapped,
     without_extras,
 )
 from kronjax.lm.models.base import LanguageModel, parameter_dtype
@@ -241,7 +242,8 @@ def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
     for name, description in layers.items():
         nn.replace(model, name, nn.from_description(description))
     graph, state = nnx.split(model)
-    stored = without_extras(port, config, canonical(tensors, port.PREFIXES))
+    stored = canonical(unwrapped(tensors), port.PREFIXES)
+    stored = without_extras(port, config, stored)
     flat = list(nnx.to_flat_state(state))
     check_names({short_name(_dotted(path)) for path, _ in flat}, set(stored))
     return port, graph, flat, stored
