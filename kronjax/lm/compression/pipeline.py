@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from kronjax import recipe as recipes
 from kronjax.io.progress import timed
-from kronjax.lm.checkpoints import hugging_face
+from kronjax.lm.checkpoints import dtypes, hugging_face
 from kronjax.lm.compression import plan
 from kronjax.lm.compression import refine as refinement
 from kronjax.lm.compression.budget import Budget
@@ -32,7 +33,7 @@ from kronjax.lm.compression.options import (
 from kronjax.lm.compression.plan import Plan
 from kronjax.lm.compression.result import Layer, Result
 from kronjax.lm.models import sizes
-from kronjax.lm.models.base import LanguageModel, fingerprint, parameter_dtype
+from kronjax.lm.models.base import LanguageModel, fingerprint
 from kronjax.lm.models.reading import tokens_of
 from kronjax.lm.text.documents import Text
 from kronjax.recipe import Assignment, Recipe, Weighting
@@ -240,7 +241,7 @@ class Prepared:
                     progress=self.fits.progress,
                 )
         if working is not model:
-            smaller = hugging_face.cast(smaller, str(parameter_dtype(model)))
+            smaller = dtypes.restored(smaller, model)
         smaller.tokenizer, smaller.recipe = model.tokenizer, recipes.dumps(rules)
         return Result(
             model=smaller,
@@ -264,7 +265,7 @@ class Prepared:
 
 def precise(model: LanguageModel) -> LanguageModel:
     """Return a model that computes in float32: itself if it does."""
-    if parameter_dtype(model) == np.float32:
+    if all(x.dtype == np.float32 for x in jax.tree.leaves(nnx.state(model, nnx.Param))):
         return model
     copy = hugging_face.cast(model, "float32")
     copy.tokenizer = model.tokenizer

@@ -14,8 +14,7 @@ measurement.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,12 +25,12 @@ from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.io.cache import Cache
 from kronjax.io.progress import bar
-from kronjax.lm.compression import candidates
-from kronjax.lm.compression.budget import Budget, share
+from kronjax.lm.checkpoints import dtypes
+from kronjax.lm.compression import allotment, candidates
+from kronjax.lm.compression.budget import Budget
 from kronjax.lm.compression.candidates import Candidate, Probe
 from kronjax.lm.compression.moments import Moments
-from kronjax.lm.models import sizes
-from kronjax.lm.models.base import LanguageModel, inner_layers, parameter_dtype
+from kronjax.lm.models.base import LanguageModel, inner_layers
 from kronjax.recipe import Assignment, Recipe, Rule, Weighting
 from kronjax.runs import joint
 from kronjax.runs.closed_form import LowRank
@@ -58,12 +57,7 @@ class Plan:
 
     def recipe(self, name: str = "plan") -> Recipe:
         """Return the plan as rules, one for every layer that changes."""
-        rules = [x.rule for x in self.choices if x.method.changes]
-        if len(rules) < len(self.choices):
-            rules.append(Rule(match="*", method="keep"))
-        return Recipe(
-            rules=tuple(rules), name=name, source=f"planned for {self.budget}"
-        )
+        return _rules(self.choices, self.budget, name)
 
 
 def make(
@@ -98,7 +92,7 @@ def make(
     weighting = weighting or best_weighting(moments)
     work = work or Cache()
     layers = compressible(model)
-    room = _room(model, layers, budget)  # before anything takes time
+    allotment.check_room(model, layers, budget)  # before anything takes time
     names = list(layers)
     ratios: list[Probe] = []
     tails: dict[str, tuple[float, np.ndarray]] = {}
@@ -116,11 +110,11 @@ def make(
         name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)
         for name in names
     }
-    width = layers[names[0]].kernel[...].dtype.itemsize
-    measure = _cost_of(budget, width)
-    costs = [[(measure(x), x.damage) for x in offered[name]] for name in names]
-    picked = share(costs, room)
-    choices = tuple(offered[name][i] for name, i in zip(names, picked, strict=True))
+
+    def file_size(choices):
+        return dtypes.file_size(outline(model, _rules(choices, budget)))
+
+    choices = allotment.allot(model, budget, offered, file_size)
     return Plan(
         budget, weighting, choices, sum(x.damage for x in choices), tuple(ratios)
     )
@@ -142,10 +136,15 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
     for assignment in resolve(recipe, model):
         name, rule = assignment.name, assignment.rule
         nn.replace(made, name, assignment.method.outline(rule, layers[name]))
-    dtype = parameter_dtype(model)
-    graph, state, rest = nnx.split(made, nnx.Param, ...)
-    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
-    return nnx.merge(graph, cast, rest)
+    return dtypes.restored(made, model)
+
+
+def _rules(choices: Sequence[Candidate], budget: Budget, name: str = "plan") -> Recipe:
+    """Return choices as rules, one for every layer that changes."""
+    rules = [x.rule for x in choices if x.method.changes]
+    if len(rules) < len(choices):
+        rules.append(Rule(match="*", method="keep"))
+    return Recipe(rules=tuple(rules), name=name, source=f"planned for {budget}")
 
 
 def damage_unit(target: Target, low_rank: LowRank) -> float:
@@ -232,49 +231,3 @@ def target(
         if moment is not None and moment.shape != (size, size):
             raise ValueError(f"the moments of {name} are those of another model")
     return Target(name, kernel, left, right)
-
-
-def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:
-    """Return the part of a budget that the kernels of the layers may take together."""
-    counted = sizes.count(model)
-    dense = [x for x in counted.layers if x.name in layers]
-    kernels = sum(math.prod(layer.shape) for layer in dense)
-    if budget.measure == "fraction":
-        return budget.amount * kernels
-    if budget.measure == "flops":
-        return budget.amount - (counted.flops - 2 * kernels)
-    per = 1.0
-    if budget.measure == "bytes":
-        # All layers in the dtype of the first: mixed ones are rounded to it.
-        per = next(iter(layers.values())).kernel[...].dtype.itemsize
-    whole = counted.parameters if budget.measure == "parameters" else counted.bytes
-    room = budget.amount - (whole - per * kernels)
-    if room <= 0:
-        raise ValueError(
-            f"a budget of {budget} leaves nothing for the linear layers: the rest of "
-            f"the model takes {whole - per * kernels:,.0f}"
-        )
-    return room / per
-
-
-def _cost_of(budget: Budget, width: int) -> Callable[[Candidate], float]:
-    """Return the function that measures a candidate, in the measure of `_room`.
-
-    Args:
-        budget: The measure.
-        width: Bytes of a parameter; an order is stored in integers of four bytes.
-    """
-
-    def parameters(choice):
-        return choice.fraction * math.prod(choice.shape)
-
-    def flops(choice):
-        return choice.method.flops(choice.rule, choice.shape)
-
-    def with_orders(choice):
-        # For sums, too: an interpolative layer takes the place of a fit that fails.
-        order = 4 / width * choice.shape[1]
-        return parameters(choice) + order * choice.method.changes
-
-    costs = {"flops": flops, "bytes": with_orders}
-    return costs.get(budget.measure, parameters)

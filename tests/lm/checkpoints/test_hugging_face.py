@@ -16,7 +16,7 @@ from ports import VARIANTS, make
 
 from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms
-from kronjax.lm.checkpoints import hugging_face, sources
+from kronjax.lm.checkpoints import sources
 from kronjax.lm.checkpoints.folder import INDEX, MSGPACK, SAVED, STAGING
 
 TOKENS = np.arange(1, 11, dtype=np.int32).reshape(2, 5)
@@ -432,24 +432,6 @@ def test_save_and_load_expand_a_home_folder_alike(tmp_path, monkeypatch):
     assert lm.load("~/model").config.n_embd == 24
     with pytest.raises(OSError, match="no such user"):
         lm.load("~nobody-of-this-name/model")
-
-
-def test_mixed_dtypes_are_exported_in_the_most_precise(tmp_path):
-    """A float32 layer, as `approximate` returns it, in a bfloat16 model."""
-    model = hugging_face.cast(make("gpt2"), "bfloat16")
-    layer = nn.linear_layers(model)["h.0.mlp.c_fc"]
-    a, b = jnp.ones((1, 12, 48)), jnp.full((1, 2, 2), 0.1)
-    bias = layer.bias[...]
-    nn.replace(model, "h.0.mlp.c_fc", nn.KroneckerLinear([KroneckerTerms(a, b)], bias))
-    assert model.empty_cache(1, 4).layers[0][0].dtype == jnp.float32
-    lm.export(model, tmp_path)
-    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    assert {str(x.dtype) for x in tensors.values()} == {"float32"}
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
-    scale = np.abs(logits(model)).max()
-    np.testing.assert_allclose(
-        logits(lm.load(tmp_path)), logits(model), atol=0.05 * scale
-    )
 
 
 def test_saving_over_a_file_raises_an_error(tmp_path):
