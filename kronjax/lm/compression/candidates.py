@@ -165,7 +165,7 @@ def of_layer(
         weighting: Weighting of the error in the rules.
     """
     shape = layer.in_features, layer.out_features
-    whole = math.prod(shape)
+    whole, width = math.prod(shape), layer.kernel.get_value().dtype.itemsize
     keep = Rule(match=name, method="keep")
     candidates = [Candidate(name, shape, keep, 1.0, 0.0, 0.0, "worth its parameters")]
     for fraction in FRACTIONS:
@@ -184,7 +184,8 @@ def of_layer(
             continue
         made = rule(name, method, held, weighting)
         parameters = method.num_parameters(made, shape)
-        if parameters < whole:
+        # An order of the outputs, too: low rank may take the place of a sum.
+        if width * parameters + 4 * shape[1] < width * whole:
             damage = total * tail
             size = parameters / whole
             candidates.append(

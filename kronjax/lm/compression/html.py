@@ -52,7 +52,7 @@ def page(record: dict[str, Any]) -> str:
         "<p class=quiet>Errors are relative. Weighted: by the moments of calibration, "
         "beside the error of low rank with as many parameters. "
         "‖(W − K)x‖ ≤ ε‖x‖ holds for every x, with ε in the last column but one.</p>",
-        _table(_HEADS, _layers(record), left=(0, 1, 9)),
+        _table(_HEADS, _layers(record), left=(0, 1, 10)),
     ]
     if record.get("analysis"):
         parts += [
@@ -154,6 +154,7 @@ _HEADS = (
     "layer",
     "kind",
     "shape",
+    "bytes",
     "of dense",
     "weighted",
     "low rank",
@@ -182,6 +183,7 @@ def _layers(record) -> Iterable[Sequence[str]]:
             layer["name"],
             layer["kind"],
             "×".join(map(str, layer["shape"])),
+            f"{layer['bytes']:,}",
             _percent(layer["fraction"]),
             *(_short(layer.get(key)) for key in numbers),
             _short(layer.get("spectral")),

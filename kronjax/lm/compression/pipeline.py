@@ -23,7 +23,7 @@ from kronjax.lm.checkpoints import dtypes, hugging_face
 from kronjax.lm.compression import plan
 from kronjax.lm.compression import refine as refinement
 from kronjax.lm.compression.budget import Budget
-from kronjax.lm.compression.fits import Fits, open_cache
+from kronjax.lm.compression.fits import Fits, in_order, open_cache
 from kronjax.lm.compression.moments import Moments, measure_moments, pack, unpack
 from kronjax.lm.compression.options import (
     TextOptions,
@@ -247,13 +247,20 @@ class Prepared:
             model=smaller,
             recipe=rules,
             plan=self.plan,
-            layers=tuple(done),
+            layers=tuple(in_order(model, [*done, *self._left_dense()])),
             blocks=blocks,
             moments=self.moments,
             before=sizes.count(model),
             after=sizes.count(smaller),
             seconds=seconds,
         )
+
+    def _left_dense(self) -> list[Layer]:
+        """Return the layers that the rules would not make smaller."""
+        return [
+            Layer.left_dense(assignment, "dense", reason)
+            for assignment, reason in plan.staying_dense(self.rules, self.model)
+        ]
 
     def _fit(self, model: LanguageModel) -> list[Layer]:
         """Fit every layer that changes; return what they become, in their order."""

@@ -178,15 +178,45 @@ def best_weighting(moments: Moments | None) -> Weighting:
 def resolve(recipe: Recipe, model: LanguageModel) -> list[Assignment]:
     """Apply rules to the linear layers of a model, without its head, and its tables.
 
+    Returns:
+        The layers that become smaller, in order.
+
     Raises:
         ValueError: If the rules do not fit the model, or it is compressed already.
     """
+    return _split(recipe, model)[0]
+
+
+def staying_dense(recipe: Recipe, model: LanguageModel) -> list[tuple[Assignment, str]]:
+    """Return the layers that rules would not make smaller, with the reasons.
+
+    Raises:
+        ValueError: As `resolve`.
+    """
+    return _split(recipe, model)[1]
+
+
+def _split(recipe, model):
+    layers: dict[str, Any] = {**nn.tables(model), **compressible(model)}
     shapes, tables = (
         {name: nn.shape_of(layer) for name, layer in named.items()}
         for named in (compressible(model), nn.tables(model))
     )
     kind = model.config.model_type
-    return recipes.resolve(recipe, shapes, tables=tables, model_type=kind)
+    smaller, dense = [], []
+    for x in recipes.resolve(recipe, shapes, tables=tables, model_type=kind):
+        reason = x.stays_dense(_width(layers[x.name]))
+        if reason is None:
+            smaller.append(x)
+        else:
+            dense.append((x, f"stays dense: {reason}"))
+    return smaller, dense
+
+
+def _width(layer: Any) -> int:
+    """Return the bytes of an entry of a dense kernel or table."""
+    matrix = getattr(layer, "embedding" if isinstance(layer, nn.Table) else "kernel")
+    return matrix.get_value().dtype.itemsize
 
 
 def compressible(model: LanguageModel) -> dict[str, Any]:
