@@ -49,6 +49,12 @@ SAFETENSORS_DTYPES = {
     "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "C64": np.complex64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
 
 
@@ -137,6 +143,20 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     names, _ = _safetensors_names(path)
     header, offset = _safetensors_header(path)
     return {name: _map_tensor(path, header, offset, name) for name in names}
+
+
+def load(content: bytes) -> dict[str, np.ndarray]:
+    """Return the tensors of the content of a safetensors file, by name.
+
+    Raises:
+        SafetensorError: If it is truncated, or no such file.
+    """
+    return {
+        name: np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
+        for name, entry in safetensors.deserialize(content)
+    }
 
 
 def select(text: str | None, size: int, axis: str = "rows") -> slice:

@@ -177,3 +177,14 @@ def is_matrix(array: np.ndarray) -> bool:
     """Return whether a tensor is a single real matrix that is not empty."""
     is_real = array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
     return is_real and array.ndim == 2 and array.size > 0
+
+
+def is_float8(array: np.ndarray) -> bool:
+    """Return whether a tensor is a matrix of eight-bit floats.
+
+    Such numbers mean nothing without their scales, which are other tensors.
+
+    >>> is_float8(np.ones((2, 3), ml_dtypes.float8_e4m3fn)), is_float8(np.ones((2, 3)))
+    (True, False)
+    """
+    return array.ndim == 2 and str(array.dtype).startswith("float8")

@@ -99,6 +99,11 @@ class Factorization:
         ]
 
     @property
+    def dense(self) -> Mapping[str, str]:
+        """Reasons of the matrices whose factors would not be smaller, by name."""
+        return self.plan.dense
+
+    @property
     def solved(self) -> list[tuple[MatrixTask, Mapping[str, Any]]]:
         """The tasks that have factors, with their records."""
         return [
@@ -121,6 +126,7 @@ class Factorization:
             "before": {"parameters": self.plan.parameters},
             "after": {"parameters": self.parameters},
             "planned": len(self.plan.tasks),
+            "dense": dict(self.plan.dense),
             "matrices": [dict(record) for _, record in sorted(self.records.items())],
         }
 
@@ -173,14 +179,18 @@ def verdict(found: Factorization) -> str:
         )
     if found.failed:
         lines.append(f"{len(found.failed)} failed and stay dense.")
+    if found.dense:
+        lines.append(f"{len(found.dense)} would not shrink and stay dense.")
     return "\n".join(lines)
 
 
 def failures(found: Factorization) -> Table | None:
     """Return a table of the matrices that stay dense, or None if there is none."""
-    if not found.failed:
+    if not found.failed and not found.dense:
         return None
     made = Table("matrix", "stays dense because")
+    for name, reason in found.dense.items():
+        made.add_row(printable(name), reason)
     for task, reason in found.failed:
         made.add_row(printable(task.name), reason)
     return made

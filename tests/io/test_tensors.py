@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -95,3 +96,19 @@ def test_shards_without_an_index_are_read_if_all_are_there(tmp_path):
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks model-00002-of-00002"):
         tensors.map_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16]
+)
+def test_tensors_of_few_bits_are_mapped_as_they_are(tmp_path, dtype):
+    x = np.linspace(-2, 2, 12).reshape(3, 4).astype(dtype)
+    code = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bfloat16": "BF16"}
+    entry = {"dtype": code[str(x.dtype)], "shape": [3, 4]}
+    entry["data_offsets"] = [0, x.nbytes]
+    header = json.dumps({"x": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + x.tobytes()
+    (tmp_path / "x.safetensors").write_bytes(content)
+    mapped = tensors.map_all(tmp_path)["x"]
+    assert mapped.dtype == x.dtype
+    np.testing.assert_array_equal(np.float32(mapped), np.float32(x))
