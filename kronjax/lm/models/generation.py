@@ -15,6 +15,7 @@ References: Holtzman et al. (2020) for top_p.
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from typing import overload
 
@@ -24,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from kronjax.lm.models.base import LanguageModel, check_vocabulary, tokenizer_of
+from kronjax.lm.text.special_tokens import GENERATION, end_numbers, read
 from kronjax.lm.text.tokenizer import Tokenizer
 
 STEP = 32
@@ -53,7 +55,7 @@ def generate(model, prompt, **options):
     tokenizer = tokenizer_of(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     rows = [tokenizer.encode(text) for text in prompts]
-    options.setdefault("stop", tokenizer.stops)
+    options.setdefault("stop", stop_tokens(model, tokenizer))
     new = generate_tokens(model, rows, **options)
     texts = [continuation(tokenizer, *pair) for pair in zip(rows, new, strict=True)]
     return texts[0] if isinstance(prompt, str) else texts
@@ -129,6 +131,33 @@ def generate_tokens(
         if stopped or all(done):
             break
     return rows
+
+
+def stop_tokens(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that end a text.
+
+    Those are `eos_token_id` of `generation_config.json` or, without it, that of
+    `config.json`, as in transformers, and the tokenizer's own end-of-text token.
+
+    Raises:
+        ValueError: If one of them is not a number, or not in the vocabulary of the
+            model; the message names the file and the key.
+    """
+    file = GENERATION
+    numbers = end_numbers(read(tokenizer.files, file), file)
+    if not numbers:
+        file = "config.json"
+        numbers = end_numbers(json.loads(model.config.origin), file)
+    for number in numbers:
+        if number >= model.config.vocab_size:
+            raise ValueError(
+                f"{file}: eos_token_id is {number}, but the model has "
+                f"{model.config.vocab_size} tokens; correct or remove it"
+            )
+    ends = [*numbers, *tokenizer.stops]
+    if tokenizer.eos is not None:
+        ends.append(tokenizer.eos)
+    return tuple(dict.fromkeys(ends))
 
 
 def continuation(
