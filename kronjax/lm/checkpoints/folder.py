@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from kronjax.io import matrices, notes, stand_ins, tensors
-from kronjax.lm.text import tokenizer
+from kronjax.lm.text import chat, tokenizer
 
 WEIGHTS = "model.safetensors"
 """Name of the file in which `save` and `export` store the tensors."""
@@ -175,8 +175,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         _sweep(folder)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
         yield staging
-        for path in staging.iterdir():
-            with open(path, "rb") as file:
+        for name in _files(staging):
+            with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
         _commit(staging, folder)
         settle(folder)
@@ -200,24 +200,32 @@ def settle(folder: Path) -> None:
     saved = folder / SAVED
     if not saved.is_dir():
         return
-    new = {path.name for path in saved.iterdir()}
+    new = set(_files(saved))
     # config.json moves first: once it is moved, all files of the old model are removed,
     # and files with their names are new.
     if "config.json" in new:
-        for path in folder.iterdir():
-            if path.name not in new and _replaced(path.name, new):
-                path.unlink(missing_ok=True)
+        for name in _files(folder):
+            if name not in new and _replaced(name, new):
+                (folder / name).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: name != "config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             os.replace(saved / name, folder / name)
-    with contextlib.suppress(OSError):
-        saved.rmdir()
+    for path in (saved / chat.FOLDER, saved):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of files in a folder and in that of its chat templates."""
+    paths = [*folder.iterdir(), *folder.glob(chat.PATTERN)]
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
 def _replaced(name: str, new: set[str]) -> bool:
     """Return whether a file belongs to the old model and the files `new` replace it."""
-    if name in tokenizer.FILES:
-        return not new.isdisjoint(tokenizer.FILES)
+    if tokenizer.belongs(name):
+        return any(map(tokenizer.belongs, new))
     ours = (WEIGHTS, INDEX, MSGPACK, "recipe.yaml")
     return name in ours or bool(re.fullmatch(_SHARD, name))
 

@@ -14,6 +14,7 @@ References: the specification of the format, ggml-org/ggml, docs/gguf.md.
 array([0., 2., 1., 3.])
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy as np
 from kronjax.lm.checkpoints import gguf_tokenizer
 from kronjax.lm.checkpoints.gguf_header import Header, Tensor, read_header
 from kronjax.lm.models import llama
+from kronjax.lm.text import chat, special_tokens
+from kronjax.lm.text.special_tokens import CONFIG
 from kronjax.lm.text.tokenizer import Tokenizer, read_tokenizer
 
 ARCHITECTURES = ("llama",)
@@ -81,7 +84,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer | Non
 
     Args:
         path: The file. If its tokenizer is of a kind that cannot be rebuilt, a
-            `tokenizer.json` in the same folder is used.
+            `tokenizer.json` in the same folder is used, with the chat template of
+            the file if that folder has none.
 
     Returns:
         The values of a `config.json`; the tensors under the names of Hugging Face, with
@@ -296,6 +300,11 @@ def _tokenizer(path: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
     try:
         return gguf_tokenizer.build(settings)
     except gguf_tokenizer.UnknownTokenizer:
-        if (path.parent / "tokenizer.json").is_file():
-            return read_tokenizer(path.parent)
-        raise
+        if not (path.parent / "tokenizer.json").is_file():
+            raise
+    tokenizer = read_tokenizer(path.parent)
+    template = gguf_tokenizer.chat_template(settings)
+    if tokenizer is None or chat.templates(tokenizer.files) or template is None:
+        return tokenizer
+    config = {**special_tokens.read(tokenizer.files, CONFIG), "chat_template": template}
+    return Tokenizer({**tokenizer.files, CONFIG: json.dumps(config, indent=2).encode()})

@@ -357,6 +357,7 @@ def _write(
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
         shutil.copymode(new / "config.json", path)  # safetensors makes it private
         for name, content in (tokenizer.files if tokenizer else {}).items():
+            (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(content)
         if model.recipe is not None:
             (new / "recipe.yaml").write_text(model.recipe, encoding="utf-8")

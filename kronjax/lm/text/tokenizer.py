@@ -13,13 +13,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kronjax.io import stand_ins
-from kronjax.lm.text import backend, special_tokens
+from kronjax.lm.text import backend, chat, special_tokens
 from kronjax.lm.text.backend import END
 from kronjax.lm.text.special_tokens import ADDED, CONFIG, GENERATION, MAP
 
@@ -34,7 +34,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    chat.FILE,
     GENERATION,
 )
 """Names of the files that define the tokens and those that end a text."""
@@ -127,6 +127,81 @@ class Tokenizer:
         """Return the text of tokens, without special tokens."""
         return self._backend.decode([int(token) for token in tokens])
 
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> np.ndarray | str:
+        """Return a conversation in the format of the model, as transformers does.
+
+        Args:
+            messages: The messages, each with a `role` (`"system"`, `"user"` or
+                `"assistant"`) and its `content`.
+            chat_template: The name of a template of the checkpoint, or a template; by
+                default that of the checkpoint.
+            tools: JSON schemas of functions, for templates that know of them.
+            documents: Documents with `title` and `text`, likewise.
+            add_generation_prompt: Whether to begin a reply of the assistant.
+            tokenize: Whether to return tokens.
+            **variables: Further variables of the template.
+
+        Returns:
+            Tokens, `[n]`, int32, or the text.
+
+        Raises:
+            ValueError: If there is no template, or it cannot be rendered; the message
+                names the file.
+        """
+        template = chat.choose(self.files, chat_template, with_tools=tools is not None)
+        given = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        context = {**self._named, **variables, **given}
+        text = chat.render(template, messages, context)
+        return self.encode(text, special=False) if tokenize else text
+
+    @functools.cached_property
+    def turn_end(self) -> int | None:
+        """The token that the chat template puts after a reply, or None.
+
+        Not every checkpoint names it among the tokens that end a text.
+        """
+        reply = "kronjax"
+        messages = [
+            {"role": "user", "content": "name"},
+            {"role": "assistant", "content": reply},
+        ]
+        try:
+            text = self.apply_chat_template(messages, tokenize=False)
+        except ValueError:
+            return None
+        _, found, after = str(text).rpartition(reply)
+        tokens = self._backend.get_added_tokens_decoder()
+        number = max(
+            (i for i, x in tokens.items() if after.lstrip().startswith(x.content)),
+            key=lambda i: len(tokens[i].content),
+            default=None,
+        )
+        return number if found else None
+
+    @functools.cached_property
+    def _named(self) -> dict[str, str]:
+        """The special tokens by name, as a chat template knows them."""
+        names = dict(special_tokens.named(self.files))
+        for name in ("bos_token", "eos_token", "unk_token"):
+            text = backend.special_text(self.files, name)
+            if text is not None and self._backend.token_to_id(text) is not None:
+                names.setdefault(name, text)
+        return names
+
     @functools.cached_property
     def _backend(self) -> "tokenizers.Tokenizer":
         return backend.build(self.files)
@@ -179,6 +254,14 @@ def train(texts: Iterable[str], size: int, *, context: int) -> Tokenizer:
     )
 
 
+def belongs(name: str) -> bool:
+    """Return whether a file, by its path in a model's folder, is one of `FILES`.
+
+    Chat templates in a folder of their own belong to them, too.
+    """
+    return name in FILES or PurePosixPath(name).match(chat.PATTERN)
+
+
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """Return the tokenizer in a folder, or None if there is none.
 
@@ -186,9 +269,10 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         ValueError: If its format is not supported, in which case the message names one
             that is; or a file is a Git LFS pointer, compressed, or an HTML page.
     """
+    names = [*FILES, *(f"{chat.FOLDER}/{x.name}" for x in folder.glob(chat.PATTERN))]
     files = {
         name: (folder / name).read_bytes()
-        for name in FILES
+        for name in names
         if (folder / name).is_file()
     }
     for name, content in files.items():

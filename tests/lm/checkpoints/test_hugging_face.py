@@ -18,6 +18,7 @@ from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms
 from kronjax.lm.checkpoints import sources
 from kronjax.lm.checkpoints.folder import INDEX, MSGPACK, SAVED, STAGING
+from kronjax.lm.text.tokenizer import Tokenizer
 
 TOKENS = np.arange(1, 11, dtype=np.int32).reshape(2, 5)
 
@@ -414,6 +415,20 @@ def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer, monke
     monkeypatch.chdir(folder)
     lm.save(first, ".")
     np.testing.assert_array_equal(logits(lm.load(".")), logits(first))
+
+
+def test_chat_templates_are_saved_with_their_folder(tmp_path, tokenizer):
+    extra = {"chat_template.jinja": b"a", "additional_chat_templates/rag.jinja": b"b"}
+    model = make("gpt2")
+    model.tokenizer = Tokenizer({**tokenizer.files, **extra})
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        lm.save(model, folder)
+        assert not (folder / SAVED).exists()
+        model = lm.load(folder)
+        assert model.tokenizer.files.keys() == {*tokenizer.files, *extra}
+    model.tokenizer = tokenizer
+    lm.save(model, folder)
+    assert lm.load(folder).tokenizer == tokenizer
 
 
 def test_a_full_disk_raises_an_os_error(tmp_path, monkeypatch):
