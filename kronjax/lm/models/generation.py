@@ -10,14 +10,14 @@ that together reach the probability `top_p`. At temperature 0 it is the most lik
 
 References: Holtzman et al. (2020) for top_p.
 
->>> bucket(5), bucket(33)
-(32, 64)
+>>> bucket(5), bucket(33), bucket(300)
+(32, 64, 320)
 """
 
 import functools
 import json
-from collections.abc import Callable, Sequence
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -30,35 +30,72 @@ from kronjax.lm.text.tokenizer import Tokenizer
 
 STEP = 32
 """Lengths are rounded up to a multiple of this number, so that few programs are
-compiled."""
+compiled; long ones to an eighth to a quarter of themselves."""
+
+
+Chat = Sequence[Mapping[str, Any]]
+"""A conversation: messages, each with its `role` and `content`."""
 
 
 @overload
-def generate(model: LanguageModel, prompt: str, **options) -> str: ...
+def generate(model: LanguageModel, prompt: str | Chat, **options) -> str: ...
 @overload
-def generate(model: LanguageModel, prompt: Sequence[str], **options) -> list[str]: ...
+def generate(
+    model: LanguageModel, prompt: Sequence[str] | Sequence[Chat], **options
+) -> list[str]: ...
 def generate(model, prompt, **options):
     """Continue a prompt, or several in one batch.
 
     Args:
         model: A model with a tokenizer.
-        prompt: A text, or several.
+        prompt: A text; or a conversation, `[{"role": "user", "content": "Hi"}]`, which
+            is put into the format of the model and continued by a reply; or several
+            texts or conversations.
         **options: The options of `generate_tokens`.
 
     Returns:
-        The continuation without the prompt, or a list of them.
+        The continuation without the prompt, or the reply; or a list of them.
 
     Raises:
         ValueError: If the model has no tokenizer, the tokenizer does not belong to the
-            model, or `generate_tokens` raises it.
+            model, it has no chat template for a conversation, or `generate_tokens`
+            raises it.
     """
     tokenizer = tokenizer_of(model)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    rows = [tokenizer.encode(text) for text in prompts]
-    options.setdefault("stop", stop_tokens(model, tokenizer))
+    single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping))
+    prompts = [prompt] if single else list(prompt)
+    rows = [
+        tokenizer.encode(x) if isinstance(x, str) else chat_tokens(tokenizer, x)
+        for x in prompts
+    ]
+    chat = not all(isinstance(x, str) for x in prompts)
+    options.setdefault("stop", stop_tokens(model, tokenizer, chat=chat))
     new = generate_tokens(model, rows, **options)
-    texts = [continuation(tokenizer, *pair) for pair in zip(rows, new, strict=True)]
-    return texts[0] if isinstance(prompt, str) else texts
+    texts = [
+        tokenizer.decode(after) if chat else continuation(tokenizer, before, after)
+        for before, after in zip(rows, new, strict=True)
+    ]
+    return texts[0] if single else texts
+
+
+def apply_chat_template(model: LanguageModel, messages: Chat, **options):
+    """Return a conversation in the format of a model.
+
+    Args:
+        model: A model whose tokenizer has a chat template.
+        messages: The messages, each with a `role` (`"system"`, `"user"` or
+            `"assistant"`) and its `content`.
+        **options: The options of `Tokenizer.apply_chat_template`, such as
+            `add_generation_prompt=True` and `tokenize=False`.
+
+    Returns:
+        Tokens, `[n]`, int32, or the text.
+
+    Raises:
+        ValueError: If there is no template, or it cannot be rendered; the message
+            names the file.
+    """
+    return tokenizer_of(model).apply_chat_template(messages, **options)
 
 
 def generate_tokens(
@@ -110,7 +147,7 @@ def generate_tokens(
     )
     draw = (jnp.float32(temperature or 1.0), jnp.int32(k), jnp.float32(top_p))
     keys = jax.random.split(jax.random.key(seed % 2**32), max_new_tokens)
-    slots = width + bucket(max_new_tokens)
+    slots = bucket(width + max_new_tokens)
     new, cache = start(state, tokens, mask, slots, keys[0], draw)
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
@@ -133,11 +170,24 @@ def generate_tokens(
     return rows
 
 
-def stop_tokens(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
+def chat_tokens(tokenizer: Tokenizer, messages: Chat) -> np.ndarray:
+    """Return the tokens of a conversation and of the beginning of a reply."""
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return np.asarray(tokens, np.int32)
+
+
+def stop_tokens(
+    model: LanguageModel, tokenizer: Tokenizer, *, chat: bool = False
+) -> tuple[int, ...]:
     """Return the tokens that end a text.
 
     Those are `eos_token_id` of `generation_config.json` or, without it, that of
     `config.json`, as in transformers, and the tokenizer's own end-of-text token.
+
+    Args:
+        model: Any language model.
+        tokenizer: Its tokenizer.
+        chat: Whether to add the token that the chat template puts after a reply.
 
     Raises:
         ValueError: If one of them is not a number, or not in the vocabulary of the
@@ -154,10 +204,10 @@ def stop_tokens(model: LanguageModel, tokenizer: Tokenizer) -> tuple[int, ...]:
                 f"{file}: eos_token_id is {number}, but the model has "
                 f"{model.config.vocab_size} tokens; correct or remove it"
             )
-    ends = [*numbers, *tokenizer.stops]
-    if tokenizer.eos is not None:
-        ends.append(tokenizer.eos)
-    return tuple(dict.fromkeys(ends))
+    ends = [*numbers, *tokenizer.stops, tokenizer.eos]
+    if chat:
+        ends.append(tokenizer.turn_end)
+    return tuple(dict.fromkeys(token for token in ends if token is not None))
 
 
 def continuation(
@@ -174,8 +224,11 @@ def continuation(
 
 
 def bucket(length: int) -> int:
-    """Return `length` rounded up to a multiple of `STEP`."""
-    return -(-length // STEP) * STEP
+    """Return `length` rounded up, by less than `STEP` or a quarter."""
+    step = STEP
+    while length > 8 * step:
+        step *= 2
+    return -(-length // step) * step
 
 
 @functools.lru_cache(maxsize=16)

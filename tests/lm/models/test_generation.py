@@ -104,6 +104,20 @@ def test_generate_takes_and_returns_texts(tiny):
     assert text == tiny.tokenizer.decode(new)
 
 
+def test_generate_replies_to_conversations(tiny):
+    source = b"{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tiny.tokenizer = Tokenizer({**tiny.tokenizer.files, "chat_template.jinja": source})
+    chat = [{"role": "user", "content": "The quick"}]
+    reply = lm.generate(tiny, chat, max_new_tokens=4)
+    assert lm.generate(tiny, [chat, chat], max_new_tokens=4) == [reply, reply]
+    tokens = lm.apply_chat_template(tiny, chat, add_generation_prompt=True)
+    assert tokens[-1] == tiny.tokenizer.eos == tiny.tokenizer.turn_end
+    (new,) = generate_tokens(tiny, [tokens], max_new_tokens=4)
+    assert reply == tiny.tokenizer.decode(new)
+    with pytest.raises(ValueError, match="a conversation is a list of messages"):
+        lm.generate(tiny, [[]])
+
+
 def ends(model, config=None, generated=None, **files):
     """The stop tokens of a model whose files are completed."""
     if config is not None:
