@@ -100,12 +100,21 @@ TOOLS = """\
 {%- if unknown is not defined %} {{ '%s' | format(ns.count) }}{% endif %}
 """
 
+LOOPS = (
+    "{% for x in [[[]], []] recursive %}{{ loop.index }}/{{ loop.length }}"
+    "{{ ',' if not loop.last }}{{ loop(x) }}{% else %}-{% endfor %}"
+    "{% for x in nothing %}x{% else %}none{% endfor %}"
+    "{% for key, value in {'a': 1, 'b': 2}.items() if value > 1 %}"
+    "{{ loop.first }}{{ key }}{{ loop.previtem is defined }}{% endfor %}"
+)
+
 STYLES = {
     "chatml": CHATML,
     "llama-2": LLAMA_2,
     "gemma": GEMMA,
     "zephyr": ZEPHYR,
     "tools": TOOLS,
+    "loops": LOOPS,
 }
 
 USER = {"role": "user", "content": " the fox & the <dog> "}

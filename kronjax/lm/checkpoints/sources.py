@@ -14,9 +14,16 @@ from typing import NoReturn
 from kronjax.io import stand_ins
 from kronjax.io.storage import expanded
 from kronjax.lm.checkpoints.folder import MSGPACK
+from kronjax.lm.text import chat
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 """Patterns of the files that are fetched from the hub; none matches a pickle."""
+
+OTHER_FOLDERS = [
+    f"{chat.FOLDER[:i]}[!{chat.FOLDER[i]}]*/*" for i in range(len(chat.FOLDER))
+]
+"""Patterns of files that are not fetched: those in subfolders, which hold other formats
+and are not needed, but for chat templates."""
 
 
 def find(source: str | Path) -> Path:
@@ -48,10 +55,9 @@ def _fetch(name: str) -> Path:
     import huggingface_hub
 
     def fetch(patterns):
-        # Subfolders hold other formats, which are not needed.
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=patterns, ignore_patterns=["*/*"]
+                name, allow_patterns=patterns, ignore_patterns=OTHER_FOLDERS
             )
         )
 

@@ -2,7 +2,8 @@
 
 A template is a program of Jinja, written by whoever published the checkpoint. It is
 rendered as in transformers, with the same settings, functions and variables, in a
-sandbox that gives it nothing but plain data. Its size and that of the text are bounded.
+sandbox that gives it nothing but plain data. Its size, that of the text and the number
+of its loops and calls are bounded.
 
 >>> files = {FILE: b"{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"}
 >>> render(choose(files), [{"role": "user", "content": "Hi"}])
@@ -12,6 +13,7 @@ sandbox that gives it nothing but plain data. Its size and that of the text are 
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,8 +38,14 @@ LARGEST_TEMPLATE = 2**20
 LARGEST_TEXT = 2**24
 """Largest number of characters of a rendered conversation, and of its parts."""
 
+MOST_STEPS = 10**6
+"""Largest number of items in loops and of calls while a conversation is rendered."""
+
 DEFAULT, TOOLS = "default", "tool_use"
 """Names of the templates that are used without a name, and with tools."""
+
+
+_STEPS = "the steps of this rendering"  # no name that a template can write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +171,7 @@ def render(
         context = json.loads(json.dumps({**(variables or {}), "messages": chat}))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the conversation is not plain data: {error}") from error
+    context[_STEPS] = itertools.count(1)
     parts, size = [], 0
     try:
         for part in _compiled(template.source).generate(context):
@@ -182,7 +191,15 @@ def render(
 
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> "jinja2.Template":
-    return _environment().from_string(source)
+    from jinja2 import nodes
+
+    environment = _environment()
+    tree = environment.parse(source)
+    for loop in tree.find_all(nodes.For):
+        loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None)
+        loop.iter.set_lineno(loop.lineno).set_environment(environment)
+    code = environment.compile(tree)
+    return environment.template_class.from_code(environment, code, environment.globals)
 
 
 @functools.cache
@@ -203,6 +220,10 @@ def _environment() -> "jinja2.Environment":
 
     class Sandbox(sandbox.ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset(["*", "**"])
+
+        def call(self, context, obj, /, *args, **kwargs):
+            _count(context)
+            return super().call(context, obj, *args, **kwargs)
 
         def call_binop(self, context, operator, left, right):
             if _size(operator, left, right) > LARGEST_TEXT:
@@ -227,6 +248,7 @@ def _environment() -> "jinja2.Environment":
         extensions=[Generation, ext.loopcontrols],
     )
     environment.filters["tojson"] = _to_json
+    environment.filters["counted"] = jinja2.pass_context(_counted)
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": lambda form: datetime.datetime.now().strftime(form),
@@ -234,6 +256,18 @@ def _environment() -> "jinja2.Environment":
         "namespace": Namespace,
     }
     return environment
+
+
+def _counted(context, items):
+    """Yield the items of a loop, as long as there are not too many of all loops."""
+    for item in items:
+        _count(context)
+        yield item
+
+
+def _count(context) -> None:
+    if next(context.resolve(_STEPS)) > MOST_STEPS:
+        raise OverflowError(f"there are over {MOST_STEPS} items in loops and calls")
 
 
 def _to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

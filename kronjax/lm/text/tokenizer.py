@@ -11,6 +11,7 @@ there is none, from `vocab.json` and `merges.txt`.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -267,7 +268,8 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
 
     Raises:
         ValueError: If its format is not supported, in which case the message names one
-            that is; or a file is a Git LFS pointer, compressed, or an HTML page.
+            that is; or a file is missing, or a Git LFS pointer, a compressed file or
+            an HTML page in place of it.
     """
     names = [*FILES, *(f"{chat.FOLDER}/{x.name}" for x in folder.glob(chat.PATTERN))]
     files = {
@@ -281,6 +283,9 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
             raise ValueError(f"{folder / name}: {other}")
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files):
         return Tokenizer(files)
+    for name, other in itertools.permutations(("vocab.json", "merges.txt")):
+        if name in files:
+            raise ValueError(f"{folder} has {name} without {other}: download {other}")
     if "tokenizer.model" in files:
         raise ValueError(
             f"{folder} has its tokenizer only as tokenizer.model; save it once more as "

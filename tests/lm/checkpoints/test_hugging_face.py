@@ -308,6 +308,18 @@ def test_a_hub_name_without_a_network_names_the_remedy(monkeypatch):
         lm.load("openai-community/gpt2")
 
 
+def test_of_subfolders_on_the_hub_only_chat_templates_are_fetched():
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    wanted = ["config.json", "a.json", "additional_chat_templates/rag.jinja"]
+    others = ["onnx/config.json", "adapter/adapter_model.safetensors", "model.bin"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        wanted + others,
+        allow_patterns=sources.HUB_FILES,
+        ignore_patterns=sources.OTHER_FOLDERS,
+    )
+    assert list(kept) == wanted
+
+
 def test_a_pickle_on_the_hub_is_refused(monkeypatch, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     (tmp_path / "config.json").write_text("{}")

@@ -177,11 +177,26 @@ def test_a_template_reaches_nothing_of_python(tokenizer, source):
             "the text has over 16777216 characters",
         ),
         ("{{ range(10 ** 9) }}", "Range too big"),
+        (
+            "{% for _ in range(99999) %}{% for _ in range(99999) %}{% endfor %}"
+            "{% endfor %}",
+            "over 1000000 items in loops and calls",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
+            "{% endmacro %}{{ f(60) }}",
+            "over 1000000 items in loops and calls",
+        ),
     ],
 )
 def test_sizes_are_bounded(tokenizer, source, words):
     with pytest.raises(ValueError, match=words):
         rendered(tokenizer, source)
+
+
+def test_loops_know_their_length_and_may_be_recursive(tokenizer):
+    text = rendered(tokenizer, chat_templates.LOOPS)
+    assert text == "1/2,1/1-2/2-noneTruebFalse"
 
 
 def test_a_template_that_is_no_text_is_refused(tokenizer):

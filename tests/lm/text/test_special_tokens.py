@@ -1,5 +1,6 @@
 """Special and added tokens: every file that gives them is used, or refused."""
 
+import gzip
 import json
 
 import pytest
@@ -177,12 +178,31 @@ def test_tokenizer_json_comes_first_and_a_difference_is_told(tokenizer):
     assert tokens.tolist() == tokenizer.encode("the the").tolist()
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "this is a Git LFS pointer: run git lfs pull",
+        ),
+        (gzip.compress(b"{}"), "this is compressed by gzip: unpack it with gunzip"),
+        (b"<!DOCTYPE html>\n<html>", "this is an HTML page.*: download the file again"),
+    ],
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "merges.txt", "added_tokens.json"])
-def test_a_git_lfs_pointer_is_no_tokenizer(tmp_path, tokenizer, name):
-    files = {**tokenizer.files, **two_files(tokenizer)}
-    files[name] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    for file, content in files.items():
-        (tmp_path / file).write_bytes(content)
-    words = f"{name}: this is a Git LFS pointer: run git lfs pull"
-    with pytest.raises(ValueError, match=words):
+def test_what_stands_in_for_a_file_is_named(tmp_path, tokenizer, name, content, words):
+    files = {**tokenizer.files, **two_files(tokenizer), name: content}
+    for file, given in files.items():
+        (tmp_path / file).write_bytes(given)
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
         read_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_without_merges_is_refused(tmp_path, tokenizer):
+    files = two_files(tokenizer)
+    for name, other in zip(files, reversed(files), strict=True):
+        path = tmp_path / name
+        path.write_bytes(files[name])
+        with pytest.raises(ValueError, match=f"has {name} without {other}: download"):
+            read_tokenizer(tmp_path)
+        path.unlink()
