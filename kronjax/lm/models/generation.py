@@ -29,8 +29,8 @@ from kronjax.lm.text.special_tokens import GENERATION, end_numbers, read
 from kronjax.lm.text.tokenizer import Tokenizer
 
 STEP = 32
-"""Lengths are rounded up to a multiple of this number, so that few programs are
-compiled; long ones to an eighth to a quarter of themselves."""
+"""Lengths are rounded up to a multiple of this number, and those above eight of it to
+multiples of its double and so on, so that few programs are compiled."""
 
 
 Chat = Sequence[Mapping[str, Any]]
@@ -78,7 +78,9 @@ def generate(model, prompt, **options):
     return texts[0] if single else texts
 
 
-def apply_chat_template(model: LanguageModel, messages: Chat, **options):
+def apply_chat_template(
+    model: LanguageModel, messages: Chat, **options
+) -> np.ndarray | str:
     """Return a conversation in the format of a model.
 
     Args:

@@ -118,11 +118,11 @@ def special(files: Mapping[str, bytes]) -> list[Added]:
                 many = [value]
             else:
                 continue
-            for value in many:
-                text = _text(value)
+            for token in many:
+                text = _text(token)
                 if not text:
-                    raise ValueError(f"{file}: {key} holds {value!r}, not a token")
-                flags = _flags(value, f"{file}: {key}")
+                    raise ValueError(f"{file}: {key} holds {token!r}, not a token")
+                flags = _flags(token, f"{file}: {key}")
                 flags = {"normalized": False, **flags, "special": True}
                 tokens[text] = Added(text, None, f"{file}: {key}", flags)
     return list(tokens.values())
