@@ -37,6 +37,7 @@ def converse(
             reply: nothing of a conversation is dropped.
     """
     from kronjax.lm.models import base, generation
+    from kronjax.lm.models.session import Session
     from kronjax.lm.text import chat
     from kronjax.lm.text.streaming import TextStream
 
@@ -47,7 +48,7 @@ def converse(
     messages: list[dict[str, str]] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
-    given = len(messages)
+    given, session = len(messages), Session()
     for turn in _turns() if prompt is None else [prompt]:
         messages.append({"role": "user", "content": turn})
         tokens = generation.chat_tokens(tokenizer, messages)
@@ -65,6 +66,7 @@ def converse(
             max_new_tokens=min(most, room),
             stop=stop,
             on_token=printer,
+            session=session,
             **options,
         )
         if printer is not None:

@@ -1,7 +1,8 @@
 """Greedy or sampled generation, one token at a time, with a key-value cache.
 
 The prompts of a batch are padded on the left to a common length. Two programs are
-compiled: one for the prompts, one for every later token. A token is drawn from
+compiled: one for the prompts, one for every later token. A conversation has a `Session`
+that keeps its cache. A token is drawn from
 
     softmax(logits / temperature)
 
@@ -10,8 +11,8 @@ that together reach the probability `top_p`. At temperature 0 it is the most lik
 
 References: Holtzman et al. (2020) for top_p.
 
->>> bucket(5), bucket(33), bucket(300)
-(32, 64, 320)
+>>> bucket(5), bucket(33)
+(32, 64)
 """
 
 import functools
@@ -25,12 +26,13 @@ import numpy as np
 from flax import nnx
 
 from kronjax.lm.models.base import LanguageModel, check_vocabulary, tokenizer_of
+from kronjax.lm.models.session import Session
 from kronjax.lm.text.special_tokens import GENERATION, end_numbers, read
 from kronjax.lm.text.tokenizer import Tokenizer
 
 STEP = 32
-"""Lengths are rounded up to a multiple of this number, and those above eight of it to
-multiples of its double and so on, so that few programs are compiled."""
+"""Lengths are rounded up to a multiple of this number, so that few programs are
+compiled."""
 
 
 Chat = Sequence[Mapping[str, Any]]
@@ -111,6 +113,7 @@ def generate_tokens(
     seed: int = 0,
     stop: Sequence[int] = (),
     on_token: Callable[[list[int]], bool | None] | None = None,
+    session: Session | None = None,
 ) -> list[list[int]]:
     """Continue prompts that are given as tokens.
 
@@ -125,6 +128,7 @@ def generate_tokens(
         stop: Tokens that end a row; they are not returned.
         on_token: A function called after every step with the new token of each row. If
             it returns True, generation ends.
+        session: The cache of a conversation, whose turns are read once; for one prompt.
 
     Returns:
         The new tokens of every row.
@@ -134,14 +138,8 @@ def generate_tokens(
             longest prompt and its new tokens exceed the model's context.
     """
     longest = _checked(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    width = min(bucket(longest), model.config.context - max_new_tokens)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = True
     graph, state = nnx.split(model)
-    start, step = _programs(graph, temperature > 0)
+    start, step, append = _programs(graph, temperature > 0)
     k = (
         model.config.vocab_size
         if top_k is None
@@ -149,10 +147,17 @@ def generate_tokens(
     )
     draw = (jnp.float32(temperature or 1.0), jnp.int32(k), jnp.float32(top_p))
     keys = jax.random.split(jax.random.key(seed % 2**32), max_new_tokens)
-    slots = bucket(width + max_new_tokens)
-    new, cache = start(state, tokens, mask, slots, keys[0], draw)
+    if session is None:
+        width = min(bucket(longest), model.config.context - max_new_tokens)
+        slots = width + bucket(max_new_tokens)
+        new, cache = start(state, *_aligned(prompts, width), slots, keys[0], draw)
+    else:
+        (prompt,) = prompts
+        call = functools.partial(append, state, keys[0], draw)
+        new, cache = session.begin(model, prompt, max_new_tokens, call)
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
+    first: list[int] = []  # the tokens of the first row
     for i in range(max_new_tokens):
         if i:
             new, cache = step(state, new, cache, keys[i], draw)
@@ -162,6 +167,7 @@ def generate_tokens(
                 "the model returns NaN: its weights are damaged, or too large for "
                 "their dtype; try float32"
             )
+        first.append(drawn[0])
         for row, token in enumerate(drawn):
             done[row] = done[row] or token in stop
             if not done[row]:
@@ -169,6 +175,8 @@ def generate_tokens(
         stopped = on_token is not None and on_token(drawn)
         if stopped or all(done):
             break
+    if session is not None:
+        session.keep(cache, first[:-1])  # the last one was not read
     return rows
 
 
@@ -226,16 +234,13 @@ def continuation(
 
 
 def bucket(length: int) -> int:
-    """Return `length` rounded up, by less than `STEP` or a quarter."""
-    step = STEP
-    while length > 8 * step:
-        step *= 2
-    return -(-length // step) * step
+    """Return `length` rounded up to a multiple of `STEP`."""
+    return -(-length // STEP) * STEP
 
 
 @functools.lru_cache(maxsize=16)
 def _programs(graph, sampled):
-    """Return the compiled first call and the compiled step of an architecture."""
+    """Return the compiled first call, step and chunk of a prompt of an architecture."""
 
     def draw_from(logits, key, draw):
         logits = logits.astype(jnp.float32)
@@ -252,7 +257,25 @@ def _programs(graph, sampled):
         logits, cache = nnx.merge(graph, state).step(tokens, cache)
         return draw_from(logits, key, draw), cache
 
-    return jax.jit(start, static_argnums=3), jax.jit(step, donate_argnums=2)
+    def append(state, key, draw, tokens, mask, cache):
+        logits, cache = nnx.merge(graph, state).step(tokens, cache, mask=mask)
+        return draw_from(logits, key, draw), cache
+
+    return (
+        jax.jit(start, static_argnums=3),
+        jax.jit(step, donate_argnums=2),
+        jax.jit(append, donate_argnums=5),
+    )
+
+
+def _aligned(prompts, width):
+    """Return prompts padded on the left, `[b, width]`, and their mask."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return tokens, mask
 
 
 def _sample(logits, key, temperature, top_k, top_p):
