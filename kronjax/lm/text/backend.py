@@ -46,6 +46,8 @@ def build(files: Mapping[str, bytes]) -> "tokenizers.Tokenizer":
         backend, tokens = _from_vocabulary(files)
     _add(backend, tokens)
     _add_named(backend, files)
+    if "tokenizer.json" in files:
+        _tell_ends(backend, files)
     split = read(files, CONFIG).get("split_special_tokens", False)
     backend.encode_special_tokens = bool(split)
     return backend
@@ -88,6 +90,21 @@ def _tell_difference(backend, files) -> None:
                 "tokenizer.json is used, in the order of transformers"
             )
             return
+
+
+def _tell_ends(backend, files) -> None:
+    """Tell that `add_bos_token` or `add_eos_token` is not used, if it differs."""
+    settings, names = read(files, CONFIG), special_tokens.named(files)
+    tokens = backend.encode("a").tokens
+    for name, token in (("bos_token", tokens[:1]), ("eos_token", tokens[-1:])):
+        key, text = f"add_{name}", names.get(name)
+        adds = token == [text]
+        if key in settings and text is not None and bool(settings[key]) != adds:
+            notes.tell(
+                f"{CONFIG}: {key} is {json.dumps(settings[key])}, but tokenizer.json "
+                f"{'adds' if adds else 'does not add'} {text!r}: tokenizer.json is "
+                "used, in the order of transformers"
+            )
 
 
 def _parse(content: bytes) -> "tokenizers.Tokenizer":

@@ -178,6 +178,37 @@ def test_tokenizer_json_comes_first_and_a_difference_is_told(tokenizer):
     assert tokens.tolist() == tokenizer.encode("the the").tolist()
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_tokenizer_json_decides_what_is_added_and_a_difference_is_told(tokenizer, adds):
+    values = json.loads(tokenizer.files["tokenizer.json"])
+    end = tokenizer.eos
+    if adds:
+        values["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+            "special_tokens": {
+                "<|endoftext|>": {
+                    "id": "<|endoftext|>",
+                    "ids": [end],
+                    "tokens": ["<|endoftext|>"],
+                }
+            },
+        }
+    files = {"tokenizer.json": json.dumps(values).encode()}
+    named = {"bos_token": "<|endoftext|>"}
+    agreeing = with_files(files, tokenizer_config={**named, "add_bos_token": adds})
+    assert (agreeing.encode("a")[0] == end) == adds  # and no note
+    words = f"add_bos_token is {str(not adds).lower()}, but tokenizer.json {'a' * adds}"
+    with pytest.warns(Note, match=words):
+        settings = {**named, "add_bos_token": not adds}
+        other = with_files(files, tokenizer_config=settings)
+        assert other.encode("a").tolist() == agreeing.encode("a").tolist()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
