@@ -84,8 +84,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer | Non
 
     Args:
         path: The file. If its tokenizer is of a kind that cannot be rebuilt, a
-            `tokenizer.json` in the same folder is used, with the chat template of
-            the file if that folder has none.
+            `tokenizer.json` in the same folder is used. A chat template may come from
+            either.
 
     Returns:
         The values of a `config.json`; the tensors under the names of Hugging Face, with
@@ -297,14 +297,20 @@ def _unpermuted(name: str, tensor: Tensor, heads: int) -> Tensor:
 
 
 def _tokenizer(path: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of a file, completed from its folder."""
     try:
-        return gguf_tokenizer.build(settings)
+        tokenizer = gguf_tokenizer.build(settings)
     except gguf_tokenizer.UnknownTokenizer:
         if not (path.parent / "tokenizer.json").is_file():
             raise
-    tokenizer = read_tokenizer(path.parent)
-    template = gguf_tokenizer.chat_template(settings)
-    if tokenizer is None or chat.templates(tokenizer.files) or template is None:
+        tokenizer = read_tokenizer(path.parent)
+    if tokenizer is None or chat.templates(tokenizer.files):
         return tokenizer
-    config = {**special_tokens.read(tokenizer.files, CONFIG), "chat_template": template}
-    return Tokenizer({**tokenizer.files, CONFIG: json.dumps(config, indent=2).encode()})
+    files, beside = dict(tokenizer.files), path.parent / chat.FILE
+    template = gguf_tokenizer.chat_template(settings)
+    if template is not None:
+        config = {**special_tokens.read(files, CONFIG), "chat_template": template}
+        files[CONFIG] = json.dumps(config, indent=2).encode()
+    elif beside.is_file():
+        files[chat.FILE] = beside.read_bytes()
+    return Tokenizer(files)

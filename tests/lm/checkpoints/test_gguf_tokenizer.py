@@ -213,3 +213,14 @@ def test_a_tokenizer_json_in_the_same_folder_is_used_instead(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("Good morning")
     tokenizer = gguf.read(path)[2]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "Good morning"
+
+
+def test_a_chat_template_in_the_same_folder_is_used_where_the_file_has_none(tmp_path):
+    model = gguf_files.random_model(num_hidden_layers=1)
+    messages = [{"role": "user", "content": "?"}]
+    (tmp_path / "chat_template.jinja").write_text("beside")
+    for template, expected in (({}, "beside"), ("inside", "inside")):
+        given = {"tokenizer.chat_template": template} if template else {}
+        gguf_files.write(tmp_path / "a.gguf", model, settings=given)
+        tokenizer = gguf.read(tmp_path / "a.gguf")[2]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
