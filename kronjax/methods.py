@@ -107,6 +107,16 @@ class Method:
         """
         raise NotImplementedError
 
+    def num_bytes(self, rule: Any, shape: tuple[int, int], width: int) -> int:
+        """Return the bytes of everything that replaces a kernel.
+
+        Args:
+            rule: A rule with this method.
+            shape: `(n_in, n_out)`.
+            width: Bytes of a parameter.
+        """
+        return width * self.num_parameters(rule, shape)
+
     def flops(self, rule: Any, shape: tuple[int, int]) -> int:
         """Return the operations of the kernel for one row of `x`, bias left out."""
         return 2 * self.num_parameters(rule, shape)
@@ -311,6 +321,10 @@ class Interpolative(LowRank):
         """Return `r (n_in + n_out − r)`."""
         (configuration,) = self.configurations(rule, shape)
         return configuration.rank * (sum(shape) - configuration.rank)
+
+    def num_bytes(self, rule: Any, shape: tuple[int, int], width: int) -> int:
+        """Return the bytes of the parameters, and of the order of the outputs."""
+        return super().num_bytes(rule, shape, width) + 4 * shape[1]
 
     def layer(
         self, factors: Mapping[str, Any], dense: Any, dtype: Any, rule: Any

@@ -30,6 +30,7 @@ its `ignore` matches, and no rule to those that the `ignore` of the recipe match
 import dataclasses
 import difflib
 import importlib.resources
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -170,6 +171,18 @@ class Assignment:
     def num_parameters(self) -> int:
         """Number of parameters that replace the kernel."""
         return self.method.num_parameters(self.rule, self.shape)
+
+    def stays_dense(self, width: int) -> str | None:
+        """Return why a layer stays dense, or None if its new parameters are smaller.
+
+        Args:
+            width: Bytes of a parameter.
+        """
+        dense = width * math.prod(self.shape)
+        held = self.method.num_bytes(self.rule, self.shape, width)
+        if held < dense:
+            return None
+        return f"{held:,} bytes would replace {dense:,}"
 
 
 def load(source: str | Path) -> Recipe:

@@ -103,12 +103,13 @@ def plan(
         rules = made.recipe()
     smaller = planning.outline(dense, rules)
     before, after = sizes.count(dense), sizes.count(smaller)
+    kept = {x.name: reason for x, reason in planning.staying_dense(rules, dense)}
     if out is not None:
         atomic.write(out, recipes.dumps(rules).encode())
     if as_json:
-        print(json.dumps(tables.planned(before, after, made), allow_nan=False))
+        print(json.dumps(tables.planned(before, after, made, kept), allow_nan=False))
         return 0
-    _show(tables.plan(before, after, made), tables.totals(before, after))
+    _show(tables.plan(before, after, made, kept), tables.totals(before, after))
     return 0
 
 
@@ -331,8 +332,8 @@ def show_model(record: dict[str, Any], folder: str) -> None:
     from kronjax.lm.compression import html, tables
 
     _show(tables.compressed(record), html.summary(record))
-    failed = [x for x in record["layers"] if x.get("status") == "failed"]
-    for layer in failed:
+    dense = [x for x in record["layers"] if x.get("status") in ("failed", "dense")]
+    for layer in dense:
         print(f"{printable(layer['name'])} {layer['reason']}.")
     print(f"{folder.rstrip('/')}/{html.NAME} shows every layer.")
 

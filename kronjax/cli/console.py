@@ -1,6 +1,30 @@
 """Messages that commands print."""
 
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+
 from kronjax.io.atomic import printable
+from kronjax.io.notes import Note
+
+
+@contextlib.contextmanager
+def notes_in_lines() -> Iterator[None]:
+    """Print every note once, as one line on standard error, while this is open."""
+    with warnings.catch_warnings():
+        show, told = warnings.showwarning, set()
+
+        def tell(message, category, *args, **kwargs):
+            if not issubclass(category, Note):
+                show(message, category, *args, **kwargs)
+            elif str(message) not in told:
+                told.add(str(message))
+                print(f"kronjax: {printable(str(message))}", file=sys.stderr)
+
+        warnings.showwarning = tell
+        warnings.simplefilter("always", Note)
+        yield
 
 
 def one_line(error: Exception) -> str:

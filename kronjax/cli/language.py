@@ -4,7 +4,6 @@ Each command imports its modules when it runs, so that `kronjax --help` loads no
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,8 +85,10 @@ def evaluate(
 def generate(
     model: Model,
     *,
-    prompt: Annotated[str, option("TEXT")],
-    max_new_tokens: Annotated[int, option("N")] = 50,
+    prompt: Annotated[str | None, option("TEXT")] = None,
+    chat: Flag = False,
+    system: Annotated[str | None, option("TEXT")] = None,
+    max_new_tokens: Annotated[int | None, option("N")] = None,
     temperature: Annotated[float, option("T")] = 0.0,
     top_k: Annotated[int | None, option("K")] = None,
     top_p: Annotated[float, option("P")] = 1.0,
@@ -95,12 +96,17 @@ def generate(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> int:
-    """Continue a prompt.
+    """Continue a prompt, or chat.
 
     Args:
         model: A folder, a .gguf file, or owner/name on the hub.
-        prompt: The text to continue.
-        max_new_tokens: Largest number of tokens to add.
+        prompt: The text to continue; with --chat the only turn, in place of those on
+            standard input.
+        chat: Reply to each line of standard input, in the format of the model's chat
+            template; earlier turns stay in context.
+        system: With --chat, the text before the first turn.
+        max_new_tokens: Largest number of tokens to add: 50, or 512 for a reply, by
+            default.
         temperature: 0 always takes the most likely token; 1 samples from the model.
         top_k: Sample from the K most likely tokens only.
         top_p: Sample from the most likely tokens that together reach this probability.
@@ -108,47 +114,60 @@ def generate(
         dtype: Precision of parameters and products.
         as_json: Print one JSON object instead of the text.
     """
+    if not chat and prompt is None:
+        raise ValueError("there is nothing to continue; give --prompt TEXT, or --chat")
+    if not chat and system is not None:
+        raise ValueError("--system is for --chat only; put the text into --prompt")
+
+    from kronjax.cli.chat import converse
     from kronjax.lm.checkpoints import hugging_face
-    from kronjax.lm.models import base, generation
 
     loaded = hugging_face.load(model, dtype=dtype)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
+    options |= {"top_p": top_p, "seed": seed}
+    if chat:
+        fields = {
+            "messages": converse(
+                loaded,
+                prompt=prompt,
+                system=system,
+                max_new_tokens=max_new_tokens,
+                quiet=as_json,
+                options=options,
+            )
+        }
+    else:
+        count = 50 if max_new_tokens is None else max_new_tokens
+        fields = _continue(loaded, str(prompt), count, as_json, options)
+    if as_json:
+        fields = {"model": model, **fields, **options, "dtype": dtype}
+        print(json.dumps(fields, allow_nan=False))
+    return 0
+
+
+def _continue(loaded, prompt: str, count: int, quiet: bool, options) -> dict[str, Any]:
+    """Print the continuation of a prompt, and return it."""
+    from kronjax.cli.chat import Printer
+    from kronjax.lm.models import base, generation
+    from kronjax.lm.text.streaming import TextStream
+
     tokenizer = base.tokenizer_of(loaded)
     tokens = tokenizer.encode(prompt)
-    new: list[int] = []
-    shown = ""
-
-    def show(step: list[int]) -> None:
-        nonlocal shown
-        new.extend(step)
-        kept = [token for token in new if token not in tokenizer.stops]
-        text = generation.continuation(tokenizer, tokens, kept)
-        # A character of several bytes is incomplete until its last token is there.
-        if not as_json and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            # The prompt is printed with the first token, after it has been checked.
-            print(text.removeprefix(shown) if shown else prompt + text, end="")
-            sys.stdout.flush()
-            shown = text
-
-    (tail,) = generation.generate_tokens(
+    stop = generation.stop_tokens(loaded, tokenizer)
+    # The prompt is printed with the first token, after it has been checked.
+    printer = Printer(TextStream(tokenizer, tokens), stop, prompt)
+    (new,) = generation.generate_tokens(
         loaded,
         [tokens],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tokenizer.stops,
-        on_token=show,
+        max_new_tokens=count,
+        stop=stop,
+        on_token=None if quiet else printer,
+        **options,
     )
-    text = generation.continuation(tokenizer, tokens, tail)
-    if as_json:
-        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        fields = {"prompt": prompt, "text": text, "tokens": tail, **options}
-        fields["seed"] = seed
-        print(json.dumps({"model": model, **fields, "dtype": dtype}, allow_nan=False))
-    else:
-        print(text.removeprefix(shown) if shown else prompt + text)
-    return 0
+    if not quiet:
+        printer.end()
+    text = generation.continuation(tokenizer, tokens, new)
+    return {"prompt": prompt, "text": text, "tokens": new}
 
 
 def export(

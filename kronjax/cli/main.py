@@ -24,7 +24,7 @@ from kronjax.cli import (
     report,
     train,
 )
-from kronjax.cli.console import one_line
+from kronjax.cli.console import notes_in_lines, one_line
 from kronjax.cli.options import Json, Seed, option
 from kronjax.io import compilation_cache
 
@@ -50,27 +50,28 @@ def main(args: Sequence[str] | None = None) -> int:
     if args and not {"-h", "--help"} & set(args):
         compilation_cache.cache_if_possible()
     try:
-        return tyro.extras.subcommand_cli_from_dict(
-            {
-                "approximate": approximate.approximate,
-                "factorize": factorize.factorize,
-                "plan": compress.plan,
-                "compress": compress.compress,
-                "report": report.report,
-                "new": new.new,
-                "train": train.train,
-                "evaluate": language.evaluate,
-                "generate": language.generate,
-                "export": language.export,
-                "latency": language.latency,
-                "demo": demo,
-                "doctor": doctor.doctor,
-            },
-            prog="kronjax",
-            description=DESCRIPTION,
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with notes_in_lines():
+            return tyro.extras.subcommand_cli_from_dict(
+                {
+                    "approximate": approximate.approximate,
+                    "factorize": factorize.factorize,
+                    "plan": compress.plan,
+                    "compress": compress.compress,
+                    "report": report.report,
+                    "new": new.new,
+                    "train": train.train,
+                    "evaluate": language.evaluate,
+                    "generate": language.generate,
+                    "export": language.export,
+                    "latency": language.latency,
+                    "demo": demo,
+                    "doctor": doctor.doctor,
+                },
+                prog="kronjax",
+                description=DESCRIPTION,
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except (ValueError, OSError, ImportError) as error:
         print(f"kronjax: error: {one_line(error)}", file=sys.stderr)
         return 2

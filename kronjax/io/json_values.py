@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kronjax.io import stand_ins
+
 
 def jsonable(value: Any) -> Any:
     """Return `value` with only types that JSON can represent.
@@ -36,10 +38,13 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: If the content is not JSON, or not a mapping.
         OSError: If the file cannot be read.
     """
+    content = path.read_bytes()
     try:
-        values = parse_json(path.read_bytes())
+        values = parse_json(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        other = stand_ins.describe(content)
+        reason = f"{path}: {other}" if other else f"{path} is not JSON: {error}"
+        raise ValueError(reason) from error
     if not isinstance(values, Mapping):
         raise ValueError(f"{path} holds a {type(values).__name__}, not a mapping")
     return dict(values)

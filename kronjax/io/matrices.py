@@ -25,7 +25,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from kronjax.io import atomic
+from kronjax.io import atomic, stand_ins
 from kronjax.linalg import dense
 
 FORMAT = "kronjax"
@@ -49,6 +49,12 @@ SAFETENSORS_DTYPES = {
     "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+    "C64": np.complex64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
 
 
@@ -137,6 +143,20 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     names, _ = _safetensors_names(path)
     header, offset = _safetensors_header(path)
     return {name: _map_tensor(path, header, offset, name) for name in names}
+
+
+def load(content: bytes) -> dict[str, np.ndarray]:
+    """Return the tensors of the content of a safetensors file, by name.
+
+    Raises:
+        SafetensorError: If it is truncated, or no such file.
+    """
+    return {
+        name: np.frombuffer(entry["data"], SAFETENSORS_DTYPES[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
+        for name, entry in safetensors.deserialize(content)
+    }
 
 
 def select(text: str | None, size: int, axis: str = "rows") -> slice:
@@ -253,6 +273,9 @@ def _numpy_errors(path: Path) -> Iterator[None]:
                 f"{path} holds Python objects, which are refused: they are never "
                 "unpickled; store plain numbers"
             ) from error
+        other = stand_ins.describe_file(path)
+        if other and "pickle" not in other:  # an archive may have the wrong name
+            raise ValueError(f"{path}: {other}") from error
         if "pickle" in reason:  # the guess of NumPy for any unknown format
             reason = "pickles are never unpickled"
         raise ValueError(
@@ -266,8 +289,10 @@ def _safetensors_names(path: Path) -> tuple[list[str], dict[str, str]]:
         with safetensors.safe_open(path, framework="np") as file:
             return list(file.keys()), file.metadata() or {}
     except safetensors.SafetensorError as error:
+        other = stand_ins.describe_file(path)
         raise ValueError(
-            f"{path}: the file is truncated or not a safetensors file ({error})"
+            f"{path}: "
+            + (other or f"the file is truncated or not a safetensors file ({error})")
         ) from error
 
 

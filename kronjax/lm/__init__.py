@@ -17,7 +17,8 @@ Evaluating:
     perplexity: Compute the perplexity of a model on a text by a named protocol.
     lambada: Measure how well a model predicts the last words of texts.
     measure_latency: Time a model against itself with dense layers.
-    generate: Continue a prompt, or several.
+    generate: Continue a prompt or a conversation, or several.
+    apply_chat_template: Put a conversation into the format of a model.
 
 Each name is imported when it is first used.
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from kronjax.lm.compression.pipeline import compress
     from kronjax.lm.evaluation.latency import measure_latency
     from kronjax.lm.evaluation.perplexity import lambada, perplexity
-    from kronjax.lm.models.generation import generate
+    from kronjax.lm.models.generation import apply_chat_template, generate
     from kronjax.lm.text.documents import read_text
     from kronjax.lm.training.settings import Optimizer, Settings
     from kronjax.lm.training.trainer import train
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Optimizer",
     "Settings",
+    "apply_chat_template",
     "compress",
     "export",
     "generate",
@@ -61,7 +63,7 @@ __getattr__, __dir__ = attach(
         "kronjax.lm.compression.pipeline": ["compress"],
         "kronjax.lm.evaluation.latency": ["measure_latency"],
         "kronjax.lm.evaluation.perplexity": ["lambada", "perplexity"],
-        "kronjax.lm.models.generation": ["generate"],
+        "kronjax.lm.models.generation": ["apply_chat_template", "generate"],
         "kronjax.lm.text.documents": ["read_text"],
         "kronjax.lm.training.settings": ["Optimizer", "Settings"],
         "kronjax.lm.training.trainer": ["train"],

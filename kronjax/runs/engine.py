@@ -24,12 +24,14 @@ several devices), not on what was finished before an interruption.
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kronjax import __version__, methods
@@ -52,6 +54,9 @@ from kronjax.solver.problem import Problem
 COPIES = 40
 """Arrays of the size of a matrix that a joint fit may hold: those of quasi-Newton
 steps."""
+
+_HALF = ("bfloat16", "float16")
+"""Dtypes of matrices that are computed in float32 and stored as they are."""
 
 Tell = Callable[[str, int], None]
 """Called with what is being done, and the number of matrices that are just finished."""
@@ -172,6 +177,7 @@ class Run:
             bound: Proven lower bound of the error, or None.
             relative: Relative weighted Frobenius error, where the solver knows it.
         """
+        terms = [jax.tree.map(lambda x: _as_stored(x, task), part) for part in terms]
         finite = all(np.isfinite(x).all() for part in terms for x in (part.a, part.b))
         if not terms or not finite:
             self.fail(task, "the solver diverged", effort)
@@ -378,6 +384,7 @@ def _fit_by_method(group: Group, work: Run) -> None:
     for task, target in work.targets(group.tasks):
         begun, method = time.perf_counter(), methods.find(task.method)
         factors = method.fit(target.matrix, target.left, target.right, task.rule)
+        factors = {name: _as_stored(x, task) for name, x in factors.items()}
         dense = method.matrix(factors)
         if dense.shape != task.shape or not np.isfinite(dense).all():
             work.fail(task, f"the method {task.method} gave no finite matrix", {})
@@ -408,7 +415,7 @@ def _facts(
     errors = _named(error) | {
         f"relative_{name}": value for name, value in _named(error.over(whole)).items()
     }
-    proven = error
+    proven, ratio = error, error.over(whole)
     if target.weighted != (False, False):
         if relative is None:
             proven = measure(rest, terms, left, right)
@@ -418,8 +425,8 @@ def _facts(
         errors["relative_weighted"] = relative
     gap: float | None = None
     if bound is not None:
-        spectral = float(proven.spectral)
-        gap = max(1 - bound / spectral, 0.0) if spectral > 0 else 0.0
+        is_exact = float(ratio.spectral) <= _rounding(task)
+        gap = 0.0 if is_exact else max(1 - bound / float(proven.spectral), 0.0)
     elif task.is_low_rank:
         gap = 0.0  # Eckart and Young, up to rounding
     return {
@@ -428,6 +435,20 @@ def _facts(
         "errors": errors,
         "bounds": {"local": bound, "gap": gap},
     }
+
+
+def _rounding(task: MatrixTask) -> float:
+    """Return the relative error of factors that represent a matrix exactly."""
+    computed = 4 * math.sqrt(sum(task.shape)) * jnp.finfo(task.precision).eps
+    is_half = task.dtype in _HALF
+    return float(max(computed, jnp.finfo(task.dtype).eps if is_half else 0))
+
+
+def _as_stored(factor: Any, task: MatrixTask) -> Any:
+    """Return a factor in the dtype of its matrix, so that no file grows."""
+    if task.dtype in _HALF and factor.dtype.kind == "f":
+        return np.asarray(factor).astype(jnp.dtype(task.dtype))
+    return factor
 
 
 def _named(norms: ResidualNorms) -> dict[str, float]:

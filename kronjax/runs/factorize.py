@@ -18,6 +18,7 @@ from kronjax.runs import cpu_threads
 # depend on the number of threads.
 cpu_threads.reserve()
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import numpy as np
 from kronjax import recipe as recipes
 from kronjax.io import storage
 from kronjax.io.storage import MemoryFolder
-from kronjax.io.tensors import is_matrix, map_all
+from kronjax.io.tensors import is_float8, is_matrix, map_all
 from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Recipe
 from kronjax.runs import html
@@ -124,7 +125,14 @@ def planned(
     else:
         path = storage.expanded(source)
         name, tensors = str(path), map_all(path)
-    assignments = assigned(rules, tensors)
+    every = assigned(rules, tensors)
+    assignments, dense = [], {}
+    for assignment in every:
+        reason = _would_grow(assignment)
+        if reason is None:
+            assignments.append(assignment)
+        else:
+            dense[assignment.name] = reason
     refuse_unused_starts(assignments, settings)
     plan = planning.make(
         assignments,
@@ -133,8 +141,16 @@ def planned(
         parameters=sum(int(x.size) for x in tensors.values()),
         as_layers=False,
         settings=settings,
+        dense=dense,
     )
     return plan, tensors
+
+
+def _would_grow(assignment: Assignment) -> str | None:
+    """Return why a matrix stays dense, or None if its factors are smaller."""
+    size = math.prod(assignment.shape)
+    held = planning.num_stored(assignment, as_layers=False)
+    return f"{held:,} parameters would replace {size:,}" if held >= size else None
 
 
 def assigned(rules: Recipe, tensors: Mapping[str, np.ndarray]) -> list[Assignment]:
@@ -154,7 +170,7 @@ def assigned(rules: Recipe, tensors: Mapping[str, np.ndarray]) -> list[Assignmen
     shapes = {
         name: (int(tensors[name].shape[0]), int(tensors[name].shape[1]))
         for name in sorted(tensors, key=planning.natural)
-        if is_matrix(tensors[name])
+        if is_matrix(tensors[name]) or is_float8(tensors[name])
     }
     others = [name for name in tensors if name not in shapes]
     matched = recipes.matches(rules, [*shapes, *others])
@@ -166,7 +182,16 @@ def assigned(rules: Recipe, tensors: Mapping[str, np.ndarray]) -> list[Assignmen
                 f"the rule for {pattern(rule)} matches no matrix: {names[0]} is a "
                 f"tensor of shape {tensor.shape} and dtype {tensor.dtype}"
             )
-    return recipes.resolve(rules, shapes)
+    assignments = recipes.resolve(rules, shapes)
+    for assignment in assignments:
+        name, dtype = assignment.name, tensors[assignment.name].dtype
+        if is_float8(tensors[name]):
+            raise ValueError(
+                f"{name} has dtype {dtype}, whose numbers mean nothing without their "
+                "scales: keep it by a rule with `method: keep` before the one for "
+                f"{pattern(assignment.rule)}, or give the model before quantisation"
+            )
+    return assignments
 
 
 def refuse_unused_starts(

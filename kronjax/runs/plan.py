@@ -109,6 +109,7 @@ class RunPlan:
         parameters: Number of parameters of all tensors before.
         lanes: Number of matrices that a device computes at once, by group, as they were
             chosen first: the last bits of the results depend on them.
+        dense: Reasons of the matrices that rules would not make smaller, by name.
     """
 
     source: str
@@ -116,6 +117,7 @@ class RunPlan:
     tasks: tuple[MatrixTask, ...]
     parameters: int
     lanes: Mapping[str, int] = dataclasses.field(default_factory=dict, compare=False)
+    dense: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -199,6 +201,7 @@ def _plan(values: dict[str, Any]) -> RunPlan:
         tasks=tuple(tasks),
         parameters=values["parameters"],
         lanes=dict(values["lanes"]),
+        dense=dict(values["dense"]),
     )
     if plan.hash != values["hash"]:
         raise ValueError("its hash does not fit its content")
@@ -214,6 +217,7 @@ def make(
     parameters: int | None = None,
     settings: SolveSettings | None = None,
     as_layers: bool = True,
+    dense: Mapping[str, str] | None = None,
 ) -> RunPlan:
     """Make the plan of a run; every matrix and weight is read once.
 
@@ -227,6 +231,7 @@ def make(
         settings: Settings of the solves.
         as_layers: Whether the factors become layers, which may hold fewer parameters,
             or are stored as they are.
+        dense: Reasons of the matrices that stay dense, by name.
     """
     weights = weights or {}
     if parameters is None:
@@ -237,11 +242,6 @@ def make(
         name, rule = assignment.name, assignment.rule
         left, right = weights.get(name, (None, None))
         has_weights = left is not None or right is not None
-        stored = assignment.num_parameters
-        if assignment.configurations and not as_layers:
-            stored = sum(
-                x.num_parameters(assignment.shape) for x in assignment.configurations
-            )
         tasks.append(
             MatrixTask(
                 index=index,
@@ -253,7 +253,7 @@ def make(
                 method=assignment.method.name,
                 configurations=assignment.configurations,
                 norm=str(Norm.for_weights(rule.norm, has_weights)),
-                parameters=stored,
+                parameters=num_stored(assignment, as_layers=as_layers),
                 rule=rule,
             )
         )
@@ -262,7 +262,21 @@ def make(
         settings=settings or SolveSettings(),
         tasks=tuple(tasks),
         parameters=parameters,
+        dense=dict(dense or {}),
     )
+
+
+def num_stored(assignment: Assignment, *, as_layers: bool) -> int:
+    """Return the number of parameters that are stored in place of a matrix.
+
+    Args:
+        assignment: The matrix and its rule.
+        as_layers: As for `make`.
+    """
+    if assignment.configurations and not as_layers:
+        shape = assignment.shape
+        return sum(x.num_parameters(shape) for x in assignment.configurations)
+    return assignment.num_parameters
 
 
 def differences(old: RunPlan, new: RunPlan, most: int = 4) -> list[str]:

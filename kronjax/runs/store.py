@@ -164,7 +164,7 @@ class Store:
         """
         name, _ = file_names(task.index)
         try:
-            return safetensors.numpy.load(self.place.read(name) or b"")
+            return matrices.load(self.place.read(name) or b"")
         except safetensors.SafetensorError as error:
             raise ValueError(f"{self.place}/{name} is damaged: {error}") from error
 

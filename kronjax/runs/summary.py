@@ -97,6 +97,11 @@ class Factorization:
         ]
 
     @property
+    def dense(self) -> Mapping[str, str]:
+        """Reasons of the matrices whose factors would not be smaller, by name."""
+        return self.plan.dense
+
+    @property
     def solved(self) -> list[tuple[MatrixTask, Mapping[str, Any]]]:
         """The tasks that have factors, with their records."""
         return [
@@ -119,6 +124,7 @@ class Factorization:
             "before": {"parameters": self.plan.parameters},
             "after": {"parameters": self.parameters},
             "planned": len(self.plan.tasks),
+            "dense": dict(self.plan.dense),
             "matrices": [dict(record) for _, record in sorted(self.records.items())],
         }
 
@@ -171,14 +177,18 @@ def verdict(results: Factorization) -> str:
         )
     if results.failed:
         lines.append(f"{len(results.failed)} failed and stay dense.")
+    if results.dense:
+        lines.append(f"{len(results.dense)} would not shrink and stay dense.")
     return "\n".join(lines)
 
 
 def failures(results: Factorization) -> Table | None:
     """Return a table of the matrices that stay dense, or None if there is none."""
-    if not results.failed:
+    if not results.failed and not results.dense:
         return None
     made = Table("matrix", "stays dense because")
+    for name, reason in results.dense.items():
+        made.add_row(printable(name), reason)
     for task, reason in results.failed:
         made.add_row(printable(task.name), reason)
     return made

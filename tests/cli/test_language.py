@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from kronjax import lm, nn
@@ -128,3 +129,13 @@ def test_an_error_is_one_line(folder, capsys, args, words):
     assert code == 2
     assert err.startswith("kronjax: error: ") and err.count("\n") == 1
     assert words in err
+
+
+def test_a_note_is_one_line_on_standard_error(folder, capsys):
+    path = folder / "dense/model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    tensors = {f"module.{name}": x for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, path)
+    code, out, err = run(capsys, "export", folder / "dense", folder / "out")
+    assert code == 0 and "prefix" not in out
+    assert err == "kronjax: the prefix module. of the names of tensors is removed\n"

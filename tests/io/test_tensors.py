@@ -2,11 +2,13 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from kronjax.io import tensors
+from kronjax.io.notes import Note
 
 
 def write(path, **tensors):
@@ -61,10 +63,52 @@ def test_files_and_folders_without_tensors_are_refused(tmp_path):
         tensors.map_all(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         tensors.map_all(tmp_path / "x")
-    (tmp_path / "x.bin").write_bytes(b"")
+    (tmp_path / "x.txt").write_bytes(b"")
     with pytest.raises(ValueError, match="neither"):
-        tensors.map_all(tmp_path / "x.bin")
+        tensors.map_all(tmp_path / "x.txt")
     index(tmp_path, {"a": "x"})
     index(tmp_path, {"a": "x"}, "b.safetensors.index.json")
     with pytest.raises(ValueError, match="2 indices"):
         tensors.map_all(tmp_path)
+
+
+def test_a_single_file_comes_before_shards(tmp_path):
+    old, new = np.zeros((2, 2)), np.ones((2, 2))
+    shard = "model-00001-of-00001.safetensors"
+    write(tmp_path / shard, a=old)
+    write(tmp_path / "model.safetensors", a=new)
+    for with_index in (False, True):
+        if with_index:
+            index(tmp_path, {"a": shard})
+        with pytest.warns(Note, match="holds model.safetensors and .*is read, in the"):
+            mapped = tensors.map_all(tmp_path)
+        np.testing.assert_array_equal(mapped["a"], new)
+    (tmp_path / shard).unlink()
+    with pytest.warns(Note):
+        np.testing.assert_array_equal(tensors.map_all(tmp_path)["a"], new)
+
+
+def test_shards_without_an_index_are_read_if_all_are_there(tmp_path):
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00002.safetensors"
+        write(tmp_path / name, **{f"x{number}": np.ones((2, 2))})
+    assert sorted(tensors.map_all(tmp_path)) == ["x1", "x2"]
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model-00002-of-00002"):
+        tensors.map_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16]
+)
+def test_tensors_of_few_bits_are_mapped_as_they_are(tmp_path, dtype):
+    x = np.linspace(-2, 2, 12).reshape(3, 4).astype(dtype)
+    code = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bfloat16": "BF16"}
+    entry = {"dtype": code[str(x.dtype)], "shape": [3, 4]}
+    entry["data_offsets"] = [0, x.nbytes]
+    header = json.dumps({"x": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + x.tobytes()
+    (tmp_path / "x.safetensors").write_bytes(content)
+    mapped = tensors.map_all(tmp_path)["x"]
+    assert mapped.dtype == x.dtype
+    np.testing.assert_array_equal(np.float32(mapped), np.float32(x))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -196,3 +197,62 @@ def test_a_method_of_its_own_is_stored_with_its_scalars(tensors, monkeypatch):
     error = np.linalg.norm(tensors["low.0"] - Signs().matrix(factors))
     assert record["errors"]["frobenius"] == pytest.approx(error, rel=1e-5)
     assert record["bounds"]["gap"] is None and record["method"] == "signs"
+
+
+def test_factors_have_the_dtype_of_their_matrix(tensors, tmp_path):
+    """In float32, factors of a bfloat16 matrix may take more bytes than the matrix."""
+    half = {k: x.astype(ml_dtypes.bfloat16) for k, x in tensors.items()}
+    done = kronjax.factorize(half, RULES, tmp_path, progress=False)
+    for name in done.names:
+        factors = done.factors(name)
+        assert {str(x.dtype) for x in factors.values()} == {"bfloat16"}
+        record, matrix = done.record(name), np.float64(half[name])
+        approximation = methods.find("kronecker").matrix(factors)
+        spectral = np.linalg.norm(matrix - approximation, 2)
+        assert record["errors"]["spectral"] == pytest.approx(spectral, rel=1e-6)
+
+
+def test_a_matrix_that_would_not_shrink_stays_dense_and_is_listed(tensors, tmp_path):
+    rules = recipe.loads("""
+rules:
+- {match: "low.*", method: low-rank, rank: 4, weighting: none}
+- {match: "*", method: kronecker, terms: [{a_shape: [2, 3]}], weighting: none}
+""")
+    done = kronjax.factorize(tensors, rules, tmp_path, progress=False)
+    assert done.names == ["sum.2", "sum.10"]
+    assert dict(done.dense) == {
+        f"low.{i}": "60 parameters would replace 54" for i in (0, 1)
+    }
+    assert "2 would not shrink and stay dense" in repr(done)
+    assert done.plain()["dense"] == dict(done.dense)
+    again = kronjax.factorize(tensors, rules, tmp_path, progress=False)
+    assert dict(again.dense) == dict(done.dense)
+    rule = recipe.Rule(match="*", method="low-rank", rank=5, weighting="none")
+    done = kronjax.factorize(tensors, recipe.Recipe(rules=(rule,)), progress=False)
+    assert done.names == [] and len(done.dense) == 4
+    assert done.parameters == sum(x.size for x in tensors.values())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
+def test_matrices_that_are_represented_exactly_have_gap_zero(dtype):
+    rng = np.random.default_rng(0)
+    a, b, u, v = (rng.integers(-3, 4, x) for x in ((2, 3), (6, 6), (12, 1), (1, 18)))
+    exact = {"sum.0": np.kron(a, b).astype(dtype), "low.0": (u @ v).astype(dtype)}
+    done = kronjax.factorize(exact, RULES, progress=False)
+    for name in done.names:
+        record = done.record(name)
+        assert record["errors"]["relative_spectral"] < 0.01
+        assert record["bounds"]["gap"] == 0
+
+
+def test_tensors_of_eight_bits_are_kept_and_never_compressed(tensors):
+    content = {**tensors, "low.8": tensors["low.0"].astype(ml_dtypes.float8_e4m3fn)}
+    with pytest.raises(ValueError, match="low.8 has dtype float8_e4m3fn.*method: keep"):
+        kronjax.factorize(content, RULES, progress=False)
+    keep = recipe.Rule(match="low.8", method="keep")
+    rules = RULES.model_copy(update={"rules": (keep, *RULES.rules)})
+    done = kronjax.factorize(content, rules, progress=False)
+    assert done.names == ["low.0", "low.1", "sum.2", "sum.10"]
+    rule = recipe.Rule(match="sum.2", method="low-rank", rank=1, weighting="none")
+    done = kronjax.factorize(content, recipe.Recipe(rules=(rule,)), progress=False)
+    assert done.names == ["sum.2"]

@@ -21,12 +21,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from kronjax.io import matrices, tensors
-from kronjax.lm.text import tokenizer
+from kronjax.io import matrices, notes, stand_ins, tensors
+from kronjax.lm.text import chat, tokenizer
 
 WEIGHTS = "model.safetensors"
 """Name of the file in which `save` and `export` store the tensors."""
@@ -37,15 +37,8 @@ INDEX = "model.safetensors.index.json"
 MSGPACK = "flax_model.msgpack"
 """Name of the file of older Flax models; OPT-125M has only this one and a pickle."""
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-"""Suffixes of files that are, or may be, pickles."""
-
-REFUSAL = (
-    "{where} holds its weights only as a pickle ({file}), which could run any code and "
-    "is never opened; convert it where you trust it: "
-    "transformers.AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-)
-"""Message for a model whose weights are stored only as a pickle."""
+ADAPTER = "adapter_model.safetensors"
+"""Name of the file of a LoRA adapter, which is no model."""
 
 SAVED = ".saved"
 """Name of the folder of a complete model whose files are not moved yet."""
@@ -64,6 +57,9 @@ T = TypeVar("T")
 def open_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Return the tensors of a checkpoint by their names in its files.
 
+    If a folder has several checkpoints, the first that is complete is read, in the
+    order of transformers: `model.safetensors`, shards, and then `flax_model.msgpack`.
+
     Args:
         folder: A folder with `model.safetensors`, with its shards and their index, or
             with `flax_model.msgpack`.
@@ -73,19 +69,63 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
         are transposed into the orientation of safetensors files.
 
     Raises:
-        ValueError: If the folder has only a pickle, a file is truncated, or the index
-            names a file outside the folder or a missing tensor.
-        OSError: If the folder has no weights.
+        ValueError: If the folder has only a pickle or an adapter, a file is truncated
+            or a Git LFS pointer, or the index names a file outside the folder or a
+            missing tensor.
+        OSError: If the folder has no weights, or lacks a shard.
     """
-    if (folder / INDEX).is_file():
-        return tensors.open_indexed(folder / INDEX)
-    if (folder / WEIGHTS).is_file():
-        return matrices.map_tensors(folder / WEIGHTS)
-    if (folder / MSGPACK).is_file():
-        return _open_msgpack(folder / MSGPACK)
-    pickles = sorted(x.name for x in folder.iterdir() if x.suffix in PICKLES)
+    openers = {
+        WEIGHTS: matrices.map_tensors,
+        INDEX: tensors.open_indexed,
+        MSGPACK: _open_msgpack,
+    }
+    held = [name for name in openers if (folder / name).is_file()]
+    if not held:
+        shards = tensors.map_shards(folder)
+        if shards is None:
+            _refuse_without_weights(folder)
+        return shards
+    lacks = {name: _what_is_missing(folder, name) for name in held}
+    complete = [name for name in held if lacks[name] is None]
+    chosen = (complete or held)[0]
+    if len(held) > 1:
+        why = "in the order of transformers"
+        if chosen != held[0]:
+            why = f"for {lacks[held[0]]}"
+        names = " and ".join([", ".join(held[:-1]), held[-1]])
+        notes.tell(f"{folder} holds {names}: {chosen} is read, {why}")
+    return openers[chosen](folder / chosen)
+
+
+def _what_is_missing(folder: Path, name: str) -> str | None:
+    """Return what a checkpoint lacks, or None if all of its files are there."""
+    files = [name]
+    if name == INDEX:
+        files = [*files, *tensors.shards_of(folder / INDEX)]
+    for file in files:
+        if not (folder / file).is_file():
+            return f"{file} is missing"
+        if stand_ins.is_lfs_pointer(folder / file):
+            return f"{file} is a Git LFS pointer"
+    return None
+
+
+def _refuse_without_weights(folder: Path) -> NoReturn:
+    """Raise the error for a folder without weights, which says what it holds."""
+    names = sorted(path.name for path in folder.iterdir())
+    if ADAPTER in names:
+        raise ValueError(
+            f"{folder} holds only an adapter ({ADAPTER}): merge it into its base model "
+            "with merge_and_unload of peft, and save the result"
+        )
+    pickles = [name for name in names if Path(name).suffix in stand_ins.PICKLES]
     if pickles:
-        raise ValueError(REFUSAL.format(where=folder, file=pickles[0]))
+        raise ValueError(stand_ins.PICKLE.format(where=folder, file=pickles[0]))
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        raise FileNotFoundError(
+            f"{folder} holds no weights but {ggufs[0]}: give the path of that file"
+        )
     raise FileNotFoundError(
         f"{folder} holds no weights: no {WEIGHTS}, no {INDEX}, no {MSGPACK}"
     )
@@ -135,8 +175,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         _sweep(folder)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
         yield staging
-        for path in staging.iterdir():
-            with open(path, "rb") as file:
+        for name in _files(staging):
+            with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
         _commit(staging, folder)
         settle(folder)
@@ -160,24 +200,32 @@ def settle(folder: Path) -> None:
     saved = folder / SAVED
     if not saved.is_dir():
         return
-    new = {path.name for path in saved.iterdir()}
+    new = set(_files(saved))
     # config.json moves first: once it is moved, all files of the old model are removed,
     # and files with their names are new.
     if "config.json" in new:
-        for path in folder.iterdir():
-            if path.name not in new and _replaced(path.name, new):
-                path.unlink(missing_ok=True)
+        for name in _files(folder):
+            if name not in new and _replaced(name, new):
+                (folder / name).unlink(missing_ok=True)
     for name in sorted(new, key=lambda name: name != "config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             os.replace(saved / name, folder / name)
-    with contextlib.suppress(OSError):
-        saved.rmdir()
+    for path in (saved / chat.FOLDER, saved):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of files in a folder and in that of its chat templates."""
+    paths = [*folder.iterdir(), *folder.glob(chat.PATTERN)]
+    return [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
 
 
 def _replaced(name: str, new: set[str]) -> bool:
     """Return whether a file belongs to the old model and the files `new` replace it."""
-    if name in tokenizer.FILES:
-        return not new.isdisjoint(tokenizer.FILES)
+    if tokenizer.belongs(name):
+        return any(map(tokenizer.belongs, new))
     ours = (WEIGHTS, INDEX, MSGPACK, "recipe.yaml")
     return name in ours or bool(re.fullmatch(_SHARD, name))
 
@@ -216,8 +264,10 @@ def _open_msgpack(path: Path) -> dict[str, np.ndarray]:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # msgpack raises a dozen classes of its own
+        other = stand_ins.describe_file(path)
         raise ValueError(
-            f"{path}: the file is truncated or not a msgpack file ({error})"
+            f"{path}: "
+            + (other or f"the file is truncated or not a msgpack file ({error})")
         ) from error
     names = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
     tensors = {}

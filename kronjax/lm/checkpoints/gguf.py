@@ -14,6 +14,7 @@ References: the specification of the format, ggml-org/ggml, docs/gguf.md.
 array([0., 2., 1., 3.])
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ import numpy as np
 from kronjax.lm.checkpoints import gguf_tokenizer
 from kronjax.lm.checkpoints.gguf_header import Header, Tensor, read_header
 from kronjax.lm.models import llama
+from kronjax.lm.text import chat, special_tokens
+from kronjax.lm.text.special_tokens import CONFIG
 from kronjax.lm.text.tokenizer import Tokenizer, read_tokenizer
 
 ARCHITECTURES = ("llama",)
@@ -45,6 +48,22 @@ NAMES = {
 }
 """Names in Hugging Face by those in llama.cpp; in blocks, without the block number."""
 
+_COMPUTED = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+}
+"""Settings about attention and positions that are read; others are refused."""
+
 FACTORS = "rope_freqs.weight"
 """Name of the tensor by which the frequencies of Llama 3 are divided."""
 
@@ -65,7 +84,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer | Non
 
     Args:
         path: The file. If its tokenizer is of a kind that cannot be rebuilt, a
-            `tokenizer.json` in the same folder is used.
+            `tokenizer.json` in the same folder is used. A chat template may come from
+            either.
 
     Returns:
         The values of a `config.json`; the tensors under the names of Hugging Face, with
@@ -122,11 +142,22 @@ def _check_kind(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"it is one of {parts} parts; join them with llama-gguf-split --merge"
         )
+    for key, value in settings.items():
+        family, _, name = key.partition(".")
+        if family in ARCHITECTURES and name not in _COMPUTED and _matters(name, value):
+            raise ValueError(f"{key} {value!r} is not supported")
     experts = settings.get("llama.expert_count", 0)
     if experts:
         raise ValueError(
             f"it is a mixture of {experts} experts, which is not supported"
         )
+
+
+def _matters(name: str, value: Any) -> bool:
+    """Return whether a setting changes attention, positions or scales."""
+    known = re.search(r"attention|rope|scale|softcap", name)
+    neutral = [x in (0, 1) for x in np.ravel(np.asarray(value, object)).tolist()]
+    return known is not None and not all(neutral)
 
 
 def _config(header: Header) -> dict[str, Any]:
@@ -196,12 +227,13 @@ def _number(settings, key, default=None) -> float:
 def _scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return `rope_scaling`, or None if the frequencies are not scaled."""
     settings = header.settings
-    kind = settings.get("llama.rope.scaling.type", "none")
+    kind = settings.get("llama.rope.scaling.type", "linear")  # as in llama.cpp
     if kind not in ("none", "linear"):
         raise ValueError(f"llama.rope.scaling.type {kind!r} is not supported")
     linear = None
-    if kind == "linear" and _number(settings, "rope.scaling.factor") != 1:
-        factor = _number(settings, "rope.scaling.factor")
+    older = settings.get("llama.rope.scale_linear", 1.0)
+    factor = _number(settings, "rope.scaling.factor", older)
+    if kind == "linear" and factor != 1:
         linear = {"rope_type": "linear", "factor": factor}
     if FACTORS not in header.tensors:
         return linear
@@ -265,9 +297,20 @@ def _unpermuted(name: str, tensor: Tensor, heads: int) -> Tensor:
 
 
 def _tokenizer(path: Path, settings: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of a file, completed from its folder."""
     try:
-        return gguf_tokenizer.build(settings)
+        tokenizer = gguf_tokenizer.build(settings)
     except gguf_tokenizer.UnknownTokenizer:
-        if (path.parent / "tokenizer.json").is_file():
-            return read_tokenizer(path.parent)
-        raise
+        if not (path.parent / "tokenizer.json").is_file():
+            raise
+        tokenizer = read_tokenizer(path.parent)
+    if tokenizer is None or chat.templates(tokenizer.files):
+        return tokenizer
+    files, beside = dict(tokenizer.files), path.parent / chat.FILE
+    template = gguf_tokenizer.chat_template(settings)
+    if template is not None:
+        config = {**special_tokens.read(files, CONFIG), "chat_template": template}
+        files[CONFIG] = json.dumps(config, indent=2).encode()
+    elif beside.is_file():
+        files[chat.FILE] = beside.read_bytes()
+    return Tokenizer(files)

@@ -97,14 +97,38 @@ def build(settings: Mapping[str, Any]) -> Tokenizer | None:
         **around,
         "clean_up_tokenization_spaces": False,
     }
-    template = settings.get("tokenizer.chat_template")
-    if isinstance(template, str):
+    template = chat_template(settings)
+    if template is not None:
         config["chat_template"] = template
     files = {
         "tokenizer.json": backend.to_str().encode(),
         "tokenizer_config.json": json.dumps(config, indent=2).encode(),
     }
+    ends = [_number(settings, name, tokens) for name in ("eos", "eot", "eom")]
+    stops = sorted({number for number in ends if number is not None})
+    if ends[1:] != [None, None]:
+        values = {"eos_token_id": stops}
+        files["generation_config.json"] = json.dumps(values, indent=2).encode()
     return Tokenizer(files)
+
+
+def chat_template(settings: Mapping[str, Any]) -> str | list[dict[str, str]] | None:
+    """Return the chat templates of a GGUF file, as `tokenizer_config.json` holds them.
+
+    Raises:
+        ValueError: If a template is no text.
+    """
+    key = "tokenizer.chat_template"
+    names = settings.get("tokenizer.chat_templates", [])
+    keys = {"default": key} if key in settings else {}
+    keys |= {name: f"{key}.{name}" for name in names}
+    for key in keys.values():
+        if not isinstance(settings.get(key), str):
+            raise ValueError(f"{key} is {settings.get(key)!r:.40}, not a text")
+    if list(keys) == ["default"]:
+        return settings[key]
+    named = [{"name": name, "template": settings[keys[name]]} for name in keys]
+    return named or None
 
 
 def _byte_level(settings, vocabulary, kinds, special) -> "tokenizers.Tokenizer":
@@ -225,14 +249,22 @@ def _specials(settings, tokens) -> dict[str, str]:
     """Return the special tokens, under the names of Hugging Face."""
     special = {}
     for name in ("bos", "eos", "unknown", "padding"):
-        i = settings.get(f"tokenizer.ggml.{name}_token_id")
-        if i is None:
-            continue
-        if not isinstance(i, int) or not 0 <= i < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name}_token_id is {i!r}, not a token")
-        short = {"unknown": "unk", "padding": "pad"}.get(name, name)
-        special[f"{short}_token"] = tokens[i]
+        number = _number(settings, name, tokens)
+        if number is not None:
+            short = {"unknown": "unk", "padding": "pad"}.get(name, name)
+            special[f"{short}_token"] = tokens[number]
     return special
+
+
+def _number(settings, name, tokens) -> int | None:
+    """Return the number of a special token, or None if the file does not give it."""
+    key = f"tokenizer.ggml.{name}_token_id"
+    number = settings.get(key)
+    if number is None:
+        return None
+    if not isinstance(number, int) or not 0 <= number < len(tokens):
+        raise ValueError(f"{key} is {number!r}, not a token")
+    return number
 
 
 def _strings(settings, name) -> list[str]:

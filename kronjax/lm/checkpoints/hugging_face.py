@@ -10,6 +10,7 @@ that no other program takes it for a dense model. `kronjax.lm.checkpoints.tensor
 describes the names and the orientation of the tensors.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from flax import nnx
 from kronjax import nn
 from kronjax.io import storage
 from kronjax.io.json_values import read_json
-from kronjax.lm.checkpoints import sources
+from kronjax.lm.checkpoints import dtypes, sources
 from kronjax.lm.checkpoints.folder import (
     WEIGHTS,
     canonical,
@@ -39,9 +40,10 @@ from kronjax.lm.checkpoints.tensor_names import (
     is_transposed,
     short_name,
     tensor_name,
+    unwrapped,
     without_extras,
 )
-from kronjax.lm.models.base import LanguageModel, parameter_dtype
+from kronjax.lm.models.base import LanguageModel
 from kronjax.lm.models.registry import PORTS, Port, port_of
 from kronjax.lm.text.tokenizer import Tokenizer, read_tokenizer
 
@@ -53,6 +55,8 @@ FORMAT = 1
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 """The dtypes in which parameters may be stored and computed, by name."""
+
+_FLOATS = [np.dtype(known) for known in DTYPES.values()]
 
 
 def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
@@ -95,11 +99,11 @@ def load(source: str | Path, *, dtype: str | None = None) -> LanguageModel:
 
 
 def outline(source: str | Path) -> LanguageModel:
-    """Return a dense model with abstract arrays, from its `config.json` alone.
+    """Return a dense model with abstract arrays; its `config.json` is enough.
 
     Args:
-        source: A folder, whose weights are not read, a `config.json`, or any other
-            source that `load` accepts.
+        source: A folder, whose weights are not read but for their dtypes, a
+            `config.json`, or any other source that `load` accepts.
 
     Raises:
         ValueError: If the architecture is unknown, or layers are compressed already.
@@ -115,9 +119,32 @@ def outline(source: str | Path) -> LanguageModel:
         return nnx.merge(graph, jax.eval_shape(lambda: state))
     if values.get("model_type") == MODEL_TYPE:
         raise ValueError(f"{path} is compressed already; give the dense model")
+    tensors = None
+    if path.is_dir():
+        with contextlib.suppress(ValueError, OSError):  # config.json is enough
+            tensors = open_tensors(path)
+    if tensors is not None:
+        try:
+            port, graph, flat, stored = _described(values, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return nnx.merge(
+            graph, nnx.from_flat_state([_stored_as(x, stored) for x in flat])
+        )
     port = port_of(values)
     config = port.Config.from_hugging_face(values)
-    return nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
+    dtype = values.get("dtype") or values.get("torch_dtype")
+    return cast(model, dtype) if dtype in DTYPES else model
+
+
+def _stored_as(item, stored):
+    """Return the path and the abstract variable of a parameter, in its stored dtype."""
+    path, variable = item
+    value, dtype = variable.get_value(), stored[short_name(_dotted(path))].dtype
+    if dtype not in _FLOATS:
+        return path, variable
+    return path, variable.replace(jax.ShapeDtypeStruct(value.shape, dtype))
 
 
 def opened(folder: Path) -> tuple[LanguageModel, dict[str, np.ndarray]]:
@@ -178,6 +205,8 @@ def save(model: LanguageModel, folder: str | Path) -> None:
 def export(model: LanguageModel, folder: str | Path) -> None:
     """Write a model with every layer multiplied out, for any program to open.
 
+    Every parameter keeps its dtype, so an export is as large as the dense model.
+
     Args:
         model: The model, which is not changed.
         folder: The folder to write. Its checkpoint is replaced completely or not at
@@ -188,8 +217,6 @@ def export(model: LanguageModel, folder: str | Path) -> None:
     """
     dense = nn.multiplied_out(model)
     dense.recipe = None
-    # Other programs expect all parameters to have the same dtype.
-    dense = cast(dense, str(parameter_dtype(dense)))
     _write(dense, _hugging_face_config(dense), _tensors(dense), folder)
 
 
@@ -197,7 +224,7 @@ def cast(model: LanguageModel, dtype: str) -> LanguageModel:
     """Return a model with its parameters in one dtype.
 
     Args:
-        model: The model, which is not changed.
+        model: The model, which is not changed; arrays may be abstract.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
 
     Raises:
@@ -205,7 +232,8 @@ def cast(model: LanguageModel, dtype: str) -> LanguageModel:
     """
     chosen = _dtype(dtype)
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(chosen), parameters), rest)
+    parameters = jax.tree.map(lambda x: dtypes.cast(x, chosen), parameters)
+    return nnx.merge(graph, parameters, rest)
 
 
 def _assemble(
@@ -241,7 +269,8 @@ def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
     for name, description in layers.items():
         nn.replace(model, name, nn.from_description(description))
     graph, state = nnx.split(model)
-    stored = without_extras(port, config, canonical(tensors, port.PREFIXES))
+    stored = canonical(unwrapped(tensors), port.PREFIXES)
+    stored = without_extras(port, config, stored)
     flat = list(nnx.to_flat_state(state))
     check_names({short_name(_dotted(path)) for path, _ in flat}, set(stored))
     return port, graph, flat, stored
@@ -265,7 +294,7 @@ def _fit(
         if not np.array_equal(np.sort(order), np.arange(order.size)):
             raise ValueError(f"tensor {name} is not a permutation")
         return jnp.asarray(order, jnp.int32)
-    if array.dtype not in [np.dtype(known) for known in DTYPES.values()]:
+    if array.dtype not in _FLOATS:
         if array.dtype != np.float64:
             raise ValueError(
                 f"tensor {name} has dtype {array.dtype}; parameters are floats"
@@ -305,8 +334,8 @@ def _tensors(model: LanguageModel) -> dict[str, np.ndarray]:
 def _hugging_face_config(model: LanguageModel) -> dict[str, Any]:
     config = model.config.to_hugging_face()
     port = PORTS[model.config.model_type]
-    dtype = str(parameter_dtype(model))
     config.pop("torch_dtype", None)  # the older name
+    dtype = str(dtypes.main_dtype(model))
     return {"architectures": [port.ARCHITECTURE], **config, "dtype": dtype}
 
 
@@ -319,16 +348,16 @@ def _write(
     folder = storage.expanded(folder)
     tokenizer: Tokenizer | None = model.tokenizer
     with replacing(folder) as new:
-        # transformers opens no file whose metadata lacks the format "pt".
         path = new / WEIGHTS
         try:
-            safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+            safetensors.numpy.save_file(tensors, path, dtypes.METADATA)
         except safetensors.SafetensorError as error:  # such as a full disk
             raise OSError(str(error)) from error
         text = json.dumps(config, indent=2, allow_nan=False)
         (new / "config.json").write_text(text + "\n", encoding="utf-8")
         shutil.copymode(new / "config.json", path)  # safetensors makes it private
         for name, content in (tokenizer.files if tokenizer else {}).items():
+            (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(content)
         if model.recipe is not None:
             (new / "recipe.yaml").write_text(model.recipe, encoding="utf-8")

@@ -9,12 +9,21 @@ True
 
 import re
 from pathlib import Path
+from typing import NoReturn
 
+from kronjax.io import stand_ins
 from kronjax.io.storage import expanded
-from kronjax.lm.checkpoints.folder import MSGPACK, PICKLES, REFUSAL
+from kronjax.lm.checkpoints.folder import MSGPACK
+from kronjax.lm.text import chat
 
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
 """Patterns of the files that are fetched from the hub; none matches a pickle."""
+
+OTHER_FOLDERS = [
+    f"{chat.FOLDER[:i]}[!{chat.FOLDER[i]}]*/*" for i in range(len(chat.FOLDER))
+]
+"""Patterns of files that are not fetched: those in subfolders, which hold other formats
+and are not needed, but for chat templates."""
 
 
 def find(source: str | Path) -> Path:
@@ -30,7 +39,7 @@ def find(source: str | Path) -> Path:
         raise ValueError("the name of the model is empty")
     if path.exists():
         if path.is_file() and path.suffix != ".gguf":
-            raise ValueError(f"{path} is neither a folder nor a .gguf file")
+            _refuse_file(path)
         return path
     name = str(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
@@ -46,10 +55,9 @@ def _fetch(name: str) -> Path:
     import huggingface_hub
 
     def fetch(patterns):
-        # Subfolders hold other formats, which are not needed.
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=patterns, ignore_patterns=["*/*"]
+                name, allow_patterns=patterns, ignore_patterns=OTHER_FOLDERS
             )
         )
 
@@ -68,6 +76,18 @@ def _fetch(name: str) -> Path:
             "holds its config.json and *.safetensors"
         ) from error
     for file in remote:
-        if Path(file).suffix in PICKLES:
-            raise ValueError(REFUSAL.format(where=name, file=file))
+        if Path(file).suffix in stand_ins.PICKLES:
+            raise ValueError(stand_ins.PICKLE.format(where=name, file=file))
     return folder
+
+
+def _refuse_file(path: Path) -> NoReturn:
+    """Raise the error for a file that is no model by itself."""
+    if path.suffix in stand_ins.PICKLES:
+        raise ValueError(stand_ins.PICKLE.format(where=path, file=path.name))
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} holds weights without their config.json: give the folder that "
+            "holds both"
+        )
+    raise ValueError(f"{path} is neither a folder nor a .gguf file")

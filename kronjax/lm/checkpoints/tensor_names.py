@@ -12,12 +12,27 @@ array is transposed where the port says so. The head has no prefix.
 """
 
 import re
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
+import ml_dtypes
 import numpy as np
 
+from kronjax.io import notes
 from kronjax.lm.models.base import BaseConfig
 from kronjax.lm.models.registry import Port
+
+WRAPPERS = (
+    "_orig_mod.",
+    "module.",
+    "base_model.model.",
+    "_forward_module.",
+    "_fsdp_wrapped_module.",
+)
+"""Prefixes by which wrappers of PyTorch mark all tensors of a model: `torch.compile`,
+`DataParallel`, peft, Lightning and FSDP."""
+
+_INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 T = TypeVar("T")
 
@@ -51,10 +66,52 @@ def is_transposed(port: Port, path: str, ndim: int = 2) -> bool:
     return is_kernel and re.fullmatch(port.TRANSPOSED, layer) is not None
 
 
+def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return tensors without the prefixes of wrappers around the model, which are told.
+
+    A prefix is removed if all names have it, however they are nested; the marks of
+    wrappers around single blocks are removed wherever they are.
+
+    Args:
+        tensors: Tensors by their names in a file.
+
+    Raises:
+        ValueError: If two names become equal, or the tensors are those of an adapter.
+    """
+    for name in tensors:
+        if re.search(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\.", name):
+            raise ValueError(
+                f"tensor {name} belongs to an adapter that is not merged: merge it "
+                "with merge_and_unload of peft, and save the result"
+            )
+    names, removed = list(tensors), []
+    while names:
+        prefix = next((x for x in WRAPPERS if _all_begin(names, x)), None)
+        if prefix is None:
+            break
+        names = [name.removeprefix(prefix) for name in names]
+        removed.append(prefix)
+    plain = [_INNER.sub("", name) for name in names]
+    removed += sorted({x[0] for name in names for x in _INNER.finditer(name)})
+    if not removed:
+        return dict(tensors)
+    twice = next((name for name in plain if plain.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"the tensor {twice} is stored twice, with a prefix and without"
+        )
+    notes.tell(f"the prefix {''.join(removed)} of the names of tensors is removed")
+    return dict(zip(plain, tensors.values(), strict=True))
+
+
+def _all_begin(names, prefix):
+    return all(name.startswith(prefix) for name in names)
+
+
 def without_extras(
     port: Port, config: BaseConfig, stored: dict[str, T]
 ) -> dict[str, T]:
-    """Remove buffers, and a head that repeats the embedding.
+    """Remove buffers, and store a tied head once, as the embedding.
 
     Args:
         port: The module of the architecture.
@@ -65,16 +122,37 @@ def without_extras(
         ValueError: If a head that should equal the embedding differs from it.
     """
     kept = {k: v for k, v in stored.items() if not re.fullmatch(port.BUFFERS, k)}
-    name = f"{port.Model.HEAD}.weight"
-    if config.tie_word_embeddings and name in kept:
-        head = kept.pop(name)
-        embedding = kept.get(f"{port.Model.EMBEDDING}.weight", head)
-        if not np.array_equal(np.asarray(head), np.asarray(embedding)):
+    head, embedding = (
+        f"{name}.weight" for name in (port.Model.HEAD, port.Model.EMBEDDING)
+    )
+    if config.tie_word_embeddings and head in kept:
+        copy = kept.pop(head)
+        if embedding not in kept:
+            kept[embedding] = copy
+        elif not are_copies(copy, kept[embedding]):
             raise ValueError(
-                f"config.json says that the head is the embedding, yet {name} differs "
+                f"config.json says that the head is the embedding, yet {head} differs "
                 "from it; set tie_word_embeddings to false"
             )
     return kept
+
+
+def are_copies(x: Any, y: Any) -> bool:
+    """Return whether arrays are equal in the less precise of their dtypes.
+
+    NaN equals NaN: a damaged tensor equals its copy.
+
+    >>> are_copies(np.float32([0.1, np.nan]), np.array([0.1, np.nan], np.float16))
+    True
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if x.dtype != y.dtype:
+        dtype = min((x.dtype, y.dtype), key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
+        with np.errstate(over="ignore"):
+            x, y = x.astype(dtype), y.astype(dtype)
+    # The comparison of NumPy does not know NaN of bfloat16.
+    same = (x == y) | ((x != x) & (y != y)) if x.shape == y.shape else False
+    return bool(np.all(same))
 
 
 def check_names(expected: set[str], stored: set[str]) -> None:

@@ -89,7 +89,7 @@ class Fits:
         moments: Moments | None,
     ) -> list[Layer]:
         """Fit layers in one run; the model gets the results."""
-        return _ordered(model, self._fit(model, assignments, moments, FITS))
+        return in_order(model, self._fit(model, assignments, moments, FITS))
 
     def in_sequence(
         self,
@@ -114,7 +114,7 @@ class Fits:
             done.extend(self._fit(model, block, moments, f"{FITS}-{number + 1}"))
 
         in_turn.fit(model, moments, tokens, fit_block)
-        return _ordered(model, done)
+        return in_order(model, done)
 
     def _fit(self, model, assignments, moments, name) -> list[Layer]:
         """Fit layers in one run, and put the results into the model."""
@@ -151,21 +151,12 @@ class Fits:
     def _failed(self, assignment: Assignment, record: Mapping[str, Any]) -> Layer:
         """Return the layer of a fit that failed, which stays dense."""
         choice = self.choices.get(assignment.name)
-        size = int(np.prod(assignment.shape))
-        return Layer(
-            name=assignment.name,
-            rule=assignment.rule,
-            configurations=(),
-            parameters=size,
-            dense_parameters=size,
-            relative=None,
-            damage=None,
+        return Layer.left_dense(
+            assignment,
+            "failed",
+            f"stays dense: {record['reason']}",
             predicted=choice.damage if choice else None,
-            low_rank=None,
-            gap=None,
-            status="failed",
             seconds=record.get("seconds", 0.0),
-            reason=f"stays dense: {record['reason']}",
         )
 
     def _replace(
@@ -251,6 +242,7 @@ def _put(model: LanguageModel, name: str, rule: Rule, factors) -> None:
     nn.replace(model, name, method.layer(factors, layers[name], dtype, rule))
 
 
-def _ordered(model: LanguageModel, layers: list[Layer]) -> list[Layer]:
+def in_order(model: LanguageModel, layers: list[Layer]) -> list[Layer]:
+    """Return layers in the order of the model."""
     order = [*nn.tables(model), *nn.linear_layers(model)]
     return sorted(layers, key=lambda layer: order.index(layer.name))

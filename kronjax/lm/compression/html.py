@@ -42,7 +42,7 @@ def page(record: dict[str, Any]) -> str:
             "every x. A click on the name of a column sorts.",
             is_quiet=True,
         ),
-        pages.table(_HEADS, _layers(record), left=(0, 1, 9), sorts=True),
+        pages.table(_HEADS, _layers(record), left=(0, 1, 10), sorts=True),
         *_figures(record),
     ]
     if record.get("analysis"):
@@ -140,6 +140,7 @@ _HEADS = (
     "layer",
     "kind",
     "shape",
+    "bytes",
     "of dense",
     "weighted",
     "low rank",
@@ -168,6 +169,7 @@ def _layers(record) -> Iterable[Sequence[str]]:
             layer["name"],
             layer["kind"],
             "×".join(map(str, layer["shape"])),
+            f"{layer['bytes']:,}",
             _percent(layer["fraction"]),
             *(_short(layer.get(key)) for key in numbers),
             _short(layer.get("spectral")),

@@ -13,16 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from kronjax import recipe as recipes
 from kronjax.io.progress import timed
-from kronjax.lm.checkpoints import hugging_face
-from kronjax.lm.compression import plan
+from kronjax.lm.checkpoints import dtypes, hugging_face
+from kronjax.lm.compression import allotment, candidates, plan
 from kronjax.lm.compression import refine as refinement
 from kronjax.lm.compression.budget import Budget
-from kronjax.lm.compression.fits import Fits, open_cache
+from kronjax.lm.compression.fits import Fits, in_order, open_cache
 from kronjax.lm.compression.moments import Moments, measure_moments, pack, unpack
 from kronjax.lm.compression.options import (
     TextOptions,
@@ -32,7 +33,7 @@ from kronjax.lm.compression.options import (
 from kronjax.lm.compression.plan import Plan
 from kronjax.lm.compression.result import Layer, Result
 from kronjax.lm.models import sizes
-from kronjax.lm.models.base import LanguageModel, fingerprint, parameter_dtype
+from kronjax.lm.models.base import LanguageModel, fingerprint
 from kronjax.lm.models.reading import tokens_of
 from kronjax.lm.text.documents import Text
 from kronjax.recipe import Assignment, Recipe, Weighting
@@ -241,19 +242,35 @@ class Prepared:
                     progress=self.fits.progress,
                 )
         if working is not model:
-            smaller = hugging_face.cast(smaller, str(parameter_dtype(model)))
+            smaller = dtypes.restored(smaller, model)
         smaller.tokenizer, smaller.recipe = model.tokenizer, recipes.dumps(rules)
+        layers = in_order(model, [*done, *self._left_dense()])
+        if self.plan is not None and is_first:
+            _check_budget(smaller, self.plan.budget, layers)
         return Result(
             model=smaller,
             recipe=rules,
             plan=self.plan,
-            layers=tuple(done),
+            layers=tuple(layers),
             blocks=blocks,
             moments=self.moments,
             before=sizes.count(model),
             after=sizes.count(smaller),
             seconds=seconds,
         )
+
+    def _left_dense(self) -> list[Layer]:
+        """Return the layers that rules would not make smaller, and damaged ones."""
+        layers = [
+            Layer.left_dense(assignment, "dense", reason)
+            for assignment, reason in plan.staying_dense(self.rules, self.model)
+        ]
+        for x in self.plan.choices if self.plan else ():
+            if x.reason == candidates.DAMAGED:
+                kept = Assignment(x.name, x.shape, x.method, (), x.rule)
+                reason = f"stays dense: {x.reason}"
+                layers.append(Layer.left_dense(kept, "failed", reason))
+        return layers
 
     def _fit(self, model: LanguageModel) -> list[Layer]:
         """Fit every layer that changes; return what they become, in their order."""
@@ -263,9 +280,27 @@ class Prepared:
         return self.fits.in_sequence(model, self.assignments, self.moments, self.read)
 
 
+def _check_budget(
+    model: LanguageModel, budget: Budget, layers: Sequence[Layer]
+) -> None:
+    """Refuse a model that exceeds its budget because fits have failed.
+
+    Raises:
+        ValueError: If it does; the message names a layer and the reason.
+    """
+    size = allotment.size_of(model, budget)
+    failed = [layer for layer in layers if layer.status == "failed"]
+    if failed and size is not None and size > budget.amount:
+        raise ValueError(
+            f"the model takes {size:,.0f}, more than its budget of {budget}, for "
+            f"{len(failed)} layers could not be compressed: {failed[0].name} "
+            f"{failed[0].reason}; raise the budget, or mend the checkpoint"
+        )
+
+
 def precise(model: LanguageModel) -> LanguageModel:
     """Return a model that computes in float32: itself if it does."""
-    if parameter_dtype(model) == np.float32:
+    if all(x.dtype == np.float32 for x in jax.tree.leaves(nnx.state(model, nnx.Param))):
         return model
     copy = hugging_face.cast(model, "float32")
     copy.tokenizer = model.tokenizer

@@ -14,8 +14,7 @@ measurement.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,12 +25,12 @@ from kronjax import nn
 from kronjax import recipe as recipes
 from kronjax.io.cache import Cache
 from kronjax.io.progress import bar
-from kronjax.lm.compression import candidates
-from kronjax.lm.compression.budget import Budget, share
+from kronjax.lm.checkpoints import dtypes
+from kronjax.lm.compression import allotment, candidates
+from kronjax.lm.compression.budget import Budget
 from kronjax.lm.compression.candidates import Candidate, Probe
 from kronjax.lm.compression.moments import Moments
-from kronjax.lm.models import sizes
-from kronjax.lm.models.base import LanguageModel, inner_layers, parameter_dtype
+from kronjax.lm.models.base import LanguageModel, inner_layers
 from kronjax.recipe import Assignment, Recipe, Rule, Weighting
 from kronjax.runs import joint
 from kronjax.runs.closed_form import LowRank
@@ -59,12 +58,7 @@ class Plan:
 
     def recipe(self, name: str = "plan") -> Recipe:
         """Return the plan as rules, one for every layer that changes."""
-        rules = [x.rule for x in self.choices if x.method.changes]
-        if len(rules) < len(self.choices):
-            rules.append(Rule(match="*", method="keep"))
-        return Recipe(
-            rules=tuple(rules), name=name, source=f"planned for {self.budget}"
-        )
+        return _rules(self.choices, self.budget, name)
 
 
 def make(
@@ -100,7 +94,7 @@ def make(
     products = max((settings.max_products or joint.PRODUCTS) // 2, 1)
     halved = dataclasses.replace(settings, max_products=products)
     layers = compressible(model)
-    room = _room(model, layers, budget)  # before anything takes time
+    allotment.check_room(model, layers, budget)  # before anything takes time
     names = list(layers)
     ratios: list[Probe] = []
     tails: dict[str, tuple[float, np.ndarray]] = {}
@@ -108,6 +102,9 @@ def make(
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
             wanted = target(layers[name], name, moments, weighting)
+            if not np.isfinite(wanted.matrix).all():
+                advance(1)
+                continue
             low_rank = LowRank.kept(wanted, work)
             tails[name] = damage_unit(wanted, low_rank), low_rank.tails
             if name in probed:
@@ -115,13 +112,15 @@ def make(
             advance(1)
     offered = {
         name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)
+        if name in tails
+        else [candidates.damaged(name, layers[name])]
         for name in names
     }
-    width = layers[names[0]].kernel[...].dtype.itemsize
-    measure = _cost_of(budget, width)
-    costs = [[(measure(x), x.damage) for x in offered[name]] for name in names]
-    picked = share(costs, room)
-    choices = tuple(offered[name][i] for name, i in zip(names, picked, strict=True))
+
+    def file_size(choices):
+        return dtypes.file_size(outline(model, _rules(choices, budget)))
+
+    choices = allotment.allot(model, budget, offered, file_size)
     return Plan(
         budget, weighting, choices, sum(x.damage for x in choices), tuple(ratios)
     )
@@ -143,10 +142,15 @@ def outline(model: LanguageModel, recipe: Recipe) -> LanguageModel:
     for assignment in resolve(recipe, model):
         name, rule = assignment.name, assignment.rule
         nn.replace(made, name, assignment.method.outline(rule, layers[name]))
-    dtype = parameter_dtype(model)
-    graph, state, rest = nnx.split(made, nnx.Param, ...)
-    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
-    return nnx.merge(graph, cast, rest)
+    return dtypes.restored(made, model)
+
+
+def _rules(choices: Sequence[Candidate], budget: Budget, name: str = "plan") -> Recipe:
+    """Return choices as rules, one for every layer that changes."""
+    rules = [x.rule for x in choices if x.method.changes]
+    if len(rules) < len(choices):
+        rules.append(Rule(match="*", method="keep"))
+    return Recipe(rules=tuple(rules), name=name, source=f"planned for {budget}")
 
 
 def damage_unit(target: Target, low_rank: LowRank) -> float:
@@ -180,15 +184,45 @@ def best_weighting(moments: Moments | None) -> Weighting:
 def resolve(recipe: Recipe, model: LanguageModel) -> list[Assignment]:
     """Apply rules to the linear layers of a model, without its head, and its tables.
 
+    Returns:
+        The layers that become smaller, in order.
+
     Raises:
         ValueError: If the rules do not fit the model, or it is compressed already.
     """
+    return _split(recipe, model)[0]
+
+
+def staying_dense(recipe: Recipe, model: LanguageModel) -> list[tuple[Assignment, str]]:
+    """Return the layers that rules would not make smaller, with the reasons.
+
+    Raises:
+        ValueError: As `resolve`.
+    """
+    return _split(recipe, model)[1]
+
+
+def _split(recipe, model):
+    layers: dict[str, Any] = {**nn.tables(model), **compressible(model)}
     shapes, tables = (
         {name: nn.shape_of(layer) for name, layer in named.items()}
         for named in (compressible(model), nn.tables(model))
     )
     kind = model.config.model_type
-    return recipes.resolve(recipe, shapes, tables=tables, model_type=kind)
+    smaller, dense = [], []
+    for x in recipes.resolve(recipe, shapes, tables=tables, model_type=kind):
+        reason = x.stays_dense(_width(layers[x.name]))
+        if reason is None:
+            smaller.append(x)
+        else:
+            dense.append((x, f"stays dense: {reason}"))
+    return smaller, dense
+
+
+def _width(layer: Any) -> int:
+    """Return the bytes of an entry of a dense kernel or table."""
+    matrix = getattr(layer, "embedding" if isinstance(layer, nn.Table) else "kernel")
+    return matrix.get_value().dtype.itemsize
 
 
 def compressible(model: LanguageModel) -> dict[str, Any]:
@@ -233,49 +267,3 @@ def target(
         if moment is not None and moment.shape != (size, size):
             raise ValueError(f"the moments of {name} are those of another model")
     return Target(name, kernel, left, right)
-
-
-def _room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:
-    """Return the part of a budget that the kernels of the layers may take together."""
-    counted = sizes.count(model)
-    dense = [x for x in counted.layers if x.name in layers]
-    kernels = sum(math.prod(layer.shape) for layer in dense)
-    if budget.measure == "fraction":
-        return budget.amount * kernels
-    if budget.measure == "flops":
-        return budget.amount - (counted.flops - 2 * kernels)
-    per = 1.0
-    if budget.measure == "bytes":
-        # All layers in the dtype of the first: mixed ones are rounded to it.
-        per = next(iter(layers.values())).kernel[...].dtype.itemsize
-    whole = counted.parameters if budget.measure == "parameters" else counted.bytes
-    room = budget.amount - (whole - per * kernels)
-    if room <= 0:
-        raise ValueError(
-            f"a budget of {budget} leaves nothing for the linear layers: the rest of "
-            f"the model takes {whole - per * kernels:,.0f}"
-        )
-    return room / per
-
-
-def _cost_of(budget: Budget, width: int) -> Callable[[Candidate], float]:
-    """Return the function that measures a candidate, in the measure of `_room`.
-
-    Args:
-        budget: The measure.
-        width: Bytes of a parameter; an order is stored in integers of four bytes.
-    """
-
-    def parameters(choice):
-        return choice.fraction * math.prod(choice.shape)
-
-    def flops(choice):
-        return choice.method.flops(choice.rule, choice.shape)
-
-    def with_orders(choice):
-        # For sums, too: an interpolative layer takes the place of a fit that fails.
-        order = 4 / width * choice.shape[1]
-        return parameters(choice) + order * choice.method.changes
-
-    costs = {"flops": flops, "bytes": with_orders}
-    return costs.get(budget.measure, parameters)

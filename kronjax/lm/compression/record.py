@@ -183,16 +183,18 @@ def _layers(result: Result, model: LanguageModel) -> list[dict[str, Any]]:
     for name, layer in _all_layers(model).items():
         if name not in done and name in tables:
             continue
-        size = sizes[name]
+        size, cost = sizes[name], nn.cost(layer)
         row: dict[str, Any] = {
             "name": name,
             "shape": list(size.shape),
             "kind": size.kind,
             "parameters": size.parameters,
-            "fraction": size.parameters / max(nn.cost(layer).parameters, 1),
+            "bytes": size.bytes,
+            "dense_bytes": cost.bytes,
+            "fraction": size.parameters / max(cost.parameters, 1),
             "flops": size.flops,
         }
-        if name in done and done[name].status == "failed":
+        if name in done and done[name].status in ("failed", "dense"):
             row |= {k: getattr(done[name], k) for k in ("gap", "status", "reason")}
         elif name in done:
             kernel = np.asarray(nn.materialize(layer), np.float64)

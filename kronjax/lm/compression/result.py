@@ -12,7 +12,7 @@ from kronjax.lm.compression.moments import Moments
 from kronjax.lm.compression.plan import Plan
 from kronjax.lm.models import sizes
 from kronjax.lm.models.base import LanguageModel
-from kronjax.recipe import Recipe
+from kronjax.recipe import Assignment, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Layer:
             that failed.
         gap: Proven gap: no change of all left or of all right factors lowers the
             spectral error by more than this part of it. None where nothing is proven.
-        status: Status of the solver, or "failed": then the layer stays dense.
+        status: Status of the solver, or why the layer stays dense: "failed", or
+            "dense" where its factors would not be smaller.
         seconds: Seconds of the fit.
         reason: The reason for the choice.
     """
@@ -53,6 +54,42 @@ class Layer:
     status: str
     seconds: float
     reason: str
+
+    @classmethod
+    def left_dense(
+        cls,
+        assignment: Assignment,
+        status: str,
+        reason: str,
+        *,
+        predicted: float | None = None,
+        seconds: float = 0.0,
+    ) -> "Layer":
+        """Return a layer that a rule did not change.
+
+        Args:
+            assignment: The layer and its rule.
+            status: "failed" or "dense".
+            reason: The reason, in words.
+            predicted: The damage that the plan predicted.
+            seconds: Seconds of the fit.
+        """
+        size = int(np.prod(assignment.shape))
+        return cls(
+            name=assignment.name,
+            rule=assignment.rule,
+            configurations=(),
+            parameters=size,
+            dense_parameters=size,
+            relative=None,
+            damage=None,
+            predicted=predicted,
+            low_rank=None,
+            gap=None,
+            status=status,
+            seconds=seconds,
+            reason=reason,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

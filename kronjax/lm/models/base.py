@@ -31,16 +31,24 @@ from flax import nnx
 
 from kronjax import nn
 from kronjax.io.cache import digest
-from kronjax.lm.models import attention
+from kronjax.lm.models import attention, settings
 from kronjax.lm.models.attention import Cache, Places
 from kronjax.lm.text.tokenizer import Tokenizer
 
+_exact = functools.partial(jax.nn.gelu, approximate=False)
+_tanh = functools.partial(jax.nn.gelu, approximate=True)
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": _exact,
+    "gelu_new": _tanh,
+    "gelu_pytorch_tanh": _tanh,
+    "gelu_python": _exact,
+    "gelu_fast": _tanh,
+    "gelu_accurate": _tanh,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
 }
 
 
@@ -80,6 +88,15 @@ class BaseConfig:
     CONTEXT: typing.ClassVar[str] = "max_position_embeddings"
     """Name of the field with the largest number of positions."""
 
+    ALIASES: typing.ClassVar[Mapping[str, str]] = {}
+    """Names of fields by other names that transformers accepts for them."""
+
+    NEUTRAL: typing.ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values of settings that are no fields and change nothing; see `settings`."""
+
+    EPSILON: typing.ClassVar[str | float] = 1e-5
+    """Name of the field with the epsilon of all norms, or its value."""
+
     # Every port has these two fields; the others have names of their own.
     vocab_size: int = 0
     tie_word_embeddings: bool = True
@@ -89,14 +106,35 @@ class BaseConfig:
         """Return the configuration in the values of a `config.json`.
 
         Raises:
-            ValueError: If a value has the wrong type, or a size is not positive.
+            ValueError: If a value has the wrong type, a size is not positive, or a
+                setting changes the model in a way that it does not compute.
         """
         known: dict[str, Any] = {}
+        named = settings.with_aliases(values, cls.ALIASES)
         for field in dataclasses.fields(cls):
-            if field.name != "origin" and values.get(field.name) is not None:
-                value = values[field.name]
+            if field.name != "origin" and named.get(field.name) is not None:
+                value = named[field.name]
                 known[field.name] = _checked(cls, field.name, value)
-        return cls(**known, origin=json.dumps(dict(values)))
+        config = cls(**known, origin=json.dumps(dict(values)))
+        config.check(named)
+        return config
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Refuse settings that are no fields and change what the model computes.
+
+        Args:
+            values: The content of `config.json`.
+
+        Raises:
+            ValueError: If there is such a setting; the message names it.
+        """
+        epsilon = self.EPSILON
+        settings.check(
+            settings.without_window(values, self.context),
+            known={field.name for field in dataclasses.fields(self)},
+            neutral=self.NEUTRAL,
+            epsilon=getattr(self, epsilon) if isinstance(epsilon, str) else epsilon,
+        )
 
     def to_hugging_face(self) -> dict[str, Any]:
         """Return the values for a `config.json`: the ones read, and the fields."""

@@ -1,7 +1,8 @@
 """Greedy or sampled generation, one token at a time, with a key-value cache.
 
 The prompts of a batch are padded on the left to a common length. Two programs are
-compiled: one for the prompts, one for every later token. A token is drawn from
+compiled: one for the prompts, one for every later token. A conversation has a `Session`
+that keeps its cache. A token is drawn from
 
     softmax(logits / temperature)
 
@@ -15,8 +16,9 @@ References: Holtzman et al. (2020) for top_p.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import overload
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ import numpy as np
 from flax import nnx
 
 from kronjax.lm.models.base import LanguageModel, check_vocabulary, tokenizer_of
+from kronjax.lm.models.session import Session
+from kronjax.lm.text.special_tokens import GENERATION, end_numbers, read
 from kronjax.lm.text.tokenizer import Tokenizer
 
 STEP = 32
@@ -31,32 +35,71 @@ STEP = 32
 compiled."""
 
 
+Chat = Sequence[Mapping[str, Any]]
+"""A conversation: messages, each with its `role` and `content`."""
+
+
 @overload
-def generate(model: LanguageModel, prompt: str, **options) -> str: ...
+def generate(model: LanguageModel, prompt: str | Chat, **options) -> str: ...
 @overload
-def generate(model: LanguageModel, prompt: Sequence[str], **options) -> list[str]: ...
+def generate(
+    model: LanguageModel, prompt: Sequence[str] | Sequence[Chat], **options
+) -> list[str]: ...
 def generate(model, prompt, **options):
     """Continue a prompt, or several in one batch.
 
     Args:
         model: A model with a tokenizer.
-        prompt: A text, or several.
+        prompt: A text; or a conversation, `[{"role": "user", "content": "Hi"}]`, which
+            is put into the format of the model and continued by a reply; or several
+            texts or conversations.
         **options: The options of `generate_tokens`.
 
     Returns:
-        The continuation without the prompt, or a list of them.
+        The continuation without the prompt, or the reply; or a list of them.
 
     Raises:
         ValueError: If the model has no tokenizer, the tokenizer does not belong to the
-            model, or `generate_tokens` raises it.
+            model, it has no chat template for a conversation, or `generate_tokens`
+            raises it.
     """
     tokenizer = tokenizer_of(model)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    rows = [tokenizer.encode(text) for text in prompts]
-    options.setdefault("stop", tokenizer.stops)
+    single = isinstance(prompt, str) or (prompt and isinstance(prompt[0], Mapping))
+    prompts = [prompt] if single else list(prompt)
+    rows = [
+        tokenizer.encode(x) if isinstance(x, str) else chat_tokens(tokenizer, x)
+        for x in prompts
+    ]
+    chat = not all(isinstance(x, str) for x in prompts)
+    options.setdefault("stop", stop_tokens(model, tokenizer, chat=chat))
     new = generate_tokens(model, rows, **options)
-    texts = [continuation(tokenizer, *pair) for pair in zip(rows, new, strict=True)]
-    return texts[0] if isinstance(prompt, str) else texts
+    texts = [
+        tokenizer.decode(after) if chat else continuation(tokenizer, before, after)
+        for before, after in zip(rows, new, strict=True)
+    ]
+    return texts[0] if single else texts
+
+
+def apply_chat_template(
+    model: LanguageModel, messages: Chat, **options
+) -> np.ndarray | str:
+    """Return a conversation in the format of a model.
+
+    Args:
+        model: A model whose tokenizer has a chat template.
+        messages: The messages, each with a `role` (`"system"`, `"user"` or
+            `"assistant"`) and its `content`.
+        **options: The options of `Tokenizer.apply_chat_template`, such as
+            `add_generation_prompt=True` and `tokenize=False`.
+
+    Returns:
+        Tokens, `[n]`, int32, or the text.
+
+    Raises:
+        ValueError: If there is no template, or it cannot be rendered; the message
+            names the file.
+    """
+    return tokenizer_of(model).apply_chat_template(messages, **options)
 
 
 def generate_tokens(
@@ -70,6 +113,7 @@ def generate_tokens(
     seed: int = 0,
     stop: Sequence[int] = (),
     on_token: Callable[[list[int]], bool | None] | None = None,
+    session: Session | None = None,
 ) -> list[list[int]]:
     """Continue prompts that are given as tokens.
 
@@ -84,6 +128,7 @@ def generate_tokens(
         stop: Tokens that end a row; they are not returned.
         on_token: A function called after every step with the new token of each row. If
             it returns True, generation ends.
+        session: The cache of a conversation, whose turns are read once; for one prompt.
 
     Returns:
         The new tokens of every row.
@@ -93,14 +138,8 @@ def generate_tokens(
             longest prompt and its new tokens exceed the model's context.
     """
     longest = _checked(model, prompts, max_new_tokens, temperature, top_k, top_p)
-    width = min(bucket(longest), model.config.context - max_new_tokens)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    mask = np.zeros(tokens.shape, bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = prompt
-        mask[row, width - len(prompt) :] = True
     graph, state = nnx.split(model)
-    start, step = _programs(graph, temperature > 0)
+    start, step, append = _programs(graph, temperature > 0)
     k = (
         model.config.vocab_size
         if top_k is None
@@ -108,10 +147,17 @@ def generate_tokens(
     )
     draw = (jnp.float32(temperature or 1.0), jnp.int32(k), jnp.float32(top_p))
     keys = jax.random.split(jax.random.key(seed % 2**32), max_new_tokens)
-    slots = width + bucket(max_new_tokens)
-    new, cache = start(state, tokens, mask, slots, keys[0], draw)
+    if session is None:
+        width = min(bucket(longest), model.config.context - max_new_tokens)
+        slots = width + bucket(max_new_tokens)
+        new, cache = start(state, *_aligned(prompts, width), slots, keys[0], draw)
+    else:
+        (prompt,) = prompts
+        call = functools.partial(append, state, keys[0], draw)
+        new, cache = session.begin(model, prompt, max_new_tokens, call)
     rows: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(rows)
+    first: list[int] = []  # the tokens of the first row
     for i in range(max_new_tokens):
         if i:
             new, cache = step(state, new, cache, keys[i], draw)
@@ -121,6 +167,7 @@ def generate_tokens(
                 "the model returns NaN: its weights are damaged, or too large for "
                 "their dtype; try float32"
             )
+        first.append(drawn[0])
         for row, token in enumerate(drawn):
             done[row] = done[row] or token in stop
             if not done[row]:
@@ -128,7 +175,49 @@ def generate_tokens(
         stopped = on_token is not None and on_token(drawn)
         if stopped or all(done):
             break
+    if session is not None:
+        session.keep(cache, first[:-1])  # the last one was not read
     return rows
+
+
+def chat_tokens(tokenizer: Tokenizer, messages: Chat) -> np.ndarray:
+    """Return the tokens of a conversation and of the beginning of a reply."""
+    tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return np.asarray(tokens, np.int32)
+
+
+def stop_tokens(
+    model: LanguageModel, tokenizer: Tokenizer, *, chat: bool = False
+) -> tuple[int, ...]:
+    """Return the tokens that end a text.
+
+    Those are `eos_token_id` of `generation_config.json` or, without it, that of
+    `config.json`, as in transformers, and the tokenizer's own end-of-text token.
+
+    Args:
+        model: Any language model.
+        tokenizer: Its tokenizer.
+        chat: Whether to add the token that the chat template puts after a reply.
+
+    Raises:
+        ValueError: If one of them is not a number, or not in the vocabulary of the
+            model; the message names the file and the key.
+    """
+    file = GENERATION
+    numbers = end_numbers(read(tokenizer.files, file), file)
+    if not numbers:
+        file = "config.json"
+        numbers = end_numbers(json.loads(model.config.origin), file)
+    for number in numbers:
+        if number >= model.config.vocab_size:
+            raise ValueError(
+                f"{file}: eos_token_id is {number}, but the model has "
+                f"{model.config.vocab_size} tokens; correct or remove it"
+            )
+    ends = [*numbers, *tokenizer.stops, tokenizer.eos]
+    if chat:
+        ends.append(tokenizer.turn_end)
+    return tuple(dict.fromkeys(token for token in ends if token is not None))
 
 
 def continuation(
@@ -151,7 +240,7 @@ def bucket(length: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _programs(graph, sampled):
-    """Return the compiled first call and the compiled step of an architecture."""
+    """Return the compiled first call, step and chunk of a prompt of an architecture."""
 
     def draw_from(logits, key, draw):
         logits = logits.astype(jnp.float32)
@@ -168,7 +257,25 @@ def _programs(graph, sampled):
         logits, cache = nnx.merge(graph, state).step(tokens, cache)
         return draw_from(logits, key, draw), cache
 
-    return jax.jit(start, static_argnums=3), jax.jit(step, donate_argnums=2)
+    def append(state, key, draw, tokens, mask, cache):
+        logits, cache = nnx.merge(graph, state).step(tokens, cache, mask=mask)
+        return draw_from(logits, key, draw), cache
+
+    return (
+        jax.jit(start, static_argnums=3),
+        jax.jit(step, donate_argnums=2),
+        jax.jit(append, donate_argnums=5),
+    )
+
+
+def _aligned(prompts, width):
+    """Return prompts padded on the left, `[b, width]`, and their mask."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    mask = np.zeros(tokens.shape, bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, width - len(prompt) :] = prompt
+        mask[row, width - len(prompt) :] = True
+    return tokens, mask
 
 
 def _sample(logits, key, temperature, top_k, top_p):

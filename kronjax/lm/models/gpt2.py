@@ -15,7 +15,8 @@ References: Radford et al. (2019).
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -51,6 +52,17 @@ class Config(BaseConfig):
     model_type: ClassVar[str] = "gpt2"
     LAYERS: ClassVar[str] = "n_layer"
     CONTEXT: ClassVar[str] = "n_positions"
+    EPSILON: ClassVar[str | float] = "layer_norm_epsilon"
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": (True,),
+        "position_embedding_type": ("absolute", "learned"),
+    }
 
     vocab_size: int = 50257
     n_positions: int = 1024

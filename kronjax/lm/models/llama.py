@@ -16,6 +16,7 @@ frequencies in Llama 3.
 """
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -24,7 +25,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from kronjax.lm.models import attention
+from kronjax.lm.models import attention, rotary
 from kronjax.lm.models.attention import Places
 from kronjax.lm.models.base import (
     BaseConfig,
@@ -46,9 +47,6 @@ TRANSPOSED = r".*"
 BUFFERS = r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 """Tensors of old checkpoints that are not parameters: rotary frequencies."""
 
-ROTARY = ("default", "linear", "llama3")
-"""Supported scalings of the rotary frequencies."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Config(BaseConfig):
@@ -59,6 +57,13 @@ class Config(BaseConfig):
     """
 
     model_type: ClassVar[str] = "llama"
+    EPSILON: ClassVar[str | float] = "rms_norm_eps"
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"),
+        "position_embedding_type": ("rope", "rotary"),
+        "rope_scaling": (...,),
+        "rope_parameters": (...,),
+    }
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -97,10 +102,10 @@ class Config(BaseConfig):
                 f"config.json: the width of a head is {self.head_width}; it must be "
                 "even, because channels are rotated in pairs"
             )
-        if self.rope_type not in ROTARY:
+        if self.rope_type not in rotary.KEYS:
             raise ValueError(
                 f"config.json: rope_type {self.rope_type!r} is not supported; "
-                f"{', '.join(ROTARY)} are"
+                f"{', '.join(rotary.KEYS)} are"
             )
         if not self.rope_low_freq_factor < self.rope_high_freq_factor:
             raise ValueError(
@@ -111,34 +116,27 @@ class Config(BaseConfig):
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> Self:
         """Return the configuration in the values of a `config.json`."""
-        nested = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if not isinstance(nested, Mapping):
-            raise ValueError(f"config.json: rope_scaling is {nested!r}, not a mapping")
+        for name in sorted(_ROPE_FIELDS & values.keys()):
+            if values[name] is not None:
+                raise ValueError(
+                    f"config.json: {name} has no effect outside of rope_scaling or "
+                    "rope_parameters; move it there"
+                )
         rope = {
-            f"rope_{name}".replace("rope_rope_", "rope_"): nested[name]
-            for name in nested
+            key if key in ("rope_type", rotary.THETA) else f"rope_{key}": value
+            for key, value in rotary.read(values).items()
         }
-        if "type" in nested and "rope_type" not in nested:  # the older name
-            rope["rope_type"] = nested["type"]
-        if rope.get("rope_type") == "llama3":
-            missing = sorted(x for x in _LLAMA3 if rope.get(x) is None)
-            if missing:
-                names = ", ".join(name.removeprefix("rope_") for name in missing)
-                raise ValueError(f"config.json: rope_scaling of llama3 lacks {names}")
         config = super().from_hugging_face({**values, **rope})
-        return dataclasses.replace(
-            config, origin=BaseConfig.from_hugging_face(values).origin
-        )
+        return dataclasses.replace(config, origin=json.dumps(dict(values)))
 
     def to_hugging_face(self) -> dict[str, Any]:
         """Return the values for a `config.json`."""
         values = super().to_hugging_face()
         rope = {name: values.pop(name) for name in list(values) if name in _ROPE_FIELDS}
-        if not values.get("rope_parameters") and rope["rope_type"] != "default":
-            values["rope_scaling"] = {
-                name.removeprefix("rope_") if name != "rope_type" else name: rope[name]
-                for name in rope
-            }
+        kind = rope["rope_type"]
+        if not values.get("rope_parameters") and kind != "default":
+            scaling = {key: rope[f"rope_{key}"] for key in rotary.KEYS[kind]}
+            values["rope_scaling"] = {"rope_type": kind, **scaling}
         return values
 
     @property
@@ -175,13 +173,6 @@ class Config(BaseConfig):
             f = f * (blend + (1 - blend) / self.rope_factor)
         return f.astype(np.float32)
 
-
-_LLAMA3 = {
-    "rope_factor",
-    "rope_low_freq_factor",
-    "rope_high_freq_factor",
-    "rope_original_max_position_embeddings",
-}
 
 _ROPE_FIELDS = {
     field.name

@@ -17,7 +17,8 @@ References: Zhang et al. (2022).
 """
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -53,6 +54,10 @@ class Config(BaseConfig):
     """Settings; the defaults are those of OPT-125M."""
 
     model_type: ClassVar[str] = "opt"
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "bias": (True,),
+        "position_embedding_type": ("absolute", "learned"),
+    }
 
     vocab_size: int = 50272
     hidden_size: int = 768
@@ -75,13 +80,6 @@ class Config(BaseConfig):
                 f"num_attention_heads {self.num_attention_heads}"
             )
         activation(self.activation_function)
-
-    @classmethod
-    def from_hugging_face(cls, values):
-        """Return the configuration in the values of a `config.json`."""
-        if values.get("_remove_final_layer_norm"):
-            raise ValueError("config.json: _remove_final_layer_norm is not supported")
-        return super().from_hugging_face(values)
 
     @property
     def embedding_size(self) -> int:

@@ -1,1 +1,1 @@
-"""Text in: documents, tokenizers and blocks of tokens."""
+"""Text: documents, tokenizers, chat templates and blocks of tokens."""

@@ -1,8 +1,8 @@
 """Conversion between text and tokens, by the tokenizer files of a checkpoint.
 
 A `Tokenizer` holds the content of those files: it belongs to its model and is saved
-byte for byte. The library `tokenizers` does the work, from `tokenizer.json` or, in
-older folders, from `vocab.json` and `merges.txt`.
+byte for byte. The library `tokenizers` does the work, from `tokenizer.json` or, if
+there is none, from `vocab.json` and `merges.txt`.
 
 >>> sorted(FILES)[:2]
 ['added_tokens.json', 'chat_template.jinja']
@@ -11,31 +11,34 @@ older folders, from `vocab.json` and `merges.txt`.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kronjax.io import stand_ins
+from kronjax.lm.text import backend, chat, special_tokens
+from kronjax.lm.text.backend import END
+from kronjax.lm.text.special_tokens import ADDED, CONFIG, GENERATION, MAP
 
 if TYPE_CHECKING:
     import tokenizers
 
 FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
+    CONFIG,
+    MAP,
+    ADDED,
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
+    chat.FILE,
+    GENERATION,
 )
 """Names of the files that define the tokens and those that end a text."""
-
-END = "<|endoftext|>"
-"""The end-of-text token of GPT-2."""
 
 SMALLEST = 257
 """Size of the smallest byte-level vocabulary: all bytes and the end-of-text token."""
@@ -80,22 +83,22 @@ class Tokenizer:
         numbers = self._backend.get_vocab(with_added_tokens=True).values()
         return 1 + max(numbers, default=-1)
 
-    @property
+    @functools.cached_property
     def eos(self) -> int | None:
         """The end-of-text token, or None."""
         return self._special("eos_token")
 
     @functools.cached_property
     def stops(self) -> tuple[int, ...]:
-        """Tokens that end a text: those of `generation_config.json`, or `eos`."""
-        given = _json(self.files, "generation_config.json").get("eos_token_id")
-        numbers = given if isinstance(given, list) else [given]
-        tokens = [x for x in numbers if isinstance(x, int) and x >= 0]
-        if tokens:
-            return tuple(tokens)
-        return () if self.eos is None else (self.eos,)
+        """Tokens that end a text: those of `generation_config.json`, or `eos`.
 
-    @property
+        `kronjax.lm.models.generation.stop_tokens` adds those of the model.
+        """
+        values = special_tokens.read(self.files, GENERATION)
+        numbers = special_tokens.end_numbers(values, GENERATION)
+        return numbers or (() if self.eos is None else (self.eos,))
+
+    @functools.cached_property
     def bos(self) -> int | None:
         """The token at the beginning of a text, or None."""
         return self._special("bos_token")
@@ -119,80 +122,94 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"the text is not Unicode: {error}") from error
         encoding = self._backend.encode(text, add_special_tokens=special)
-        tokens = np.array(encoding.ids, np.int32)
-        if special and self._prepend is not None:
-            tokens = np.concatenate([np.array([self._prepend], np.int32), tokens])
-        return tokens
+        return np.array(encoding.ids, np.int32)
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Return the text of tokens, without special tokens."""
         return self._backend.decode([int(token) for token in tokens])
 
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, str]] | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> np.ndarray | str:
+        """Return a conversation in the format of the model, as transformers does.
+
+        Args:
+            messages: The messages, each with a `role` (`"system"`, `"user"` or
+                `"assistant"`) and its `content`.
+            chat_template: The name of a template of the checkpoint, or a template; by
+                default that of the checkpoint.
+            tools: JSON schemas of functions, for templates that know of them.
+            documents: Documents with `title` and `text`, likewise.
+            add_generation_prompt: Whether to begin a reply of the assistant.
+            tokenize: Whether to return tokens.
+            **variables: Further variables of the template.
+
+        Returns:
+            Tokens, `[n]`, int32, or the text.
+
+        Raises:
+            ValueError: If there is no template, or it cannot be rendered; the message
+                names the file.
+        """
+        template = chat.choose(self.files, chat_template, with_tools=tools is not None)
+        given = {
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        context = {**self._named, **variables, **given}
+        text = chat.render(template, messages, context)
+        return self.encode(text, special=False) if tokenize else text
+
     @functools.cached_property
-    def _backend(self) -> "tokenizers.Tokenizer":
-        import tokenizers
+    def turn_end(self) -> int | None:
+        """The token that the chat template puts after a reply, or None.
 
-        if "tokenizer.json" in self.files:
-            try:
-                text = self.files["tokenizer.json"].decode()
-                backend = tokenizers.Tokenizer.from_str(text)
-            except Exception as error:  # the library raises nothing narrower
-                raise ValueError(f"tokenizer.json cannot be used: {error}") from error
-            backend.no_truncation()
-            backend.no_padding()
-            return backend
-        return self._from_vocabulary()
-
-    def _from_vocabulary(self) -> "tokenizers.Tokenizer":
-        """Build the byte-level BPE of GPT-2 and OPT."""
-        import tokenizers
-        from tokenizers import decoders, models, pre_tokenizers
-
-        vocabulary = _json(self.files, "vocab.json")
-        lines = self.files["merges.txt"].decode(errors="replace").splitlines()
-        merges = [
-            (left, right)
-            for left, _, right in (line.partition(" ") for line in lines)
-            if right and not left.startswith("#version")
+        Not every checkpoint names it among the tokens that end a text.
+        """
+        reply = "kronjax"
+        messages = [
+            {"role": "user", "content": "name"},
+            {"role": "assistant", "content": reply},
         ]
         try:
-            backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-        except Exception as error:
-            raise ValueError(f"merges.txt cannot be used: {error}") from error
-        prefix = bool(self._config.get("add_prefix_space", False))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
-        backend.decoder = decoders.ByteLevel()
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {self._special_text(name) for name in names} - {None}
-        backend.add_special_tokens(sorted(x for x in special if x in vocabulary))
-        return backend
-
-    @functools.cached_property
-    def _config(self) -> dict[str, Any]:
-        """Settings of the two files; `tokenizer_config.json` takes precedence."""
-        return {
-            **_json(self.files, "special_tokens_map.json"),
-            **_json(self.files, "tokenizer_config.json"),
-        }
-
-    @functools.cached_property
-    def _prepend(self) -> int | None:
-        """The token before a text that older folders request by `add_bos_token`."""
-        if "tokenizer.json" in self.files or not self._config.get("add_bos_token"):
+            text = self.apply_chat_template(messages, tokenize=False)
+        except ValueError:
             return None
-        return self.bos
+        _, found, after = str(text).rpartition(reply)
+        tokens = self._backend.get_added_tokens_decoder()
+        number = max(
+            (i for i, x in tokens.items() if after.lstrip().startswith(x.content)),
+            key=lambda i: len(tokens[i].content),
+            default=None,
+        )
+        return number if found else None
+
+    @functools.cached_property
+    def _named(self) -> dict[str, str]:
+        """The special tokens by name, as a chat template knows them."""
+        names = dict(special_tokens.named(self.files))
+        for name in ("bos_token", "eos_token", "unk_token"):
+            text = backend.special_text(self.files, name)
+            if text is not None and self._backend.token_to_id(text) is not None:
+                names.setdefault(name, text)
+        return names
+
+    @functools.cached_property
+    def _backend(self) -> "tokenizers.Tokenizer":
+        return backend.build(self.files)
 
     def _special(self, name: str) -> int | None:
-        text = self._special_text(name)
+        text = backend.special_text(self.files, name)
         return None if text is None else self._backend.token_to_id(text)
-
-    def _special_text(self, name: str) -> str | None:
-        value = self._config.get(name)
-        if isinstance(value, Mapping):
-            value = value.get("content")
-        if value is None and name in ("bos_token", "eos_token"):
-            return END  # not always specified in the folder of GPT-2
-        return value if isinstance(value, str) else None
 
 
 def train(texts: Iterable[str], size: int, *, context: int) -> Tokenizer:
@@ -214,16 +231,16 @@ def train(texts: Iterable[str], size: int, *, context: int) -> Tokenizer:
             f"a vocabulary of {size} tokens cannot hold the 256 bytes and the end of a "
             f"text: take {SMALLEST} or more"
         )
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    trained.train_from_iterator(texts, trainer)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END,
@@ -232,40 +249,46 @@ def train(texts: Iterable[str], size: int, *, context: int) -> Tokenizer:
     }
     return Tokenizer(
         {
-            "tokenizer.json": backend.to_str().encode(),
-            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
+            "tokenizer.json": trained.to_str().encode(),
+            CONFIG: (json.dumps(settings, indent=2) + "\n").encode(),
         }
     )
+
+
+def belongs(name: str) -> bool:
+    """Return whether a file, by its path in a model's folder, is one of `FILES`.
+
+    Chat templates in a folder of their own belong to them, too.
+    """
+    return name in FILES or PurePosixPath(name).match(chat.PATTERN)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer | None:
     """Return the tokenizer in a folder, or None if there is none.
 
     Raises:
-        ValueError: If its format is not supported; the message names one that is.
+        ValueError: If its format is not supported, in which case the message names one
+            that is; or a file is missing, or a Git LFS pointer, a compressed file or
+            an HTML page in place of it.
     """
+    names = [*FILES, *(f"{chat.FOLDER}/{x.name}" for x in folder.glob(chat.PATTERN))]
     files = {
         name: (folder / name).read_bytes()
-        for name in FILES
+        for name in names
         if (folder / name).is_file()
     }
+    for name, content in files.items():
+        other = stand_ins.describe(content)
+        if other:
+            raise ValueError(f"{folder / name}: {other}")
     if "tokenizer.json" in files or {"vocab.json", "merges.txt"} <= set(files):
         return Tokenizer(files)
+    for name, other in itertools.permutations(("vocab.json", "merges.txt")):
+        if name in files:
+            raise ValueError(f"{folder} has {name} without {other}: download {other}")
     if "tokenizer.model" in files:
         raise ValueError(
             f"{folder} has its tokenizer only as tokenizer.model; save it once more as "
             "tokenizer.json, with save_pretrained of transformers' fast tokenizer"
         )
     return None
-
-
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    if name not in files:
-        return {}
-    try:
-        values = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{name} holds {type(values).__name__}, not a mapping")
-    return values

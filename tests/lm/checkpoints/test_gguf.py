@@ -124,6 +124,14 @@ def test_frequencies_of_llama_3_are_recognised(tmp_path, factor):
         lm.load(tmp_path / "c.gguf")
 
 
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path, model, key):
+    settings = {f"llama.{key}": 4.0, "llama.attention.causal": True}
+    gguf_files.write(tmp_path / "a.gguf", model, settings=settings)
+    config = lm.load(tmp_path / "a.gguf").config
+    assert (config.rope_type, config.rope_factor) == ("linear", 4.0)
+
+
 def test_a_folder_saved_from_a_gguf_file_holds_the_same_model(tmp_path, path):
     model = lm.load(path)
     lm.save(model, tmp_path / "out")
@@ -153,6 +161,8 @@ def test_a_folder_saved_from_a_gguf_file_holds_the_same_model(tmp_path, path):
         ({"llama.rope.dimension_count": 8}, "is not 16, the width of a head"),
         ({"llama.attention.head_count_kv": [2, 1]}, "not one positive integer"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn' is not supported"),
+        ({"llama.attention.sliding_window": 16}, "sliding_window 16 is not supported"),
+        ({"llama.logit_scale": 0.5}, "llama.logit_scale 0.5 is not supported"),
         ({"llama.feed_forward_length": 95}, r"has shape .* asks for"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "holds a token twice"),
         ({"tokenizer.ggml.token_type": [1]}, "not an array of 262 numbers"),

@@ -98,6 +98,23 @@ def test_special_tokens_come_from_the_file():
     assert (tokens[0], tokens[-1]) == (3, 0)
 
 
+def test_all_chat_templates_and_ends_of_a_turn_are_kept():
+    settings = byte_level(eot_token_id=5, eom_token_id=6)
+    settings["tokenizer.chat_template"] = "{{ messages[0].content }}"
+    settings["tokenizer.chat_templates"] = ["rag"]
+    settings["tokenizer.chat_template.rag"] = "for documents"
+    tokenizer = gguf_tokenizer.build(settings)
+    assert tokenizer.stops == (0, 5, 6)
+    messages = [{"role": "user", "content": "Hi"}]
+    for name, text in ((None, "Hi"), ("rag", "for documents")):
+        assert text == tokenizer.apply_chat_template(
+            messages, tokenize=False, chat_template=name
+        )
+    del settings["tokenizer.chat_template.rag"]
+    with pytest.raises(ValueError, match="tokenizer.chat_template.rag is None, not a"):
+        gguf_tokenizer.build(settings)
+
+
 def test_llama_3_adds_the_first_token_unless_the_file_says_otherwise():
     begun = gguf_tokenizer.build(byte_level(pre="llama-bpe", bos_token_id=0))
     plain = byte_level(pre="llama-bpe", bos_token_id=0, add_bos_token=False)
@@ -183,9 +200,27 @@ def test_a_file_without_a_tokenizer_gives_none():
 def test_a_tokenizer_json_in_the_same_folder_is_used_instead(tmp_path):
     model = gguf_files.random_model(num_hidden_layers=1)
     path = tmp_path / "a.gguf"
-    gguf_files.write(path, model, settings={"tokenizer.ggml.pre": "unheard-of"})
+    given = {"tokenizer.ggml.pre": "unheard-of", "tokenizer.chat_template": "Hi"}
+    gguf_files.write(path, model, settings=given)
     with pytest.raises(ValueError, match=r"'unheard-of', which cannot be rebuilt; put"):
         gguf.read(path)
     known = gguf_tokenizer.build(byte_level())
     (tmp_path / "tokenizer.json").write_bytes(known.files["tokenizer.json"])
-    assert gguf.read(path)[2].encode("the and").size == known.encode("the and").size
+    tokenizer = gguf.read(path)[2]
+    assert tokenizer.encode("the and").size == known.encode("the and").size
+    messages = [{"role": "user", "content": "?"}]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "Hi"
+    (tmp_path / "chat_template.jinja").write_text("Good morning")
+    tokenizer = gguf.read(path)[2]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "Good morning"
+
+
+def test_a_chat_template_in_the_same_folder_is_used_where_the_file_has_none(tmp_path):
+    model = gguf_files.random_model(num_hidden_layers=1)
+    messages = [{"role": "user", "content": "?"}]
+    (tmp_path / "chat_template.jinja").write_text("beside")
+    for template, expected in (({}, "beside"), ("inside", "inside")):
+        given = {"tokenizer.chat_template": template} if template else {}
+        gguf_files.write(tmp_path / "a.gguf", model, settings=given)
+        tokenizer = gguf.read(tmp_path / "a.gguf")[2]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == expected

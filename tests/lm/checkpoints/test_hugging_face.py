@@ -16,8 +16,9 @@ from ports import VARIANTS, make
 
 from kronjax import lm, nn
 from kronjax.kronecker import KroneckerTerms
-from kronjax.lm.checkpoints import hugging_face, sources
+from kronjax.lm.checkpoints import sources
 from kronjax.lm.checkpoints.folder import INDEX, MSGPACK, SAVED, STAGING
+from kronjax.lm.text.tokenizer import Tokenizer
 
 TOKENS = np.arange(1, 11, dtype=np.int32).reshape(2, 5)
 
@@ -190,6 +191,7 @@ def shard_outside(folder):
     names = safetensors.numpy.load_file(outside)
     index = {"weight_map": dict.fromkeys(names, "../outside.safetensors")}
     (folder / INDEX).write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
 
 
 def cut(folder):
@@ -306,6 +308,18 @@ def test_a_hub_name_without_a_network_names_the_remedy(monkeypatch):
         lm.load("openai-community/gpt2")
 
 
+def test_of_subfolders_on_the_hub_only_chat_templates_are_fetched():
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    wanted = ["config.json", "a.json", "additional_chat_templates/rag.jinja"]
+    others = ["onnx/config.json", "adapter/adapter_model.safetensors", "model.bin"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        wanted + others,
+        allow_patterns=sources.HUB_FILES,
+        ignore_patterns=sources.OTHER_FOLDERS,
+    )
+    assert list(kept) == wanted
+
+
 def test_a_pickle_on_the_hub_is_refused(monkeypatch, tmp_path):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     (tmp_path / "config.json").write_text("{}")
@@ -415,6 +429,20 @@ def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer, monke
     np.testing.assert_array_equal(logits(lm.load(".")), logits(first))
 
 
+def test_chat_templates_are_saved_with_their_folder(tmp_path, tokenizer):
+    extra = {"chat_template.jinja": b"a", "additional_chat_templates/rag.jinja": b"b"}
+    model = make("gpt2")
+    model.tokenizer = Tokenizer({**tokenizer.files, **extra})
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        lm.save(model, folder)
+        assert not (folder / SAVED).exists()
+        model = lm.load(folder)
+        assert model.tokenizer.files.keys() == {*tokenizer.files, *extra}
+    model.tokenizer = tokenizer
+    lm.save(model, folder)
+    assert lm.load(folder).tokenizer == tokenizer
+
+
 def test_a_full_disk_raises_an_os_error(tmp_path, monkeypatch):
     def fail(*args):
         raise safetensors.SafetensorError("I/O error")
@@ -431,24 +459,6 @@ def test_save_and_load_expand_a_home_folder_alike(tmp_path, monkeypatch):
     assert lm.load("~/model").config.n_embd == 24
     with pytest.raises(OSError, match="no such user"):
         lm.load("~nobody-of-this-name/model")
-
-
-def test_mixed_dtypes_are_exported_in_the_most_precise(tmp_path):
-    """A float32 layer, as `approximate` returns it, in a bfloat16 model."""
-    model = hugging_face.cast(make("gpt2"), "bfloat16")
-    layer = nn.linear_layers(model)["h.0.mlp.c_fc"]
-    a, b = jnp.ones((1, 12, 48)), jnp.full((1, 2, 2), 0.1)
-    bias = layer.bias[...]
-    nn.replace(model, "h.0.mlp.c_fc", nn.KroneckerLinear([KroneckerTerms(a, b)], bias))
-    assert model.empty_cache(1, 4).layers[0][0].dtype == jnp.float32
-    lm.export(model, tmp_path)
-    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
-    assert {str(x.dtype) for x in tensors.values()} == {"float32"}
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
-    scale = np.abs(logits(model)).max()
-    np.testing.assert_allclose(
-        logits(lm.load(tmp_path)), logits(model), atol=0.05 * scale
-    )
 
 
 def test_saving_over_a_file_raises_an_error(tmp_path):

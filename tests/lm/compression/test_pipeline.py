@@ -506,3 +506,31 @@ rules:
     assert ours < theirs  # nearer on what the compressed model hands on
     with pytest.raises(ValueError, match="in sequence needs the text"):
         pipeline.run(model, rules, shrunk, sequential=True)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"method": "low-rank", "rank": 12},  # exactly as many as the kernel
+        {"method": "kronecker", "terms": [{"a_shape": (24, 24)}]},
+        # Fewer parameters by 16, and an order of 24 integers.
+        {"method": "interpolative", "rank": 20},
+    ],
+)
+def test_a_layer_that_would_not_shrink_stays_dense_and_is_listed(model, rule):
+    given = {"match": "h.0.attn.c_proj", "weighting": "none", **rule}
+    other = {"match": "h.1.attn.c_proj", "weighting": "none", "method": "low-rank"}
+    keep = {"match": "*", "method": "keep"}
+    rules = recipe.Recipe.model_validate({"rules": [given, {**other, "rank": 2}, keep]})
+    done = pipeline.run(model, rules, progress=False)
+    first, second = done.layers
+    assert (first.name, first.status) == ("h.0.attn.c_proj", "dense")
+    assert "would replace 2,304" in first.reason and second.status == "svd"
+    assert isinstance(layers(done.model)["h.0.attn.c_proj"], nnx.Linear)
+    assert not done.failed
+    rows = {x["name"]: x for x in record.of(done, model, source="")["layers"]}
+    assert rows["h.0.attn.c_proj"]["reason"] == first.reason
+    assert rows["h.0.attn.c_proj"]["bytes"] == rows["h.0.attn.c_proj"]["dense_bytes"]
+    assert rows["h.1.attn.c_proj"]["bytes"] < rows["h.1.attn.c_proj"]["dense_bytes"]
+    outline = sizes.count(plan.outline(model, rules))
+    assert outline.bytes == done.after.bytes

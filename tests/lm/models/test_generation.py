@@ -1,5 +1,8 @@
 """Continuations, compared with the model's logits without a cache."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +102,59 @@ def test_generate_takes_and_returns_texts(tiny):
     (new,) = generate_tokens(tiny, [tokens], max_new_tokens=4)
     assert_greedy(tiny, tokens, new)
     assert text == tiny.tokenizer.decode(new)
+
+
+def test_generate_replies_to_conversations(tiny):
+    source = b"{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tiny.tokenizer = Tokenizer({**tiny.tokenizer.files, "chat_template.jinja": source})
+    chat = [{"role": "user", "content": "The quick"}]
+    reply = lm.generate(tiny, chat, max_new_tokens=4)
+    assert lm.generate(tiny, [chat, chat], max_new_tokens=4) == [reply, reply]
+    tokens = lm.apply_chat_template(tiny, chat, add_generation_prompt=True)
+    assert tokens[-1] == tiny.tokenizer.eos == tiny.tokenizer.turn_end
+    (new,) = generate_tokens(tiny, [tokens], max_new_tokens=4)
+    assert reply == tiny.tokenizer.decode(new)
+    with pytest.raises(ValueError, match="a conversation is a list of messages"):
+        lm.generate(tiny, [[]])
+
+
+def ends(model, config=None, generated=None, **files):
+    """The stop tokens of a model whose files are completed."""
+    if config is not None:
+        origin = json.dumps({"eos_token_id": config})
+        model.config = dataclasses.replace(model.config, origin=origin)
+    added = {f"{name}.json": json.dumps(x).encode() for name, x in files.items()}
+    if generated is not None:
+        values = json.dumps({"eos_token_id": generated})
+        added["generation_config.json"] = values.encode()
+    tokenizer = Tokenizer({**model.tokenizer.files, **added})
+    return generation.stop_tokens(model, tokenizer)
+
+
+def test_stop_tokens_are_those_of_generation_config_config_and_tokenizer(tiny):
+    end = tiny.tokenizer.eos
+    assert ends(tiny) == (end,)
+    assert ends(tiny, config=7) == (7, end)
+    assert ends(tiny, config=[7, end, 9]) == (7, end, 9)
+    # That of generation_config.json comes first, as in transformers.
+    assert ends(tiny, config=7, generated=[8, 9]) == (8, 9, end)
+    settings = {"eos_token": "<|user|>"}
+    assert ends(
+        tiny, config=7, added_tokens={"<|user|>": 300}, tokenizer_config=settings
+    ) == (7, 300)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"config": 300}, "config.json: eos_token_id is 300, but the model has 300"),
+        ({"generated": [1, 900]}, "generation_config.json: eos_token_id is 900, but"),
+        ({"config": "</s>"}, "config.json: eos_token_id is '</s>'; it must be"),
+    ],
+)
+def test_stop_tokens_outside_the_vocabulary_raise_an_error(tiny, options, words):
+    with pytest.raises(ValueError, match=words):
+        ends(tiny, **options)
 
 
 @pytest.mark.parametrize(
