@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kronjax import nn
+from kronjax.lm.checkpoints import dtypes
 from kronjax.lm.compression.budget import Budget, share
 from kronjax.lm.compression.candidates import Candidate
 from kronjax.lm.models import sizes
@@ -68,6 +69,15 @@ def allot(
         if excess <= limit * 1e-12:
             return choices
         room = sum(map(cost, choices)) - excess
+
+
+def size_of(model: LanguageModel, budget: Budget) -> float | None:
+    """Return the size of a model in the measure of a budget; None for a fraction."""
+    if budget.measure == "fraction":
+        return None
+    if budget.measure == "bytes":
+        return dtypes.file_size(model)
+    return getattr(sizes.count(model), budget.measure)
 
 
 def check_room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> None:

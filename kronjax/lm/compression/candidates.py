@@ -50,6 +50,9 @@ more than thirty, did more damage than low rank, though probes at 0.5 had predic
 BLOCKS = 2
 """Number of blocks in which every kind of layer is probed, spread evenly."""
 
+DAMAGED = "it holds NaN or infinite entries"
+"""Reason for a layer that stays dense because nothing can be fitted to it."""
+
 Probe = tuple[str, float, float, float]
 """A layer, the share of low rank in a mixture, the size of the mixture as a fraction of
 the kernel, and its damage divided by that of low rank."""
@@ -192,6 +195,13 @@ def of_layer(
                 Candidate(name, shape, made, size, damage * ratio, damage, reason)
             )
     return candidates
+
+
+def damaged(name: str, layer: Any) -> Candidate:
+    """Return the only candidate of a layer whose kernel is not finite: dense."""
+    shape = layer.in_features, layer.out_features
+    keep = Rule(match=name, method="keep")
+    return Candidate(name, shape, keep, 1.0, 0.0, 0.0, DAMAGED)
 
 
 def rule(

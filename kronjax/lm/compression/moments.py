@@ -38,6 +38,7 @@ from kronjax.io import atomic, matrices
 from kronjax.io.progress import bar
 from kronjax.lm.models import attention, likelihood
 from kronjax.lm.models.base import LanguageModel, check_vocabulary, inner_layers
+from kronjax.lm.models.finite import cause
 
 SHRINKAGE = 0.1
 """Default shrinkage. SmolLM2-135M, calibrated on 32,768 tokens of books and compressed
@@ -156,11 +157,15 @@ def measure_moments(
             means = jax.tree.map(lambda x: np.asarray(x) / np.float32(seen), sums)
             inputs, outputs = inputs | means[0], outputs | means[1]
             nll = float(means[2])
-    for name, moment in [*inputs.items(), *outputs.items()]:
-        if not np.isfinite(moment).all():
-            raise ValueError(
-                f"the moments of {name} are not finite: the model diverges"
-            )
+    bad = [
+        name
+        for name in _calls(model, windows[:1])  # the first one infects the others
+        for moment in (inputs.get(name), outputs.get(name))
+        if moment is not None and not np.isfinite(moment).all()
+    ]
+    if bad:
+        why = cause(model, f"the moments of {bad[0]} are not finite")
+        raise ValueError(f"the model cannot be calibrated: {why}")
     digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
     loss = nll if gradients else None
     return Moments(sources, inputs, outputs, seen, digest, loss)
@@ -256,6 +261,12 @@ def record(model: nnx.Module, see: Callable[[str, Any, Any], Any]) -> None:
 
 def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
     """Return for each layer the first layer that reads the same array."""
+    sources = _calls(model, tokens)
+    return {name: sources[name] for name in inner_layers(model)}
+
+
+def _calls(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
+    """Return the first layer that reads the same array, in the order of calls."""
     graph, state = nnx.split(model)
     first: dict[int, str] = {}
     sources: dict[str, str] = {}
@@ -272,7 +283,7 @@ def _sources(model: LanguageModel, tokens: np.ndarray) -> dict[str, str]:
         return merged(jnp.asarray(tokens[:, :-1]))
 
     jax.eval_shape(run, state)
-    return {name: sources[name] for name in inner_layers(model)}
+    return sources
 
 
 def _parts(model, sources, gradients, limit):

@@ -20,7 +20,7 @@ from flax import nnx
 from kronjax import recipe as recipes
 from kronjax.io.progress import timed
 from kronjax.lm.checkpoints import dtypes, hugging_face
-from kronjax.lm.compression import plan
+from kronjax.lm.compression import allotment, candidates, plan
 from kronjax.lm.compression import refine as refinement
 from kronjax.lm.compression.budget import Budget
 from kronjax.lm.compression.fits import Fits, in_order, open_cache
@@ -243,11 +243,14 @@ class Prepared:
         if working is not model:
             smaller = dtypes.restored(smaller, model)
         smaller.tokenizer, smaller.recipe = model.tokenizer, recipes.dumps(rules)
+        layers = in_order(model, [*done, *self._left_dense()])
+        if self.plan is not None and is_first:
+            _check_budget(smaller, self.plan.budget, layers)
         return Result(
             model=smaller,
             recipe=rules,
             plan=self.plan,
-            layers=tuple(in_order(model, [*done, *self._left_dense()])),
+            layers=tuple(layers),
             blocks=blocks,
             moments=self.moments,
             before=sizes.count(model),
@@ -256,11 +259,17 @@ class Prepared:
         )
 
     def _left_dense(self) -> list[Layer]:
-        """Return the layers that the rules would not make smaller."""
-        return [
+        """Return the layers that rules would not make smaller, and damaged ones."""
+        layers = [
             Layer.left_dense(assignment, "dense", reason)
             for assignment, reason in plan.staying_dense(self.rules, self.model)
         ]
+        for x in self.plan.choices if self.plan else ():
+            if x.reason == candidates.DAMAGED:
+                kept = Assignment(x.name, x.shape, x.method, (), x.rule)
+                reason = f"stays dense: {x.reason}"
+                layers.append(Layer.left_dense(kept, "failed", reason))
+        return layers
 
     def _fit(self, model: LanguageModel) -> list[Layer]:
         """Fit every layer that changes; return what they become, in their order."""
@@ -268,6 +277,24 @@ class Prepared:
             return self.fits.at_once(model, self.assignments, self.moments)
         assert self.moments is not None and self.read is not None
         return self.fits.in_sequence(model, self.assignments, self.moments, self.read)
+
+
+def _check_budget(
+    model: LanguageModel, budget: Budget, layers: Sequence[Layer]
+) -> None:
+    """Refuse a model that exceeds its budget because fits have failed.
+
+    Raises:
+        ValueError: If it does; the message names a layer and the reason.
+    """
+    size = allotment.size_of(model, budget)
+    failed = [layer for layer in layers if layer.status == "failed"]
+    if failed and size is not None and size > budget.amount:
+        raise ValueError(
+            f"the model takes {size:,.0f}, more than its budget of {budget}, for "
+            f"{len(failed)} layers could not be compressed: {failed[0].name} "
+            f"{failed[0].reason}; raise the budget, or mend the checkpoint"
+        )
 
 
 def precise(model: LanguageModel) -> LanguageModel:

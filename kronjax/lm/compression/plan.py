@@ -100,6 +100,9 @@ def make(
     with bar(len(names), "planning", unit="layers", wanted=progress) as advance:
         for name in names:
             wanted = target(layers[name], name, moments, weighting)
+            if not np.isfinite(wanted.matrix).all():
+                advance(1)
+                continue
             low_rank = LowRank.kept(wanted, work)
             tails[name] = damage_unit(wanted, low_rank), low_rank.tails
             if name in probed:
@@ -108,6 +111,8 @@ def make(
             advance(1)
     offered = {
         name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)
+        if name in tails
+        else [candidates.damaged(name, layers[name])]
         for name in names
     }
 

@@ -35,6 +35,7 @@ from kronjax.lm.models.base import (
     parameter_dtype,
     tokenizer_of,
 )
+from kronjax.lm.models.finite import cause
 from kronjax.lm.models.likelihood import log_likelihoods
 from kronjax.lm.text import documents as texts
 from kronjax.lm.text.documents import Text
@@ -315,9 +316,9 @@ def _score(model, tokens, windows, stride, batch, progress):
         sums[number] += np.sum(nll, dtype=np.float64)
     bad = np.count_nonzero(np.isnan(sums))
     if bad:
+        why = cause(model, "its numbers are too large for their dtype; try float32")
         raise ValueError(
-            f"the model returns NaN in {bad} of {len(windows)} windows: its "
-            "weights are damaged, or too large for their dtype; try float32"
+            f"the model returns NaN in {bad} of {len(windows)} windows: {why}"
         )
     return sums / [window.scored for window in windows], scores
 

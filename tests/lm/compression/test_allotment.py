@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from ports import make
 
-from kronjax import lm
+from kronjax import lm, nn
 from kronjax.lm.compression import candidates, pipeline, plan
+from kronjax.runs import closed_form
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -68,3 +69,38 @@ def test_an_impossible_budget_is_refused_with_the_smallest_possible(
     done = pipeline.run(mixed, words[1], progress=False)  # the remedy works
     if unit == "KB":
         assert written(done.model, tmp_path) <= 1e3 * float(words[1].removesuffix("KB"))
+
+
+def damaged(model, name="layers.0.mlp.up_proj"):
+    """Return a copy of a model with a NaN in a kernel."""
+    copy = nnx.merge(*nnx.split(model))
+    kernel = nn.linear_layers(copy)[name].kernel
+    kernel[...] = kernel[...].at[0, 0].set(np.nan)
+    return copy
+
+
+def test_a_damaged_kernel_stays_dense_and_the_others_keep_the_budget(mixed, tmp_path):
+    model = damaged(mixed)
+    done = pipeline.run(model, "60KB", progress=False)
+    assert written(done.model, tmp_path) <= 60_000
+    (failed,) = done.failed
+    assert failed.name == "layers.0.mlp.up_proj"
+    assert failed.reason == "stays dense: it holds NaN or infinite entries"
+    with pytest.raises(ValueError, match="smallest possible"):
+        pipeline.run(model, "28KB", progress=False)
+
+
+def test_fits_that_fail_never_exceed_a_budget(mixed, monkeypatch):
+    truncated = closed_form.truncated
+
+    def fail(matrix, configuration):
+        return (
+            ((), 0.0) if matrix.shape == (48, 96) else truncated(matrix, configuration)
+        )
+
+    monkeypatch.setattr(closed_form, "truncated", fail)
+    words = (
+        r"takes .*, more than its budget of 50,000 bytes, for [1-4] layers could not"
+    )
+    with pytest.raises(ValueError, match=words):
+        pipeline.run(mixed, "50KB", progress=False)

@@ -177,5 +177,13 @@ def test_bad_text_and_bad_models_are_told(model, tokens):
         measure_moments(model, tokens + 50)
     broken = nnx.clone(model)
     broken.layers[0].mlp.up_proj.kernel[...] = jnp.full((12, 16), jnp.nan)
-    with pytest.raises(ValueError, match="not finite"):
-        measure_moments(broken, tokens, context=CONTEXT, batch=6)
+    words = r"calibrated: layers\.0\.mlp\.up_proj\.kernel holds NaN"
+    for gradients in (False, True):
+        with pytest.raises(ValueError, match=words):
+            measure_moments(broken, tokens, gradients=gradients, context=CONTEXT)
+    # Without a damaged parameter, the first layer that reads what overflowed is named.
+    large = nnx.clone(model)
+    large.layers[0].self_attn.v_proj.kernel[...] *= 1e38
+    words = r"calibrated: the moments of layers\.0\.self_attn\.o_proj are not finite"
+    with pytest.raises(ValueError, match=words):
+        measure_moments(large, tokens, context=CONTEXT)
