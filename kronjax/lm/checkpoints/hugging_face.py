@@ -272,7 +272,8 @@ def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
     stored = canonical(unwrapped(tensors), port.PREFIXES)
     stored = without_extras(port, config, stored)
     flat = list(nnx.to_flat_state(state))
-    check_names({short_name(_dotted(path)) for path, _ in flat}, set(stored))
+    expected = {short_name(_dotted(path)) for path, _ in flat}
+    check_names(expected, set(stored), f"{port.Model.HEAD}.weight")
     return port, graph, flat, stored
 
 
@@ -295,7 +296,13 @@ def _fit(
             raise ValueError(f"tensor {name} is not a permutation")
         return jnp.asarray(order, jnp.int32)
     if array.dtype not in _FLOATS:
-        if array.dtype != np.float64:
+        if str(array.dtype).startswith("float8"):
+            if dtype is None:
+                raise ValueError(
+                    f"tensor {name} has dtype {array.dtype}, in which no model can "
+                    "compute; load the model with dtype bfloat16 (--dtype bfloat16)"
+                )
+        elif array.dtype != np.float64:
             raise ValueError(
                 f"tensor {name} has dtype {array.dtype}; parameters are floats"
             )

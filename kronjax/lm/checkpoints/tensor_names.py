@@ -34,6 +34,13 @@ WRAPPERS = (
 
 _INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+_QUANTISED = (
+    r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv|_2)?|input_scale|weight_packed|"
+    r"weight_zero_point|weight_shape|SCB|absmax|quant_state\..*|quant_map|blocks)$"
+)
+"""Tensors that only quantised checkpoints have: those of GPTQ and AWQ, FP8 and
+compressed-tensors, bitsandbytes."""
+
 T = TypeVar("T")
 
 
@@ -155,8 +162,13 @@ def are_copies(x: Any, y: Any) -> bool:
     return bool(np.all(same))
 
 
-def check_names(expected: set[str], stored: set[str]) -> None:
+def check_names(expected: set[str], stored: set[str], head: str = "") -> None:
     """Check that a file holds exactly the expected tensors.
+
+    Args:
+        expected: Names of the parameters of the model.
+        stored: Names in the file, without prefix.
+        head: Name of the weight of a separate head.
 
     Raises:
         ValueError: If some are missing or left over; the message names them.
@@ -167,5 +179,15 @@ def check_names(expected: set[str], stored: set[str]) -> None:
         for names, word in ((missing, "missing"), (extra, "left over"))
         if names
     ]
-    if parts:
-        raise ValueError(f"tensors do not fit config.json: {' and '.join(parts)}")
+    if not parts:
+        return
+    quantised = [name for name in extra if re.search(_QUANTISED, name)]
+    if quantised:
+        raise ValueError(
+            f"the weights are quantised (tensor {quantised[0]}), which is not "
+            "supported; give the model before quantisation"
+        )
+    remedy = ""
+    if missing == [head] and not extra:
+        remedy = "; if the head is the embedding, set tie_word_embeddings to true"
+    raise ValueError(f"tensors do not fit config.json: {' and '.join(parts)}{remedy}")
