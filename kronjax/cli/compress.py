@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from kronjax.cli.console import widen
 from kronjax.cli.factorize import FAILURE, forecast, hosts_of, tell_overlaps
 from kronjax.cli.language import Dtype, Model
 from kronjax.cli.options import (
@@ -406,5 +407,6 @@ def _show(table: Any, verdict: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
+    widen(console, table)
     console.print(table)
     console.print(verdict, soft_wrap=True)

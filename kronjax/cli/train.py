@@ -91,8 +91,7 @@ def train(
     import jax
 
     from kronjax.io import storage
-    from kronjax.lm.checkpoints import hugging_face
-    from kronjax.lm.models.base import parameter_dtype
+    from kronjax.lm.checkpoints import dtypes, hugging_face
     from kronjax.lm.training import shrinking
     from kronjax.lm.training import trainer as training
     from kronjax.runs.processes import meet
@@ -163,8 +162,11 @@ def train(
 
     def save():
         if group.process == 0:
-            stored = dtype or str(parameter_dtype(student))
-            hugging_face.save(hugging_face.cast(result.model, stored), folder)
+            if dtype is None:
+                trained = dtypes.restored(result.model, student)
+            else:
+                trained = hugging_face.cast(result.model, dtype)
+            hugging_face.save(trained, folder)
             shutil.rmtree(state, ignore_errors=True)
 
     group.together(save)

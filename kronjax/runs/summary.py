@@ -188,7 +188,9 @@ def failures(found: Factorization) -> Table | None:
     """Return a table of the matrices that stay dense, or None if there is none."""
     if not found.failed and not found.dense:
         return None
-    made = Table("matrix", "stays dense because")
+    made = Table()
+    for name in ("matrix", "stays dense because"):
+        made.add_column(name, overflow="fold")
     for name, reason in found.dense.items():
         made.add_row(printable(name), reason)
     for task, reason in found.failed:
