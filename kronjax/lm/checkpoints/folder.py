@@ -85,9 +85,12 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
         if shards is None:
             _refuse_without_weights(folder)
         return shards
-    lacks = {name: _what_is_missing(folder, name) for name in held}
-    complete = [name for name in held if lacks[name] is None]
-    chosen = (complete or held)[0]
+    lacks = {}
+    for name in held:
+        lacks[name] = _what_is_missing(folder, name)
+        if lacks[name] is None:
+            break
+    chosen = next((name for name in lacks if lacks[name] is None), held[0])
     if len(held) > 1:
         why = "in the order of transformers"
         if chosen != held[0]:
@@ -99,14 +102,13 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _what_is_missing(folder: Path, name: str) -> str | None:
     """Return what a checkpoint lacks, or None if all of its files are there."""
-    files = [name]
-    if name == INDEX:
-        files = [*files, *tensors.shards_of(folder / INDEX)]
-    for file in files:
-        if not (folder / file).is_file():
-            return f"{file} is missing"
-        if stand_ins.is_lfs_pointer(folder / file):
-            return f"{file} is a Git LFS pointer"
+    if stand_ins.is_lfs_pointer(folder / name):
+        return f"{name} is a Git LFS pointer"
+    for shard in tensors.shards_of(folder / name) if name == INDEX else ():
+        if not (folder / shard).is_file():
+            return f"{shard} is missing"
+        if stand_ins.is_lfs_pointer(folder / shard):
+            return f"{shard} is a Git LFS pointer"
     return None
 
 

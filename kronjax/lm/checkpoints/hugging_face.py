@@ -269,7 +269,7 @@ def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
     for name, description in layers.items():
         nn.replace(model, name, nn.from_description(description))
     graph, state = nnx.split(model)
-    stored = canonical(unwrapped(tensors), port.PREFIXES)
+    stored = canonical(unwrapped(tensors, port.PREFIXES[0]), port.PREFIXES)
     stored = without_extras(port, config, stored)
     flat = list(nnx.to_flat_state(state))
     expected = {short_name(_dotted(path)) for path, _ in flat}

@@ -73,14 +73,16 @@ def is_transposed(port: Port, path: str, ndim: int = 2) -> bool:
     return is_kernel and re.fullmatch(port.TRANSPOSED, layer) is not None
 
 
-def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+def unwrapped(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return tensors without the prefixes of wrappers around the model, which are told.
 
-    A prefix is removed if all names have it, however they are nested; the marks of
-    wrappers around single blocks are removed wherever they are.
+    A prefix is removed if all names have it, however they are nested: a known one, or
+    any part before the prefix of the port. The marks of wrappers around single blocks
+    are removed wherever they are.
 
     Args:
         tensors: Tensors by their names in a file.
+        prefix: The prefix of the port, such as `model.` or `transformer.`.
 
     Raises:
         ValueError: If two names become equal, or the tensors are those of an adapter.
@@ -93,11 +95,13 @@ def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
             )
     names, removed = list(tensors), []
     while names:
-        prefix = next((x for x in WRAPPERS if _all_begin(names, x)), None)
-        if prefix is None:
+        part = re.match(r"\w+\.|", names[0])[0]  # type: ignore[index]
+        inner = any(f".{prefix}" in name for name in names)
+        known = [x for x in (*WRAPPERS, *[part] * inner) if x and _all_begin(names, x)]
+        if not known:
             break
-        names = [name.removeprefix(prefix) for name in names]
-        removed.append(prefix)
+        names = [name.removeprefix(known[0]) for name in names]
+        removed.append(known[0])
     plain = [_INNER.sub("", name) for name in names]
     removed += sorted({x[0] for name in names for x in _INNER.finditer(name)})
     if not removed:

@@ -45,6 +45,7 @@ def same(a, b):
         "_forward_module.",
         "module._orig_mod.",
         "_orig_mod.module.base_model.model.",
+        "net.student.",
     ],
 )
 @pytest.mark.parametrize("case", ["gpt2", "opt-untied", "llama"])
