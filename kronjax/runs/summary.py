@@ -139,7 +139,7 @@ def table(found: Factorization) -> Table:
     made = Table()
     made.add_column("matrices", no_wrap=True)
     made.add_column("becomes", min_width=9)
-    for name in ("done", "size", "error", "worst", "gap", "worst", "products"):
+    for name in ("done", "bytes", "size", "error", "worst", "gap", "worst", "products"):
         made.add_column(name, justify="right", no_wrap=True)
     groups: dict[Any, list[MatrixTask]] = {}
     for task in found.plan.tasks:
@@ -156,6 +156,7 @@ def table(found: Factorization) -> Table:
             f"{shape[0]}x{shape[1]}",
             what,
             f"{len(done)}/{len(members)}",
+            f"{sum(task.bytes for task in members):,}",
             f"{share:.0%}",
             *_mean_and_worst(errors, ".3f"),
             *_mean_and_worst(gaps, ".1%"),
