@@ -49,6 +49,9 @@ STAGING = ".saving-"
 STALE = 3600.0
 """Age in seconds after which a staging folder counts as abandoned."""
 
+_ABOUT = ("recipe.yaml", "report.json", "report.html")
+"""Files about the weights beside them, which say nothing about others."""
+
 _SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 
 T = TypeVar("T")
@@ -220,8 +223,9 @@ def _replaced(name: str, new: set[str]) -> bool:
     """Return whether a file belongs to the old model and the files `new` replace it."""
     if name in tokenizer.FILES:
         return not new.isdisjoint(tokenizer.FILES)
-    ours = (WEIGHTS, INDEX, MSGPACK, "recipe.yaml")
-    return name in ours or bool(re.fullmatch(_SHARD, name))
+    return name in (WEIGHTS, INDEX, MSGPACK, *_ABOUT) or bool(
+        re.fullmatch(_SHARD, name)
+    )
 
 
 def _commit(staging: Path, folder: Path) -> None:
