@@ -49,7 +49,7 @@ STAGING = ".saving-"
 STALE = 3600.0
 """Age in seconds after which a staging folder counts as abandoned."""
 
-_ABOUT = ("recipe.yaml", "report.json", "report.html")
+_ABOUT = ("recipe.yaml", "report.json", "report.html", "finished.json")
 """Files about the weights beside them, which say nothing about others."""
 
 _SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
