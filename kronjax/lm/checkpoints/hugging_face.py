@@ -135,7 +135,7 @@ def outline(source: str | Path) -> LanguageModel:
     config = port.Config.from_hugging_face(values)
     model = nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
     dtype = values.get("dtype") or values.get("torch_dtype")
-    return cast(model, dtype) if dtype in DTYPES else model
+    return cast(model, dtype) if dtype in [*DTYPES] else model
 
 
 def _stored_as(item, stored):
