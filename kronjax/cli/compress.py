@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from kronjax.cli.console import widen
 from kronjax.cli.factorize import FAILURE, forecast, hosts_of, tell_overlaps
 from kronjax.cli.language import Dtype, Model
 from kronjax.cli.options import Flag, Json, Sharing, Solving, option
@@ -167,7 +168,7 @@ def compress(
     """
     from kronjax import recipe as recipes
     from kronjax.lm.checkpoints import hugging_face
-    from kronjax.lm.compression import pipeline
+    from kronjax.lm.compression import pipeline, record
     from kronjax.lm.compression import plan as planning
     from kronjax.lm.compression.budget import Budget
     from kronjax.lm.compression.options import TextOptions, refuse_starts_of_budgets
@@ -182,11 +183,16 @@ def compress(
     protocol = _protocol(protocol, is_measured=bool(calibrate or evaluate))
     if dry_run and sequential:
         raise ValueError("--dry-run cannot know the moments of --sequential")
-    place = _free(out, model, force)
+    place = _place(out, model)
+    held = None if force else _held(place, out, dry_run)
     given, measured = map(_read, (calibrate, evaluate))
     hosts = hosts_of(dry_run, sharing)
     dense = hosts.together(lambda: hugging_face.load(model, dtype=dtype))
     planning.compressible(dense)
+    told = settings, options, protocol
+    request = record.request(dense, rules, (given, measured), *told)
+    if held is not None:
+        return _finished(held, request, out, as_json)
     if hosts.process == 0:
         _tell_overlaps(dense, rules)
         _tell_memory(dense, given, rules, weighting)
@@ -212,12 +218,13 @@ def compress(
     if measured is None and given is not None:
         measured = _rest(dense, given, options.num_tokens)
     facts = {"source": model, "text": measured, "protocol": protocol}
-    record = _written(result, dense, place, **facts)
+    facts["request"] = request
+    written = _written(result, dense, place, **facts)
     _clear(place, work)
     if as_json:
-        print(json.dumps(record, allow_nan=False))
+        print(json.dumps(written, allow_nan=False))
     else:
-        show_model(record, out)
+        show_model(written, out)
     return FAILURE if result.failed else 0
 
 
@@ -236,16 +243,42 @@ def _protocol(name: str | None, *, is_measured: bool) -> str:
     return name
 
 
-def _free(out: str, model: str, force: bool) -> "Storage":
-    """Return the place for the model, after checking that it may be written to."""
+def _place(out: str, model: str) -> "Storage":
+    """Return the place for the model, after checking that it is not the source."""
     from kronjax.io import storage
 
     place = storage.find(out)
-    if place.read(CONFIG) is not None and not force:
-        raise ValueError(f"{out} already holds a model; --force replaces it")
     if storage.is_source(place, model):
         raise ValueError(f"{out} holds the model: give --out another folder")
     return place
+
+
+def _held(place: "Storage", out: str, dry_run: bool) -> dict[str, Any] | None:
+    """Return the record of a finished model at a place, or None if there is none."""
+    from kronjax.lm.compression import record
+
+    if place.read(CONFIG) is None:
+        return None
+    found = {} if place.read(record.NAME) is None else record.load(place)
+    if dry_run or not found.get("request"):
+        raise ValueError(f"{out} already holds a model; --force replaces it")
+    return found
+
+
+def _finished(found: dict[str, Any], request: str, out: str, as_json: bool) -> int:
+    """Print the record of a model that this command has made already."""
+    if found["request"] != request:
+        raise ValueError(
+            f"{out} already holds a model that another command made; --force replaces "
+            "it"
+        )
+    if as_json:
+        print(json.dumps(found, allow_nan=False))
+    else:
+        show_model(found, out)
+        print("This command is finished already: nothing was computed.")
+    failed = any(x.get("status") == "failed" for x in found["layers"])
+    return FAILURE if failed else 0
 
 
 def _rest(dense, text, tokens: int) -> Any:
@@ -353,5 +386,6 @@ def _show(table: Any, verdict: str) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False)
+    widen(console, table)
     console.print(table)
     console.print(verdict, soft_wrap=True)

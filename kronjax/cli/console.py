@@ -4,9 +4,14 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from kronjax.io.atomic import printable
 from kronjax.io.notes import Note
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 @contextlib.contextmanager
@@ -25,6 +30,15 @@ def notes_in_lines() -> Iterator[None]:
         warnings.showwarning = tell
         warnings.simplefilter("always", Note)
         yield
+
+
+def widen(console: "Console", table: "Table") -> None:
+    """Give a console at least the width that a table needs.
+
+    A line that a terminal wraps is better than one without its last digits.
+    """
+    wide = console.options.update(max_width=1000)
+    console.width = max(console.width, console.measure(table, options=wide).minimum)
 
 
 def one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from kronjax.cli.console import widen
 from kronjax.cli.options import Flag, HostOptions, Json, Sharing, Solving, option
 
 if TYPE_CHECKING:
@@ -215,9 +216,7 @@ def show_matrices(results: "Factorization", as_json: bool) -> None:
         return
     console = Console(highlight=False, markup=False)
     made = summary.table(results)
-    # A line that a terminal wraps is better than one without its last digits.
-    wide = console.options.update(max_width=1000)
-    console.width = max(console.width, console.measure(made, options=wide).minimum)
+    widen(console, made)
     console.print(made)
     console.print(summary.verdict(results), soft_wrap=True)
     failures = summary.failures(results)

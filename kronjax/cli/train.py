@@ -6,12 +6,16 @@ Modules that load jax are imported inside, so that `kronjax --help` loads no jax
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 from kronjax.cli.language import Dtype, Model
 from kronjax.cli.options import Flag, Json, Sharing, fields_of, option
 from kronjax.lm.training.settings import Course, Optimizer, Pruning, Settings, Weights
+
+FINISHED = "finished.json"
+"""File with the record of a finished training and the digest of its command."""
 
 SETTINGS = fields_of(Settings, without=("optimizer", "weights", "evaluate_blocks"))
 OPTIMIZER = fields_of(Optimizer, without=("final", "b1", "b2"))
@@ -82,9 +86,9 @@ def train(
     """
     import jax
 
-    from kronjax.io import storage
-    from kronjax.lm.checkpoints import hugging_face
-    from kronjax.lm.models.base import parameter_dtype
+    from kronjax.io import atomic, storage
+    from kronjax.io.json_values import jsonable
+    from kronjax.lm.checkpoints import dtypes, hugging_face
     from kronjax.lm.training import shrinking
     from kronjax.lm.training import trainer as training
     from kronjax.runs.processes import meet
@@ -103,6 +107,16 @@ def train(
     state = folder / training.STATE
     if sharing.distributed and chosen.shard == "none":
         raise ValueError("--distributed needs --shard data or full")
+    sources = [model, teacher, data, evaluate, calibrate]
+    request = _request(sources, column, chosen, plan, dtype)
+    finished = None if force else _finished(folder, request)
+    if finished is not None:
+        if as_json:
+            print(json.dumps(finished, allow_nan=False))
+        elif not sharing.process:
+            _show(finished, folder)
+            print("This command is finished already: nothing was computed.")
+        return 0
     group = meet(**vars(sharing))
     if force and group.process == 0:
         shutil.rmtree(state, ignore_errors=True)
@@ -155,8 +169,13 @@ def train(
 
     def save():
         if group.process == 0:
-            stored = dtype or str(parameter_dtype(student))
-            hugging_face.save(hugging_face.cast(result.model, stored), folder)
+            if dtype is None:
+                trained = dtypes.restored(result.model, student)
+            else:
+                trained = hugging_face.cast(result.model, dtype)
+            hugging_face.save(trained, folder)
+            facts = jsonable({"request": request, "record": result.record})
+            atomic.write(folder / FINISHED, json.dumps(facts, indent=1).encode())
             shutil.rmtree(state, ignore_errors=True)
 
     group.together(save)
@@ -167,6 +186,36 @@ def train(
         return 0
     _show(result.record, folder)
     return 0
+
+
+def _request(sources: Iterable[str | None], *options: Any) -> str:
+    """Return a digest of a command: its options, and the state of the files it reads.
+
+    Args:
+        sources: Paths of models and texts, or their names elsewhere.
+        options: All other options, with an unambiguous `repr`.
+    """
+    from kronjax.io import storage
+    from kronjax.io.cache import digest
+
+    states = []
+    for source in sources:
+        path = None if source is None else storage.expanded(source)
+        files = [] if path is None else [path, *sorted(path.glob("*"))]
+        facts = [(x.name, x.stat()) for x in files if x.is_file()]
+        states.append([(name, x.st_size, x.st_mtime_ns) for name, x in facts])
+    return digest(list(sources), states, options)
+
+
+def _finished(folder: Path, request: str) -> dict[str, Any] | None:
+    """Return the record of a training in a folder if the same command has made it."""
+    from kronjax.io.json_values import read_json
+
+    path = folder / FINISHED
+    if not path.is_file() or not (folder / "config.json").is_file():
+        return None
+    facts = read_json(path)
+    return facts.get("record") if facts.get("request") == request else None
 
 
 def default_folder(model: str) -> Path:

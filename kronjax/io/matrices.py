@@ -49,6 +49,9 @@ SAFETENSORS_DTYPES = {
     "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
+}
+
+KEPT_DTYPES = {
     "C64": np.complex64,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -56,6 +59,7 @@ SAFETENSORS_DTYPES = {
     "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
+"""Dtypes of tensors that can be kept as they are, but not be computed with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,11 @@ def read(
         raise IsADirectoryError(f"{path} is a folder; name a file in it")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix in stand_ins.PICKLES:
+        raise ValueError(
+            f"{path} is a pickle, or may be one, which could run any code and is never "
+            "opened: store the matrix by numpy.save or safetensors"
+        )
     openers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}
     if path.suffix not in openers:
         raise ValueError(
@@ -365,12 +374,13 @@ def _safetensors_header(path: Path) -> tuple[dict, int]:
 def _map_tensor(path: Path, header: dict, offset: int, name: str) -> np.ndarray:
     entry = header[name]
     shape = tuple(entry["shape"])
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
+    known = {**SAFETENSORS_DTYPES, **KEPT_DTYPES}
+    if entry["dtype"] not in known:
         raise ValueError(
             f"{path}: tensor {name} has dtype {entry['dtype']}; real numbers are "
             f"needed: {', '.join(SAFETENSORS_DTYPES)}"
         )
-    dtype = np.dtype(SAFETENSORS_DTYPES[entry["dtype"]])
+    dtype = np.dtype(known[entry["dtype"]])
     if math.prod(shape) == 0:  # nothing to map; the caller refuses it
         return np.empty(shape, dtype)
     start = offset + entry["data_offsets"][0]

@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from kronjax import recipe as recipes
@@ -96,6 +97,14 @@ class MatrixTask:
     def size(self) -> int:
         """Number of entries of the matrix."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the factors, which are stored in the dtype of the matrix."""
+        return (
+            self.parameters
+            * np.dtype(getattr(ml_dtypes, self.dtype, self.dtype)).itemsize
+        )
 
 
 @dataclasses.dataclass(frozen=True)

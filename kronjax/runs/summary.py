@@ -137,7 +137,7 @@ def table(results: Factorization) -> Table:
     made = Table()
     made.add_column("matrices", no_wrap=True)
     made.add_column("becomes", min_width=9)
-    for name in ("done", "size", "error", "worst", "gap", "worst", "products"):
+    for name in ("done", "bytes", "size", "error", "worst", "gap", "worst", "products"):
         made.add_column(name, justify="right", no_wrap=True)
     groups: dict[Any, list[MatrixTask]] = {}
     for task in results.plan.tasks:
@@ -154,6 +154,7 @@ def table(results: Factorization) -> Table:
             f"{shape[0]}x{shape[1]}",
             what,
             f"{len(done)}/{len(members)}",
+            f"{sum(task.bytes for task in members):,}",
             f"{share:.0%}",
             *_mean_and_worst(errors, ".3f"),
             *_mean_and_worst(gaps, ".1%"),
@@ -186,7 +187,9 @@ def failures(results: Factorization) -> Table | None:
     """Return a table of the matrices that stay dense, or None if there is none."""
     if not results.failed and not results.dense:
         return None
-    made = Table("matrix", "stays dense because")
+    made = Table()
+    for name in ("matrix", "stays dense because"):
+        made.add_column(name, overflow="fold")
     for name, reason in results.dense.items():
         made.add_row(printable(name), reason)
     for task, reason in results.failed:

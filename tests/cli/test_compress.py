@@ -67,9 +67,14 @@ def test_a_budget_and_a_text_make_a_smaller_model_with_a_report(folder, capsys):
     kinds = {nn.describe(x)["kind"] for x in nn.linear_layers(small).values()}
     assert "interpolative" in kinds
     assert recipe.loads(small.recipe).rules
-    # Twice the same line would replace it.
-    code, _, err = run(capsys, *given, "--out", folder / "small")
-    assert code == 2 and "--force" in err
+    # The same command again is finished; another one would replace the model.
+    before = weights(folder / "small")
+    code, out, _ = run(capsys, *given, "--out", folder / "small")
+    assert code == 0 and "finished already" in out and "report.html" in out
+    more = ("--evaluate", folder / "text.txt")
+    code, _, err = run(capsys, *given, *more, "--out", folder / "small")
+    assert code == 2 and "another command made; --force" in err
+    assert weights(folder / "small") == before
     code, out, err = run(capsys, "report", folder / "small", "--json")
     assert code == 0 and json.loads(out) == found
     lm.export(small, folder / "export")
@@ -204,6 +209,9 @@ def test_a_model_comes_out_as_its_best_sums(folder, tiny, capsys, untimed):
     assert found["after"]["parameters"] == count
     # With --force the same model is made again; a compressed one cannot be compressed.
     before = weights(folder / "out")
+    assert run(capsys, *compress(folder))[0] == 0
+    assert run(capsys, *compress(folder, "--seed", "1"))[0] == 2
+    (folder / "out/report.json").rename(folder / "report.json")
     assert run(capsys, *compress(folder))[0] == 2
     assert run(capsys, *compress(folder, "--force"))[0] == 0
     assert weights(folder / "out") == before

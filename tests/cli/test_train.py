@@ -169,6 +169,14 @@ def test_a_student_matches_its_teacher(folder, small, capsys):
     assert line["logits"] < 0.05 and line["hidden"] < 0.05
     assert main(command(folder, *more)) == 2
     assert "already holds a model; --force replaces it" in capsys.readouterr().err
+    # The same command again is finished, until a file that it reads changes.
+    given = command(folder, *more, "--precision", "bfloat16")
+    assert main(given) == 0
+    assert json.loads(capsys.readouterr().out) == record
+    assert main([x for x in given if x != "--json"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    os.utime(folder / "teacher/model.safetensors", (0, 0))
+    assert main(given) == 2
 
 
 def test_sigterm_saves_the_state(folder, monkeypatch, capsys):

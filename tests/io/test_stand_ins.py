@@ -58,6 +58,12 @@ def test_a_file_of_the_right_kind_is_not_described(tmp_path):
     assert stand_ins.describe(b'{"model_type": "gpt2"}') is None
 
 
+def test_a_pickle_is_no_matrix(tmp_path):
+    (tmp_path / "x.pt").write_bytes(pickle.dumps([1]))
+    with pytest.raises(ValueError, match="x.pt is a pickle.*never opened: store"):
+        matrices.read(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_factorize_never_opens_a_pickle(tmp_path, inside):
     path = tmp_path / "pytorch_model.bin"

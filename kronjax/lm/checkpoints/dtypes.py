@@ -53,9 +53,11 @@ def restored(model: LanguageModel, like: LanguageModel) -> LanguageModel:
         dtype = known.get(text)
         if dtype is None:
             ends = range(len(text), 0, -1)
-            layer = next(text[:end] for end in ends if text[:end] in kernels)
+            layer = next((text[:end] for end in ends if text[:end] in kernels), ())
             # The largest one is the kernel; the other one is the bias.
-            dtype = max(kernels[layer], key=lambda x: math.prod(x.shape)).dtype
+            held = kernels.get(layer, [])
+            kernel = max(held, key=lambda x: math.prod(x.shape), default=None)
+            dtype = main_dtype(like) if kernel is None else kernel.dtype
         flat.append((path, variable.replace(cast(variable.get_value(), dtype))))
     return nnx.merge(graph, nnx.from_flat_state(flat), rest)
 

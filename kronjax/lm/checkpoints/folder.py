@@ -49,6 +49,9 @@ STAGING = ".saving-"
 STALE = 3600.0
 """Age in seconds after which a staging folder counts as abandoned."""
 
+_ABOUT = ("recipe.yaml", "report.json", "report.html", "finished.json")
+"""Files about the weights beside them, which say nothing about others."""
+
 _SHARD = r"model-\d{5}-of-\d{5}\.safetensors"
 
 T = TypeVar("T")
@@ -85,9 +88,12 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
         if shards is None:
             _refuse_without_weights(folder)
         return shards
-    lacks = {name: _what_is_missing(folder, name) for name in held}
-    complete = [name for name in held if lacks[name] is None]
-    chosen = (complete or held)[0]
+    lacks = {}
+    for name in held:
+        lacks[name] = _what_is_missing(folder, name)
+        if lacks[name] is None:
+            break
+    chosen = next((name for name in lacks if lacks[name] is None), held[0])
     if len(held) > 1:
         why = "in the order of transformers"
         if chosen != held[0]:
@@ -99,14 +105,13 @@ def open_tensors(folder: Path) -> dict[str, np.ndarray]:
 
 def _what_is_missing(folder: Path, name: str) -> str | None:
     """Return what a checkpoint lacks, or None if all of its files are there."""
-    files = [name]
-    if name == INDEX:
-        files = [*files, *tensors.shards_of(folder / INDEX)]
-    for file in files:
-        if not (folder / file).is_file():
-            return f"{file} is missing"
-        if stand_ins.is_lfs_pointer(folder / file):
-            return f"{file} is a Git LFS pointer"
+    if stand_ins.is_lfs_pointer(folder / name):
+        return f"{name} is a Git LFS pointer"
+    for shard in tensors.shards_of(folder / name) if name == INDEX else ():
+        if not (folder / shard).is_file():
+            return f"{shard} is missing"
+        if stand_ins.is_lfs_pointer(folder / shard):
+            return f"{shard} is a Git LFS pointer"
     return None
 
 
@@ -226,7 +231,7 @@ def _replaced(name: str, new: set[str]) -> bool:
     """Return whether a file belongs to the old model and the files `new` replace it."""
     if tokenizer.belongs(name):
         return any(map(tokenizer.belongs, new))
-    ours = (WEIGHTS, INDEX, MSGPACK, "recipe.yaml")
+    ours = (WEIGHTS, INDEX, MSGPACK, *_ABOUT)
     return name in ours or bool(re.fullmatch(_SHARD, name))
 
 

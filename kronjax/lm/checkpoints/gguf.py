@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from kronjax.io import stand_ins
 from kronjax.lm.checkpoints import gguf_tokenizer
-from kronjax.lm.checkpoints.gguf_header import Header, Tensor, read_header
+from kronjax.lm.checkpoints.gguf_header import MAGIC, Header, Tensor, read_header
 from kronjax.lm.models import llama
 from kronjax.lm.text import chat, special_tokens
 from kronjax.lm.text.special_tokens import CONFIG
@@ -101,6 +102,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Tokenizer | Non
     try:
         if path.stat().st_size == 0:
             raise ValueError("it is empty")
+        with open(path, "rb") as file:
+            head = file.read(512)
+        other = None if head.startswith(MAGIC) else stand_ins.describe(head)
+        if other is not None:
+            raise ValueError(other)
         # Not the subclass: its views would keep asking after the file.
         header = read_header(np.asarray(np.memmap(path, np.uint8, mode="r")))
         _check_kind(header.settings)

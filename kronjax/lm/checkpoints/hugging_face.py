@@ -135,7 +135,7 @@ def outline(source: str | Path) -> LanguageModel:
     config = port.Config.from_hugging_face(values)
     model = nnx.eval_shape(lambda: port.Model(config, rngs=nnx.Rngs(0)))
     dtype = values.get("dtype") or values.get("torch_dtype")
-    return cast(model, dtype) if dtype in DTYPES else model
+    return cast(model, dtype) if dtype in [*DTYPES] else model
 
 
 def _stored_as(item, stored):
@@ -269,10 +269,11 @@ def _described(values: Mapping[str, Any], tensors: Mapping[str, Any]):
     for name, description in layers.items():
         nn.replace(model, name, nn.from_description(description))
     graph, state = nnx.split(model)
-    stored = canonical(unwrapped(tensors), port.PREFIXES)
+    stored = canonical(unwrapped(tensors, port.PREFIXES[0]), port.PREFIXES)
     stored = without_extras(port, config, stored)
     flat = list(nnx.to_flat_state(state))
-    check_names({short_name(_dotted(path)) for path, _ in flat}, set(stored))
+    expected = {short_name(_dotted(path)) for path, _ in flat}
+    check_names(expected, set(stored), f"{port.Model.HEAD}.weight")
     return port, graph, flat, stored
 
 
@@ -295,7 +296,13 @@ def _fit(
             raise ValueError(f"tensor {name} is not a permutation")
         return jnp.asarray(order, jnp.int32)
     if array.dtype not in _FLOATS:
-        if array.dtype != np.float64:
+        if str(array.dtype).startswith("float8"):
+            if dtype is None:
+                raise ValueError(
+                    f"tensor {name} has dtype {array.dtype}, in which no model can "
+                    "compute; load the model with dtype bfloat16 (--dtype bfloat16)"
+                )
+        elif array.dtype != np.float64:
             raise ValueError(
                 f"tensor {name} has dtype {array.dtype}; parameters are floats"
             )

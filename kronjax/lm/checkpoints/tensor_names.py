@@ -34,6 +34,13 @@ WRAPPERS = (
 
 _INNER = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
+_QUANTISED = (
+    r"\.(qweight|qzeros|scales|g_idx|weight_scale(_inv|_2)?|input_scale|weight_packed|"
+    r"weight_zero_point|weight_shape|SCB|absmax|quant_state\..*|quant_map|blocks)$"
+)
+"""Tensors that only quantised checkpoints have: those of GPTQ and AWQ, FP8 and
+compressed-tensors, bitsandbytes."""
+
 T = TypeVar("T")
 
 
@@ -66,14 +73,16 @@ def is_transposed(port: Port, path: str, ndim: int = 2) -> bool:
     return is_kernel and re.fullmatch(port.TRANSPOSED, layer) is not None
 
 
-def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
+def unwrapped(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
     """Return tensors without the prefixes of wrappers around the model, which are told.
 
-    A prefix is removed if all names have it, however they are nested; the marks of
-    wrappers around single blocks are removed wherever they are.
+    A prefix is removed if all names have it, however they are nested: a known one, or
+    any part before the prefix of the port. The marks of wrappers around single blocks
+    are removed wherever they are.
 
     Args:
         tensors: Tensors by their names in a file.
+        prefix: The prefix of the port, such as `model.` or `transformer.`.
 
     Raises:
         ValueError: If two names become equal, or the tensors are those of an adapter.
@@ -86,11 +95,13 @@ def unwrapped(tensors: Mapping[str, T]) -> dict[str, T]:
             )
     names, removed = list(tensors), []
     while names:
-        prefix = next((x for x in WRAPPERS if _all_begin(names, x)), None)
-        if prefix is None:
+        part = re.match(r"\w+\.|", names[0])[0]  # type: ignore[index]
+        inner = any(f".{prefix}" in name for name in names)
+        known = [x for x in (*WRAPPERS, *[part] * inner) if x and _all_begin(names, x)]
+        if not known:
             break
-        names = [name.removeprefix(prefix) for name in names]
-        removed.append(prefix)
+        names = [name.removeprefix(known[0]) for name in names]
+        removed.append(known[0])
     plain = [_INNER.sub("", name) for name in names]
     removed += sorted({x[0] for name in names for x in _INNER.finditer(name)})
     if not removed:
@@ -155,8 +166,13 @@ def are_copies(x: Any, y: Any) -> bool:
     return bool(np.all(same))
 
 
-def check_names(expected: set[str], stored: set[str]) -> None:
+def check_names(expected: set[str], stored: set[str], head: str = "") -> None:
     """Check that a file holds exactly the expected tensors.
+
+    Args:
+        expected: Names of the parameters of the model.
+        stored: Names in the file, without prefix.
+        head: Name of the weight of a separate head.
 
     Raises:
         ValueError: If some are missing or left over; the message names them.
@@ -167,5 +183,15 @@ def check_names(expected: set[str], stored: set[str]) -> None:
         for names, word in ((missing, "missing"), (extra, "left over"))
         if names
     ]
-    if parts:
-        raise ValueError(f"tensors do not fit config.json: {' and '.join(parts)}")
+    if not parts:
+        return
+    quantised = [name for name in extra if re.search(_QUANTISED, name)]
+    if quantised:
+        raise ValueError(
+            f"the weights are quantised (tensor {quantised[0]}), which is not "
+            "supported; give the model before quantisation"
+        )
+    remedy = ""
+    if missing == [head] and not extra:
+        remedy = "; if the head is the embedding, set tie_word_embeddings to true"
+    raise ValueError(f"tensors do not fit config.json: {' and '.join(parts)}{remedy}")

@@ -80,18 +80,36 @@ def size_of(model: LanguageModel, budget: Budget) -> float | None:
     return getattr(sizes.count(model), budget.measure)
 
 
-def check_room(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> None:
+def check_room(
+    model: LanguageModel,
+    budget: Budget,
+    offered: Mapping[str, Sequence[Candidate]],
+    file_size: Size,
+) -> None:
     """Refuse a budget below the size of what no plan changes.
 
+    Args:
+        model: The dense model.
+        budget: The budget.
+        offered: Candidates of each layer, before anything is measured.
+        file_size: The size of the file of a plan.
+
     Raises:
-        ValueError: If nothing is left for the linear layers.
+        ValueError: If nothing is left for the linear layers; the message gives a
+            budget that is possible.
     """
-    rest = _rest(model, layers, budget)
-    if budget.measure != "fraction" and rest >= budget.amount:
-        raise ValueError(
-            f"a budget of {budget} leaves nothing for the linear layers: the rest of "
-            f"the model takes {rest:,.0f}"
-        )
+    rest = _rest(model, offered, budget)
+    if budget.measure == "fraction" or rest < budget.amount:
+        return
+    cost = _costs(model, budget)
+    choices = [min(layer, key=cost) for layer in offered.values()]
+    least = rest + sum(map(cost, choices))
+    if budget.measure == "bytes":
+        least = file_size(choices)
+    raise ValueError(
+        f"a budget of {budget} leaves nothing for the linear layers: the rest of the "
+        f"model takes {rest:,.0f}; write {_possible(budget, least)} or more"
+    )
 
 
 def _rest(model: LanguageModel, layers: Mapping[str, Any], budget: Budget) -> float:
@@ -152,9 +170,13 @@ def _refusal(budget: Budget, least: float, kernels: int) -> str:
     if budget.measure == "fraction":
         possible = f"{math.ceil(1e4 * least / kernels) / 1e4:g}"
         return f"a budget of {budget} is below the smallest possible, {possible}"
-    units = {"bytes": "KB", "parameters": "K", "flops": "KFLOP"}
-    possible = f"{math.ceil(least / 100) / 10:.1f}{units[budget.measure]}"
     return (
         f"a budget of {budget} is below the smallest possible, {least:,.0f}: "
-        f"write {possible} or more"
+        f"write {_possible(budget, least)} or more"
     )
+
+
+def _possible(budget: Budget, least: float) -> str:
+    """Return the smallest possible budget, as it is to be written."""
+    units = {"bytes": "KB", "parameters": "K", "flops": "KFLOP"}
+    return f"{math.ceil(least / 100) / 10:.1f}{units[budget.measure]}"

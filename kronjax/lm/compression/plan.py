@@ -94,8 +94,17 @@ def make(
     products = max((settings.max_products or joint.PRODUCTS) // 2, 1)
     halved = dataclasses.replace(settings, max_products=products)
     layers = compressible(model)
-    allotment.check_room(model, layers, budget)  # before anything takes time
     names = list(layers)
+
+    def file_size(choices):
+        return dtypes.file_size(outline(model, _rules(choices, budget)))
+
+    def offers(name, total, tails, ratios):
+        return candidates.of_layer(name, layers[name], total, tails, ratios, weighting)
+
+    # Before anything takes time.
+    untried = {name: offers(name, 1.0, np.zeros(1), []) for name in names}
+    allotment.check_room(model, budget, untried, file_size)
     ratios: list[Probe] = []
     tails: dict[str, tuple[float, np.ndarray]] = {}
     probed = candidates.probed(names)
@@ -111,15 +120,11 @@ def make(
                 ratios += candidates.probe(wanted, low_rank, work, halved)
             advance(1)
     offered = {
-        name: candidates.of_layer(name, layers[name], *tails[name], ratios, weighting)
+        name: offers(name, *tails[name], ratios)
         if name in tails
         else [candidates.damaged(name, layers[name])]
         for name in names
     }
-
-    def file_size(choices):
-        return dtypes.file_size(outline(model, _rules(choices, budget)))
-
     choices = allotment.allot(model, budget, offered, file_size)
     return Plan(
         budget, weighting, choices, sum(x.damage for x in choices), tuple(ratios)

@@ -12,6 +12,7 @@ plan; sizes; the speed of both models. Reports are made from these records alone
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,18 @@ import numpy as np
 
 from kronjax import __version__, nn
 from kronjax.io import atomic
+from kronjax.io.cache import digest
 from kronjax.io.json_values import jsonable
 from kronjax.io.storage import LocalFolder, Storage
+from kronjax.lm.compression.budget import Budget
 from kronjax.lm.compression.moments import is_foreign
 from kronjax.lm.compression.pipeline import precise
 from kronjax.lm.compression.result import Result
 from kronjax.lm.evaluation import latency, perplexity, spectra
-from kronjax.lm.models.base import LanguageModel
+from kronjax.lm.models.base import LanguageModel, fingerprint
 from kronjax.lm.models.sizes import Sizes
 from kronjax.lm.text.documents import Text
+from kronjax.recipe import Recipe
 
 NAME = "report.json"
 """The file beside the weights."""
@@ -49,6 +53,7 @@ def of(
     source: str,
     text: Text | None = None,
     protocol: str = "krony-pt",
+    request: str | None = None,
     timed: bool = True,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -60,6 +65,7 @@ def of(
         source: The place that the model was loaded from.
         text: The text to measure perplexities on, or None for none.
         protocol: Name of the protocol of perplexities.
+        request: Digest of the command, from `request`, or None.
         timed: Whether to measure speeds, which takes a few seconds.
         progress: Whether to draw bars.
     """
@@ -69,6 +75,7 @@ def of(
         "kronjax": __version__,
         "jax": jax.__version__,
         "source": source,
+        "request": request,
         "recipe": result.model.recipe,
         "budget": None if plan is None else str(plan.budget),
         "weighting": None if plan is None else plan.weighting,
@@ -107,6 +114,25 @@ def of(
         )
         record["latency"] = latency.summary(times)
     return record
+
+
+def request(
+    model: LanguageModel,
+    rules: Recipe | Budget,
+    texts: Sequence[Text | None],
+    *options: Any,
+) -> str:
+    """Return a digest of everything that decides a compression and its measurements.
+
+    Args:
+        model: The dense model.
+        rules: Rules or a budget.
+        texts: The texts to calibrate with and to measure perplexities on.
+        options: Any other options, with an unambiguous `repr`.
+    """
+    read = [None if text is None else (text.sha256, text.join) for text in texts]
+    tokens = None if model.tokenizer is None else model.tokenizer.digest
+    return digest(fingerprint(model), tokens, rules, read, options)
 
 
 def write(record: dict[str, Any], folder: Path) -> Path:

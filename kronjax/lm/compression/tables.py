@@ -25,11 +25,11 @@ def plan(
         dense: Reasons of the layers that rules leave dense, by name.
     """
     table = Table()
-    for name in ("layer", "becomes"):
-        table.add_column(name, no_wrap=name == "layer")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("becomes", min_width=9)
     for name in ("parameters", "bytes", "of dense", "damage"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("why")
+    table.add_column("why", min_width=12)
     choices = {x.name: x for x in made.choices} if made else {}
     reasons = {name: x.reason for name, x in choices.items()} | dict(dense or {})
     for old, new in _pairs(before, after, reasons):
@@ -99,7 +99,7 @@ def planned(
 def compressed(record: dict[str, Any]) -> Table:
     """Return the record of a compression as a table with a line for each kind."""
     table = Table()
-    table.add_column("layers")
+    table.add_column("layers", min_width=20, overflow="fold")
     for name in (
         "changed",
         "bytes",

@@ -61,6 +61,7 @@ class Config(BaseConfig):
     }
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "bias": (True,),
+        "use_bias": (True,),
         "position_embedding_type": ("absolute", "learned"),
     }
 

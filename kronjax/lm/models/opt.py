@@ -56,6 +56,7 @@ class Config(BaseConfig):
     model_type: ClassVar[str] = "opt"
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "bias": (True,),
+        "use_bias": (True,),
         "position_embedding_type": ("absolute", "learned"),
     }
 

@@ -65,7 +65,8 @@ def check(
             continue
         if re.fullmatch(_EPSILON, name) and value == epsilon:
             continue
-        if name == "layer_types" and set(value) == {"full_attention"}:
+        full = isinstance(value, list) and all(x == "full_attention" for x in value)
+        if name == "layer_types" and full:
             continue
         raise ValueError(f"config.json: {name} {value!r} is not supported")
 

@@ -113,3 +113,22 @@ def test_an_outline_has_the_dtypes_of_the_file_or_of_the_config(tmp_path):
     del values["dtype"]
     path.write_text(json.dumps(values))
     assert dtypes.main_dtype(hugging_face.outline(tmp_path)) == BF16
+
+
+def test_eight_bit_floats_are_read_only_in_a_dtype_that_computes(tmp_path):
+    model = make("llama")
+    lm.save(model, tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = safetensors.numpy.load_file(path)
+    small = tensors[name].astype(ml_dtypes.float8_e4m3fn)
+    # safetensors writes no such array: the bytes get another dtype in the header.
+    tensors[name] = small.view(np.uint8)
+    content = safetensors.numpy.save(tensors)
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(b'"U8"', b'"F8_E4M3"')
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+    with pytest.raises(ValueError, match=r"float8_e4m3fn.*--dtype bfloat16"):
+        lm.load(tmp_path)
+    back = lm.load(tmp_path, dtype="bfloat16")
+    kernel = np.asarray(back.layers[1].mlp.up_proj.kernel[...], np.float32)
+    np.testing.assert_array_equal(kernel.T, small.astype(np.float32))

@@ -69,6 +69,14 @@ def test_a_single_file_comes_before_an_index_of_older_shards(two):
             np.testing.assert_array_equal(logits(lm.load(folder)), logits(new))
 
 
+@pytest.mark.parametrize("content", [POINTER, "{}", ""])
+def test_a_damaged_index_does_not_matter_beside_a_single_file(two, content):
+    folder, new, _, _ = two
+    (folder / INDEX).write_text(content)
+    with pytest.warns(Note, match="model.safetensors is read, in the order of"):
+        np.testing.assert_array_equal(logits(lm.load(folder)), logits(new))
+
+
 def test_complete_shards_are_read_in_place_of_a_pointer(two):
     folder, _, old, files = two
     (folder / "model.safetensors").write_text(POINTER)

@@ -124,6 +124,13 @@ def test_frequencies_of_llama_3_are_recognised(tmp_path, factor):
         lm.load(tmp_path / "c.gguf")
 
 
+def test_a_git_lfs_pointer_is_named_with_its_remedy(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="model.gguf: this is a Git LFS pointer: run"):
+        lm.load(path)
+
+
 @pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
 def test_a_factor_without_a_type_is_linear_as_in_llama_cpp(tmp_path, model, key):
     settings = {f"llama.{key}": 4.0, "llama.attention.causal": True}

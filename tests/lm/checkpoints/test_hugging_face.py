@@ -412,7 +412,7 @@ def test_a_save_replaces_the_model_and_keeps_the_rest(tmp_path, tokenizer, monke
     others = ("metrics.jsonl", "model-best.safetensors", "weights.bin")
     for name in others:
         (folder / name).write_text("mine")
-    old = ("merges.txt", "model-00001-of-00002.safetensors", INDEX)
+    old = ("merges.txt", "model-00001-of-00002.safetensors", INDEX, "report.json")
     for name in old:
         (folder / name).write_text("{}")
     second = make("gpt2", seed=1)

@@ -45,6 +45,7 @@ def same(a, b):
         "_forward_module.",
         "module._orig_mod.",
         "_orig_mod.module.base_model.model.",
+        "net.student.",
     ],
 )
 @pytest.mark.parametrize("case", ["gpt2", "opt-untied", "llama"])
@@ -124,3 +125,24 @@ def test_copies_are_equal_only_with_equal_shapes():
     assert are_copies(x, x.astype(ml_dtypes.bfloat16))
     assert not are_copies(x, x.T)
     assert not are_copies(x, np.float32([[1, 2]]))
+
+
+@pytest.mark.parametrize("ending", ["qweight", "scales", "weight_scale", "SCB"])
+def test_quantised_tensors_are_named(tmp_path, ending):
+    lm.save(make("llama"), tmp_path)
+    name = f"model.layers.0.mlp.up_proj.{ending}"
+    edit(tmp_path, lambda t: t | {name: np.ones(2, np.int32)})
+    words = rf"quantised \(tensor layers.0.mlp.up_proj.{ending}\).*before quantisation"
+    with pytest.raises(ValueError, match=words):
+        lm.load(tmp_path)
+
+
+def test_a_missing_head_names_a_remedy_that_works(tmp_path):
+    lm.save(make("llama"), tmp_path)
+    edit(tmp_path, lambda t: {k: x for k, x in t.items() if k != "lm_head.weight"})
+    with pytest.raises(ValueError, match="set tie_word_embeddings to true"):
+        lm.load(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text()) | {"tie_word_embeddings": True}
+    path.write_text(json.dumps(values))
+    assert lm.load(tmp_path).config.tie_word_embeddings

@@ -55,16 +55,13 @@ def test_a_budget_of_the_whole_file_changes_nothing(mixed, tmp_path):
     assert not any(choice.method.changes for choice in made.choices)
 
 
-@pytest.mark.parametrize(
-    ("budget", "unit"),
-    [("16KB", "KB"), ("7K", "K"), ("10KFLOP", "KFLOP"), ("0.02", "")],
-)
+@pytest.mark.parametrize("budget", ["16KB", "5KB", "1K", "7K", "10KFLOP", "0.02"])
 def test_an_impossible_budget_is_refused_with_the_smallest_possible(
-    mixed, tmp_path, budget, unit
+    mixed, tmp_path, budget
 ):
     with pytest.raises(ValueError, match="smallest possible|leaves nothing") as error:
         plan.make(mixed, budget, progress=False)
-    assert "smallest possible" in str(error.value)
+    unit = budget.lstrip("0123456789.")
     words = re.search(rf"([0-9.]+{unit})( or more)?$", str(error.value))
     done = pipeline.run(mixed, words[1], progress=False)  # the remedy works
     if unit == "KB":

@@ -1,5 +1,6 @@
 import numpy as np
 
+from kronjax import nn
 from kronjax.io.cache import Cache
 from kronjax.lm.compression import candidates
 from kronjax.runs.closed_form import LowRank
@@ -37,12 +38,10 @@ def test_probes_of_decaying_singular_values_stop_at_the_smallest_size():
 
 
 def test_sums_are_candidates_near_the_sizes_of_promising_probes():
-    class Layer:
-        in_features, out_features = 48, 64
-
+    layer = nn.linear(np.zeros((48, 64), np.float32), None)
     tails = np.linspace(1, 0, 49)
     ratios = [("h.0.x", 0.5, 0.3, 0.5), ("h.0.x", 0.0, 0.3, 0.95)]
-    choices = candidates.of_layer("h.1.x", Layer(), 2.0, tails, ratios)
+    choices = candidates.of_layer("h.1.x", layer, 2.0, tails, ratios)
     mixed = [x for x in choices if x.method.name == "kronecker"]
     assert {x.method.name for x in choices} == {"keep", "interpolative", "kronecker"}
     assert all(len(x.configurations) == 2 for x in mixed)

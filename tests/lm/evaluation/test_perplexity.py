@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from helpers import SENTENCES, losses_reference
 
+from kronjax.lm.checkpoints import hugging_face
 from kronjax.lm.evaluation import perplexity
 from kronjax.lm.models import attention, gpt2
 from kronjax.lm.text import documents
@@ -124,8 +125,12 @@ def test_wrong_arguments_raise_an_error(tiny, tokenizer):
 
 
 def test_a_model_that_returns_nan_raises_an_error(tiny):
-    tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
+    large = hugging_face.cast(tiny, "float16")
+    large.ln_f.scale[...] = jnp.full_like(large.ln_f.scale[...], 6e4)
     with pytest.raises(ValueError, match="NaN in 1 of 1 windows.*try float32"):
+        perplexity.perplexity(large, np.arange(20), "krony-pt")
+    tiny.ln_f.scale[...] = jnp.full_like(tiny.ln_f.scale[...], jnp.nan)
+    with pytest.raises(ValueError, match=r"1 of 1 windows: ln_f\.scale holds NaN"):
         perplexity.perplexity(tiny, np.arange(20), "krony-pt")
 
 

@@ -207,3 +207,19 @@ def test_activations_are_known_by_all_of_their_names():
         activation("quick_gelu")(x), x / (1 + np.exp(-1.702 * x)), atol=1e-5
     )
     np.testing.assert_array_equal(activation("relu2")(x), jax.nn.relu(x) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layer_types", [["full_attention"]]),
+        ("layer_types", 5),
+        ("sliding_window", "wide"),
+        ("partial_rotary_factor", True),
+        ("logits_scaling", True),
+        ("attn_logit_softcapping", {"a": 1}),
+    ],
+)
+def test_values_of_odd_types_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} .*not supported"):
+        llama.Config.from_hugging_face(ports.LLAMA | {name: value})
