@@ -26,6 +26,7 @@ KEYS = {
     "continuation": {"targets", "tolerance", "random", "gpt2"},
     "compression": {"targets", "points books", "books 0.8", "uniform 0.8"},
     "distributions": {"targets", "regression", "cases", "num_starts"},
+    "first_answer": {"targets", "rows"},
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
@@ -229,6 +230,16 @@ def check_precision(results):
         assert row["within"] == sum(gap <= 2e-4 for gap in row["gaps"])
 
 
+def check_first_answer(results):
+    (row,) = results["rows"]
+    for kind in ("cold", "warm"):
+        parts = row[kind]
+        assert parts["import"] < parts["seconds"]
+        assert parts["trace"] > 0 and parts["error"] > 0
+    # Loading what the first process compiled is not compiling.
+    assert row["warm"]["compile"] < row["cold"]["compile"]
+
+
 def check_scaling(results):
     assert [row["batch"] for row in results["batches"]] == [1, 2]
     assert all(x["seconds"] > 0 for x in results["compilations"])
@@ -307,6 +318,7 @@ CHECKS = {
     "continuation": check_continuation,
     "compression": check_compression,
     "distributions": check_distributions,
+    "first_answer": check_first_answer,
     "forward": check_forward,
     "gpt2_values": check_gpt2_values,
     "heterogeneous": check_heterogeneous,
