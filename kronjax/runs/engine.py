@@ -441,7 +441,7 @@ def _rounding(task: MatrixTask) -> float:
     """Return the relative error of factors that represent a matrix exactly.
 
     It is the rounding of the computation. Factors that are stored in half precision
-    have larger errors, and their gaps stand as they are proven.
+    have larger errors. Their bound is that of the factors before they were rounded.
     """
     return 4 * math.sqrt(sum(task.shape)) * float(jnp.finfo(task.precision).eps)
 
