@@ -26,7 +26,7 @@ def archive():
 
 WRONG = {
     "pointer": (POINTER, "Git LFS pointer: run git lfs pull"),
-    "gzip": (gzip.compress(b"{}"), "gzip: unpack it with gunzip"),
+    "gzip": (gzip.compress(b"{}", mtime=0), "gzip: unpack it with gunzip"),
     "page": (b"\n <!DOCTYPE html><title>Sign in</title>", "HTML page.* download"),
     "pickle": (pickle.dumps([1, 2], 2), "a pickle.* save_pretrained"),
     "archive": (archive(), "a zip archive.* save_pretrained"),
