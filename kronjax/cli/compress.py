@@ -303,17 +303,15 @@ def _written(result, dense, place, **facts) -> dict[str, Any]:
         html.write(contents, folder)
 
     if isinstance(place, LocalFolder):
-        for old in (record.NAME, html.NAME):
-            (place.path / old).unlink(missing_ok=True)
         write(place.path)
         return record.read(place.path)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(folder)
         # The file that says that there is a model comes last.
-        files = [x for x in folder.iterdir() if x.is_file()]
+        files = [x for x in folder.rglob("*") if x.is_file()]
         for path in sorted(files, key=lambda path: path.name == CONFIG):
-            place.write(path.name, path.read_bytes())
+            place.write(path.relative_to(folder).as_posix(), path.read_bytes())
         return record.read(folder)
 
 

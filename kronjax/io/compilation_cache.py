@@ -38,6 +38,7 @@ def cache(folder: str | Path | None = None, *, max_bytes: int = LIMIT) -> Path |
 
     Returns:
         The folder in use: that of JAX if it has one, None if `KRONJAX_CACHE` is `off`.
+        Settings of JAX's cache in the environment are kept.
 
     Raises:
         ValueError: If `max_bytes` is not positive, or others may write to the folder.
@@ -49,12 +50,15 @@ def cache(folder: str | Path | None = None, *, max_bytes: int = LIMIT) -> Path |
     if given:
         return Path(given)
     wanted = os.environ.get(VARIABLE, "")
-    if folder is None and wanted.lower() == "off":
+    if wanted.lower() == "off":
         return None
-    place = Path(folder or wanted or _user_folder()).expanduser() / _machine()
-    for own in (place.parent, place):
+    base = Path(folder or wanted or _user_folder()).expanduser().resolve()
+    place = base / _machine()
+    for own in (base, place):
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_shared(own)
+    for above in base.parents:
+        _refuse_shared(above, is_above=True)
     _tell_jax(place, max_bytes)
     return place
 
@@ -63,7 +67,7 @@ def cache_if_possible() -> str:
     """Turn the cache on unless something hinders it; return its folder or the cause."""
     try:
         place = cache()
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # or there is no home folder
         return f"off: {error}"
     return str(place) if place else f"off: {VARIABLE}=off"
 
@@ -86,6 +90,8 @@ def _tell_jax(place: Path, max_bytes: int) -> None:
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     for name, value in settings.items():
+        if name.upper() in os.environ:
+            continue  # the user has told JAX
         if "jax" in sys.modules:
             import jax
 
@@ -121,12 +127,22 @@ def _machine() -> str:
     return f"jaxlib-{metadata.version('jaxlib')}-{digest[:12]}"
 
 
-def _refuse_shared(folder: Path) -> None:
-    """Raise a `ValueError` if others can write to a folder, or own it."""
+def _refuse_shared(folder: Path, *, is_above: bool = False) -> None:
+    """Raise a `ValueError` if others can write to a folder, or own it.
+
+    Args:
+        folder: A folder, without links in its path.
+        is_above: Whether it only leads to the cache. It may then belong to the system,
+            or be writable to all if they cannot rename what others own (sticky).
+    """
     if os.name != "posix":
         return
     facts = folder.stat()
-    if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    owners = (os.getuid(), 0) if is_above else (os.getuid(),)
+    is_open = facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if is_above and facts.st_mode & stat.S_ISVTX:
+        is_open = 0
+    if facts.st_uid not in owners or is_open:
         raise ValueError(
             f"others may write to {folder}, and compiled programs are machine code: "
             f"run chmod go-w {folder}, or set {VARIABLE} to a folder of your own"

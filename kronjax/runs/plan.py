@@ -33,7 +33,7 @@ from kronjax.norm import Norm
 from kronjax.recipe import Assignment, Rule
 from kronjax.runs.settings import SolveSettings
 
-FORMAT = 2
+FORMAT = 3
 """Version of plans; a reader refuses any other."""
 
 Weights = tuple[np.ndarray | None, np.ndarray | None]

@@ -126,7 +126,7 @@ def test_results_of_the_former_engine_are_refused(folder, capsys):
     assert code == 2 and "start anew" in err
     code, _, err = run(capsys, *factorize(folder, "--force"))
     assert code == 3, err
-    assert json.loads(path.read_bytes())["format"] == 2
+    assert json.loads(path.read_bytes())["format"] == 3
 
 
 def test_a_page_that_cannot_be_written_is_no_failure(folder, capsys):

@@ -91,6 +91,24 @@ def test_a_folder_that_others_may_write_to_is_refused(untold, tmp_path):
         kronjax.cache(tmp_path)
 
 
+@posix
+def test_a_folder_below_one_that_others_may_change_is_refused(untold, tmp_path):
+    tmp_path.chmod(0o777)
+    inside = tmp_path / "team" / "cache"
+    with pytest.raises(ValueError, match=f"others may write to {tmp_path},"):
+        kronjax.cache(inside)
+    link = tmp_path.parent / f"{tmp_path.name}-link"
+    link.symlink_to(inside)
+    with pytest.raises(ValueError, match="others may write to"):
+        kronjax.cache(link)
+
+
+@posix
+def test_without_a_home_folder_the_cache_is_off(untold, monkeypatch):
+    monkeypatch.setenv(compilation_cache.VARIABLE, "~nobody-of-this-name/cache")
+    assert compilation_cache.cache_if_possible().startswith("off: ")
+
+
 def test_a_limit_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="max_bytes must be at least 1; got 0"):
         kronjax.cache(tmp_path, max_bytes=0)

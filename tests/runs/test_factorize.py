@@ -124,13 +124,13 @@ def test_results_of_other_rules_are_refused_or_replaced(tensors, tmp_path):
     done = kronjax.factorize(tensors, other, tmp_path, force=True, progress=False)
     assert len(stored(tmp_path)) == 4 and len(done.names) == 4
     plan = tmp_path / "plan.json"
-    former = plan.read_text().replace('"format": 2', '"format": 1')
+    former = plan.read_text().replace('"format": 3', '"format": 1')
     plan.write_text(former)
     with pytest.raises(ValueError, match="earlier version .* start anew"):
         kronjax.factorize(tensors, other, tmp_path, progress=False)
     assert plan.read_text() == former and len(stored(tmp_path)) == 4
     kronjax.factorize(tensors, other, tmp_path, force=True, progress=False)
-    assert '"format": 2' in plan.read_text()
+    assert '"format": 3' in plan.read_text()
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,9 @@ def test_how_a_pattern_is_written_changes_nothing():
         (planned().to_json()[:-40], "damaged"),
         (planned().to_json().replace(b'"rank": 2', b'"rank": 1', 1), "hash"),
         (b"[]", "damaged"),
-        (b'{"format": 2}', "damaged"),
-        (json.dumps({"format": 1}).encode(), "earlier version.*start anew"),
-        (json.dumps({"format": 3}).encode(), "update kronjax"),
+        (b'{"format": 3}', "damaged"),
+        (json.dumps({"format": 2}).encode(), "earlier version.*start anew"),
+        (json.dumps({"format": 4}).encode(), "update kronjax"),
         (b"[" * 100_000, "damaged"),
     ],
 )

@@ -71,7 +71,8 @@ def generate(model, prompt, **options):
         for x in prompts
     ]
     chat = not all(isinstance(x, str) for x in prompts)
-    options.setdefault("stop", stop_tokens(model, tokenizer, chat=chat))
+    if "stop" not in options:
+        options["stop"] = stop_tokens(model, tokenizer, chat=chat)
     new = generate_tokens(model, rows, **options)
     texts = [
         tokenizer.decode(after) if chat else continuation(tokenizer, before, after)

@@ -59,6 +59,8 @@ class Config(BaseConfig):
     model_type: ClassVar[str] = "llama"
     EPSILON: ClassVar[str | float] = "rms_norm_eps"
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "scale_attn_weights": (True,),
+        "use_rms_norm": (True,),
         "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"),
         "position_embedding_type": ("rope", "rotary"),
         "rope_scaling": (...,),

@@ -28,6 +28,8 @@ THETA = "rope_theta"
 _MAPPINGS = ("rope_parameters", "rope_scaling")
 _NEUTRAL = {"factor": 1, "attention_factor": 1, "partial_rotary_factor": 1}
 """Values of settings that change nothing where a scaling has no such setting."""
+_IGNORED = ("original_max_position_embeddings", "finetuned")
+"""Settings that describe the training, where a scaling does not use them."""
 
 
 def read(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +88,8 @@ def _of_mapping(name: str, given: Any) -> dict[str, Any]:
         raise ValueError(f"config.json: {name} of {kind} lacks {', '.join(missing)}")
     for key in sorted(rope.keys() - {"rope_type", THETA, *KEYS[kind]}):
         value = rope.pop(key)
+        if key in _IGNORED:
+            continue
         if isinstance(value, bool) or value != _NEUTRAL.get(key):
             raise ValueError(
                 f"config.json: {key} {value!r} in {name} is not supported where "

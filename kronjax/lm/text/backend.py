@@ -177,13 +177,19 @@ def _add(backend, tokens: list[Added]) -> None:
 def _add_named(backend, files) -> None:
     """Make a tokenizer match the special tokens that the files only name."""
     matched = {token.content for token in backend.get_added_tokens_decoder().values()}
-    tokens = []
+    names, tokens = special_tokens.named(files), []
+    ends = [names.get(name) for name in ("bos_token", "eos_token")]
     for token in special_tokens.special(files):
         if token.text in matched:
             continue
         if backend.token_to_id(token.text) is not None:
             tokens.append(token)
-        elif token.place.endswith(("bos_token", "eos_token", "special_tokens")):
+        elif token.place.endswith("special_tokens"):
+            notes.tell(
+                f"{token.place} names {token.text!r}, which has no number and is not "
+                f"matched; give it one in {ADDED}"
+            )
+        elif token.text in ends:
             raise ValueError(
                 f"{token.place} names {token.text!r}, which has no number; give it "
                 f"one in {ADDED}"

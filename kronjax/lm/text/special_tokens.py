@@ -3,8 +3,9 @@
 Several files give them: `tokenizer_config.json` and `special_tokens_map.json` name the
 tokens at the ends of a text; `added_tokens_decoder` of the former, `added_tokens.json`
 and `tokenizer.json` give numbers to tokens that are not in the vocabulary. All of them
-are used. Where two of them contradict each other there is no right answer, and the
-message names the files and the keys.
+are used. Where two of them give different numbers there is no right answer, and the
+message names the files and the keys; where they name different tokens, that of
+transformers is used, and a note says so.
 
 >>> files = {"special_tokens_map.json": b'{"eos_token": {"content": "</s>"}}'}
 >>> named(files)
@@ -15,6 +16,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from kronjax.io import notes
 from kronjax.io.json_values import parse_json
 
 CONFIG = "tokenizer_config.json"
@@ -76,8 +78,7 @@ def named(files: Mapping[str, bytes]) -> dict[str, str]:
     """Return the special tokens by name, such as `eos_token`.
 
     Raises:
-        ValueError: If a name does not stand for a text, or two files disagree on the
-            token that begins or ends a text.
+        ValueError: If a name does not stand for a text.
     """
     names: dict[str, str] = {}
     places: dict[str, str] = {}
@@ -92,9 +93,9 @@ def named(files: Mapping[str, bytes]) -> dict[str, str]:
             if not text:
                 continue
             if name in ("bos_token", "eos_token") and names.get(name, text) != text:
-                raise ValueError(
+                notes.tell(
                     f"{file}: {name} is {text!r}, but {places[name]} says "
-                    f"{names[name]!r}; correct one of them"
+                    f"{names[name]!r}: {file} is used, in the order of transformers"
                 )
             names[name], places[name] = text, file
     return names
@@ -177,6 +178,7 @@ def end_numbers(values: Mapping[str, Any], file: str) -> tuple[int, ...]:
     if given is None:
         return ()
     numbers = given if isinstance(given, list) else [given]
+    numbers = [x for x in numbers if x != -1]  # which stands for none
     if not all(map(is_number, numbers)):
         raise ValueError(
             f"{file}: eos_token_id is {given!r}; it must be the number of a token, or "

@@ -136,6 +136,7 @@ def test_stop_tokens_are_those_of_generation_config_config_and_tokenizer(tiny):
     assert ends(tiny) == (end,)
     assert ends(tiny, config=7) == (7, end)
     assert ends(tiny, config=[7, end, 9]) == (7, end, 9)
+    assert ends(tiny, config=[-1, 7]) == (7, end)  # -1 stands for none
     # That of generation_config.json comes first, as in transformers.
     assert ends(tiny, config=7, generated=[8, 9]) == (8, 9, end)
     settings = {"eos_token": "<|user|>"}

@@ -112,20 +112,8 @@ def test_first_and_last_token_are_added_around_a_text(tokenizer):
         ({"added_tokens": {USER: 5}}, "5, but .* gives that to"),
         ({"added_tokens": {"he": 300}}, "gives 'he' the number 300, but .* gives it"),
         (
-            {
-                "tokenizer_config": {"eos_token": "<|endoftext|>"},
-                "special_tokens_map": {"eos_token": USER},
-            },
-            "special_tokens_map.json: eos_token is '<.user.>', but "
-            "tokenizer_config.json says '<|endoftext|>'",
-        ),
-        (
             {"special_tokens_map": {"eos_token": USER}},
             "special_tokens_map.json: eos_token names '<.user.>', which has no number",
-        ),
-        (
-            {"tokenizer_config": {"additional_special_tokens": [USER]}},
-            "tokenizer_config.json: additional_special_tokens names '<.user.>', which",
         ),
         (
             {"tokenizer_config": {"additional_special_tokens": "abc"}},
@@ -146,6 +134,27 @@ def test_contradictions_name_the_file_and_the_key(files, others, words):
         with_files(files, **others).encode("a")
 
 
+@pytest.mark.parametrize("settings", [{}, decoder()])
+def test_of_two_names_that_of_transformers_is_used(files, settings):
+    """With `added_tokens_decoder` the older file has no effect."""
+    others = {
+        "tokenizer_config": {**settings, "eos_token": USER if settings else "he"},
+        "special_tokens_map": {"eos_token": "<old>" if settings else "qu"},
+    }
+    built = with_files(files, **others)
+    with pytest.warns(Note, match="is used, in the order of transformers"):
+        number = built.eos
+    text = USER if settings else "qu"
+    assert number == built.encode(text, special=False).tolist()[0]
+
+
+def test_a_listed_token_without_a_number_is_not_matched(files):
+    others = {"tokenizer_config": {"additional_special_tokens": [USER]}}
+    with pytest.warns(Note, match="which has no number and is not matched"):
+        tokens = with_files(files, **others).encode(USER)
+    assert tokens.tolist() == with_files(files).encode(USER).tolist()
+
+
 def test_a_tokenizer_json_that_cannot_hold_a_number_is_refused():
     model = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}
     file = {"tokenizer.json": json.dumps({"model": model}).encode()}
@@ -160,7 +169,7 @@ def test_the_rule_of_another_class_is_not_guessed(tokenizer):
         ).encode("a")
 
 
-@pytest.mark.parametrize("ids", [-1, [2, "3"], True, {"a": 1}, 1.0])
+@pytest.mark.parametrize("ids", [-2, [2, "3"], True, {"a": 1}, 1.0])
 def test_end_tokens_that_are_no_numbers_are_refused(files, ids):
     built = with_files(files, generation_config={"eos_token_id": ids})
     with pytest.raises(ValueError, match="generation_config.json: eos_token_id is"):
