@@ -345,7 +345,8 @@ def test_vmap_scan_and_shard_map_agree():
             jax.vmap(one), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
         )
     )(matrices)
-    np.testing.assert_allclose(sharded, expected, rtol=1e-9)
+    # Rounding differs between programs, and grows along the path.
+    np.testing.assert_allclose(sharded, expected, rtol=1e-6)
 
 
 def test_a_tuple_of_configurations_is_fitted_jointly():

@@ -210,7 +210,8 @@ ENTRY = text(b"output.weight") + struct.pack("<I", 2)
     [
         (b"", "it is empty"),
         (b"GGU", "not a GGUF file"),
-        (b"PK\3\4" + bytes(60), "does not begin with GGUF"),
+        (b"PK\3\4" + bytes(60), "this is a zip archive"),
+        (b"JUNK" + bytes(60), "does not begin with GGUF"),
         (b"GGUF" + struct.pack("<I", 1) + bytes(60), "is a version 1 GGUF file"),
         (b"GGUF" + struct.pack(">I", 3) + bytes(60), "is a big-endian GGUF file"),
         (header(2**62), "cut short"),

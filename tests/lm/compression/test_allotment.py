@@ -11,7 +11,7 @@ from ports import make
 
 from kronjax import lm, nn
 from kronjax.lm.compression import candidates, pipeline, plan
-from kronjax.runs import closed_form
+from kronjax.runs import engine
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -88,14 +88,13 @@ def test_a_damaged_kernel_stays_dense_and_the_others_keep_the_budget(mixed, tmp_
 
 
 def test_fits_that_fail_never_exceed_a_budget(mixed, monkeypatch):
-    truncated = closed_form.truncated
+    decomposed = engine._decomposed
 
-    def fail(matrix, configuration):
-        return (
-            ((), 0.0) if matrix.shape == (48, 96) else truncated(matrix, configuration)
-        )
+    def fail(target, cache):
+        is_hit = target.matrix.shape == (48, 96)
+        return None if is_hit else decomposed(target, cache)
 
-    monkeypatch.setattr(closed_form, "truncated", fail)
+    monkeypatch.setattr(engine, "_decomposed", fail)
     words = (
         r"takes .*, more than its budget of 50,000 bytes, for [1-4] layers could not"
     )
