@@ -8,6 +8,9 @@ and in 3.4 times the time with level 0. So level 0 is for small arrays, whose pr
 run for less time than they take to compile. Later versions of jaxlib have no other
 emitters; there the level alone is set.
 
+Without fusion emitters the last digits depend on the number of devices, seen with eight
+simulated ones: programs whose results must not depend on it keep them.
+
 >>> set(options(100)) <= {EMITTERS, LEVEL}
 True
 """
@@ -27,7 +30,9 @@ EMITTERS = "xla_cpu_use_fusion_emitters"
 LEVEL = "xla_backend_optimization_level"
 
 
-def options(entries: int, platform: str | None = None) -> dict[str, Any]:
+def options(
+    entries: int, platform: str | None = None, *, keeps_emitters: bool = False
+) -> dict[str, Any]:
     """Return compiler options, to be passed to `jax.jit` or `Lowered.compile`.
 
     Options that the environment variable `XLA_FLAGS` names are left to it.
@@ -35,10 +40,13 @@ def options(entries: int, platform: str | None = None) -> dict[str, Any]:
     Args:
         entries: Number of entries of all matrices that the program computes at once.
         platform: Platform of the devices; by default that of `jax.default_backend`.
+        keeps_emitters: Whether the result must not depend on the number of devices.
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
     chosen = {EMITTERS: False, LEVEL: 0 if entries <= SMALL else 1}
+    if keeps_emitters:
+        del chosen[EMITTERS]
     given = os.environ.get("XLA_FLAGS", "")
     return {
         name: value
@@ -74,7 +82,11 @@ def _jitted(function, chosen):
 
 
 def compile_all(
-    lowered: Mapping[str, Any], entries: int, platform: str | None = None
+    lowered: Mapping[str, Any],
+    entries: int,
+    platform: str | None = None,
+    *,
+    keeps_emitters: bool = False,
 ) -> dict[str, Any]:
     """Compile several programs at the same time; return them by name.
 
@@ -82,8 +94,9 @@ def compile_all(
         lowered: Results of `jax.stages.Traced.lower`, by name.
         entries: As for `options`.
         platform: As for `options`.
+        keeps_emitters: As for `options`.
     """
-    chosen = options(entries, platform)
+    chosen = options(entries, platform, keeps_emitters=keeps_emitters)
     with ThreadPoolExecutor(len(lowered)) as threads:
         started = {
             name: threads.submit(program.compile, chosen)

@@ -24,6 +24,11 @@ def test_other_platforms_keep_their_options():
     assert compiling.options(1, "gpu") == {}
 
 
+def test_emitters_are_kept_where_digits_must_not_depend_on_devices():
+    chosen = compiling.options(1, "cpu", keeps_emitters=True)
+    assert set(chosen) == {compiling.LEVEL}
+
+
 def test_options_of_the_environment_are_left_to_it(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--{compiling.LEVEL}=3")
     assert compiling.LEVEL not in compiling.options(1, "cpu")
