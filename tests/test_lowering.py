@@ -168,7 +168,7 @@ CERTIFICATES = {
 PROGRAMS = {
     "work": (pool_programs._work, "stage", "trials"),
     "turn": (pool_programs._turn, "seeds", "stage", "stage", "ends"),
-    "start": (pool_programs._start, "matrices", "seeds"),
+    "start": (pool_programs._start, "matrices", "stage"),
     "finish": (pool_programs._finish, "matrices", "last"),
 }
 # The pools of runs with proofs, at low and at high rank, and those of `approximate`.
