@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import kronjax
 from kronjax import Configuration
 from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
+from kronjax.linalg import compiling
 from kronjax.proof import bounds, certificate, multipliers
 from kronjax.proof.tangent_map import TangentMap
 from kronjax.solver.weighted import Root
@@ -297,16 +298,19 @@ def test_large_matrices_are_proven_by_eigenvectors(monkeypatch, dtype, rows, fla
 
 
 def test_proofs_are_computed_on_the_cpu(monkeypatch):
-    program, asked = certificate._program(), []
+    jitted, asked = compiling.jit, []
 
-    def on_what(*arguments):
-        asked.append(jax.config.jax_default_device)
-        return program(*arguments)
+    def on_what(function, entries, platform):
+        def run(*arguments):
+            asked.extend([platform, jax.config.jax_default_device.platform])
+            return jitted(function, entries, platform)(*arguments)
 
-    monkeypatch.setattr(certificate, "_program", lambda: on_what)
+        return run
+
+    monkeypatch.setattr(compiling, "jit", on_what)
     half = np.eye(2)[None] / 2**0.5
     certificate.certificate_of(np.eye(4), (KroneckerTerms(half, half),))
-    assert [device.platform for device in asked] == ["cpu"]
+    assert asked == ["cpu", "cpu"]
 
 
 def test_proofs_work_without_a_cpu_backend(monkeypatch):
