@@ -234,7 +234,7 @@ rules:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
-def test_matrices_that_are_represented_exactly_have_gap_zero(dtype):
+def test_only_what_is_exact_up_to_the_rounding_of_solves_has_gap_zero(dtype):
     rng = np.random.default_rng(0)
     a, b, u, v = (rng.integers(-3, 4, x) for x in ((2, 3), (6, 6), (12, 1), (1, 18)))
     exact = {"sum.0": np.kron(a, b).astype(dtype), "low.0": (u @ v).astype(dtype)}
@@ -242,7 +242,8 @@ def test_matrices_that_are_represented_exactly_have_gap_zero(dtype):
     for name in done.names:
         record = done.record(name)
         assert record["errors"]["relative_spectral"] < 0.01
-        assert record["bounds"]["gap"] == 0
+        # Factors in half precision are rounded more than a solve is.
+        assert (record["bounds"]["gap"] > 0) == (dtype is ml_dtypes.bfloat16)
 
 
 def test_tensors_of_eight_bits_are_kept_and_never_compressed(tensors):
