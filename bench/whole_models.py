@@ -392,7 +392,9 @@ def main():
         script.say(", ".join(f"36 x 36: {key} {x:.3g}" for key, x in small.items()))
         kills = runs.kill(folder, experiment.small, experiment.kills)
         script.say(", ".join(f"{key} {value}" for key, value in kills.items()))
-        devices = run_python(DEVICES, experiment.shared, **{cpu_threads.VARIABLE: "16"})
+        # Without fusion emitters, as flags may ask for, digits depend on the devices.
+        settings = {cpu_threads.VARIABLE: "16", "XLA_FLAGS": ""}
+        devices = run_python(DEVICES, experiment.shared, **settings)
     targets = targets_of(model, small, kills, devices)
     script.print_targets(targets)
     report = {
