@@ -189,8 +189,8 @@ def compress(
     hosts = hosts_of(dry_run, sharing)
     dense = hosts.together(lambda: hugging_face.load(model, dtype=dtype))
     planning.compressible(dense)
-    told = settings, options, protocol
-    request = record.request(dense, rules, (given, measured), *told)
+    texts = given, measured
+    request = record.request(dense, rules, texts, settings, options, protocol)
     if held is not None:
         return _finished(held, request, out, as_json)
     if hosts.process == 0:
@@ -218,8 +218,7 @@ def compress(
     if measured is None and given is not None:
         measured = _rest(dense, given, options.num_tokens)
     facts = {"source": model, "text": measured, "protocol": protocol}
-    facts["request"] = request
-    written = _written(result, dense, place, **facts)
+    written = _written(result, dense, place, request=request, **facts)
     _clear(place, work)
     if as_json:
         print(json.dumps(written, allow_nan=False))

@@ -2,7 +2,7 @@
 
 XLA's fusion emitters and the optimisations of LLVM take most of the time of compiling.
 On two cores, with jaxlib 0.10, the programs that solve one 36×36 matrix took 8 s of CPU
-time; without fusion emitters 5.2 s, with level 1 of LLVM's optimisations besides 3.1 s,
+time; without fusion emitters 5.5 s, with level 1 of LLVM's optimisations besides 3.1 s,
 and with level 0 1.2 s. Fifty matrices were then solved in 0.9 of the time with level 1,
 and in 3.4 times the time with level 0. So level 0 is for small arrays, whose programs
 run for less time than they take to compile. Later versions of jaxlib have no other

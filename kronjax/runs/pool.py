@@ -27,9 +27,8 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import schatten
@@ -196,19 +195,11 @@ class Pool:
             max(products // int(schatten.num_products(stage.squarings)), 2)
             for stage in self._stages
         ]
-        alike = kind.compiled
-        self._programs = programs.compiled(alike, self.mesh, self.lanes, self.slots)
+        self._programs = programs.compiled(
+            kind.compiled, self.mesh, self.lanes, self.slots
+        )
         self.memory = max(map(programs.peak, self._programs.values()))
-        rows = self._count * programs.rows(self.slots, self._count)
-        sharding = NamedSharding(self.mesh, PartitionSpec(programs.AXIS))
-        shapes = alike.shapes
-        # In one program: each array would be compiled alone.
-        self._held = jax.jit(
-            lambda: jax.tree.map(
-                lambda x: jnp.zeros((rows, *x.shape), x.dtype), shapes
-            ),
-            out_shardings=sharding,
-        )()
+        self._held = self._programs["empty"]()
 
     def solve(
         self,

@@ -10,7 +10,8 @@ for large matrices, it is not moved.
 - `work`: run a slice of trial points; return whether the stage has ended, and products;
 - `turn`: go from an ended stage to the next one; return whether all stages are done,
   and the line of the trace;
-- `finish`: return factors, proven bounds and the status.
+- `finish`: return factors, proven bounds and the status;
+- `empty`: return the arrays of slots that hold nothing yet.
 
 >>> from kronjax.kronecker import Configuration
 >>> kind = Kind(Problem.of((4, 6), Configuration((2, 3), 1)), np.dtype(np.float32))
@@ -232,17 +233,17 @@ class Kind:
 @functools.lru_cache(maxsize=64)
 def jitted(function: Callable, problem: Problem) -> Callable:
     """Return a function of a problem and arrays, jitted for the problem."""
-    alone = functools.partial(function, problem)
-    return compiling.jit(alone, math.prod(problem.shape))
+    chosen = compiling.options(math.prod(problem.shape))
+    return jax.jit(functools.partial(function, problem), compiler_options=chosen)
 
 
 @functools.lru_cache(maxsize=64)
 def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
     """Compile the programs for the devices of a mesh; return them by name.
 
-    Each is called with the arrays that the devices hold, the tolerance, the slots
-    `[devices · lanes]`, and its further arguments; all but the tolerance are divided
-    over the devices.
+    All but `empty` are called with the arrays that the devices hold, the tolerance, the
+    slots `[devices · lanes]`, and their further arguments; all but the tolerance are
+    divided over the devices.
     """
     problem, dtype = kind.problem, kind.dtype
     own, whole = PartitionSpec(AXIS), PartitionSpec()
@@ -283,9 +284,13 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
         jitted = jax.jit(mapped, donate_argnums=0, keep_unused=True)
         return jitted.lower(held, scalar, order, *arguments)
 
+    def empty():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held)
+
     entries = lanes * math.prod(problem.shape)
     platform = mesh.devices.flat[0].platform
     programs = {name: lowered(*arguments) for name, arguments in given.items()}
+    programs["empty"] = jax.jit(empty, out_shardings=sharding).lower()
     # Pools that prove serve runs, whose results are the same on any number of devices.
     return compiling.compile_all(
         programs, entries, platform, keeps_emitters=kind.proves

@@ -311,7 +311,7 @@ def test_no_device_talks_to_another_one(eight):
     assert eight["factored"] == [False, True]
     names = {
         f"{name} of {rank} rank"
-        for name in ("start", "work", "turn", "finish")
+        for name in ("start", "work", "turn", "finish", "empty")
         for rank in ("low", "high")
     }
     # A sum over all devices shows that talk would be noticed.
