@@ -54,11 +54,12 @@ def cache(folder: str | Path | None = None, *, max_bytes: int = LIMIT) -> Path |
         return None
     base = Path(folder or wanted or _user_folder()).expanduser().resolve()
     place = base / _machine()
+    for above in base.parents:
+        if above.exists():
+            _refuse_shared(above, is_above=True)
     for own in (base, place):
         own.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_shared(own)
-    for above in base.parents:
-        _refuse_shared(above, is_above=True)
     _tell_jax(place, max_bytes)
     return place
 
@@ -90,7 +91,7 @@ def _tell_jax(place: Path, max_bytes: int) -> None:
         "jax_persistent_cache_min_entry_size_bytes": 0,
     }
     for name, value in settings.items():
-        if name.upper() in os.environ:
+        if os.environ.get(name.upper()):
             continue  # the user has told JAX
         if "jax" in sys.modules:
             import jax

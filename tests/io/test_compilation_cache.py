@@ -97,6 +97,7 @@ def test_a_folder_below_one_that_others_may_change_is_refused(untold, tmp_path):
     inside = tmp_path / "team" / "cache"
     with pytest.raises(ValueError, match=f"others may write to {tmp_path},"):
         kronjax.cache(inside)
+    assert not inside.exists()
     link = tmp_path.parent / f"{tmp_path.name}-link"
     link.symlink_to(inside)
     with pytest.raises(ValueError, match="others may write to"):
