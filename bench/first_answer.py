@@ -9,14 +9,11 @@ cold only.
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import script
+from bench import script, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -127,18 +124,8 @@ def run(row, root, cache):
         if not isinstance(row.code, str):
             program = "-m", "kronjax", *row.code, *_outputs(row.code)
             _inputs(row.code, Path(folder))
-        begun = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *program],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=900,
-        )
-        seconds = time.perf_counter() - begun
-    parts = json.loads(done.stdout) if isinstance(row.code, str) else {}
+        printed, seconds = timing.run_process(program, environment, folder)
+    parts = json.loads(printed) if isinstance(row.code, str) else {}
     return {"seconds": seconds, **parts}
 
 

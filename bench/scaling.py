@@ -7,15 +7,12 @@ without compilation.  Compiling a `kronjax.solve`, importing kronjax, and `kronj
 
 import os
 import statistics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from bench import script
+from bench import script, timing
 from kronjax import Configuration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,17 +84,7 @@ def run_python(code):
         "JAX_ENABLE_COMPILATION_CACHE": "false",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
-    begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
-    return done.stdout, time.perf_counter() - begun
+    return timing.run_process(["-c", code], environment, ROOT, timeout=300)
 
 
 def measure_startups(repeats):

@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -34,6 +36,32 @@ class Timing:
     best: float
     median: float
     repeats: int
+
+
+def run_process(arguments, environment, cwd=None, timeout=900):
+    """Run Python in a new process; return its output and the seconds it took.
+
+    Args:
+        arguments: Arguments of the interpreter, such as `["-c", code]`.
+        environment: All environment variables of the process.
+        cwd: Its working directory; by default that of this process.
+        timeout: Seconds after which it is ended.
+
+    Raises:
+        RuntimeError: If it fails, with the end of its standard error.
+    """
+    begun = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return done.stdout, time.perf_counter() - begun
 
 
 def measure(function, *args, repeats=5):

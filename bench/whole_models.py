@@ -26,8 +26,6 @@ in float64; the rival does not.
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -227,16 +225,8 @@ def halved(n):
 
 def run_python(code, *arguments, **environment):
     """Run code in a separate process, and return the JSON that it prints."""
-    run = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    if run.returncode:
-        raise RuntimeError(run.stderr[-2000:])
-    return json.loads(run.stdout)
+    program = ["-c", code, *map(str, arguments)]
+    return json.loads(timing.run_process(program, {**os.environ, **environment})[0])
 
 
 def run_small(experiment, tolerance):

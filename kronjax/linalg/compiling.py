@@ -1,12 +1,12 @@
 """Compilation of programs for CPUs in a short time, and of several at once.
 
 XLA's fusion emitters and the optimisations of LLVM take most of the time of compiling.
-On two cores, with jaxlib 0.10, the programs that solve one 36×36 matrix took 8 s of CPU
-time; without fusion emitters 5.5 s, with level 1 of LLVM's optimisations besides 3.1 s,
-and with level 0 1.2 s. Fifty matrices were then solved in 0.9 of the time with level 1,
-and in 3.4 times the time with level 0. So level 0 is for small arrays, whose programs
-run for less time than they take to compile. Later versions of jaxlib have no other
-emitters; there the level alone is set.
+With jaxlib 0.10 the programs that solve one 36×36 matrix took, tracing included, 0.83
+of the CPU time with level 1 of LLVM's optimisations, 0.57 without fusion emitters, 0.37
+with both, and 0.21 with level 0. Fifty matrices were then solved in 0.9 of the time
+with level 1, and in 3.4 times the time with level 0. So level 0 is for small arrays,
+whose programs run for less time than they take to compile. Later versions of jaxlib
+have no other emitters; there the level alone is set.
 
 Without fusion emitters the last digits depend on the number of devices, seen with eight
 simulated ones: programs whose results must not depend on it keep them.
@@ -24,7 +24,8 @@ from typing import Any
 import jax
 
 SMALL = 2**15
-"""Number of entries of all matrices of a program up to which it is not optimised."""
+"""Number of entries of all matrices of a program up to which it is not optimised: one
+144×144 (20,736) gained by it, fifty 36×36 (64,800) lost; none between was measured."""
 
 EMITTERS = "xla_cpu_use_fusion_emitters"
 LEVEL = "xla_backend_optimization_level"

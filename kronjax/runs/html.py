@@ -25,59 +25,59 @@ _HEADS = (
 )
 
 
-def write(found: Factorization) -> str | None:
+def write(results: Factorization) -> str | None:
     """Write the page into the store; return the reason if that is impossible.
 
     A missing page is no reason to fail.
     """
     try:
-        found.store.place.write(NAME, page(found).encode())
+        results.store.place.write(NAME, page(results).encode())
     except (OSError, ValueError) as error:
         return printable(str(error))
     return None
 
 
-def page(found: Factorization) -> str:
+def page(results: Factorization) -> str:
     """Return the page of a run."""
-    parts = [pages.paragraph(line) for line in summary.verdict(found).split("\n")]
+    parts = [pages.paragraph(line) for line in summary.verdict(results).split("\n")]
     parts += [
         "<h2>Where the parameters are</h2>",
-        pages.budget([_share(task, found) for task in found.plan.tasks]),
+        pages.budget([_share(task, results) for task in results.plan.tasks]),
         "<h2>Errors</h2>",
-        _errors(found),
+        _errors(results),
         "<h2>Matrices</h2>",
         pages.paragraph(
             "Errors are over the norm of the matrix, the spectral one unless it says "
             "otherwise. A click on the name of a column sorts.",
             is_quiet=True,
         ),
-        pages.table(_HEADS, _rows(found), left=(0, 2, 8), sorts=True),
+        pages.table(_HEADS, _rows(results), left=(0, 2, 8), sorts=True),
     ]
-    settings = found.plan.settings
+    settings = results.plan.settings
     parts.append(
         pages.paragraph(
             f"Tolerance {settings.tolerance:g}, starts {settings.num_starts}, seed "
-            f"{settings.seed}; plan {found.plan.hash[:12]}.",
+            f"{settings.seed}; plan {results.plan.hash[:12]}.",
             is_quiet=True,
         )
     )
-    return pages.page(f"{found.plan.source}, factorized", parts)
+    return pages.page(f"{results.plan.source}, factorized", parts)
 
 
 def _group(task: MatrixTask) -> str:
     return f"{task.shape[0]}×{task.shape[1]}, {plan.describe(task.configurations)}"
 
 
-def _share(task: MatrixTask, found: Factorization) -> pages.Share:
-    done = found.records.get(task.index, {}).get("status")
+def _share(task: MatrixTask, results: Factorization) -> pages.Share:
+    done = results.records.get(task.index, {}).get("status")
     is_dense = done == FAILED
     kept = task.size if is_dense else task.parameters
     return pages.Share(task.name, _group(task), task.size, kept)
 
 
-def _errors(found: Factorization) -> str:
+def _errors(results: Factorization) -> str:
     groups: dict[str, list[tuple[float, float, str]]] = {}
-    for task, record in found.solved:
+    for task, record in results.solved:
         point = float(record["index"]), record["errors"]["relative_spectral"], task.name
         groups.setdefault(_group(task), []).append(point)
     series = []
@@ -87,10 +87,12 @@ def _errors(found: Factorization) -> str:
     return pages.chart(series, "number of the matrix", "spectral error over the norm")
 
 
-def _rows(found: Factorization) -> Iterable[Sequence[str]]:
-    solved = {task.index: record for task, record in found.solved}
-    failed = {task.index: reason for task, reason in found.failed}
-    for task in found.plan.tasks:
+def _rows(results: Factorization) -> Iterable[Sequence[str]]:
+    for name, reason in results.dense.items():
+        yield name, "", "", "100.0 %", "", "", "", "", f"stays dense: {reason}"
+    solved = {task.index: record for task, record in results.solved}
+    failed = {task.index: reason for task, reason in results.failed}
+    for task in results.plan.tasks:
         shape = f"{task.shape[0]}×{task.shape[1]}"
         cells = [task.name, shape, plan.describe(task.configurations)]
         cells.append(f"{100 * task.parameters / max(task.size, 1):.1f} %")

@@ -224,6 +224,8 @@ rules:
         f"low.{i}": "60 parameters would replace 54" for i in (0, 1)
     }
     assert "2 would not shrink and stay dense" in repr(done)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "stays dense: 60 parameters would replace 54" in page
     assert done.plain()["dense"] == dict(done.dense)
     again = kronjax.factorize(tensors, rules, tmp_path, progress=False)
     assert dict(again.dense) == dict(done.dense)
