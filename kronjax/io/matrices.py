@@ -283,7 +283,8 @@ def _numpy_errors(path: Path) -> Iterator[None]:
                 "unpickled; store plain numbers"
             ) from error
         other = stand_ins.describe_file(path)
-        if other and "pickle" not in other:  # an archive may have the wrong name
+        # NumPy's own files are archives, and the remedy for a pickle is for models.
+        if other not in (None, stand_ins.ARCHIVE, stand_ins.PICKLED):
             raise ValueError(f"{path}: {other}") from error
         if "pickle" in reason:  # the guess of NumPy for any unknown format
             reason = "pickles are never unpickled"

@@ -36,8 +36,9 @@ _MAGIC = (
     (b"GGUF", "this is a GGUF file: give it a name that ends in .gguf"),
     (b"\x89HDF\r\n", "this is an HDF5 file, which is not supported"),
 )
-_ARCHIVE = "this is a zip archive, perhaps a pickle of PyTorch: convert it"
-_PICKLED = "this is a pickle, which could run any code and is never opened: convert it"
+_CONVERT = "convert it with save_pretrained of transformers"
+ARCHIVE = f"this is a zip archive, perhaps a pickle of PyTorch: {_CONVERT}"
+PICKLED = f"this is a pickle, which could run any code and is never opened: {_CONVERT}"
 _HEAD = 512
 
 
@@ -54,10 +55,10 @@ def describe(content: bytes) -> str | None:
         if content.startswith(magic):
             return words
     if content.startswith(b"PK\x03\x04"):
-        return _ARCHIVE + " with save_pretrained of transformers"
+        return ARCHIVE
     # A safetensors file may begin so, too: its ninth byte opens the header.
     if re.match(rb"\x80[\x02-\x05]", content) and content[8:9] != b"{":
-        return _PICKLED + " with save_pretrained of transformers"
+        return PICKLED
     text = content[:_HEAD].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head")):
         return _PAGE
