@@ -25,8 +25,11 @@ from typing import Any
 
 from kronjax import display, greedy, validation
 from kronjax.approximation import Approximation, approximate
+from kronjax.io.progress import bar
 from kronjax.kronecker import Configuration, matmul_cost
 from kronjax.norm import Norm
+from kronjax.runs.batch import compile_ahead
+from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 
 REDUCTION = 4
@@ -52,7 +55,6 @@ class Trial:
         error: Error in the norm of the search, weighted if there are weights.
         relative: The error over the norm of the matrix.
         seconds: Seconds spent on solving, without compilation.
-        compile_seconds: Seconds spent on tracing and compiling.
         is_full: True if it was solved as `approximate` would, not with a reduced
             budget.
         is_efficient: True if no other trial has less error for no more parameters and
@@ -66,7 +68,6 @@ class Trial:
     error: float
     relative: float
     seconds: float
-    compile_seconds: float
     is_full: bool = True
     is_efficient: bool = False
 
@@ -195,10 +196,10 @@ def search(
     else:
         _note_primes(shape, notes)
         wanted = _proposals(target, parameters, weights, Norm.parse(norm))
+    compile_seconds = _compile(target, wanted, weights, options)
     solved = _compete(matrix, wanted, options, target.size > greedy.THOROUGH)
     trials = [trial for trial, _ in solved]
     approximation = solved[0][1]
-    compile_seconds = sum(trial.compile_seconds for trial in trials)
     return Search(
         approximation=approximation,
         configurations=trials[0].configurations,
@@ -207,6 +208,32 @@ def search(
         seconds=time.perf_counter() - begun - compile_seconds,
         compile_seconds=compile_seconds,
     )
+
+
+def _compile(target, wanted, weights, options):
+    """Compile the programs of all sums at the same time; return the seconds."""
+    weighted = tuple(x is not None for x in weights)
+    kinds = [
+        Kind(
+            Problem.of(target.shape, cs, _norm(kind, options), weighted=weighted),
+            target.dtype,
+            weighted,
+            proves=False,
+            traces=True,
+        )
+        for kind, cs in wanted
+    ]
+    progress = options.get("progress")
+    with bar(len(kinds), "compiling", unit="sums", wanted=progress) as tick:
+        return compile_ahead(kinds, tick)
+
+
+def _norm(kind, options):
+    """Return the norm in which a sum is solved."""
+    norm = Norm.parse(options["norm"])
+    # The (whitened) singular value decomposition solves every norm.
+    is_svd = kind in ("low rank", "dense") and norm.is_spectral
+    return Norm(2) if is_svd else norm
 
 
 def _compete(matrix, wanted, options, is_large):
@@ -218,11 +245,7 @@ def _compete(matrix, wanted, options, is_large):
     for i, (trial, reduced) in enumerate(solved):
         if trial.configurations in promising and not trial.is_full:
             full, best = _solve(matrix, trial.kind, trial.configurations, options)
-            full = dataclasses.replace(
-                full,
-                seconds=full.seconds + trial.seconds,
-                compile_seconds=full.compile_seconds + trial.compile_seconds,
-            )
+            full = dataclasses.replace(full, seconds=full.seconds + trial.seconds)
             if full.error > trial.error:  # more starts may end elsewhere
                 best = reduced
                 full = dataclasses.replace(
@@ -351,9 +374,7 @@ def _kind(configurations, low_rank):
 def _solve(matrix, kind, configurations, options, is_reduced=False):
     """Return a trial and its approximation, with a reduced budget if asked."""
     norm = Norm.parse(options["norm"])
-    if kind in ("low rank", "dense") and norm.is_spectral:
-        # The (whitened) singular value decomposition solves every norm.
-        options = {**options, "norm": "frobenius"}
+    options = {**options, "norm": _norm(kind, options)}
     weighted = tuple(
         options[f"{side}_weight"] is not None for side in ("left", "right")
     )
@@ -386,7 +407,6 @@ def _solve(matrix, kind, configurations, options, is_reduced=False):
         error=float(error),
         relative=float(ratio),
         seconds=solved.seconds,
-        compile_seconds=solved.compile_seconds,
         is_full=not is_reduced,
     )
     return trial, solved

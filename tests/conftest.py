@@ -33,6 +33,7 @@ import jax
 import pytest
 import rounding
 
+from kronjax.io import exported
 from kronjax.runs import pool_programs
 
 jax.config.update("jax_enable_x64", True)
@@ -85,5 +86,5 @@ def _forget_programs():
     """
     yield
     jax.clear_caches()
-    for cached in (pool_programs.compiled, pool_programs.jitted):
+    for cached in (pool_programs.started, pool_programs.jitted, exported.jit):
         cached.cache_clear()

@@ -126,8 +126,8 @@ def test_large_matrices_are_tried_quickly_and_the_best_solved_fully(monkeypatch)
     assert alone[0].is_full
     assert best.error <= min(trial.error for trial in others)
     assert best.error == pytest.approx(float(found.approximation.trace.value[-1]))
-    seconds = sum(trial.compile_seconds for trial in found.trials)
-    assert found.compile_seconds == pytest.approx(seconds)
+    # All sums were compiled ahead, for both budgets.
+    assert found.compile_seconds > 0 and found.approximation.compile_seconds == 0
 
 
 def test_the_closed_form_is_solved_once_where_the_tails_are_the_errors():

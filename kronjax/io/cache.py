@@ -96,6 +96,17 @@ class Cache:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def shrink(self, limit: int) -> None:
+        """Delete the oldest entries of a folder until the others take `limit` bytes."""
+        if self.folder is None:
+            return
+        kept = 0
+        facts = [(path.stat(), path) for path in self.folder.glob("*.safetensors")]
+        for fact, path in sorted(facts, key=lambda x: x[0].st_mtime, reverse=True):
+            kept += fact.st_size
+            if kept > limit:
+                path.unlink(missing_ok=True)
+
     def _store(self, name, entry):
         if self.folder is None:
             self._entries[name] = entry

@@ -17,8 +17,8 @@ True
 
 import functools
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -66,41 +66,31 @@ def _is_known(name: str, value: Any) -> bool:
     return True
 
 
-def jit(function: Callable, entries: int, platform: str | None = None) -> Any:
-    """Return a function jitted with `options`; the same object for the same ones.
-
-    Args:
-        function: A function of arrays.
-        entries: As for `options`.
-        platform: As for `options`.
-    """
-    return _jitted(function, tuple(options(entries, platform).items()))
-
-
-@functools.lru_cache(maxsize=64)
-def _jitted(function, chosen):
-    return jax.jit(function, compiler_options=dict(chosen))
-
-
-def compile_all(
+def start(
     lowered: Mapping[str, Any],
     entries: int,
     platform: str | None = None,
     *,
     keeps_emitters: bool = False,
-) -> dict[str, Any]:
-    """Compile several programs at the same time; return them by name.
+) -> dict[str, Future]:
+    """Start to compile several programs, as many at once as there are processors.
 
     Args:
         lowered: Results of `jax.stages.Traced.lower`, by name.
         entries: As for `options`.
         platform: As for `options`.
         keeps_emitters: As for `options`.
+
+    Returns:
+        The compiled programs to come, by name.
     """
     chosen = options(entries, platform, keeps_emitters=keeps_emitters)
-    with ThreadPoolExecutor(len(lowered)) as threads:
-        started = {
-            name: threads.submit(program.compile, chosen)
-            for name, program in lowered.items()
-        }
-        return {name: future.result() for name, future in started.items()}
+    return {
+        name: _threads().submit(program.compile, chosen)
+        for name, program in lowered.items()
+    }
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "compiling")

@@ -39,7 +39,7 @@ def exponent(squarings):
 
 def num_products(squarings):
     """Return the cost of `value_and_gradient`, in products of the size of `EᵀE`."""
-    return jnp.maximum(squarings, 0) + 2
+    return (squarings > 0) * squarings + 2
 
 
 def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Array]:

@@ -22,10 +22,13 @@ import jax
 import numpy as np
 
 from kronjax import display, validation
+from kronjax.io import exported
 from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import compiling
 from kronjax.proof import bounds
 from kronjax.proof.newton import Finish
+
+exported.register(KroneckerTerms, bounds.Bounds)
 
 AGREEMENT = 1e-8
 """Relative tolerance, over the size of the matrix, for errors of the same solution."""
@@ -186,12 +189,16 @@ def certificate_of(
     factors = [jax.tree.map(lambda x: _flat(x, 3), each) for each in terms]
     rows = []
     with jax.enable_x64(True), jax.default_device(_host()):
-        program = compiling.jit(bounds.certify, m * n, "cpu")
+        options = tuple(compiling.options(m * n, "cpu").items())
         for i in range(len(flat[0])):
             target, left, right = (None if x is None else _double(x[i]) for x in flat)
             own = tuple(jax.tree.map(lambda x, i=i: _double(x[i]), x) for x in factors)
             dual = None if finishes is None else finishes[i].dual
-            proof = jax.device_get(program(target, own, left, right, dual))
+            given = target, own, left, right, dual
+            program = exported.jit(
+                bounds.certify, "cpu", options, exported.shapes(*given)
+            )
+            proof = jax.device_get(program(*given))
             rows.append([proof.error, proof.local_bound, proof.global_bound])
     columns: Any = np.reshape(np.array(rows, np.float64).T, (3, *batch))
     error, local, bound = columns

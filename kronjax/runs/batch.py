@@ -10,7 +10,9 @@
 (2,)
 """
 
+import concurrent.futures
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -113,10 +115,10 @@ class Batch:
     def solve(self, numbers: Sequence[int], tolerance: float) -> Solutions:
         """Solve the matrices with these numbers."""
         begun, devices = time.perf_counter(), jax.local_devices()
-        compiled = pool_programs.compiled.cache_info().misses
+        compiled = pool_programs.started.cache_info().misses
         lanes = workers.num_lanes(self.kind, devices, -(-len(numbers) // len(devices)))
         pools, _ = workers.pools_of(self.kind, len(numbers), lanes, devices, tolerance)
-        if pool_programs.compiled.cache_info().misses > compiled:
+        if pool_programs.started.cache_info().misses > compiled:
             self.compile_seconds += time.perf_counter() - begun
         given = (
             Matrix(i, self.matrices[i], self._seed, *self.weights(i)) for i in numbers
@@ -132,6 +134,34 @@ class Batch:
         stages = len(self.kind.problem.schedule())
         self._tick(max(len(numbers) * stages - ended, 0), f"{spent:,} products")
         return Solutions.of([solved[i] for i in numbers])
+
+
+def compile_ahead(
+    kinds: Sequence[Kind], tick: Callable[[int], None] = lambda count: None
+) -> float:
+    """Compile what solves one matrix of each kind; return the seconds.
+
+    Programs of all kinds are compiled at the same time, and while others are traced.
+
+    Args:
+        kinds: Kinds of the pools.
+        tick: Called with the number of kinds that are compiled.
+    """
+    begun, devices = time.perf_counter(), jax.local_devices()
+    mesh, coming = pool_programs.mesh_of(devices), []
+    try:
+        for kind in kinds:
+            with jax.enable_x64(kind.dtype == np.float64):
+                coming.append(pool_programs.started(kind.compiled, mesh, 1, 1))
+        for programs in coming:
+            concurrent.futures.wait(programs.values())
+            tick(1)
+    except BaseException:
+        for program in itertools.chain(*(x.values() for x in coming)):
+            program.cancel()
+        pool_programs.started.cache_clear()
+        raise
+    return time.perf_counter() - begun
 
 
 def replaced(old, new, numbers: np.ndarray):

@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import schatten
@@ -183,7 +182,7 @@ class Pool:
         problem, dtype = kind.problem, kind.dtype
         devices = jax.local_devices() if devices is None else devices
         _check_threads(devices)
-        self.mesh = Mesh(np.array(devices), (programs.AXIS,))
+        self.mesh = programs.mesh_of(devices)
         self._count = len(devices)
         self._tolerance = np.asarray(tolerance, dtype)
         self._stages = programs.stages(problem)

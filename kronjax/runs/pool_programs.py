@@ -22,22 +22,27 @@ for large matrices, it is not moved.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from kronjax.io import exported
+from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import compiling, schatten
 from kronjax.linalg.batching import select
 from kronjax.proof import multipliers
-from kronjax.proof.bounds import certify_stage
+from kronjax.proof.bounds import Bounds, certify_stage
 from kronjax.solver import continuation
 from kronjax.solver.descent import Status
 from kronjax.solver.problem import Problem, Stage
 from kronjax.solver.solution import Trace
+
+exported.register(Bounds, KroneckerTerms, Stage, Trace)
 
 AXIS = "matrices"
 """Axis of the mesh over which matrices are distributed."""
@@ -176,6 +181,11 @@ def stages(problem: Problem) -> list[Stage]:
     return [jax.tree.map(narrow, stage) for stage in problem.schedule()]
 
 
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+    """Return the mesh of a pool on some devices."""
+    return Mesh(np.array(devices), (AXIS,))
+
+
 def rows(slots: int, devices: int) -> int:
     """Return the slots of a device, with one for idle lanes if needed."""
     return 1 if slots == devices == 1 else slots + 1
@@ -237,14 +247,41 @@ def jitted(function: Callable, problem: Problem) -> Callable:
     return jax.jit(functools.partial(function, problem), compiler_options=chosen)
 
 
-@functools.lru_cache(maxsize=64)
-def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
+def compiled(kind: Kind, mesh: Mesh, lanes: int, slots: int) -> dict[str, Any]:
     """Compile the programs for the devices of a mesh; return them by name.
 
-    All but `empty` are called with the arrays that the devices hold, the tolerance, the
-    slots `[devices · lanes]`, and their further arguments; all but the tolerance are
-    divided over the devices.
+    All but `empty` are called with the arrays that the devices hold, a list, the
+    tolerance, the slots `[devices · lanes]`, and their further arguments; all but the
+    tolerance are divided over the devices. They return such a list, too.
     """
+    coming = started(kind, mesh, lanes, slots)
+    try:
+        return {name: program.result() for name, program in coming.items()}
+    except BaseException:
+        started.cache_clear()
+        raise
+
+
+@functools.lru_cache(maxsize=64)
+def started(kind: Kind, mesh: Mesh, lanes: int, slots: int) -> dict[str, Future]:
+    """Start to compile the programs; return them, to come, by name.
+
+    Nothing is traced if an earlier process has left the programs in its cache.
+    """
+    platform = mesh.devices.flat[0].platform
+    build = functools.partial(_programs, kind, mesh, lanes, slots)
+    stored = exported.programs(build, platform, kind, mesh.devices.size, lanes, slots)
+    if stored is None:
+        lowered = {name: call.lower(*given) for name, (call, given) in build().items()}
+    else:
+        lowered = _lowered(stored, mesh)
+    entries = lanes * math.prod(kind.problem.shape)
+    # Pools that prove serve runs, whose results are the same on any number of devices.
+    return compiling.start(lowered, entries, platform, keeps_emitters=kind.proves)
+
+
+def _programs(kind, mesh, lanes, slots) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+    """Return jitted functions and the shapes of their arguments by name."""
     problem, dtype = kind.problem, kind.dtype
     own, whole = PartitionSpec(AXIS), PartitionSpec()
     sharding = NamedSharding(mesh, own)
@@ -254,7 +291,9 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
     count = rows(slots, mesh.devices.size)
-    held = jax.tree.map(functools.partial(stacked, count), kind.shapes)
+    held, tree = jax.tree.flatten(
+        jax.tree.map(functools.partial(stacked, count), kind.shapes)
+    )
     scalar = jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, whole))
     integer = jax.ShapeDtypeStruct((), np.int32)
     matrix = jax.tree.map(functools.partial(stacked, lanes), kind.arrays)
@@ -272,29 +311,46 @@ def compiled(kind: Kind, mesh: Any, lanes: int, slots: int):
             "turn": (_turn, order, stage, stage, flag),
         }
 
-    def lowered(function: Callable, *arguments):
+    def jitted(function: Callable, *arguments):
+        def flat(held, *others):
+            held, told = function(kind, jax.tree.unflatten(tree, held), *others)
+            return jax.tree.leaves(held), told
+
         mapped = jax.shard_map(
-            functools.partial(function, kind),
+            flat,
             mesh=mesh,
             in_specs=(own, whole, own, *(own for _ in arguments)),
             out_specs=own,
             check_vma=False,
         )
         # Unread arguments can be overwritten, too.
-        jitted = jax.jit(mapped, donate_argnums=0, keep_unused=True)
-        return jitted.lower(held, scalar, order, *arguments)
+        call = jax.jit(mapped, donate_argnums=0, keep_unused=True)
+        return call, (held, scalar, order, *arguments)
 
     def empty():
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), held)
+        return [jnp.zeros(x.shape, x.dtype) for x in held]
 
-    entries = lanes * math.prod(problem.shape)
-    platform = mesh.devices.flat[0].platform
-    programs = {name: lowered(*arguments) for name, arguments in given.items()}
-    programs["empty"] = jax.jit(empty, out_shardings=sharding).lower()
-    # Pools that prove serve runs, whose results are the same on any number of devices.
-    return compiling.compile_all(
-        programs, entries, platform, keeps_emitters=kind.proves
-    )
+    programs = {name: jitted(*arguments) for name, arguments in given.items()}
+    return programs | {"empty": (jax.jit(empty, out_shardings=sharding), ())}
+
+
+def _lowered(stored: dict[str, Any], mesh) -> dict[str, Any]:
+    """Lower exported programs for the devices of a mesh."""
+    own = NamedSharding(mesh, PartitionSpec(AXIS))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def shape(aval):
+        # The tolerance is the only scalar, and the only argument that is not divided.
+        sharding = own if aval.shape else whole
+        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+
+    lowered = {}
+    for name, program in stored.items():
+        shapes = jax.tree.unflatten(program.in_tree, map(shape, program.in_avals))
+        options = {"donate_argnums": 0} if shapes[0] else {"out_shardings": own}
+        call = jax.jit(program.call, keep_unused=True, **options)
+        lowered[name] = call.lower(*shapes[0])
+    return lowered
 
 
 def peak(program: Any) -> int:

@@ -177,6 +177,8 @@ def num_lanes(kind: Kind, devices: Sequence[Any], share: int) -> int:
         devices: Devices to use.
         share: Number of matrices for each device.
     """
+    if share == 1:
+        return 1
     size = math.prod(kind.problem.shape)
     most = ENTRIES.get(devices[0].platform, OTHERWISE) // size
     each = sum(

@@ -44,18 +44,12 @@ def test_programs_compute_the_same_as_with_the_defaults_of_xla(entries):
     x = np.random.default_rng(0).standard_normal((12, 7))
     functions = {"gram": gram, "inverse": lambda x: jnp.linalg.inv(gram(x))}
     lowered = {name: jax.jit(f).lower(x) for name, f in functions.items()}
-    compiled = compiling.compile_all(lowered, entries)
+    coming = compiling.start(lowered, entries)
+    compiled = {name: program.result() for name, program in coming.items()}
     assert set(compiled) == set(functions)
     for name, function in functions.items():
         expected = jax.jit(function)(x)
         np.testing.assert_allclose(compiled[name](x), expected, rtol=1e-9)
-        again = compiling.jit(function, entries)(x)
-        np.testing.assert_allclose(again, expected, rtol=1e-9)
-
-
-def test_a_function_is_jitted_once():
-    one, two = (compiling.jit(gram, 1, "cpu") for _ in range(2))
-    assert one is two
 
 
 def test_the_error_of_a_program_that_cannot_be_compiled_is_raised():
@@ -64,4 +58,4 @@ def test_the_error_of_a_program_that_cannot_be_compiled_is_raised():
             raise RuntimeError("cannot be compiled")
 
     with pytest.raises(RuntimeError, match="cannot be compiled"):
-        compiling.compile_all({"broken": Broken()}, 1)
+        compiling.start({"broken": Broken()}, 1)["broken"].result()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import kronjax
 from kronjax import Configuration
+from kronjax.io import exported
 from kronjax.kronecker import KroneckerTerms, rearrange, unrearrange
-from kronjax.linalg import compiling
 from kronjax.proof import bounds, certificate, multipliers
 from kronjax.proof.tangent_map import TangentMap
 from kronjax.solver.weighted import Root
@@ -298,16 +298,16 @@ def test_large_matrices_are_proven_by_eigenvectors(monkeypatch, dtype, rows, fla
 
 
 def test_proofs_are_computed_on_the_cpu(monkeypatch):
-    jitted, asked = compiling.jit, []
+    jitted, asked = exported.jit, []
 
-    def on_what(function, entries, platform):
+    def on_what(function, platform, options, shapes):
         def run(*arguments):
             asked.extend([platform, jax.config.jax_default_device.platform])
-            return jitted(function, entries, platform)(*arguments)
+            return jitted(function, platform, options, shapes)(*arguments)
 
         return run
 
-    monkeypatch.setattr(compiling, "jit", on_what)
+    monkeypatch.setattr(exported, "jit", on_what)
     half = np.eye(2)[None] / 2**0.5
     certificate.certificate_of(np.eye(4), (KroneckerTerms(half, half),))
     assert asked == ["cpu", "cpu"]
