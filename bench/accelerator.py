@@ -25,7 +25,7 @@ import numpy as np
 from bench import script, spectral_norms, timing
 from bench.products import is_gpu
 from kronjax import Configuration
-from kronjax.runs.cpu_threads import one_blas_thread
+from kronjax.cpu_threads import one_blas_thread
 from kronjax.runs.pool import Matrix, Pool
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem

@@ -36,9 +36,9 @@ import safetensors.numpy
 
 from bench import runs, script, spectral_norms, timing
 from bench.accelerator import SMALL
-from kronjax import Configuration
+from kronjax import Configuration, cpu_threads
 from kronjax.linalg import schatten
-from kronjax.runs import cpu_threads, pool_programs
+from kronjax.runs import pool_programs
 
 GAP = 0.05
 MEMORY = 6.0
@@ -68,7 +68,7 @@ from kronjax import Configuration
 from kronjax.runs.pool import Matrix, Pool
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
-from kronjax.runs.cpu_threads import one_blas_thread
+from kronjax.cpu_threads import one_blas_thread
 count, lanes = int(sys.argv[1]), 8
 matrices = np.random.default_rng(0).standard_normal((count, 36, 36)).astype(np.float32)
 problem = Problem.of((36, 36), Configuration((6, 6), 3), num_starts=1)
@@ -94,7 +94,7 @@ print(json.dumps({"identical": found[1] == found[8], "seconds": seconds}))
 
 THOUSANDS = """
 import json, sys, time
-from kronjax.runs import cpu_threads
+from kronjax import cpu_threads
 cpu_threads.reserve()
 import jax
 import numpy as np

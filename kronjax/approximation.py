@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from kronjax import display, validation
+from kronjax.cpu_threads import one_blas_thread
 from kronjax.io.progress import bar
 from kronjax.kronecker import Configuration, KroneckerTerms
 from kronjax.linalg.dense import multiply_out
@@ -27,7 +28,6 @@ from kronjax.norm import Norm
 from kronjax.proof import newton
 from kronjax.proof.certificate import Certificate, certificate_of
 from kronjax.runs.batch import Batch, replaced
-from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
 from kronjax.solver.solution import Trace

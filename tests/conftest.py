@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from importlib import metadata
 
-from kronjax.runs import cpu_threads
+from kronjax import cpu_threads
 
 # OpenBLAS threads busy-wait: those of one worker slow the other down tenfold and
 # more. OpenBLAS reads the variable when it is loaded.
@@ -86,5 +86,5 @@ def _forget_programs():
     """
     yield
     jax.clear_caches()
-    for cached in (pool_programs.started, pool_programs.jitted, exported.jit):
+    for cached in (pool_programs.started, pool_programs.jitted, exported.compiled):
         cached.cache_clear()

@@ -17,6 +17,7 @@ PACKAGE = Path(kronjax.__file__).parent
 # or a single file where no folder is needed. `kronjax` is the list of public names.
 ROOMS = [
     "lazy",
+    "cpu_threads",
     "linalg",
     "validation",
     "kronecker",

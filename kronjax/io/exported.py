@@ -93,8 +93,10 @@ def register(*types: type) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def jit(function: Callable, platform: str, options: tuple, arguments: Any) -> Callable:
-    """Return a function of a module, jitted, without tracing it if it is stored.
+def compiled(
+    function: Callable, platform: str, options: tuple, arguments: Any
+) -> Callable:
+    """Return a function of a module, compiled, without tracing it if it is stored.
 
     Args:
         function: The function; it depends on nothing but its arguments.
@@ -110,7 +112,7 @@ def jit(function: Callable, platform: str, options: tuple, arguments: Any) -> Ca
 
     stored = programs(build, platform, name, arguments)
     call = stored[name].call if stored else function
-    return jax.jit(call, compiler_options=dict(options))
+    return jax.jit(call).lower(*given).compile(dict(options))
 
 
 def shapes(*arguments: Any) -> tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]:

@@ -24,6 +24,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 HALVED = 384
 """Smallest number of columns for which CPUs leave out blocks of a symmetric product.
@@ -39,7 +40,9 @@ def exponent(squarings):
 
 def num_products(squarings):
     """Return the cost of `value_and_gradient`, in products of the size of `EᵀE`."""
-    return (squarings > 0) * squarings + 2
+    # NumPy compiles nothing.
+    maximum = jnp.maximum if isinstance(squarings, jax.Array) else np.maximum
+    return maximum(squarings, 0) + 2
 
 
 def value_and_gradient(matrix: jax.Array, squarings) -> tuple[jax.Array, jax.Array]:

@@ -97,7 +97,7 @@ def certify(
 
     Returns:
         `Bounds`; NaN where the matrix or the terms are not finite. Costs some ten
-        singular value decompositions, and 150 to 200 eigenvalue decompositions of the
+        singular value decompositions, and 100 to 200 eigenvalue decompositions of the
         order of the cluster.
     """
     task = _Task.of(matrix, terms, left_weight, right_weight)

@@ -13,15 +13,17 @@ the bounds allow for.
 (0.5, True)
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
-from kronjax import display, validation
+from kronjax import cpu_threads, display, validation
 from kronjax.io import exported
 from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import compiling
@@ -98,8 +100,9 @@ def certify(
     """Prove how good an approximation is.
 
     The first call for a shape takes seconds to compile. A proof takes, for every
-    matrix, some ten singular value decompositions and 200 eigenvalue decompositions of
-    the leading part of the error, of order 256 at most, in float64.
+    matrix, some ten singular value decompositions in float64 and 100 to 200 eigenvalue
+    decompositions of the leading part of the error. Several matrices are proven at the
+    same time. Four 768×768 of rank 4 took half as long as their solve, on two cores.
 
     Args:
         approximation: Result of `approximate`, or any object with `terms`, one
@@ -187,19 +190,38 @@ def certificate_of(
         *(_side(weight, batch) for weight in (left_weight, right_weight)),
     ]
     factors = [jax.tree.map(lambda x: _flat(x, 3), each) for each in terms]
-    rows = []
-    with jax.enable_x64(True), jax.default_device(_host()):
-        options = tuple(compiling.options(m * n, "cpu").items())
-        for i in range(len(flat[0])):
-            target, left, right = (None if x is None else _double(x[i]) for x in flat)
-            own = tuple(jax.tree.map(lambda x, i=i: _double(x[i]), x) for x in factors)
-            dual = None if finishes is None else finishes[i].dual
-            given = target, own, left, right, dual
-            program = exported.jit(
-                bounds.certify, "cpu", options, exported.shapes(*given)
-            )
-            proof = jax.device_get(program(*given))
-            rows.append([proof.error, proof.local_bound, proof.global_bound])
+
+    def arguments(i):
+        target, left, right = (None if x is None else _double(x[i]) for x in flat)
+        own = tuple(jax.tree.map(lambda x: _double(x[i]), x) for x in factors)
+        dual = None if finishes is None else finishes[i].dual
+        return target, own, left, right, dual
+
+    @contextlib.contextmanager
+    def settings():  # which every thread has of its own
+        with jax.enable_x64(True), jax.default_device(_host()):
+            yield
+
+    def program(given):
+        shapes = exported.shapes(*given)
+        return exported.compiled(bounds.certify, "cpu", options, shapes)
+
+    def prove(i):
+        given = arguments(i)
+        with settings():
+            proof = jax.device_get(program(given)(*given))
+        return proof.error, proof.local_bound, proof.global_bound
+
+    count, options = len(flat[0]), tuple(compiling.options(m * n, "cpu").items())
+    if count:
+        with settings():
+            program(arguments(0))  # compiled once, not by every thread
+    # Decompositions keep one core busy.
+    with (
+        cpu_threads.one_blas_thread(),
+        ThreadPoolExecutor(cpu_threads.cores()) as threads,
+    ):
+        rows = list(threads.map(prove, range(count)))
     columns: Any = np.reshape(np.array(rows, np.float64).T, (3, *batch))
     error, local, bound = columns
     safe = np.where(error > 0, error, 1)

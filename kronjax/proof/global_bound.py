@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kronjax.kronecker import KroneckerTerms, rearrange
 from kronjax.linalg import spectral
 from kronjax.linalg.batching import after
+from kronjax.proof import multipliers
 from kronjax.proof.tangent_map import TangentMap
 from kronjax.solver import descent, factored, weighted
 from kronjax.solver.factored import Pair
@@ -24,7 +25,9 @@ SHAKEN = 0.3
 """Standard deviation of the noise added to the four identities at the start."""
 
 CLIMB = 300
-"""Limit on evaluations of the value and the gradient of the global bound."""
+"""Limit on evaluations of the value and the gradient of the global bound. Matrices
+larger than `multipliers.FINE` have a fifth of them, in float32: for a 768×768 of GPT-2
+the bound is then 0.464 instead of 0.472 of the error."""
 
 
 def prove(plain: jax.Array, terms: KroneckerTerms, space: TangentMap) -> jax.Array:
@@ -49,11 +52,16 @@ def prove(plain: jax.Array, terms: KroneckerTerms, space: TangentMap) -> jax.Arr
     # The identity is nearly stationary: for 36x36, N(0, 1), rank 1 the climb from it
     # ends at 5.76, and from a point beside it at 7.2.
     starts = jax.tree.map(_shaken, (outer, inner))
-    climbed = _climb(after(ambient, first), rank, *starts)
+    large = min(plain.shape) > multipliers.FINE
+    given = after(ambient, first), starts
+    if large:
+        given = jax.tree.map(lambda x: x.astype(jnp.float32), given)
+    climbed = _climb(given[0], rank, *given[1], CLIMB // 5 if large else CLIMB)
+    climbed = jax.tree.map(lambda x: x.astype(plain.dtype), climbed)
     return jnp.maximum(first, _of_scalings(ambient, rank, *climbed))
 
 
-def _climb(ambient, rank, outer: Pair, inner: Pair):
+def _climb(ambient, rank, outer: Pair, inner: Pair, evaluations: int):
     """Maximise the bound over `P`, `P'` (outer) and `Q`, `Q'` (inner)."""
 
     def ratio(pairs):
@@ -72,7 +80,7 @@ def _climb(ambient, rank, outer: Pair, inner: Pair):
     first = jnp.where(first > 0, first, 1)
     state = descent.init((outer, inner), factored)
     state = descent.restart(state, step=1.0, geometry=factored)
-    limits = descent.Limits(1e-7, CLIMB)
+    limits = descent.Limits(1e-7, evaluations)
     return descent.minimize(objective, state, limits, factored).points
 
 

@@ -35,13 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kronjax import __version__, methods
+from kronjax.cpu_threads import one_blas_thread
 from kronjax.io.cache import Cache
 from kronjax.kronecker import KroneckerTerms, to_arrays
 from kronjax.linalg.residuals import ResidualNorms, measure
 from kronjax.proof.certificate import certificate_of
 from kronjax.runs import joint, plan, store, workers
 from kronjax.runs.closed_form import LowRank
-from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.joint import Prepared, Target
 from kronjax.runs.plan import MatrixTask, Weights
 from kronjax.runs.pool import Matrix

@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from kronjax.cpu_threads import one_blas_thread
 from kronjax.io.storage import MemoryFolder
 from kronjax.runs import engine, joint, workers
-from kronjax.runs.cpu_threads import one_blas_thread
 from kronjax.runs.pool import Matrix
 from kronjax.runs.store import Store
 

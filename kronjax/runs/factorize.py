@@ -12,7 +12,7 @@ an interruption, and several hosts can share the work.
 """
 
 # ruff: noqa: E402
-from kronjax.runs import cpu_threads
+from kronjax import cpu_threads
 
 # Before jax is imported. The command line does the same: the last bits of products
 # depend on the number of threads.

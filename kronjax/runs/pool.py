@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kronjax import cpu_threads
 from kronjax.kronecker import KroneckerTerms
 from kronjax.linalg import schatten
-from kronjax.runs import cpu_threads
 from kronjax.runs import pool_programs as programs
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.descent import Status

@@ -25,8 +25,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kronjax import cpu_threads
 from kronjax.io import matrices as files
-from kronjax.runs import cpu_threads
 from kronjax.runs.pool import Finished, Matrix, Pool, Tick
 from kronjax.runs.pool_programs import Kind
 

@@ -298,7 +298,7 @@ def test_large_matrices_are_proven_by_eigenvectors(monkeypatch, dtype, rows, fla
 
 
 def test_proofs_are_computed_on_the_cpu(monkeypatch):
-    jitted, asked = exported.jit, []
+    jitted, asked = exported.compiled, []
 
     def on_what(function, platform, options, shapes):
         def run(*arguments):
@@ -307,7 +307,7 @@ def test_proofs_are_computed_on_the_cpu(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(exported, "jit", on_what)
+    monkeypatch.setattr(exported, "compiled", on_what)
     half = np.eye(2)[None] / 2**0.5
     certificate.certificate_of(np.eye(4), (KroneckerTerms(half, half),))
     assert asked == ["cpu", "cpu"]
@@ -399,8 +399,9 @@ def test_multipliers_narrow_the_gap_of_the_gradient(monkeypatch):
         return 1 - float(proven.local_bound / proven.error)
 
     thorough = gap()
-    monkeypatch.setattr(multipliers, "FINE", 8)  # in float32, as large ones are
-    assert gap() == pytest.approx(thorough, rel=1e-2)
+    # As for large matrices: in float32, and with two penalties.
+    monkeypatch.setattr(multipliers, "FINE", 8)
+    assert gap() < 1.4 * thorough
     monkeypatch.setattr(multipliers, "ROUNDS", 0)
     assert thorough < 2e-2 and 2 * thorough < gap()
 

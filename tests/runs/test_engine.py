@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kronjax import approximate, recipe
+from kronjax import approximate, cpu_threads, recipe
 from kronjax.io import atomic, storage
 from kronjax.kronecker import from_arrays
 from kronjax.linalg.dense import multiply_out
 from kronjax.linalg.residuals import measure
 from kronjax.runs import (
-    cpu_threads,
     engine,
     estimate,
     factorize,

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from kronjax import Configuration, Status, approximate
+from kronjax import Configuration, Status, approximate, cpu_threads
 from kronjax.linalg.dense import multiply_out
 from kronjax.linalg.residuals import measure
 from kronjax.proof import bounds
-from kronjax.runs import cpu_threads
 from kronjax.runs import pool as pools
 from kronjax.runs.pool import Matrix, Pool
 from kronjax.runs.pool_programs import Kind

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from kronjax import Configuration
-from kronjax.runs import cpu_threads, workers
+from kronjax import Configuration, cpu_threads
+from kronjax.runs import workers
 from kronjax.runs.pool import Matrix, Pool
 from kronjax.runs.pool_programs import Kind
 from kronjax.solver.problem import Problem
@@ -145,7 +145,7 @@ def test_one_pool_where_there_are_no_threads_or_many_devices(monkeypatch):
     (device,) = jax.devices()
     assert workers.size([device]) >= 1
     assert workers.size([device, device]) == 1
-    monkeypatch.setattr(cpu_threads, "_cores", lambda: 4)
+    monkeypatch.setattr(cpu_threads, "cores", lambda: 4)
     for number, programs in (("2", 1), ("4", 2), ("9", 4), ("64", 4)):
         monkeypatch.setenv(cpu_threads.VARIABLE, number)
         assert cpu_threads.programs() == programs
@@ -158,8 +158,8 @@ def test_one_pool_where_there_are_no_threads_or_many_devices(monkeypatch):
 def test_threads_are_asked_for_before_jax_is_there(monkeypatch):
     code = """
 import sys
-from kronjax.runs import cpu_threads
-cpu_threads._cores = lambda: int(sys.argv[1])
+from kronjax import cpu_threads
+cpu_threads.cores = lambda: int(sys.argv[1])
 cpu_threads.reserve()
 assert "jax" not in sys.modules
 print(cpu_threads.count(), cpu_threads.programs())

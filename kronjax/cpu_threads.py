@@ -27,6 +27,9 @@ def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
     take the cores from XLA's products: 768×768 matrices at half their parameters took
     0.8 of the time with one thread, on two cores.
     """
+    # XLA's decompositions are those of SciPy's OpenBLAS, which is limited only if it is
+    # loaded; XLA would load it later.
+    import scipy.linalg  # noqa: F401
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(1, "blas")
@@ -35,7 +38,7 @@ def one_blas_thread() -> contextlib.AbstractContextManager[Any]:
 def count() -> int:
     """Return the number of threads, as XLA finds it."""
     named = os.environ.get(VARIABLE) or os.environ.get("NPROC")
-    return int(named) if named else _cores()
+    return int(named) if named else cores()
 
 
 def programs() -> int:
@@ -44,7 +47,7 @@ def programs() -> int:
     While one decomposes, on a single core, others multiply. There are at most as many
     as the threads allow, and at least one.
     """
-    return max(min(_cores(), MOST, count() // EACH), 1)
+    return max(min(cores(), MOST, count() // EACH), 1)
 
 
 def reserve() -> None:
@@ -53,11 +56,11 @@ def reserve() -> None:
     It has to come before jax is imported; later nothing is done.
     """
     if "jax" not in sys.modules:
-        wanted = max(_cores(), EACH * min(_cores(), MOST))
+        wanted = max(cores(), EACH * min(cores(), MOST))
         os.environ.setdefault(VARIABLE, str(wanted))
 
 
-def _cores():
+def cores():
     """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
