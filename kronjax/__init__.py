@@ -2,8 +2,8 @@
 
 `approximate` solves one matrix or a batch, `solve` is the pure function inside it,
 `Configuration` states the form of the sum. `certify` proves how good a sum is, `search`
-chooses a form, `factorize` solves all matrices of a file or folder, `cache` keeps
-compiled programs. Names are loaded when they are first used, so that the command line
+chooses a form, `preconditioner` fits a symmetric sum to an operator, `factorize` solves
+all matrices of a file or folder, `cache` keeps compiled programs. Names are loaded when they are first used, so that the command line
 answers before jax is imported.
 """
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kronjax.approximation import Approximation, approximate
     from kronjax.io.compilation_cache import cache
     from kronjax.kronecker import Configuration, KroneckerTerms
+    from kronjax.operators.preconditioning import Preconditioner, preconditioner
     from kronjax.proof.certificate import Certificate, certify
     from kronjax.runs.factorize import factorize
     from kronjax.selection import search
@@ -28,11 +29,13 @@ __all__ = [
     "Certificate",
     "Configuration",
     "KroneckerTerms",
+    "Preconditioner",
     "Status",
     "approximate",
     "cache",
     "certify",
     "factorize",
+    "preconditioner",
     "search",
     "solve",
 ]
@@ -43,6 +46,7 @@ __getattr__, __dir__ = attach(
         "kronjax.approximation": ["Approximation", "approximate"],
         "kronjax.io.compilation_cache": ["cache"],
         "kronjax.kronecker": ["Configuration", "KroneckerTerms"],
+        "kronjax.operators.preconditioning": ["Preconditioner", "preconditioner"],
         "kronjax.proof.certificate": ["Certificate", "certify"],
         "kronjax.runs.factorize": ["factorize"],
         "kronjax.selection": ["search"],

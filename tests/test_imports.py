@@ -31,6 +31,7 @@ ROOMS = [
     "display",
     "pages",
     "proof",
+    "operators",
     "greedy",
     "runs",
     "approximation",

@@ -1,0 +1,1 @@
+"""Sums of Kronecker products that stand for operators: preconditioners."""
