@@ -3,8 +3,8 @@
 `approximate` solves one matrix or a batch, `solve` is the pure function inside it,
 `Configuration` states the form of the sum. `certify` proves how good a sum is, `search`
 chooses a form, `preconditioner` fits a symmetric sum to an operator, `factorize` solves
-all matrices of a file or folder, `cache` keeps compiled programs. Names are loaded when they are first used, so that the command line
-answers before jax is imported.
+all matrices of a file or folder, `cache` keeps compiled programs. Names are loaded when
+they are first used, so that the command line answers before jax is imported.
 """
 
 from typing import TYPE_CHECKING

@@ -30,6 +30,7 @@ KEYS = {
     "forward": {"targets", "seconds", "batch", "length"},
     "gpt2_values": {"targets", "cases", "rate", "a_shape"},
     "heterogeneous": {"targets", "planted_sums", "planted_orders", "search_time"},
+    "preconditioners": {"targets", "rows", "conjugate_gradients"},
     "precision": {"targets", "on_gpu", "errors", "proven"},
     "scaling": {"targets", "batches", "compilations", "startups"},
     "smollm2": {"targets", "continuation", "summary", "windows"},
@@ -311,6 +312,15 @@ def check_whole_models(results):
     assert results["devices"]["identical"]
 
 
+def check_preconditioners(results):
+    for row in results["rows"]:
+        assert 1 <= row["kronjax"] <= row["bound"] <= 1.01 * row["kronjax"]
+        assert row["kronjax"] < row["condition"]
+        assert row["frobenius"] is None or row["kronjax"] <= 1.001 * row["frobenius"]
+    plain, *others = results["conjugate_gradients"]
+    assert all(row["iterations"] < plain["iterations"] for row in others)
+
+
 CHECKS = {
     "accelerator": check_accelerator,
     "against_peers": check_against_peers,
@@ -322,6 +332,7 @@ CHECKS = {
     "forward": check_forward,
     "gpt2_values": check_gpt2_values,
     "heterogeneous": check_heterogeneous,
+    "preconditioners": check_preconditioners,
     "precision": check_precision,
     "scaling": check_scaling,
     "smollm2": check_smollm2,

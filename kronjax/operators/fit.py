@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kronjax.kronecker import KroneckerTerms, matmul, rearrange
-from kronjax.linalg import compiling, schatten
+from kronjax.linalg import compiling, schatten, spectral
 from kronjax.operators.symmetric import (
     SKEW,
     SYMMETRIC,
@@ -42,7 +42,7 @@ RACE = 4
 EVALUATIONS = 150
 """Largest number of evaluations of a stage; p = 2 has four times as many."""
 
-TOLERANCE = 1e-7
+TOLERANCE = 1e-6
 """Predicted relative decrease of the squared norm that ends a stage."""
 
 SETTLED = 2e-4
@@ -188,10 +188,13 @@ def fit(
         tell: Called with the state of affairs after every stage.
     """
     q = jnp.asarray(q)
+    # Gradients are then at most of the size of the error, and steps of one are safe.
+    norm = spectral.estimate_norm(q)
+    q = q / norm
     rearranged = rearrange(jnp.asarray(begin, q.dtype), (sizes[0], sizes[0]))
     ambients = [ambient_of(rearranged, sizes, parity) for parity in PARITIES]
     wanted = _divisions(ambients, rank, sizes, skew)
-    starts = [_start(ambients, ranks) for ranks in wanted[:num_starts]]
+    starts = [_start(q, sizes, ambients, ranks) for ranks in wanted[:num_starts]]
     key = jax.random.key(seed)
     while len(starts) < num_starts:
         key, own = jax.random.split(key)
@@ -200,7 +203,7 @@ def fit(
             x + 0.3 * jnp.linalg.norm(x) * _noise(own, x.shape, x.dtype)
             for x in ambients
         ]
-        starts.append(_start(noisy, ranks))
+        starts.append(_start(q, sizes, noisy, ranks))
     for start in starts:
         for j in squarings[:RACE]:
             _advance(start, q, sizes, j)
@@ -215,7 +218,7 @@ def fit(
         last = best.error
     low, high = map(float, best.ends)
     terms = _sum(_placed(best.best, best.present), sizes)
-    scaled = KroneckerTerms(terms.a * (2 / (low + high)), terms.b)
+    scaled = KroneckerTerms(terms.a * (2 / (low + high) / norm**2), terms.b)
     return Fitted(
         terms=jax.tree.map(np.asarray, scaled),
         error=best.error,
@@ -250,10 +253,17 @@ def _divisions(ambients, rank, sizes, skew) -> list[tuple[int, int]]:
     return found
 
 
-def _start(ambients, ranks) -> _Start:
+def _start(q, sizes, ambients, ranks) -> _Start:
+    """Return a start at the nearest sum, at the scale that is best for p = 2."""
     present = ranks[0] > 0, ranks[1] > 0
     points = tuple(
         manifold.nearest(x, r) for x, r in zip(ambients, ranks, strict=True) if r
+    )
+    image = _image(q, _sum(_placed(points, present), sizes))
+    scale = jnp.trace(image) / jnp.sum(image**2)
+    points = tuple(
+        dataclasses.replace(x, core=x.core * jnp.where(scale > 0, scale, 1))
+        for x in points
     )
     return _Start(descent.init(points), present, ranks, points, np.zeros(2))
 

@@ -226,31 +226,17 @@ def preconditioner(
         bar(1, "fitting", unit=None, wanted=progress) as tick,
     ):
         lower = _cholesky(matrix)
-        first, second = _nearest_product(matrix, sizes)
-        (root1, back1), (root2, back2) = _roots(first), _roots(second)
-        back = np.kron(back1, back2)
-        middle = back @ matrix @ back
-        if inverse:
-            q, begin = lower.T @ back, np.linalg.inv(middle)
-            outer = back1, back2
-        else:
-            q = _triangular(lower, np.kron(root1, root2))
-            begin, outer = middle, (root1, root2)
-        fitted = fit.fit(
-            q,
-            begin,
+        fitted = _fitted(
+            matrix,
+            lower,
             sizes,
             configuration.rank,
+            inverse,
             num_starts=num_starts,
             seed=seed,
             tell=lambda text: tick(0, text),
         )
-        terms = KroneckerTerms(
-            *(
-                _parity(outer[i] @ factor @ outer[i])
-                for i, factor in enumerate((fitted.terms.a, fitted.terms.b))
-            )
-        )
+        terms = fitted.terms
         spectrum = _proven(matrix, lower, terms, inverse)
         tick(1)
     left = right = weights = None
@@ -268,6 +254,55 @@ def preconditioner(
         seconds=time.perf_counter() - begun,
         notes=tuple(notes),
     )
+
+
+def frobenius(
+    matrix: np.ndarray,
+    configuration: Configuration,
+    *,
+    inverse: bool = False,
+    num_starts: int = 4,
+) -> KroneckerTerms:
+    """Return the symmetric sum of least weighted Frobenius error, to compare with.
+
+    It minimises `‖I − A^{-1/2} K A^{-1/2}‖_F`, or `‖I − A^{1/2} P A^{1/2}‖_F`. Of the
+    starts the one with the least condition number is returned, at its best scale.
+
+    Args:
+        matrix: `A`, `[n, n]`, symmetric positive definite, float64.
+        configuration: As for `preconditioner`, and so are the others.
+        inverse: Whether the sum approximates the inverse.
+        num_starts: Number of starts.
+    """
+    sizes = _check(matrix, configuration, True)
+    with jax.enable_x64(True), one_blas_thread():
+        fitted = _fitted(
+            matrix,
+            _cholesky(matrix),
+            sizes,
+            configuration.rank,
+            inverse,
+            num_starts=num_starts,
+            squarings=(-1,),
+        )
+    return fitted.terms
+
+
+def _fitted(matrix, lower, sizes, rank, inverse, **options) -> fit.Fitted:
+    """Return the sum near `A = L Lᵀ`, or near its inverse; options as for `fit.fit`."""
+    first, second = _nearest_product(matrix, sizes)
+    (root1, back1), (root2, back2) = _roots(first), _roots(second)
+    back = np.kron(back1, back2)
+    middle = back @ matrix @ back
+    if inverse:
+        q, begin, outer = lower.T @ back, np.linalg.inv(middle), (back1, back2)
+    else:
+        q, begin = _triangular(lower, np.kron(root1, root2)), middle
+        outer = root1, root2
+    fitted = fit.fit(q, begin, sizes, rank, **options)
+    factors = zip(outer, (fitted.terms.a, fitted.terms.b), strict=True)
+    terms = KroneckerTerms(*(_parity(x @ factor @ x) for x, factor in factors))
+    return dataclasses.replace(fitted, terms=terms)
 
 
 def _check(given, configuration, inverse) -> tuple[int, int]:
