@@ -11,6 +11,7 @@ diagonalisation.
 
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -109,7 +110,8 @@ def peers(matrix, n):
     size = matrix.shape
 
     def operator(apply):
-        return scipy.sparse.linalg.LinearOperator(size, matvec=apply)
+        linear: Any = scipy.sparse.linalg.LinearOperator
+        return linear(size, matvec=apply)
 
     yield "none", lambda: None
     yield "Jacobi", lambda: operator(lambda x: x / np.diagonal(matrix))

@@ -212,7 +212,7 @@ def search(
 
 def _compile(target, wanted, weights, options):
     """Compile the programs of all sums at the same time; return the seconds."""
-    weighted = tuple(x is not None for x in weights)
+    weighted = weights[0] is not None, weights[1] is not None
     kinds = [
         Kind(
             Problem.of(target.shape, cs, _norm(kind, options), weighted=weighted),

@@ -30,7 +30,7 @@ FOLDER = "kronjax-traced"
 LIMIT = 2**27
 """Bytes of the folder; the entries that were not used for longest are deleted."""
 
-Programs = Mapping[str, tuple[Callable, tuple]]
+Programs = Mapping[str, tuple[jax.stages.Wrapped, tuple]]
 """Jitted functions and their arguments, or the shapes of these, by name."""
 
 

@@ -15,7 +15,6 @@ False
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
 
 EPS = float(np.finfo(np.float64).eps) / 2
 """Unit roundoff."""
@@ -40,10 +39,13 @@ def is_definite(matrix: np.ndarray, rounding: float = 0.0) -> bool:
         return False
     # The theorem's constant is γ_{n+1} tr(M); twice that also covers the subtraction.
     shift = 2 * (n + 2) * EPS * float(np.sum(diagonal)) + 2 * rounding
-    shifted = np.array(matrix, order="F")
+    shifted = np.array(matrix)
     shifted[np.diag_indices(n)] -= shift
-    _, info = scipy.linalg.lapack.dpotrf(shifted, lower=1, overwrite_a=1)
-    return info == 0
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    return True
 
 
 def equilibrated(matrix: np.ndarray) -> np.ndarray:

@@ -187,14 +187,14 @@ def fit(
         seed: Seed of the perturbations.
         tell: Called with the state of affairs after every stage.
     """
-    q = jnp.asarray(q)
+    given = jnp.asarray(q)
     # Gradients are then at most of the size of the error, and steps of one are safe.
-    norm = spectral.estimate_norm(q)
-    q = q / norm
-    rearranged = rearrange(jnp.asarray(begin, q.dtype), (sizes[0], sizes[0]))
+    norm = spectral.estimate_norm(given)
+    scaled = given / norm
+    rearranged = rearrange(jnp.asarray(begin, given.dtype), (sizes[0], sizes[0]))
     ambients = [ambient_of(rearranged, sizes, parity) for parity in PARITIES]
     wanted = _divisions(ambients, rank, sizes, skew)
-    starts = [_start(q, sizes, ambients, ranks) for ranks in wanted[:num_starts]]
+    starts = [_start(scaled, sizes, ambients, ranks) for ranks in wanted[:num_starts]]
     key = jax.random.key(seed)
     while len(starts) < num_starts:
         key, own = jax.random.split(key)
@@ -203,24 +203,24 @@ def fit(
             x + 0.3 * jnp.linalg.norm(x) * _noise(own, x.shape, x.dtype)
             for x in ambients
         ]
-        starts.append(_start(q, sizes, noisy, ranks))
+        starts.append(_start(scaled, sizes, noisy, ranks))
     for start in starts:
         for j in squarings[:RACE]:
-            _advance(start, q, sizes, j)
+            _advance(start, scaled, sizes, j)
             tell(f"p = {start.p}, error {start.error:.4g}")
     best = min(starts, key=lambda x: x.error)
     last = best.error
     for j in squarings[RACE:]:
-        _advance(best, q, sizes, j)
+        _advance(best, scaled, sizes, j)
         tell(f"p = {best.p}, error {best.error:.4g}")
         if last - best.error <= SETTLED * best.error and best.p >= 258:
             break
         last = best.error
     low, high = map(float, best.ends)
     terms = _sum(_placed(best.best, best.present), sizes)
-    scaled = KroneckerTerms(terms.a * (2 / (low + high) / norm**2), terms.b)
+    terms = KroneckerTerms(terms.a * (2 / (low + high) / norm**2), terms.b)
     return Fitted(
-        terms=jax.tree.map(np.asarray, scaled),
+        terms=jax.tree.map(np.asarray, terms),
         error=best.error,
         ranks=best.ranks,
         p=best.p,

@@ -61,9 +61,9 @@ class Preconditioner:
     """
 
     terms: KroneckerTerms
-    left: jax.Array | None
-    right: jax.Array | None
-    weights: jax.Array | None
+    left: jax.Array | np.ndarray | None
+    right: jax.Array | np.ndarray | None
+    weights: jax.Array | np.ndarray | None
     inverse: bool = dataclasses.field(metadata={"static": True})
     error: float = dataclasses.field(metadata={"static": True})
     spectrum: tuple[float, float] = dataclasses.field(metadata={"static": True})
@@ -133,10 +133,11 @@ class Preconditioner:
 
         It computes in float64 with NumPy.
         """
-        from scipy.sparse.linalg import LinearOperator
+        import scipy.sparse.linalg
 
         apply = _on_host(self)
-        return LinearOperator(
+        operator: Any = scipy.sparse.linalg.LinearOperator
+        return operator(
             self.shape,
             matvec=lambda x: apply(np.reshape(x, (1, -1)))[0],
             matmat=lambda x: apply(np.ascontiguousarray(np.asarray(x).T)).T,
@@ -437,8 +438,10 @@ def _proven(matrix, lower, terms, inverse) -> tuple[float, float]:
     else:
         image = _triangular(lower, _triangular(lower, whole).T)
         pencil = definite.Forward(matrix, a, b)
-    ends = np.linalg.eigvalsh((image + image.T) / 2)[[0, -1]]
-    low, high = definite.pencil_bounds(*ends, pencil.is_below, pencil.is_above)
+    values = np.linalg.eigvalsh((image + image.T) / 2)
+    low, high = definite.pencil_bounds(
+        float(values[0]), float(values[-1]), pencil.is_below, pencil.is_above
+    )
     if inverse:
         return low, high
     return 1 / high, 1 / low if low > 0 else math.inf
@@ -457,15 +460,15 @@ def _diagonalised(terms):
     def bases(own, other):
         # The best conditioned of a few combinations that are definite.
         vectors = np.linalg.eigh(sum(x @ x.T for x in other))[1]
-        chosen = None
+        candidates = []
         for y in (np.ones(len(vectors)), *vectors.T):
-            shares = np.einsum("i,kij,j->k", y, other, y)
-            candidate = np.einsum("k,kij->ij", shares, own)
+            shares = [float(y @ x @ y) for x in other]
+            candidate = np.sum([s * x for s, x in zip(shares, own, strict=True)], 0)
             values = np.linalg.eigvalsh(candidate)
             quality = values[0] / values[-1] if values[-1] > 0 else -1.0
-            if chosen is None or quality > chosen[0]:
-                chosen = quality, candidate
-        return np.linalg.inv(np.linalg.cholesky(chosen[1])).T
+            candidates.append((quality, candidate))
+        best = max(candidates, key=lambda x: x[0])[1]
+        return np.linalg.inv(np.linalg.cholesky(best)).T
 
     def diagonalise(own, other):
         left = bases(own, other)
@@ -480,13 +483,12 @@ def _diagonalised(terms):
             away = [x - np.trace(x) / len(x) * np.eye(len(x)) for x in images]
             turn = scipy.linalg.eigh(max(away, key=np.linalg.norm))[1]
         basis = left @ turn
-        values = [np.einsum("ij,ik,kj->j", basis.conj(), x, basis) for x in own]
+        values = [np.sum(basis.conj() * (x @ basis), axis=0) for x in own]
         return basis, np.array(values)
 
     left, first = diagonalise(a, b)
     right, second = diagonalise(b, a)
-    diagonal = np.real(np.einsum("ki,kj->ij", first, second))
-    return left, right, 1 / diagonal
+    return left, right, 1 / np.real(first.T @ second)
 
 
 def _cast(tree, dtype):
@@ -495,17 +497,20 @@ def _cast(tree, dtype):
 
 def _on_host(self):
     """Return `solve` for `[k, n]` in NumPy."""
-    parts = self.terms.a, self.terms.b, self.left, self.right, self.weights
-    a, b, left, right, weights = (None if x is None else np.asarray(x) for x in parts)
-    n1, n2 = self.terms.a.shape[-1], self.terms.b.shape[-1]
+    a, b = (np.asarray(x) for x in (self.terms.a, self.terms.b))
+    n1, n2 = a.shape[-1], b.shape[-1]
 
-    def apply(x):
+    def products(x):
         y = x.reshape(-1, n1, n2)
-        if self.inverse:
-            y = sum(p @ y @ q.T for p, q in zip(a, b, strict=True))
-        else:
-            y = left.conj().T @ y @ right.conj() * weights
-            y = np.real(left @ y @ right.T)
-        return y.reshape(x.shape)
+        parts = [p @ y @ q.T for p, q in zip(a, b, strict=True)]
+        return np.sum(parts, axis=0).reshape(x.shape)
 
-    return apply
+    if self.inverse:
+        return products
+    left, right, weights = map(np.asarray, (self.left, self.right, self.weights))
+
+    def divided(x):
+        y = left.conj().T @ x.reshape(-1, n1, n2) @ right.conj() * weights
+        return np.real(left @ y @ right.T).reshape(x.shape)
+
+    return divided

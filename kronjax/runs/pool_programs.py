@@ -280,7 +280,7 @@ def started(kind: Kind, mesh: Mesh, lanes: int, slots: int) -> dict[str, Future]
     return compiling.start(lowered, entries, platform, keeps_emitters=kind.proves)
 
 
-def _programs(kind, mesh, lanes, slots) -> dict[str, tuple[Callable, tuple[Any, ...]]]:
+def _programs(kind, mesh, lanes, slots) -> exported.Programs:
     """Return jitted functions and the shapes of their arguments by name."""
     problem, dtype = kind.problem, kind.dtype
     own, whole = PartitionSpec(AXIS), PartitionSpec()
@@ -347,7 +347,9 @@ def _lowered(stored: dict[str, Any], mesh) -> dict[str, Any]:
     lowered = {}
     for name, program in stored.items():
         shapes = jax.tree.unflatten(program.in_tree, map(shape, program.in_avals))
-        options = {"donate_argnums": 0} if shapes[0] else {"out_shardings": own}
+        options: dict[str, Any] = {"donate_argnums": 0}
+        if not shapes[0]:
+            options = {"out_shardings": own}
         call = jax.jit(program.call, keep_unused=True, **options)
         lowered[name] = call.lower(*shapes[0])
     return lowered
