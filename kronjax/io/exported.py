@@ -28,7 +28,7 @@ FOLDER = "kronjax-traced"
 """Name of the folder below that of JAX's cache."""
 
 LIMIT = 2**27
-"""Bytes of the folder; the entries that were not used for longest are deleted."""
+"""Bytes of the folder; the oldest entries are deleted."""
 
 Programs = Mapping[str, tuple[jax.stages.Wrapped, tuple]]
 """Jitted functions and their arguments, or the shapes of these, by name."""
@@ -72,7 +72,7 @@ def programs(
         return {
             name: export.deserialize(bytearray(blob)) for name, blob in arrays.items()
         }
-    except (OSError, ValueError, NotImplementedError):
+    except Exception:  # a cache may fail in any way, and must not stop a solve
         return None
 
 

@@ -49,6 +49,16 @@ SETTLED = 2e-4
 """Relative decrease of the spectral norm over a stage after which it is the last."""
 
 
+FLAT = 0.8
+"""Error above which the condition number itself is minimised at the end."""
+
+EXPONENTS = 2.0, 8.0, 32.0, 128.0, 512.0, 2048.0
+"""Exponents q of the norms in that condition number."""
+
+LITTLE = 1e-2
+"""Relative norm of what is added to the identity for the last resort of all starts."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Fitted:
     """A sum in the coordinates of `C`.
@@ -82,12 +92,37 @@ def _image(q, terms):
     return jnp.matmul(matmul(q, terms), q.T, precision="highest")
 
 
-def _objective(q, sizes, squarings, present):
+def _norm_of_error(image, squarings):
+    """Return `½‖I − M‖_p²` of a symmetric matrix and its gradient."""
+    error = jnp.eye(len(image), dtype=image.dtype) - image
+    value, gradient = schatten.value_and_gradient(error, squarings)
+    return value, -(gradient + gradient.T) / 2
+
+
+def _log_condition(image, exponent):
+    """Return `log (‖M‖_q ‖M⁻¹‖_q)` of a definite matrix and its gradient.
+
+    It is infinite where the matrix is not definite.
+    """
+    values, vectors = jnp.linalg.eigh((image + image.T) / 2)
+    definite = values[0] > 0
+    safe = jnp.where(definite, values, 1)
+    logs = exponent * jnp.log(safe)
+    value = (jax.nn.logsumexp(logs) + jax.nn.logsumexp(-logs)) / exponent
+    weights = (jax.nn.softmax(logs) - jax.nn.softmax(-logs)) / safe
+    gradient = jnp.matmul(vectors * weights[None], vectors.T, precision="highest")
+    return jnp.where(definite, value, jnp.inf), gradient
+
+
+OBJECTIVES = {"norm": _norm_of_error, "condition": _log_condition}
+
+
+def _objective(q, sizes, kind, exponent, present):
     def objective(points):
         full = _placed(points, present)
-        error = jnp.eye(len(q), dtype=q.dtype) - _image(q, _sum(full, sizes))
-        value, gradient = schatten.value_and_gradient(error, squarings)
-        slope = -jnp.matmul((gradient + gradient.T) / 2, q, precision="highest")
+        image = _image(q, _sum(full, sizes))
+        value, gradient = OBJECTIVES[kind](image, exponent)
+        slope = jnp.matmul(gradient, q, precision="highest")
         return value, tuple(
             _projected(point, parity, q, slope, sizes)
             for point, parity in zip(full, PARITIES, strict=True)
@@ -121,11 +156,11 @@ def _placed(points, present):
     return tuple(next(given) if has else None for has in present)
 
 
-def _stage(sizes, present, q, state, squarings, evaluations):
-    """Return the state after a stage, and the spectral norm of the error."""
+def _stage(sizes, present, kind, q, state, exponent, evaluations):
+    """Return the state after a stage, and the ends of the spectrum of `Q K Qᵀ`."""
     state = descent.restart(state)
     limits = Limits(TOLERANCE, evaluations)
-    objective = _objective(q, sizes, squarings, present)
+    objective = _objective(q, sizes, kind, exponent, present)
     state = descent.minimize(objective, state, limits)
     image = _image(q, _sum(_placed(state.points, present), sizes))
     ends = jnp.linalg.eigvalsh((image + image.T) / 2)
@@ -133,8 +168,8 @@ def _stage(sizes, present, q, state, squarings, evaluations):
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(sizes, present, entries):
-    call = functools.partial(_stage, sizes, present)
+def _compiled(sizes, present, kind, entries):
+    call = functools.partial(_stage, sizes, present, kind)
     return jax.jit(call, compiler_options=compiling.options(entries))
 
 
@@ -216,6 +251,17 @@ def fit(
         if last - best.error <= SETTLED * best.error and best.p >= 258:
             break
         last = best.error
+    if best.error > FLAT and len(squarings) > RACE:
+        # Where the norm is near one it hardly depends on the condition number.
+        again = [_again(best)] if best.error < 1 else []
+        near = _near_identity(ambients, sizes)
+        again.append(_start(scaled, sizes, near, (rank, 0)))
+        for start in again:
+            for exponent in EXPONENTS:
+                _climb(start, scaled, sizes, exponent)
+                tell(f"condition number {_condition(start.ends):.4g}")
+        starts += again
+        best = min([best, *again], key=lambda x: _condition(x.ends))
     low, high = map(float, best.ends)
     terms = _sum(_placed(best.best, best.present), sizes)
     terms = KroneckerTerms(terms.a * (2 / (low + high) / norm**2), terms.b)
@@ -226,6 +272,39 @@ def fit(
         p=best.p,
         evaluations=sum(x.evaluations for x in starts),
     )
+
+
+def _again(start) -> _Start:
+    """Return a start at the best points of another one."""
+    return dataclasses.replace(start, state=descent.init(start.best), evaluations=0)
+
+
+def _climb(start, q, sizes, exponent):
+    stage = _compiled(sizes, start.present, "condition", q.size)
+    exponent = jnp.asarray(exponent, q.dtype)
+    state, ends = stage(q, start.state, exponent, EVALUATIONS)
+    start.state, ends = state, np.asarray(ends)
+    start.evaluations += int(state.evaluations)
+    if _condition(ends) < _condition(start.ends):
+        start.best, start.ends = state.points, ends
+
+
+def _condition(ends) -> float:
+    low, high = map(float, ends)
+    return high / low if low > 0 else np.inf
+
+
+def _near_identity(ambients, sizes):
+    """Return ambient matrices of the identity and a little of everything else."""
+    eye = jnp.eye(sizes[0] * sizes[1], dtype=ambients[0].dtype)
+    rearranged = rearrange(eye, (sizes[0], sizes[0]))
+    found = []
+    for parity, other in zip(PARITIES, ambients, strict=True):
+        own = ambient_of(rearranged, sizes, parity)
+        norm = jnp.linalg.norm(other)
+        share = LITTLE * jnp.linalg.norm(rearranged) / jnp.where(norm > 0, norm, 1)
+        found.append(own + share * other)
+    return found
 
 
 def _noise(key, shape, dtype):
@@ -270,7 +349,7 @@ def _start(q, sizes, ambients, ranks) -> _Start:
 
 def _advance(start, q, sizes, squarings):
     allowed = EVALUATIONS * (4 if squarings < 0 else 1)
-    stage = _compiled(sizes, start.present, q.size)
+    stage = _compiled(sizes, start.present, "norm", q.size)
     state, ends = stage(q, start.state, squarings, allowed)
     start.state, ends = state, np.asarray(ends)
     start.evaluations += int(state.evaluations)

@@ -237,6 +237,11 @@ def preconditioner(
             seed=seed,
             tell=lambda text: tick(0, text),
         )
+        if fitted.error >= 1:
+            raise ValueError(
+                f"no definite sum of {configuration.rank} products was found: pass "
+                "another seed, more num_starts, or rank=1."
+            )
         terms = fitted.terms
         spectrum = _proven(matrix, lower, terms, inverse)
         tick(1)

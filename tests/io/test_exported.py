@@ -104,6 +104,14 @@ def test_a_truncated_entry_is_traced_anew(folder, count):
     assert len(count) == 2
 
 
+def test_an_entry_that_is_no_program_is_not_used(folder, count):
+    exported.programs(lambda: build(count), "cpu")
+    (path,) = folder.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:2000] + bytes(len(content) - 2000))
+    assert exported.programs(lambda: build(count), "cpu") is None
+
+
 def test_a_folder_that_cannot_be_used_stores_nothing(tmp_path, count, monkeypatch):
     path = tmp_path / "file"
     path.write_text("")

@@ -9,11 +9,14 @@ import scipy.sparse.linalg
 from helpers import van_loan
 
 import kronjax
-from bench.grids import anisotropic, diffusion
+from bench.grids import anisotropic, diffusion, disk
 from kronjax import Configuration, KroneckerTerms
+from kronjax.kronecker import rearrange
 from kronjax.linalg.dense import multiply_out
 from kronjax.operators import fit, preconditioning
 from kronjax.operators.preconditioning import preconditioner
+from kronjax.operators.symmetric import ambient_of
+from kronjax.solver import manifold
 
 SIZES = 4, 5
 A = diffusion(*SIZES)
@@ -132,6 +135,16 @@ def test_the_scale_of_the_matrix_does_not_matter(forward, scale):
 
 
 @pytest.mark.parametrize("inverse", [False, True])
+def test_high_contrasts_end_definite_and_with_less_than_one_product(inverse):
+    matrix = diffusion(4, 5, disk(1e5))
+    found = of(matrix, 2, inverse=inverse)
+    values = measured(found, matrix)
+    assert values[0] > 0 and found.condition_bound < 1.05 * values[-1] / values[0]
+    assert found.condition_bound < np.linalg.cond(matrix) / 20
+    assert found.condition_bound < of(matrix, 1, inverse=inverse).condition_bound
+
+
+@pytest.mark.parametrize("inverse", [False, True])
 def test_one_product_is_found_exactly(inverse):
     left, right = diffusion(2, 2), diffusion(5, 1)
     found = of(np.kron(left, right), 1, inverse=inverse)
@@ -213,3 +226,26 @@ def test_too_large_a_matrix_is_refused_before_it_is_formed(monkeypatch):
     monkeypatch.setattr(preconditioning.matrices, "physical_memory", lambda: 10_000)
     with pytest.raises(MemoryError, match="20 rows"):
         of(scipy.sparse.csr_array(A), 1)
+
+
+@pytest.mark.parametrize("kind", sorted(fit.OBJECTIVES))
+def test_gradients_are_derivatives(kind):
+    """Of both objectives, by central differences along a tangent vector."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(np.eye(20) + 0.1 * rng.standard_normal((20, 20)))
+    near = rearrange(jnp.asarray(np.eye(20) + A / 10), (4, 4))
+    ambients = [ambient_of(near, SIZES, parity) for parity in fit.PARITIES]
+    start = fit._start(q, SIZES, ambients, (2, 0))
+    exponent = jnp.asarray(2 if kind == "norm" else 3.0)
+    objective = fit._objective(q, SIZES, kind, exponent, start.present)
+    (point,) = start.best
+    noise = rng.standard_normal((point.a.shape[1], point.b.shape[1]))
+    tangent = manifold.project(point, jnp.asarray(noise))
+    slope = manifold.inner(objective((point,))[1][0], tangent)
+    step = 1e-6
+
+    def value(sign):
+        moved = jax.tree.map(lambda x: sign * step * x, tangent)
+        return float(objective((manifold.retract(point, moved),))[0])
+
+    assert (value(1) - value(-1)) / (2 * step) == pytest.approx(float(slope), rel=1e-6)
