@@ -115,21 +115,48 @@ class Forward:
 
 
 class Inverse(Forward):
-    """The pencil of `A P A` and `A`: bounds of the eigenvalues of `P A`."""
+    """The pencil of a sum `P` near the inverse and `A⁻¹`: the eigenvalues of `P A`.
+
+    With Cholesky's `A ≈ L Lᵀ` they are those of `Lᵀ P L`, but for the backward error of
+    the factor relative to the least eigenvalue of `A`.
+    """
 
     def __init__(self, matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-        """Multiply `A P A` out; arguments as for `Forward`, of `P` near `A⁻¹`."""
-        d = equilibrated(matrix)
-        self.matrix = scaled(matrix, d)
+        """Multiply `Lᵀ P L` out; arguments as for `Forward`, of `P`."""
+        d, n = equilibrated(matrix), len(matrix)
+        matrix = scaled(matrix, d)
+        lower = np.linalg.cholesky(matrix)
         inverse = scaled(multiplied_out(a, b), 1 / d)
         sizes = scaled(multiplied_out(np.abs(a), np.abs(b)), 1 / d)
-        whole = self.matrix @ (inverse @ self.matrix)
+        whole = lower.T @ (inverse @ lower)
         self.sum = (whole + whole.T) / 2
-        n, moduli = len(matrix), np.abs(self.matrix)
-        # Row sums of |A| |P| |A|, which bound the norm of a symmetric matrix.
-        rows = moduli @ (sizes @ (moduli @ np.ones(n)))
+        # Row sums of |Lᵀ| |P| |L| and |L| |Lᵀ| bound the norms of what rounding adds.
+        moduli, ones = np.abs(lower), np.ones(n)
+        rows = moduli.T @ (sizes @ (moduli @ ones))
         self._own = float(np.max(rows)) * 1.01 * (2 * n + len(a) + 6) * EPS
-        self._others = _norm(moduli) * 3 * EPS
+        backward = float(np.max(moduli @ (moduli.T @ ones))) * 1.01 * (n + 2) * EPS
+        estimate = float(np.linalg.eigvalsh(matrix)[0])
+        eye = np.eye(n)
+        least = next(
+            (
+                x
+                for m in MARGINS
+                if is_definite(matrix - (x := estimate * (1 - m)) * eye)
+            ),
+            0.0,
+        )
+        share = backward / least if least > 0 else 1.0
+        self.matrix = eye
+        self._more, self._less = 1 + share, max(1 - share, 0.0)
+        self._others = 4 * EPS
+
+    def is_below(self, bound: float) -> bool:
+        """Return whether a bound is proven to be below all eigenvalues."""
+        return super().is_below(bound * self._more)
+
+    def is_above(self, bound: float) -> bool:
+        """Return whether a bound is proven to be above all eigenvalues."""
+        return super().is_above(bound * self._less)
 
 
 def multiplied_out(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class Preconditioner:
         spectrum: Proven bounds of the eigenvalues of `K⁻¹ A`, or of `P A`; of the
             nonzero ones if a null space is deflated.
         ranks: Numbers of symmetric and of skew-symmetric products.
-        seconds: Seconds of the fit and the proof, without compilation.
+        seconds: Seconds of the fit, compilation included, and of the proof.
         notes: What was done on behalf of the user.
     """
 
@@ -209,10 +209,12 @@ def preconditioner(
 
     Raises:
         ValueError: If `A` is not finite, not symmetric, or not positive definite (the
-            eigenvalue is named), the configuration does not fit, or the rank is above
-            2 without `inverse`.
+            eigenvalue is named), the configuration does not fit, the rank is above 2
+            without `inverse`, or no definite sum is found.
         MemoryError: If the arrays do not fit into memory; says how much they take.
     """
+    if num_starts < 1:
+        raise ValueError(f"num_starts must be at least 1; got {num_starts}.")
     notes: list[str] = []
     sizes = _check(A, configuration, inverse)
     matrix = _dense(A, notes)
@@ -367,7 +369,13 @@ def _dense(given, notes) -> np.ndarray:
 
 def _deflated(matrix, null_space):
     """Return the matrix plus a multiple of the projection onto its null space."""
-    vectors = np.asarray(null_space, np.float64).reshape(len(matrix), -1)
+    vectors = np.asarray(null_space, np.float64)
+    vectors = vectors[:, None] if vectors.ndim == 1 else vectors
+    if vectors.ndim != 2 or len(vectors) != len(matrix):
+        raise ValueError(
+            f"null_space must be [{len(matrix)}] or [{len(matrix)}, k]; got shape "
+            f"{np.shape(null_space)}."
+        )
     q, r = np.linalg.qr(vectors)
     if np.min(np.abs(np.diagonal(r))) <= 1e-12 * np.max(np.abs(r)):
         raise ValueError("the vectors of null_space are not linearly independent.")

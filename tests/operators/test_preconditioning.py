@@ -186,6 +186,10 @@ def test_a_null_space_is_deflated():
     assert low <= values[1] + 1e-9 and values[-1] <= high + 1e-9
     with pytest.raises(ValueError, match="not the null space"):
         of(neumann, 2, null_space=np.arange(20))
+    with pytest.raises(ValueError, match="got shape"):
+        of(neumann, 2, null_space=np.ones(40))
+    with pytest.raises(ValueError, match="independent"):
+        of(neumann, 2, null_space=np.ones((20, 2)))
 
 
 def test_results_print_in_ten_lines(forward, backward):
@@ -218,6 +222,8 @@ def test_other_configurations_are_refused():
         preconditioner(A, Configuration((4, 5), 1))
     with pytest.raises(ValueError, match="Configuration"):
         preconditioner(A, (4, 4))
+    with pytest.raises(ValueError, match="num_starts"):
+        of(A, 1, num_starts=0)
     with pytest.raises(ValueError, match="shape"):
         of(A, 1).solve(np.ones(19))
 
