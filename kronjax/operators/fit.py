@@ -7,7 +7,14 @@ number of the preconditioned matrix is at most `(1 + e) / (1 − e)`, and this i
 at the best scale: to minimise the norm is to minimise the condition number.
 
 The descent works as `solver.continuation` does, from p = 2 upwards, on points in the
-coordinates of `symmetric`, several starts one after the other.
+coordinates of `symmetric`, several starts one after the other. Where the norm stays
+near one it hardly depends on the condition number, and no start may be definite: then
+`log (‖M‖_q ‖M⁻¹‖_q)` of `M = Q K Qᵀ` is minimised, with q rising from 2, from the best
+definite start and from `C` itself.
+
+>>> found = fit(np.eye(4), np.kron(np.eye(2), [[2.0, 1.0], [1.0, 2.0]]), (2, 2), 1)
+>>> found.ranks, bool(found.error < 1e-3)
+((1, 0), True)
 """
 
 import dataclasses
@@ -48,7 +55,6 @@ TOLERANCE = 1e-6
 SETTLED = 2e-4
 """Relative decrease of the spectral norm over a stage after which it is the last."""
 
-
 FLAT = 0.8
 """Error above which the condition number itself is minimised at the end."""
 
@@ -67,7 +73,7 @@ class Fitted:
         terms: Factors `[r, n1, n1]` and `[r, n2, n2]`, symmetric or both skew.
         error: `‖I − Q K Qᵀ‖_2`.
         ranks: Numbers of symmetric and of skew-symmetric products.
-        p: Exponent of the last stage.
+        p: Exponent of the last stage in which the norm was minimised.
         evaluations: Number of values and gradients, all starts together.
     """
 

@@ -58,6 +58,17 @@ def test_the_spectrum_is_proven_and_sharp(name, request):
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
+def test_hardly_any_change_of_one_side_lowers_the_error(name, request):
+    found = request.getfixturevalue(name)
+    proof = found.certify(scipy.sparse.csr_array(A))
+    assert proof.error == pytest.approx(found.error, rel=1e-3)
+    assert proof.local_gap < 0.02
+    assert 0 < proof.global_bound <= proof.error
+    with pytest.raises(ValueError, match="shape"):
+        found.certify(np.eye(5))
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
 def test_the_sum_is_exactly_symmetric(name, request):
     terms = request.getfixturevalue(name).terms
     whole = multiply_out(np.asarray(terms.a), np.asarray(terms.b))
