@@ -13,8 +13,11 @@ False
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
+
+from kronjax.linalg.dense import multiply_out
 
 EPS = float(np.finfo(np.float64).eps) / 2
 """Unit roundoff."""
@@ -62,109 +65,86 @@ def scaled(matrix: np.ndarray, d: np.ndarray) -> np.ndarray:
     return d[:, None] * matrix * d[None]
 
 
-def pencil_bounds(
-    low: float, high: float, holds_above: Callable[[float], bool], holds_below
-) -> tuple[float, float]:
-    """Return proven bounds near estimates of the ends of a spectrum.
+def _first(estimate: float, sign: int, holds: Callable[[float], bool], otherwise):
+    """Return the bound nearest to an estimate that is proven, on one side of it."""
+    tried = (estimate * (1 + sign * margin) for margin in MARGINS)
+    return next(filter(holds, tried), otherwise)
+
+
+@dataclass(frozen=True)
+class Pencil:
+    """Two symmetric matrices; bounds of the eigenvalues of `matrix⁻¹ sum`.
+
+    Attributes:
+        sum: `[n, n]`, float64.
+        matrix: `[n, n]`, positive definite.
+        own: Bound of the norm of the rounding of `sum`, and of a difference with it.
+        others: The same for `matrix`.
+        slack: Relative error of the eigenvalues.
+    """
+
+    sum: np.ndarray
+    matrix: np.ndarray
+    own: float
+    others: float
+    slack: float = 0.0
+
+    def is_below(self, bound: float) -> bool:
+        """Return whether a bound is proven to be below all eigenvalues."""
+        bound *= 1 + self.slack
+        difference = self.sum - bound * self.matrix
+        return is_definite(difference, self.own + abs(bound) * self.others)
+
+    def is_above(self, bound: float) -> bool:
+        """Return whether a bound is proven to be above all eigenvalues."""
+        bound *= max(1 - self.slack, 0.0)
+        difference = bound * self.matrix - self.sum
+        return is_definite(difference, self.own + abs(bound) * self.others)
+
+    def bounds(self, low: float, high: float) -> tuple[float, float]:
+        """Return proven bounds near estimates of the least and largest eigenvalue.
+
+        They are 0 and infinity where nothing can be proven.
+        """
+        lower = _first(low, -1, self.is_below, 0.0)
+        return lower, _first(high, 1, self.is_above, np.inf)
+
+
+def forward(matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> Pencil:
+    """Return the pencil of a sum `K` and a matrix `A`: the eigenvalues of `A⁻¹ K`.
 
     Args:
-        low: Estimate of the least eigenvalue.
-        high: Estimate of the largest.
-        holds_above: Whether a number is proven to be below all eigenvalues.
-        holds_below: Whether a number is proven to be above all of them.
-
-    Returns:
-        The bounds; 0 and infinity where nothing can be proven.
+        matrix: `A`, `[n, n]`, symmetric positive definite, float64.
+        a: Left factors, `[r, n1, n1]`.
+        b: Right factors, `[r, n2, n2]`.
     """
-    lower = next((x for m in MARGINS if holds_above(x := low * (1 - m))), 0.0)
-    upper = next((x for m in MARGINS if holds_below(x := high * (1 + m))), np.inf)
-    return lower, upper
+    d = equilibrated(matrix)
+    whole, matrix = scaled(multiply_out(a, b), d), scaled(matrix, d)
+    # Rounding of the entries: products, their sum, and the difference with `matrix`.
+    own = _norm(scaled(multiply_out(np.abs(a), np.abs(b)), d)) * (len(a) + 3) * EPS
+    return Pencil(whole, matrix, own, _norm(np.abs(matrix)) * 3 * EPS)
 
 
-class Forward:
-    """The pencil of a sum of Kronecker products `K` and a matrix `A`.
-
-    Bounds of the eigenvalues of `A⁻¹ K`.
-    """
-
-    def __init__(self, matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-        """Multiply the sum out.
-
-        Args:
-            matrix: `A`, `[n, n]`, symmetric positive definite, float64.
-            a: Left factors, `[r, n1, n1]`.
-            b: Right factors, `[r, n2, n2]`.
-        """
-        d = equilibrated(matrix)
-        self.matrix = scaled(matrix, d)
-        self.sum = scaled(multiplied_out(a, b), d)
-        # Rounding of the entries: products, their sum, and the difference below.
-        sizes = scaled(multiplied_out(np.abs(a), np.abs(b)), d)
-        self._own = _norm(sizes) * (len(a) + 3) * EPS
-        self._others = _norm(np.abs(self.matrix)) * 3 * EPS
-
-    def is_below(self, bound: float) -> bool:
-        """Return whether a bound is proven to be below all eigenvalues."""
-        difference = self.sum - bound * self.matrix
-        return is_definite(difference, self._own + abs(bound) * self._others)
-
-    def is_above(self, bound: float) -> bool:
-        """Return whether a bound is proven to be above all eigenvalues."""
-        difference = bound * self.matrix - self.sum
-        return is_definite(difference, self._own + abs(bound) * self._others)
-
-
-class Inverse(Forward):
-    """The pencil of a sum `P` near the inverse and `A⁻¹`: the eigenvalues of `P A`.
+def inverse(matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> Pencil:
+    """Return a pencil for a sum `P` near the inverse: the eigenvalues of `P A`.
 
     With Cholesky's `A ≈ L Lᵀ` they are those of `Lᵀ P L`, but for the backward error of
-    the factor relative to the least eigenvalue of `A`.
+    the factor relative to the least eigenvalue of `A`. Arguments as for `forward`.
     """
-
-    def __init__(self, matrix: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
-        """Multiply `Lᵀ P L` out; arguments as for `Forward`, of `P`."""
-        d, n = equilibrated(matrix), len(matrix)
-        matrix = scaled(matrix, d)
-        lower = np.linalg.cholesky(matrix)
-        inverse = scaled(multiplied_out(a, b), 1 / d)
-        sizes = scaled(multiplied_out(np.abs(a), np.abs(b)), 1 / d)
-        whole = lower.T @ (inverse @ lower)
-        self.sum = (whole + whole.T) / 2
-        # Row sums of |Lᵀ| |P| |L| and |L| |Lᵀ| bound the norms of what rounding adds.
-        moduli, ones = np.abs(lower), np.ones(n)
-        rows = moduli.T @ (sizes @ (moduli @ ones))
-        self._own = float(np.max(rows)) * 1.01 * (2 * n + len(a) + 6) * EPS
-        backward = float(np.max(moduli @ (moduli.T @ ones))) * 1.01 * (n + 2) * EPS
-        estimate = float(np.linalg.eigvalsh(matrix)[0])
-        eye = np.eye(n)
-        least = next(
-            (
-                x
-                for m in MARGINS
-                if is_definite(matrix - (x := estimate * (1 - m)) * eye)
-            ),
-            0.0,
-        )
-        share = backward / least if least > 0 else 1.0
-        self.matrix = eye
-        self._more, self._less = 1 + share, max(1 - share, 0.0)
-        self._others = 4 * EPS
-
-    def is_below(self, bound: float) -> bool:
-        """Return whether a bound is proven to be below all eigenvalues."""
-        return super().is_below(bound * self._more)
-
-    def is_above(self, bound: float) -> bool:
-        """Return whether a bound is proven to be above all eigenvalues."""
-        return super().is_above(bound * self._less)
-
-
-def multiplied_out(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return `Σ_k A_k ⊗ B_k`, `[n, n]`, one term after the other."""
-    total = np.kron(a[0], b[0])
-    for left, right in zip(a[1:], b[1:], strict=True):
-        total += np.kron(left, right)
-    return total
+    d, n = equilibrated(matrix), len(matrix)
+    matrix, eye, ones = scaled(matrix, d), np.eye(n), np.ones(n)
+    lower = np.linalg.cholesky(matrix)
+    whole = lower.T @ (scaled(multiply_out(a, b), 1 / d) @ lower)
+    # Row sums of |Lᵀ| |P| |L| and |L| |Lᵀ| bound the norms of what rounding adds.
+    sizes = scaled(multiply_out(np.abs(a), np.abs(b)), 1 / d)
+    moduli = np.abs(lower)
+    rows = moduli.T @ (sizes @ (moduli @ ones))
+    own = float(np.max(rows)) * 1.01 * (2 * n + len(a) + 6) * EPS
+    backward = float(np.max(moduli @ (moduli.T @ ones))) * 1.01 * (n + 2) * EPS
+    estimate = float(np.linalg.eigvalsh(matrix)[0])
+    least = _first(estimate, -1, lambda x: is_definite(matrix - x * eye), 0.0)
+    slack = backward / least if least > 0 else 1.0
+    return Pencil((whole + whole.T) / 2, eye, own, 4 * EPS, slack)
 
 
 def _norm(moduli: np.ndarray) -> float:

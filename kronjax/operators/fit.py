@@ -55,6 +55,9 @@ TOLERANCE = 1e-6
 SETTLED = 2e-4
 """Relative decrease of the spectral norm over a stage after which it is the last."""
 
+LEAST = 7
+"""Squarings of the first stage that may be the last: p = 258."""
+
 FLAT = 0.8
 """Error above which the condition number itself is minimised at the end."""
 
@@ -73,15 +76,11 @@ class Fitted:
         terms: Factors `[r, n1, n1]` and `[r, n2, n2]`, symmetric or both skew.
         error: `‖I − Q K Qᵀ‖_2`.
         ranks: Numbers of symmetric and of skew-symmetric products.
-        p: Exponent of the last stage in which the norm was minimised.
-        evaluations: Number of values and gradients, all starts together.
     """
 
     terms: KroneckerTerms
     error: float
     ranks: tuple[int, int]
-    p: int
-    evaluations: int
 
 
 def _sum(points, sizes) -> KroneckerTerms:
@@ -188,8 +187,6 @@ class _Start:
     ranks: tuple[int, int]
     best: Any
     ends: np.ndarray
-    p: int = 2
-    evaluations: int = 0
 
     @property
     def error(self) -> float:
@@ -208,7 +205,6 @@ def fit(
     sizes: tuple[int, int],
     rank: int,
     *,
-    skew: bool = True,
     squarings: Sequence[int] = SQUARINGS,
     num_starts: int = 4,
     seed: int = 0,
@@ -221,7 +217,6 @@ def fit(
         begin: `[n, n]`, symmetric: its nearest sums are the starts.
         sizes: `(n1, n2)`.
         rank: Number of products.
-        skew: Whether products of skew-symmetric factors are allowed.
         squarings: The stages; -1 alone gives the least Frobenius norm.
         num_starts: Number of starts: divisions of the rank among both kinds, and
             perturbations of the best of them.
@@ -234,7 +229,7 @@ def fit(
     scaled = given / norm
     rearranged = rearrange(jnp.asarray(begin, given.dtype), (sizes[0], sizes[0]))
     ambients = [ambient_of(rearranged, sizes, parity) for parity in PARITIES]
-    wanted = _divisions(ambients, rank, sizes, skew)
+    wanted = _divisions(ambients, rank, sizes)
     starts = [_start(scaled, sizes, ambients, ranks) for ranks in wanted[:num_starts]]
     key = jax.random.key(seed)
     while len(starts) < num_starts:
@@ -247,14 +242,12 @@ def fit(
         starts.append(_start(scaled, sizes, noisy, ranks))
     for start in starts:
         for j in squarings[:RACE]:
-            _advance(start, scaled, sizes, j)
-            tell(f"p = {start.p}, error {start.error:.4g}")
+            _advance(start, scaled, sizes, "norm", j, tell)
     best = min(starts, key=lambda x: x.error)
     last = best.error
     for j in squarings[RACE:]:
-        _advance(best, scaled, sizes, j)
-        tell(f"p = {best.p}, error {best.error:.4g}")
-        if last - best.error <= SETTLED * best.error and best.p >= 258:
+        _advance(best, scaled, sizes, "norm", j, tell)
+        if last - best.error <= SETTLED * best.error and j >= LEAST:
             break
         last = best.error
     if best.error > FLAT and len(squarings) > RACE:
@@ -264,10 +257,8 @@ def fit(
         again.append(_start(scaled, sizes, near, (rank, 0)))
         for start in again:
             for exponent in EXPONENTS:
-                _climb(start, scaled, sizes, exponent)
-                tell(f"condition number {_condition(start.ends):.4g}")
-        starts += again
-        best = min([best, *again], key=lambda x: _condition(x.ends))
+                _advance(start, scaled, sizes, "condition", exponent, tell)
+        best = min([best, *again], key=lambda x: x.error)
     low, high = map(float, best.ends)
     terms = _sum(_placed(best.best, best.present), sizes)
     terms = KroneckerTerms(terms.a * (2 / (low + high) / norm**2), terms.b)
@@ -275,29 +266,12 @@ def fit(
         terms=jax.tree.map(np.asarray, terms),
         error=best.error,
         ranks=best.ranks,
-        p=best.p,
-        evaluations=sum(x.evaluations for x in starts),
     )
 
 
 def _again(start) -> _Start:
     """Return a start at the best points of another one."""
-    return dataclasses.replace(start, state=descent.init(start.best), evaluations=0)
-
-
-def _climb(start, q, sizes, exponent):
-    stage = _compiled(sizes, start.present, "condition", q.size)
-    exponent = jnp.asarray(exponent, q.dtype)
-    state, ends = stage(q, start.state, exponent, EVALUATIONS)
-    start.state, ends = state, np.asarray(ends)
-    start.evaluations += int(state.evaluations)
-    if _condition(ends) < _condition(start.ends):
-        start.best, start.ends = state.points, ends
-
-
-def _condition(ends) -> float:
-    low, high = map(float, ends)
-    return high / low if low > 0 else np.inf
+    return dataclasses.replace(start, state=descent.init(start.best))
 
 
 def _near_identity(ambients, sizes):
@@ -318,7 +292,7 @@ def _noise(key, shape, dtype):
     return noise / jnp.linalg.norm(noise)
 
 
-def _divisions(ambients, rank, sizes, skew) -> list[tuple[int, int]]:
+def _divisions(ambients, rank, sizes) -> list[tuple[int, int]]:
     """Return divisions of the rank into both kinds, the likeliest first."""
     most = [min(dimension(n, parity) for n in sizes) for parity in PARITIES]
     values = [
@@ -331,7 +305,7 @@ def _divisions(ambients, rank, sizes, skew) -> list[tuple[int, int]]:
     natural = sum(kind for _, kind in leading)
     found = []
     for number in (natural, natural - 1, natural + 1, 0):
-        number = min(max(number, 0), rank - 1, most[1]) if skew else 0
+        number = min(max(number, 0), rank - 1, most[1])
         ranks = min(rank - number, most[0]), number
         if ranks not in found:
             found.append(ranks)
@@ -353,12 +327,12 @@ def _start(q, sizes, ambients, ranks) -> _Start:
     return _Start(descent.init(points), present, ranks, points, np.zeros(2))
 
 
-def _advance(start, q, sizes, squarings):
-    allowed = EVALUATIONS * (4 if squarings < 0 else 1)
-    stage = _compiled(sizes, start.present, "norm", q.size)
-    state, ends = stage(q, start.state, squarings, allowed)
-    start.state, ends = state, np.asarray(ends)
-    start.evaluations += int(state.evaluations)
-    start.p = int(schatten.exponent(squarings))
+def _advance(start, q, sizes, kind, exponent, tell):
+    """Run a stage, and keep its points if they are better than all before."""
+    allowed = EVALUATIONS * (4 if kind == "norm" and exponent < 0 else 1)
+    stage = _compiled(sizes, start.present, kind, q.size)
+    start.state, ends = stage(q, start.state, exponent, allowed)
+    ends = np.asarray(ends)
     if _error(ends) < start.error or not start.ends.any():
-        start.best, start.ends = state.points, ends
+        start.best, start.ends = start.state.points, ends
+    tell(f"error {start.error:.6g}")

@@ -28,6 +28,7 @@ from kronjax.cpu_threads import one_blas_thread
 from kronjax.io import matrices
 from kronjax.io.progress import bar
 from kronjax.kronecker import Configuration, KroneckerTerms, matmul
+from kronjax.linalg.dense import multiply_out
 from kronjax.operators import definite, fit
 from kronjax.proof.certificate import Certificate, certificate_of
 
@@ -378,9 +379,7 @@ def _check(given, configuration, inverse) -> tuple[int, int]:
 def _dense(given, notes) -> np.ndarray:
     """Return the matrix, symmetric and float64."""
     if isinstance(given, KroneckerTerms):
-        given = definite.multiplied_out(
-            *(np.asarray(x, np.float64) for x in (given.a, given.b))
-        )
+        given = multiply_out(*(np.asarray(x, np.float64) for x in (given.a, given.b)))
     elif hasattr(given, "toarray"):
         given = given.toarray()
     matrix = validation.matrix(given, "float64", notes)
@@ -472,17 +471,15 @@ def _parity(factors):
 
 def _proven(matrix, lower, terms, inverse) -> tuple[float, float]:
     """Return proven bounds of the spectrum of `K⁻¹ A`, or of `P A`."""
-    a, b = np.asarray(terms.a), np.asarray(terms.b)
-    whole = definite.multiplied_out(a, b)
+    whole = multiply_out(terms.a, terms.b)
     if inverse:
-        image, pencil = lower.T @ whole @ lower, definite.Inverse(matrix, a, b)
+        image = lower.T @ whole @ lower
+        pencil = definite.inverse(matrix, terms.a, terms.b)
     else:
         image = _triangular(lower, _triangular(lower, whole).T)
-        pencil = definite.Forward(matrix, a, b)
+        pencil = definite.forward(matrix, terms.a, terms.b)
     values = np.linalg.eigvalsh((image + image.T) / 2)
-    low, high = definite.pencil_bounds(
-        float(values[0]), float(values[-1]), pencil.is_below, pencil.is_above
-    )
+    low, high = pencil.bounds(float(values[0]), float(values[-1]))
     if inverse:
         return low, high
     return 1 / high, 1 / low if low > 0 else math.inf

@@ -51,20 +51,17 @@ def test_scaling_commits_no_rounding():
     np.testing.assert_array_equal(definite.scaled(scaled, 1 / d), matrix)
 
 
-@pytest.mark.parametrize("pencil", [definite.Forward, definite.Inverse])
+@pytest.mark.parametrize("pencil", [definite.forward, definite.inverse])
 def test_bounds_of_a_pencil_hold_and_are_sharp(pencil):
     rng = np.random.default_rng(0)
     half = rng.standard_normal((6, 8))
     matrix = half @ half.T
     a, b = np.eye(2)[None] + 0.1, np.diag([1.0, 2.0, 3.0])[None]
     near = np.kron(a[0], b[0])
-    if pencil is definite.Inverse:
+    if pencil is definite.inverse:
         values = np.linalg.eigvals(near @ matrix).real
     else:
         values = np.linalg.eigvals(np.linalg.solve(matrix, near)).real
-    one = pencil(matrix, a, b)
-    low, high = definite.pencil_bounds(
-        values.min(), values.max(), one.is_below, one.is_above
-    )
+    low, high = pencil(matrix, a, b).bounds(values.min(), values.max())
     assert low < values.min() < low * (1 + 1e-6)
     assert high > values.max() > high * (1 - 1e-6)
